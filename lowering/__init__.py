@@ -1,0 +1,102 @@
+"""How the operation runs: which kernel for this platform, device and shape, and the registration of the choice."""
+
+import functools
+
+from absl import logging
+import jax
+from jax.interpreters import mlir
+import jax.numpy as jnp
+
+from paged_prefill.lowering import contract, xla
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
+
+# The kernels of each platform, the fastest first. A new kernel is one module and its name here.
+KERNELS = {
+    "cpu": {"xla": xla},
+    "tpu": {"xla": xla},
+    "cuda": {"xla": xla},
+    "rocm": {"xla": xla},
+}
+
+# What `platform=` asks for, as the kernels that answer to it.
+ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
+
+
+def device_of(platform: str) -> contract.Device:
+    """The device that code lowered for `platform` will run on, as far as this process can tell."""
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError:  # lowering for a machine that is not here
+        return contract.Device(platform)
+    return contract.Device(platform, device.device_kind, getattr(device, "compute_capability", None))
+
+
+def choose(problem: contract.Problem, device: contract.Device, platform: str = "auto") -> tuple[str, dict[str, str]]:
+    """The kernel that runs a problem, and why each one before it in the device's order was passed over.
+
+    `platform` is "auto", or asks for one kernel by a name in `ANSWERS`; ValueError with the reason where it cannot run.
+    """
+    kernels = KERNELS[device.platform]
+    passed_over = {}
+    for name, kernel in kernels.items():
+        if platform != "auto" and name not in ANSWERS[platform]:
+            continue
+        reason = kernel.supports(problem, device)
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    if not passed_over:
+        passed_over = {platform: f"there is no such kernel for {device.platform}, only {', '.join(kernels)}"}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise ValueError(f"platform={platform!r} cannot run this call on {device.platform}: {reasons}")
+
+
+@functools.cache  # once for each reason
+def _log_passed_over(device, chosen, name, reason):
+    logging.info("paged_prefill on %s: %s runs, since %s cannot: %s", device.platform, chosen, name, reason)
+
+
+def run_kernel(
+    *operands, device, cache_batch_dims, num_kv_heads, sliding_window, platform, config, **scaling
+):
+    """Runs `local_paged_prefill_p` on one device: flattens the operands, chooses the kernel, calls it."""
+    *operands, kv_head_start = operands
+    query_shape = operands[0].shape
+    flat = contract.flatten(*operands, cache_batch_dims=cache_batch_dims)
+    if sliding_window is not None and sliding_window >= contract.MAX_CONTEXT:
+        sliding_window = None  # wider than any context
+    parameters = dict(num_kv_heads=num_kv_heads, sliding_window=sliding_window, **scaling)
+    problem = contract.problem_of(*flat, **parameters)
+    if problem.empty:
+        out, lse = contract.nothing_seen(problem)
+        return contract.unflatten(out, lse, query_shape)
+    name, passed_over = choose(problem, device, platform)
+    for other, reason in passed_over.items():
+        _log_passed_over(device, name, other, reason)
+    kernel = KERNELS[device.platform][name]
+    config = (config or PrefillPageAttentionConfig()).over(kernel.heuristic_config(problem, device))
+    out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=config)
+    return contract.unflatten(out, lse, query_shape)
+
+
+def _register(platform):
+    def lower(ctx, *operands, **params):
+        # Kernels are given plain arrays: what the types say about meshes is settled by now.
+        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        rule = mlir.lower_fun(functools.partial(run_kernel, device=device_of(platform), **params))
+        return rule(ctx.replace(avals_in=plain), *operands)
+
+    mlir.register_lowering(local_paged_prefill_p, lower, platform=platform)
+
+
+for _platform in KERNELS:
+    _register(_platform)
+
+
+def _all_heads_here(*operands, **params):
+    num_kv_heads = operands[1].shape[-4]
+    return local_paged_prefill_p.bind(*operands, jnp.int32(0), num_kv_heads=num_kv_heads, **params)
+
+
+mlir.register_lowering(paged_prefill_p, mlir.lower_fun(_all_heads_here))

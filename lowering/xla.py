@@ -1,0 +1,184 @@
+"""The streaming lowering that runs anywhere XLA does: flash attention over pages, written with plain XLA operations.
+
+A sequence is cut into query tiles, all of the largest height but the last, which has the smallest height that holds
+what is left. So a tile's shape depends on its own sequence alone: a one-token row costs one row, and the bits of a
+sequence do not depend on the pack it is in. A tile walks over its keys a block at a time, from its window's start to
+its causal limit, and keeps the running maximum m, the sum l and the unnormalised output of Milakov and Gimelshein's
+online softmax (arXiv 1805.02867). Only a tile and a block of pages are ever materialised.
+"""
+
+import functools
+import math
+
+from jax import lax
+import jax.numpy as jnp
+
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering.contract import Device, Problem, Sequences
+
+# Heights of a sequence's last tile. Their ratio bounds the rows computed in vain.
+TILE_HEIGHTS = (1, 16, 64)
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """This lowering runs every call."""
+    return None
+
+
+def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
+    """Sizes by which a block's logits stay near the size of a cache; measured in benchmarks/results."""
+    return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+
+
+def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
+    """Neighbours of the heuristic sizes."""
+    sizes = [(256, 512), (64, 512), (128, 512), (128, 1024), (256, 1024), (512, 512)]
+    return [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
+
+
+def attend(
+    query,
+    key_pages,
+    value_pages,
+    sequences: Sequences,
+    kv_head_start,
+    *,
+    num_kv_heads: int,
+    softmax_scale: float,
+    attn_logits_soft_cap: float | None,
+    sliding_window: int | None,
+    config: PrefillPageAttentionConfig,
+):
+    """See contract.py. Uses block_q and block_kv."""
+    tokens, q_heads, _ = query.shape
+    page_size = key_pages.shape[-2]
+    # Keys are fetched in runs of `run` slots that lie together: pages, or equal parts of pages above the block size.
+    run = _largest_divisor(page_size, config.block_kv)
+    runs_per_page, runs_per_block = page_size // run, max(1, config.block_kv // run)
+    block = functools.partial(
+        _attend_block,
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+    )
+    capacity = sequences.page_indices.shape[1] * page_size
+
+    def in_runs(pages):
+        pools, heads, num_pages, _, features = pages.shape
+        return pages.reshape(pools, heads, num_pages * runs_per_page, run, features)
+
+    key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
+
+    def fetch(runs, seq, indices):  # -> [num_kv_heads, keys, features]
+        column = jnp.minimum(indices // runs_per_page, sequences.page_indices.shape[1] - 1)
+        page = sequences.page_indices[seq, column] * runs_per_page + indices % runs_per_page
+        corner = jnp.stack(jnp.broadcast_arrays(sequences.pool[seq], kv_head_start, page), axis=-1)
+        dimensions = lax.GatherDimensionNumbers(offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2))
+        sizes = (1, num_kv_heads, 1, *runs.shape[-2:])
+        gathered = lax.gather(runs, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
+        return gathered.reshape(num_kv_heads, -1, runs.shape[-1])
+
+    def attend_tile(height, seq, first_row, results):
+        rows = first_row + jnp.arange(height, dtype=jnp.int32)
+        token = jnp.where(rows < sequences.length[seq], sequences.start[seq] + rows, tokens)
+        position = sequences.context_len[seq] - sequences.length[seq] + rows
+        last_row = jnp.minimum(first_row + height, sequences.length[seq]) - 1
+        key_end = jnp.minimum(position[0] + (last_row - first_row) + 1, capacity)
+        first_key = 0 if sliding_window is None else jnp.maximum(position[0] - sliding_window + 1, 0)
+        first_run = first_key // run
+        num_blocks = (key_end - first_run * run + runs_per_block * run - 1) // (runs_per_block * run)
+
+        tile = query.at[token].get(mode="clip").reshape(height, num_kv_heads, -1, query.shape[-1])
+        tile = tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, query.shape[-1])
+
+        def step(i, running):
+            indices = first_run + i * runs_per_block + jnp.arange(runs_per_block, dtype=jnp.int32)
+            key = (indices[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
+            keys, values = fetch(key_runs, seq, indices), fetch(value_runs, seq, indices)
+            return block(running, tile, keys, values, position, key, first_key, key_end)
+
+        m, l, acc = lax.fori_loop(0, num_blocks, step, _start(tile, value_pages.shape[-1]))
+        out, lse = _finish(m, l, acc)
+
+        def rows_first(x):
+            x = x.reshape(num_kv_heads, height, -1, *x.shape[2:])
+            return jnp.moveaxis(x, 0, 1).reshape(height, q_heads, *x.shape[3:])
+
+        return tuple(
+            result.at[token].set(rows_first(x).astype(result.dtype), mode="drop", unique_indices=True)
+            for result, x in zip(results, (out, lse), strict=True)
+        )
+
+    results = (
+        jnp.zeros((tokens, q_heads, value_pages.shape[-1]), query.dtype),
+        jnp.full((tokens, q_heads), -jnp.inf, jnp.float32),
+    )
+    for height, count, locate in _tiles(sequences.length, tokens, config.block_q):
+
+        def body(i, results, height=height, locate=locate):
+            return attend_tile(height, *locate(i), results)
+
+        results = lax.fori_loop(0, count, body, results)
+    return results
+
+
+def _tiles(length, tokens, block_q):
+    """Yields (height, number of tiles of that height, tile number -> (sequence, first row))."""
+    heights = [h for h in TILE_HEIGHTS if h < block_q] + [block_q]
+    rest = length % block_q
+    previous = 0
+    for height in heights:
+        if isinstance(tokens, int) and previous >= tokens:
+            return
+        whole = length // block_q if height == block_q else jnp.zeros_like(length)
+        per_sequence = whole + ((rest > previous) & (rest <= height))
+        ends = jnp.cumsum(per_sequence)
+
+        def locate(i, height=height, per_sequence=per_sequence, ends=ends):
+            seq = jnp.sum(ends <= i, dtype=jnp.int32)
+            within = i - (ends[seq] - per_sequence[seq])
+            return seq, (within if height == block_q else length[seq] // block_q) * block_q
+
+        yield height, ends[-1], locate
+        previous = height
+
+
+def _start(tile, value_dim):
+    kv_heads, rows, _ = tile.shape
+    m = jnp.full((kv_heads, rows), -jnp.inf, jnp.float32)
+    return m, jnp.zeros_like(m), jnp.zeros((kv_heads, rows, value_dim), jnp.float32)
+
+
+def _attend_block(
+    running, tile, keys, values, position, key, first_key, key_end, *, softmax_scale, attn_logits_soft_cap, sliding_window
+):
+    """One step of the online softmax: folds the keys of a block into (m, l, unnormalised output) of a tile's rows."""
+    m, l, acc = running
+    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * softmax_scale
+    if attn_logits_soft_cap is not None:
+        logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
+    group = tile.shape[1] // position.shape[0]
+    position = jnp.repeat(position, group)[:, None]
+    visible = (key <= position) & (key < key_end)
+    if sliding_window is not None:
+        visible &= key > position - sliding_window
+    logits = jnp.where(visible, logits, -jnp.inf)
+    m_next = jnp.maximum(m, jnp.max(logits, axis=-1))
+    shift = jnp.where(jnp.isneginf(m_next), 0.0, m_next)
+    weights = jnp.exp(logits - shift[..., None])
+    fade = jnp.exp(m - shift)
+    # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
+    values = jnp.where(((key >= first_key) & (key < key_end))[:, None], values, 0)
+    update = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return m_next, l * fade + jnp.sum(weights, axis=-1), acc * fade[..., None] + update
+
+
+def _finish(m, l, acc):
+    seen = jnp.where(l > 0, l, 1.0)
+    return acc / seen[..., None], jnp.where(l > 0, m + jnp.log(seen), -jnp.inf)
+
+
+def _largest_divisor(page_size, limit):
+    """The largest divisor of page_size that is at most `limit`."""
+    return max(d for low in range(1, math.isqrt(page_size) + 1) if page_size % low == 0
+               for d in (low, page_size // low) if d <= limit)

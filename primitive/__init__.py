@@ -1,0 +1,1 @@
+"""What the operation is: the primitive, its rules, its definition and its public functions."""

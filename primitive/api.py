@@ -1,0 +1,146 @@
+"""The public functions: what users call, in the terms they know."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive import checks
+from paged_prefill.primitive.prefill import paged_prefill_p
+
+DEFAULT_MASK_VALUE = -2.381976426469702e38
+
+Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
+
+
+def prefill_page_attention(
+    query: Float[Array, "chunk q_heads head_dim"],
+    key_cache: Float[Array, "kv_heads num_pages page_size head_dim"],
+    value_cache: Float[Array, "kv_heads num_pages page_size value_dim"],
+    context_len: Int[Array, "1"],
+    page_indices: Int[Array, " pages_per_seq"],
+    /,
+    *,
+    softmax_scale: float | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    platform: Platform | None = None,
+    cfg: PrefillPageAttentionConfig | None = None,
+) -> Float[Array, "chunk q_heads value_dim"]:
+    """Attention of one sequence's new tokens to its paged keys and values, their own included.
+
+    Takes the call of ejKernel's function of the same name, argument for argument. Row i stands at position
+    p = context_len - chunk + i and sees keys 0 to p, or with a window the last `sliding_window` of them.
+
+    Args:
+      query: the chunk, float32, bfloat16 or float16.
+      key_cache, value_cache: the page pools, in query's dtype, the chunk already written (see `append_to_pages`).
+      context_len: tokens of the sequence in the cache, the chunk included; a scalar or one element, any integer dtype.
+      page_indices: key j is in page page_indices[j // page_size], slot j % page_size; any integer dtype.
+      softmax_scale: multiplies query . key; 1 / sqrt(head_dim) by default.
+      mask_value: accepted for ejKernel's callers; masked keys have weight exactly 0 whatever it is.
+      attn_logits_soft_cap: logits become cap * tanh(logits / cap), before masking.
+      sliding_window: how many keys a row sees, its own included.
+      platform: "auto" or None takes the fastest kernel that supports the call; "xla", "triton", "pallas" and "cuda" ask
+        for one.
+      cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
+
+    Returns:
+      The output in query's dtype, accumulated in float32. A row that sees no key is 0.
+
+    Raises:
+      ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
+        argument, what it got, and what it takes.
+    """
+    checks.check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
+    checks.check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
+    context_len, page_indices = checks.int32_indices(context_len=context_len, page_indices=page_indices)
+    if context_len.size != 1:
+        raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
+    checks.check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
+    out = ragged_paged_prefill(
+        query,
+        key_cache,
+        value_cache,
+        context_len.reshape(1),
+        page_indices[None],
+        jnp.asarray([0, query.shape[0]], jnp.int32),
+        softmax_scale=softmax_scale,
+        mask_value=mask_value,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        platform=platform,
+        cfg=cfg,
+    )
+    return out
+
+
+def ragged_paged_prefill(
+    query: Float[Array, "*batch tokens q_heads head_dim"],
+    key_cache: Float[Array, "*pools kv_heads num_pages page_size head_dim"],
+    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"],
+    context_lens: Int[Array, "*batch seqs"],
+    page_indices: Int[Array, "*batch seqs pages_per_seq"],
+    query_offsets: Int[Array, "*batch seqs_plus_1"],
+    *,
+    softmax_scale: float | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    platform: Platform | None = None,
+    cfg: PrefillPageAttentionConfig | None = None,
+    return_lse: bool = False,
+) -> (
+    Float[Array, "*batch tokens q_heads value_dim"]
+    | tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]
+):
+    """Attention of a pack: the new tokens of several sequences back to back, prefill and decode mixed.
+
+    Sequence s owns tokens query_offsets[s] : query_offsets[s + 1]; with n of them, its row i stands at position
+    p = context_lens[s] - n + i and sees keys 0 to p, or with a window the last `sliding_window` of them. A decode step
+    is a sequence with one new token.
+
+    Args:
+      query: float32, bfloat16 or float16. `*batch` dimensions, if any, hold a pack each.
+      key_cache, value_cache: the page pools, in query's dtype, the new tokens already written (see `append_to_pages`).
+        `*pools` dimensions, if any, are the first of `*batch`: each such element has pools of its own.
+      context_lens: tokens of each sequence in the cache, this chunk included; negative counts as 0.
+      page_indices: key j of a sequence is in page page_indices[j // page_size], slot j % page_size. Entries that no row
+        needs may hold anything.
+      query_offsets: clamped to [0, tokens], and may not decrease.
+      softmax_scale: multiplies query . key; 1 / sqrt(head_dim) by default.
+      mask_value: accepted for ejKernel's callers; masked keys have weight exactly 0 whatever it is.
+      attn_logits_soft_cap: logits become cap * tanh(logits / cap), before masking.
+      sliding_window: how many keys a row sees, its own included.
+      platform: "auto" or None takes the fastest kernel that supports the call; "xla", "triton", "pallas" and "cuda" ask
+        for one.
+      cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
+      return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
+
+    Returns:
+      The output in query's dtype, accumulated in float32; with `return_lse`, a pair with the lse. A row that sees no
+      key, and a token that no sequence owns, has output 0 and lse -inf.
+
+    Raises:
+      ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
+        argument, what it got, and what it takes. Index values are not checked here; see `validate`.
+    """
+    checks.check_mask_value(mask_value)
+    indices = checks.int32_indices(
+        context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
+    )
+    out, lse = paged_prefill_p.bind(
+        query,
+        key_cache,
+        value_cache,
+        *indices,
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        cache_batch_dims=key_cache.ndim - 4,
+        platform=checks.requested_platform(platform, cfg),
+        config=cfg,
+    )
+    return (out, lse) if return_lse else out

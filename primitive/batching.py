@@ -1,0 +1,33 @@
+"""The vmap rule: dimensions are added, never folded, since a reshape would lose a sharding.
+
+A vmapped axis joins *C (in front) when a cache carries it, and else *B (in front), so that a cache which is not
+vmapped is neither broadcast nor copied.
+"""
+
+from jax.interpreters import batching
+import jax.numpy as jnp
+
+from paged_prefill.primitive.prefill import paged_prefill_p
+
+
+def _batch(operands, axes, *, cache_batch_dims, **params):
+    size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
+    caches_batched = axes[1] is not None or axes[2] is not None
+    position = 0 if caches_batched else cache_batch_dims
+
+    def with_axis(operand, axis):
+        if axis is not None:
+            return jnp.moveaxis(operand, axis, position)
+        shape = (*operand.shape[:position], size, *operand.shape[position:])
+        return jnp.broadcast_to(jnp.expand_dims(operand, position), shape)
+
+    is_cache = (False, True, True, False, False, False)
+    batched = [
+        x if cache and not caches_batched else with_axis(x, axis)
+        for x, axis, cache in zip(operands, axes, is_cache, strict=True)
+    ]
+    results = paged_prefill_p.bind(*batched, cache_batch_dims=cache_batch_dims + caches_batched, **params)
+    return results, (position, position)
+
+
+batching.primitive_batchers[paged_prefill_p] = _batch

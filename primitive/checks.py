@@ -1,0 +1,238 @@
+"""Every error a caller can see: one function each for shapes, parameters and concrete values."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+ATTENTION_DTYPES = ("float32", "bfloat16", "float16")
+PLATFORMS = ("auto", "xla", "triton", "pallas", "cuda")
+LARGEST_MASK_VALUE = -1e9
+
+
+def check_operands(
+    query, key_cache, value_cache, context_lens, page_indices, query_offsets, *, cache_batch_dims, num_kv_heads=None
+) -> None:
+    """Checks the shapes and dtypes of the operands of `paged_prefill_p`, which may be abstract.
+
+    `num_kv_heads` is how many KV heads the query heads attend to, where that is not all of the caches'.
+    Raises ValueError for a shape and TypeError for a dtype; each names the operand, what it got, and what it takes.
+    """
+    if query.ndim < 3:
+        raise ValueError(f"query must have shape [..., tokens, q_heads, head_dim], got {query.shape}")
+    lead = query.shape[:-3]
+    if not 0 <= cache_batch_dims <= len(lead):
+        raise ValueError(
+            f"cache_batch_dims must be between 0 and the number of query's batch dimensions ({len(lead)}, since query "
+            f"has shape {query.shape}), got {cache_batch_dims}"
+        )
+    cache_lead = lead[:cache_batch_dims]
+    _check_cache("key_cache", key_cache, cache_lead, query)
+    _check_cache("value_cache", value_cache, cache_lead, query)
+    if key_cache.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key_cache must have query's head_dim {query.shape[-1]} as its last dimension, got {key_cache.shape}"
+        )
+    if value_cache.shape[:-1] != key_cache.shape[:-1]:
+        raise ValueError(
+            f"value_cache must agree with key_cache {key_cache.shape} in all but its last dimension, "
+            f"got {value_cache.shape}"
+        )
+    kv_heads = key_cache.shape[-4] if num_kv_heads is None else num_kv_heads
+    if query.shape[-2] % kv_heads:
+        raise ValueError(
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {query.shape[-2]} query heads"
+        )
+    _check_indices("context_lens", context_lens, lead, ("seqs",))
+    seqs = context_lens.shape[-1]
+    _check_indices("page_indices", page_indices, lead, (seqs, "pages_per_seq"))
+    _check_indices("query_offsets", query_offsets, lead, (seqs + 1,))
+
+
+def _check_cache(name, cache, lead, query) -> None:
+    form = "kv_heads, num_pages, page_size, " + ("head_dim" if name == "key_cache" else "value_dim")
+    if cache.ndim != len(lead) + 4 or cache.shape[: len(lead)] != lead:
+        expected = "[" + ", ".join([*map(str, lead), form]) + "]"
+        raise ValueError(f"{name} must have shape {expected}, got {cache.shape}")
+    if 0 in (cache.shape[-4], cache.shape[-2], cache.shape[-1]):
+        raise ValueError(f"{name} must have at least one head, one slot a page and one feature, got {cache.shape}")
+    if query.dtype.name not in ATTENTION_DTYPES:
+        raise TypeError(f"query must be one of {', '.join(ATTENTION_DTYPES)}, got {query.dtype.name}")
+    if cache.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype.name}, got {cache.dtype.name}")
+
+
+def _check_indices(name, array, lead, tail) -> None:
+    form = "[" + ", ".join(map(str, (*lead, *tail))) + "]"
+    matches = array.ndim == len(lead) + len(tail) and all(
+        isinstance(want, str) or got == want for got, want in zip(array.shape, (*lead, *tail), strict=True)
+    )
+    if not matches:
+        raise ValueError(f"{name} must have shape {form}, got {array.shape}")
+    if array.dtype != jnp.int32:
+        raise TypeError(f"{name} must be int32, got {array.dtype.name}")
+
+
+def check_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, platform) -> None:
+    """Checks the static parameters of `paged_prefill_p`; raises ValueError or TypeError that names the parameter."""
+    if not math.isfinite(number("softmax_scale", softmax_scale)):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if attn_logits_soft_cap is not None:
+        cap = number("attn_logits_soft_cap", attn_logits_soft_cap)
+        if not 0 < cap < math.inf:
+            raise ValueError(f"attn_logits_soft_cap must be a positive finite number or None, got {cap}")
+    if sliding_window is not None:
+        if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
+            raise TypeError(f"sliding_window must be an integer or None, got {sliding_window!r}")
+        if sliding_window < 1:
+            raise ValueError(
+                f"sliding_window must be at least 1 (the keys a row sees, its own included) or None, "
+                f"got {sliding_window}"
+            )
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+
+
+def requested_platform(platform, cfg) -> str:
+    """The one kernel that `platform=` and `cfg.platform` ask for together; ValueError where they disagree."""
+    asked = {name for name in (platform, getattr(cfg, "platform", None)) if name not in (None, "auto")}
+    if len(asked) > 1:
+        raise ValueError(f"platform={platform!r} and cfg.platform={cfg.platform!r} ask for different kernels")
+    return asked.pop() if asked else "auto"
+
+
+def check_rank(name, array, form, ndim) -> None:
+    """Checks the number of dimensions of an argument of a public function."""
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have shape {form}, got {array.shape}")
+
+
+def check_mask_value(mask_value) -> None:
+    """Accepts any value that could mask; masked keys have weight exactly 0 whatever it is."""
+    if not number("mask_value", mask_value) <= LARGEST_MASK_VALUE:
+        raise ValueError(
+            f"mask_value must be at most {LARGEST_MASK_VALUE:g}, or it could not mask a key, got {mask_value}"
+        )
+
+
+def number(name, value) -> float:
+    """`value` as a Python float; TypeError where it is traced or no number at all."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} is a static parameter and must be a Python number, got the traced value {value}")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
+
+
+def int32_indices(**arrays) -> list[jax.Array]:
+    """The index arguments of a public function as int32: any integer dtype will do, and saturates."""
+    limits = jnp.iinfo(jnp.int32)
+    converted = []
+    for name, array in arrays.items():
+        array = jnp.asarray(array)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+        if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
+            array = jnp.clip(array, None if array.dtype == jnp.uint32 else limits.min, limits.max)
+        converted.append(array.astype(jnp.int32))
+    return converted
+
+
+def check_new_tokens(name, tokens, cache) -> None:
+    """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
+    expected = (cache.shape[-4], cache.shape[-1])
+    if tokens.ndim < 3 or tokens.shape[-2:] != expected:
+        form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
+        raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
+    if tokens.dtype != cache.dtype:
+        raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
+
+
+def check_partial(name, shape, expected) -> None:
+    """Checks a shape of `merge` against the one that `out_a` asks for."""
+    if shape != expected:
+        raise ValueError(f"{name} must have shape {expected} to go with out_a, got {shape}")
+
+
+def validate(
+    query: Float[Array, "*batch tokens q_heads head_dim"],
+    key_cache: Float[Array, "*pools kv_heads num_pages page_size head_dim"],
+    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"],
+    context_lens: Int[Array, "*batch seqs"],
+    page_indices: Int[Array, "*batch seqs pages_per_seq"],
+    query_offsets: Int[Array, "*batch seqs_plus_1"],
+    *,
+    sliding_window: int | None = None,
+) -> None:
+    """Checks concrete inputs of `ragged_paged_prefill`, values included, which jitted code cannot.
+
+    The shapes are those of `ragged_paged_prefill`. Index values are in tokens (`context_lens`, `query_offsets`) and
+    pages (`page_indices`). Costs a copy of the index arrays to the host; the caches are not read.
+
+    Raises:
+      ValueError: a shape does not fit, or a value would be made harmless silently under jit: a context that is
+        negative, shorter than its chunk or longer than its row of the page table; offsets that decrease or leave
+        [0, tokens]; a page that some row of the chunk needs outside [0, num_pages). Names the argument, the
+        sequence and the value.
+      TypeError: a dtype does not fit, or an argument is traced.
+    """
+    named = dict(context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets)
+    for name, array in named.items():
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(f"validate needs concrete arrays, but {name} is traced; call it outside jit")
+        if not np.issubdtype(np.asarray(array).dtype, np.integer):
+            raise TypeError(f"{name} must be an array of integers, got {np.asarray(array).dtype.name}")
+    lens, pages, offsets = (np.asarray(array).astype(np.int64) for array in named.values())
+    as_int32 = (jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (lens, pages, offsets))
+    check_operands(query, key_cache, value_cache, *as_int32, cache_batch_dims=key_cache.ndim - 4)
+    check_parameters(
+        softmax_scale=1.0, attn_logits_soft_cap=None, sliding_window=sliding_window, platform="auto"
+    )
+    num_pages, page_size = key_cache.shape[-3:-1]
+    for pack in np.ndindex(lens.shape[:-1]):
+        _validate_offsets(pack, offsets[pack], query.shape[-3])
+        for seq in range(lens.shape[-1]):
+            length = offsets[pack][seq + 1] - offsets[pack][seq]
+            _validate_sequence(
+                (*pack, seq), lens[pack][seq], length, pages[pack][seq], num_pages, page_size, sliding_window
+            )
+
+
+def _validate_offsets(pack, offsets, tokens) -> None:
+    where = f" of pack {pack}" if pack else ""
+    for seq, offset in enumerate(offsets):
+        if not 0 <= offset <= tokens:
+            raise ValueError(f"query_offsets[{seq}]{where} must be between 0 and the {tokens} tokens of query, got {offset}")
+        if seq and offset < offsets[seq - 1]:
+            raise ValueError(
+                f"query_offsets{where} must not decrease, got {offset} after {offsets[seq - 1]} (sequence {seq - 1})"
+            )
+
+
+def _validate_sequence(seq, context_len, length, pages, num_pages, page_size, sliding_window) -> None:
+    name = seq[0] if len(seq) == 1 else seq
+    if context_len < 0:
+        raise ValueError(f"context_lens of sequence {name} must not be negative, got {context_len}")
+    if context_len < length:
+        raise ValueError(
+            f"context_lens of sequence {name} must count its {length} new tokens too, got {context_len}"
+        )
+    capacity = len(pages) * page_size
+    if length and context_len > capacity:
+        raise ValueError(
+            f"page_indices of sequence {name} holds {len(pages)} pages of {page_size} slots, too few for its "
+            f"context_lens of {context_len}"
+        )
+    if not length:
+        return
+    first_key = 0 if sliding_window is None else max(0, context_len - length - sliding_window + 1)
+    for slot in range(first_key // page_size, -(-context_len // page_size)):
+        if not 0 <= pages[slot] < num_pages:
+            raise ValueError(
+                f"page_indices of sequence {name} must lie in [0, {num_pages}) where its keys are, "
+                f"got {pages[slot]} in column {slot}"
+            )
