@@ -61,9 +61,10 @@ def _one_pack(query, key_cache, value_cache, context_lens, page_indices, query_o
     def add_sequence(seq, results):
         out, lse = results
         start, end = offsets[seq], offsets[seq + 1]
-        position = jnp.maximum(context_lens[seq], 0) - (end - start) + (row - start)
-        seq_out, seq_lse = _one_sequence(query, key_cache, value_cache, position, page_indices[seq], **parameters)
         owned = (start <= row) & (row < end)
+        # Position -1 sees nothing: rows of other sequences must not look into this one's pages.
+        position = jnp.where(owned, jnp.maximum(context_lens[seq], 0) - (end - row), -1)
+        seq_out, seq_lse = _one_sequence(query, key_cache, value_cache, position, page_indices[seq], **parameters)
         return jnp.where(owned[:, None, None], seq_out, out), jnp.where(owned[:, None], seq_lse, lse)
 
     return jax.lax.fori_loop(0, context_lens.shape[0], add_sequence, (out, lse)) if page_indices.size else (out, lse)
@@ -72,7 +73,7 @@ def _one_pack(query, key_cache, value_cache, context_lens, page_indices, query_o
 def _one_sequence(
     query, key_cache, value_cache, position, pages, *, softmax_scale, attn_logits_soft_cap, sliding_window, compute_dtype
 ):
-    """Every row of `query` as if it belonged to this sequence, at the given positions."""
+    """The attention of rows at the given positions to one sequence's keys."""
     tokens, q_heads, head_dim = query.shape
     kv_heads, num_pages = key_cache.shape[:2]
     pages = jnp.clip(pages, 0, num_pages - 1)
