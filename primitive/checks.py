@@ -14,27 +14,37 @@ LARGEST_MASK_VALUE = -1e9
 
 
 def check_operands(
-    query, key_cache, value_cache, context_lens, page_indices, query_offsets, *, cache_batch_dims, num_kv_heads=None
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    page_indices,
+    query_offsets,
+    *,
+    cache_batch_dims,
+    num_kv_heads=None,
+    query_name="query",
 ) -> None:
     """Checks the shapes and dtypes of the operands of `paged_prefill_p`, which may be abstract.
 
-    `num_kv_heads` is how many KV heads the query heads attend to, where that is not all of the caches'.
+    `num_kv_heads` is how many KV heads the query heads attend to, where that is not all of the caches'. `query_name`
+    is what the caller knows the first operand by.
     Raises ValueError for a shape and TypeError for a dtype; each names the operand, what it got, and what it takes.
     """
-    if query.ndim < 3:
-        raise ValueError(f"query must have shape [..., tokens, q_heads, head_dim], got {query.shape}")
+    check_query(query, query_name)
     lead = query.shape[:-3]
+    check_cache_rank("key_cache", key_cache, lead)
     if not 0 <= cache_batch_dims <= len(lead):
         raise ValueError(
             f"cache_batch_dims must be between 0 and the number of query's batch dimensions ({len(lead)}, since query "
             f"has shape {query.shape}), got {cache_batch_dims}"
         )
     cache_lead = lead[:cache_batch_dims]
-    _check_cache("key_cache", key_cache, cache_lead, query)
-    _check_cache("value_cache", value_cache, cache_lead, query)
+    _check_cache("key_cache", key_cache, cache_lead, query, query_name)
+    _check_cache("value_cache", value_cache, cache_lead, query, query_name)
     if key_cache.shape[-1] != query.shape[-1]:
         raise ValueError(
-            f"key_cache must have query's head_dim {query.shape[-1]} as its last dimension, got {key_cache.shape}"
+            f"key_cache must have {query_name}'s head_dim {query.shape[-1]} as its last dimension, got {key_cache.shape}"
         )
     if value_cache.shape[:-1] != key_cache.shape[:-1]:
         raise ValueError(
@@ -44,7 +54,7 @@ def check_operands(
     kv_heads = key_cache.shape[-4] if num_kv_heads is None else num_kv_heads
     if query.shape[-2] % kv_heads:
         raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {query.shape[-2]} query heads"
+            f"{query_name} must have a multiple of key_cache's {kv_heads} KV heads, got {query.shape[-2]} query heads"
         )
     _check_indices("context_lens", context_lens, lead, ("seqs",))
     seqs = context_lens.shape[-1]
@@ -52,17 +62,34 @@ def check_operands(
     _check_indices("query_offsets", query_offsets, lead, (seqs + 1,))
 
 
-def _check_cache(name, cache, lead, query) -> None:
-    form = "kv_heads, num_pages, page_size, " + ("head_dim" if name == "key_cache" else "value_dim")
+def check_query(query, name="query") -> None:
+    """Checks that the first operand has a token, head and feature dimension, the last two not empty."""
+    if query.ndim < 3:
+        raise ValueError(f"{name} must have shape [..., tokens, q_heads, head_dim], got {query.shape}")
+    if 0 in query.shape[-2:]:
+        raise ValueError(f"{name} must have at least one head and one feature, got {query.shape}")
+
+
+def check_cache_rank(name, cache, lead=None) -> None:
+    """Checks the number of dimensions of a cache, where `lead` are the batch dimensions it may share, if known."""
+    if cache.ndim < 4 or (lead is not None and cache.ndim > len(lead) + 4):
+        raise ValueError(f"{name} must have shape {_cache_form(name, ['*pools'] if lead != () else [])}, got {cache.shape}")
+
+
+def _cache_form(name, lead) -> str:
+    last = "head_dim" if name == "key_cache" else "value_dim"
+    return "[" + ", ".join([*map(str, lead), "kv_heads", "num_pages", "page_size", last]) + "]"
+
+
+def _check_cache(name, cache, lead, query, query_name) -> None:
     if cache.ndim != len(lead) + 4 or cache.shape[: len(lead)] != lead:
-        expected = "[" + ", ".join([*map(str, lead), form]) + "]"
-        raise ValueError(f"{name} must have shape {expected}, got {cache.shape}")
+        raise ValueError(f"{name} must have shape {_cache_form(name, lead)}, got {cache.shape}")
     if 0 in (cache.shape[-4], cache.shape[-2], cache.shape[-1]):
         raise ValueError(f"{name} must have at least one head, one slot a page and one feature, got {cache.shape}")
     if query.dtype.name not in ATTENTION_DTYPES:
-        raise TypeError(f"query must be one of {', '.join(ATTENTION_DTYPES)}, got {query.dtype.name}")
+        raise TypeError(f"{query_name} must be one of {', '.join(ATTENTION_DTYPES)}, got {query.dtype.name}")
     if cache.dtype != query.dtype:
-        raise TypeError(f"{name} must have query's dtype {query.dtype.name}, got {cache.dtype.name}")
+        raise TypeError(f"{name} must have {query_name}'s dtype {query.dtype.name}, got {cache.dtype.name}")
 
 
 def _check_indices(name, array, lead, tail) -> None:
@@ -96,8 +123,15 @@ def check_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, pla
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
 
 
+def check_config(name, config) -> None:
+    """Checks the type of a configuration, by its fields: the class is the lowering's."""
+    if config is not None and not hasattr(config, "block_kv"):
+        raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {config!r}")
+
+
 def requested_platform(platform, cfg) -> str:
     """The one kernel that `platform=` and `cfg.platform` ask for together; ValueError where they disagree."""
+    check_config("cfg", cfg)
     asked = {name for name in (platform, getattr(cfg, "platform", None)) if name not in (None, "auto")}
     if len(asked) > 1:
         raise ValueError(f"platform={platform!r} and cfg.platform={cfg.platform!r} ask for different kernels")
@@ -133,23 +167,32 @@ def int32_indices(**arrays) -> list[jax.Array]:
     limits = jnp.iinfo(jnp.int32)
     converted = []
     for name, array in arrays.items():
-        array = jnp.asarray(array)
+        # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+        unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
         if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
-            array = jnp.clip(array, None if array.dtype == jnp.uint32 else limits.min, limits.max)
-        converted.append(array.astype(jnp.int32))
+            array = array.clip(None if unsigned else limits.min, limits.max)
+        converted.append(jnp.asarray(array.astype(jnp.int32)))
     return converted
 
 
 def check_new_tokens(name, tokens, cache) -> None:
     """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
+    check_cache_rank(f"{name}_cache", cache)
     expected = (cache.shape[-4], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
         raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
     if tokens.dtype != cache.dtype:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
+
+
+def check_same_tokens(key, value) -> None:
+    """Checks that the key and value of `append_to_pages` are of the same tokens."""
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have shape {(*key.shape[:-1], value.shape[-1])} to go with key, got {value.shape}")
 
 
 def check_partial(name, shape, expected) -> None:

@@ -42,10 +42,13 @@ def append_to_pages(
     """
     checks.check_new_tokens("key", key, key_cache)
     checks.check_new_tokens("value", value, value_cache)
+    checks.check_same_tokens(key, value)
     indices = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     )
-    checks.check_operands(key, key_cache, value_cache, *indices, cache_batch_dims=key_cache.ndim - 4)
+    checks.check_operands(
+        key, key_cache, value_cache, *indices, cache_batch_dims=key_cache.ndim - 4, query_name="key"
+    )
     write = _append
     for _ in range(key_cache.ndim - 4):
         write = jax.vmap(write)
