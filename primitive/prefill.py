@@ -42,7 +42,9 @@ class PagedPrefillPrimitive(Primitive):
         config=None,
         **only_local,
     ):
+        checks.check_config("config", config)
         if softmax_scale is None:
+            checks.check_query(operands[0])
             softmax_scale = operands[0].shape[-1] ** -0.5
         checks.check_parameters(
             softmax_scale=softmax_scale,
