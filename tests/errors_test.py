@@ -1,0 +1,431 @@
+"""Every error a caller can see names the argument, what it got, and what it takes."""
+
+from unittest import mock
+
+from absl import logging
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import (
+    PrefillPageAttentionConfig,
+    append_to_pages,
+    local_paged_prefill_p,
+    merge,
+    paged_prefill_p,
+    prefill_page_attention,
+    ragged_paged_prefill,
+    validate,
+)
+from paged_prefill import lowering
+from paged_prefill.lowering import contract
+
+OPERANDS = dict(
+    query=jax.ShapeDtypeStruct((10, 4, 16), jnp.float32),
+    key_cache=jax.ShapeDtypeStruct((2, 9, 8, 16), jnp.float32),
+    value_cache=jax.ShapeDtypeStruct((2, 9, 8, 24), jnp.float32),
+    context_lens=jax.ShapeDtypeStruct((3,), jnp.int32),
+    page_indices=jax.ShapeDtypeStruct((3, 5), jnp.int32),
+    query_offsets=jax.ShapeDtypeStruct((4,), jnp.int32),
+)
+
+# (name, operand, shape or dtype, error, what the message says: the operand, what it takes, what it got)
+OPERAND_ERRORS = [
+    ("query_rank", "query", (4, 16), ValueError, r"query must have shape \[\.\.\., tokens, q_heads, head_dim\], got \(4, 16\)"),
+    ("query_dtype", "query", "int8", TypeError, r"query must be one of float32, bfloat16, float16, got int8"),
+    ("query_float64", "query", "float64", TypeError, r"query must be one of float32, bfloat16, float16, got float64"),
+    ("query_heads", "query", (10, 5, 16), ValueError, r"query must have a multiple of key_cache's 2 KV heads, got 5 query heads"),
+    ("query_no_heads", "query", (10, 0, 16), ValueError, r"query must have at least one head and one feature, got \(10, 0, 16\)"),
+    ("key_cache_rank", "key_cache", (9, 8, 16), ValueError,
+     r"key_cache must have shape \[kv_heads, num_pages, page_size, head_dim\], got \(9, 8, 16\)"),
+    ("key_cache_head_dim", "key_cache", (2, 9, 8, 17), ValueError,
+     r"key_cache must have query's head_dim 16 as its last dimension, got \(2, 9, 8, 17\)"),
+    ("key_cache_dtype", "key_cache", "bfloat16", TypeError, r"key_cache must have query's dtype float32, got bfloat16"),
+    ("key_cache_no_heads", "key_cache", (0, 9, 8, 16), ValueError,
+     r"key_cache must have at least one head, one slot a page and one feature, got \(0, 9, 8, 16\)"),
+    ("key_cache_no_slots", "key_cache", (2, 9, 0, 16), ValueError, r"key_cache must have at least one head, one slot"),
+    ("query_no_features", "query", (10, 4, 0), ValueError, r"query must have at least one head and one feature, got \(10, 4, 0\)"),
+    ("query_scalar", "query", (), ValueError, r"query must have shape \[\.\.\., tokens, q_heads, head_dim\], got \(\)"),
+    ("key_cache_too_many", "key_cache", (1, 2, 9, 8, 16), ValueError,
+     r"key_cache must have shape \[kv_heads, num_pages, page_size, head_dim\], got \(1, 2, 9, 8, 16\)"),
+    ("value_cache_rank", "value_cache", (1, 2, 9, 8, 24), ValueError,
+     r"value_cache must have shape \[kv_heads, num_pages, page_size, value_dim\], got \(1, 2, 9, 8, 24\)"),
+    ("value_cache_pages", "value_cache", (2, 8, 8, 24), ValueError,
+     r"value_cache must agree with key_cache \(2, 9, 8, 16\) in all but its last dimension, got \(2, 8, 8, 24\)"),
+    ("value_cache_heads", "value_cache", (4, 9, 8, 24), ValueError, r"value_cache must agree with key_cache"),
+    ("value_cache_page_size", "value_cache", (2, 9, 4, 24), ValueError, r"value_cache must agree with key_cache"),
+    ("value_cache_no_features", "value_cache", (2, 9, 8, 0), ValueError,
+     r"value_cache must have at least one head, one slot a page and one feature, got \(2, 9, 8, 0\)"),
+    ("value_cache_dtype", "value_cache", "float16", TypeError, r"value_cache must have query's dtype float32, got float16"),
+    ("context_lens_rank", "context_lens", (), ValueError, r"context_lens must have shape \[seqs\], got \(\)"),
+    ("context_lens_2d", "context_lens", (3, 1), ValueError, r"context_lens must have shape \[seqs\], got \(3, 1\)"),
+    ("page_indices_rank", "page_indices", (5,), ValueError, r"page_indices must have shape \[3, pages_per_seq\], got \(5,\)"),
+    ("page_indices_seqs", "page_indices", (2, 5), ValueError, r"page_indices must have shape \[3, pages_per_seq\], got \(2, 5\)"),
+    ("query_offsets_length", "query_offsets", (3,), ValueError, r"query_offsets must have shape \[4\], got \(3,\)"),
+]
+FLOAT_INDICES = [
+    (name, name, "float32", TypeError, rf"{name} must be an array of integers, got float32")
+    for name in ("context_lens", "page_indices", "query_offsets")
+]
+NARROW_INDICES = [
+    (name, name, "int16", TypeError, rf"{name} must be int32, got int16")
+    for name in ("context_lens", "page_indices", "query_offsets")
+]
+
+
+def operands(**changes):
+    """The abstract operands, in order, some with another shape (a tuple) or dtype (a name)."""
+    changed = dict(OPERANDS)
+    for name, change in changes.items():
+        old = OPERANDS[name]
+        shape, dtype = (old.shape, change) if isinstance(change, str) else (change, old.dtype)
+        changed[name] = jax.ShapeDtypeStruct(shape, dtype)
+    return list(changed.values())
+
+
+class OperandErrorsTest(parameterized.TestCase):
+    @parameterized.named_parameters(OPERAND_ERRORS + NARROW_INDICES)
+    def test_bind(self, operand, change, error, message):
+        with jax.enable_x64(True), self.assertRaisesRegex(error, message):
+            jax.eval_shape(paged_prefill_p.bind, *operands(**{operand: change}))
+
+    @parameterized.named_parameters(OPERAND_ERRORS + FLOAT_INDICES)
+    def test_ragged_paged_prefill(self, operand, change, error, message):
+        with jax.enable_x64(True), self.assertRaisesRegex(error, message):
+            jax.eval_shape(ragged_paged_prefill, *operands(**{operand: change}))
+
+    @parameterized.named_parameters([row for row in OPERAND_ERRORS if row[0] != "query_heads"] + FLOAT_INDICES)
+    def test_validate(self, operand, change, error, message):
+        arrays = [np.zeros(x.shape, x.dtype) for x in operands(**{operand: change})]
+        with self.assertRaisesRegex(error, message):
+            validate(*arrays)
+
+    def test_bind_cache_batch_dims(self):
+        for dims in (-1, 1):
+            message = r"cache_batch_dims must be between 0 and the number of query's batch dimensions \(0.*got " + str(dims)
+            with self.assertRaisesRegex(ValueError, message):
+                jax.eval_shape(lambda *p: paged_prefill_p.bind(*p, cache_batch_dims=dims), *operands())
+
+    def test_bind_batched_shapes_name_their_batch(self):
+        batched = [jax.ShapeDtypeStruct((7, *x.shape), x.dtype) for x in operands()]
+        batched[1] = jax.ShapeDtypeStruct((6, *batched[1].shape[1:]), jnp.float32)
+        message = r"key_cache must have shape \[7, kv_heads, num_pages, page_size, head_dim\], got \(6, 2, 9, 8, 16\)"
+        with self.assertRaisesRegex(ValueError, message):
+            jax.eval_shape(lambda *p: paged_prefill_p.bind(*p, cache_batch_dims=1), *batched)
+
+    def test_local_bind(self):
+        def call(*p, **kw):
+            return jax.eval_shape(lambda *p: local_paged_prefill_p.bind(*p, num_kv_heads=2, **kw), *p)
+
+        for start in (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)):
+            with self.assertRaisesRegex(TypeError, r"kv_head_start must be an int32 scalar, got (int32\[1\]|float32\[\])"):
+                call(*operands(), start)
+        with self.assertRaisesRegex(ValueError, r"query must have a multiple of key_cache's 2 KV heads, got 3"):
+            call(*operands(query=(10, 3, 16)), jax.ShapeDtypeStruct((), jnp.int32))
+
+    def test_wrong_calls_fail_before_anything_runs(self):
+        with self.assertRaisesRegex(ValueError, "query must have a multiple"):
+            jax.jit(ragged_paged_prefill).lower(*operands(query=(10, 5, 16)))
+
+
+PARAMETER_ERRORS = [
+    ("scale_nan", dict(softmax_scale=float("nan")), ValueError, r"softmax_scale must be finite, got nan"),
+    ("scale_inf", dict(softmax_scale=float("inf")), ValueError, r"softmax_scale must be finite, got inf"),
+    ("scale_text", dict(softmax_scale="big"), TypeError, r"softmax_scale must be a number, got 'big'"),
+    ("cap_zero", dict(attn_logits_soft_cap=0.0), ValueError,
+     r"attn_logits_soft_cap must be a positive finite number or None, got 0\.0"),
+    ("cap_negative", dict(attn_logits_soft_cap=-30), ValueError, r"attn_logits_soft_cap must be a positive .*got -30"),
+    ("cap_inf", dict(attn_logits_soft_cap=float("inf")), ValueError, r"attn_logits_soft_cap must be a positive .*got inf"),
+    ("cap_nan", dict(attn_logits_soft_cap=float("nan")), ValueError, r"attn_logits_soft_cap must be a positive .*got nan"),
+    ("cap_text", dict(attn_logits_soft_cap=[1, 2]), TypeError, r"attn_logits_soft_cap must be a number, got \[1, 2\]"),
+    ("window_zero", dict(sliding_window=0), ValueError, r"sliding_window must be at least 1 .*or None, got 0"),
+    ("window_negative", dict(sliding_window=-1), ValueError, r"sliding_window must be at least 1 .*got -1"),
+    ("window_float", dict(sliding_window=4.0), TypeError, r"sliding_window must be an integer or None, got 4\.0"),
+    ("window_bool", dict(sliding_window=True), TypeError, r"sliding_window must be an integer or None, got True"),
+    ("window_pair", dict(sliding_window=(4, 0)), TypeError, r"sliding_window must be an integer or None, got \(4, 0\)"),
+    ("platform_unknown", dict(platform="gpu"), ValueError,
+     r"platform must be one of auto, xla, triton, pallas, cuda, got 'gpu'"),
+]
+PUBLIC_PARAMETER_ERRORS = PARAMETER_ERRORS + [
+    ("mask_value_too_large", dict(mask_value=-1e4), ValueError,
+     r"mask_value must be at most -1e\+09, or it could not mask a key, got -10000\.0"),
+    ("mask_value_nan", dict(mask_value=float("nan")), ValueError, r"mask_value must be at most .*got nan"),
+    ("mask_value_none", dict(mask_value=None), TypeError, r"mask_value must be a number, got None"),
+    ("cfg_type", dict(cfg={"block_q": 64}), TypeError,
+     r"cfg must be a PrefillPageAttentionConfig or None, got \{'block_q': 64\}"),
+    ("cfg_platform_unknown", dict(cfg=PrefillPageAttentionConfig(platform="gpu")), ValueError,
+     r"platform must be one of auto, xla, triton, pallas, cuda, got 'gpu'"),
+    # A parameter given twice is never silently ignored (sglang#33915).
+    ("platform_twice", dict(platform="xla", cfg=PrefillPageAttentionConfig(platform="triton")), ValueError,
+     r"platform='xla' and cfg\.platform='triton' ask for different kernels"),
+]
+
+
+class ParameterErrorsTest(parameterized.TestCase):
+    @parameterized.named_parameters(PARAMETER_ERRORS)
+    def test_bind(self, parameters, error, message):
+        with self.assertRaisesRegex(error, message):
+            jax.eval_shape(lambda *p: paged_prefill_p.bind(*p, **parameters), *operands())
+
+    @parameterized.named_parameters(PUBLIC_PARAMETER_ERRORS)
+    def test_ragged_paged_prefill(self, parameters, error, message):
+        with self.assertRaisesRegex(error, message):
+            jax.eval_shape(lambda *p: ragged_paged_prefill(*p, **parameters), *operands())
+
+    @parameterized.named_parameters(PUBLIC_PARAMETER_ERRORS)
+    def test_prefill_page_attention(self, parameters, error, message):
+        query, keys, values, *_ = operands()
+        indices = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)
+        with self.assertRaisesRegex(error, message):
+            jax.eval_shape(lambda *p: prefill_page_attention(*p, **parameters), query, keys, values, *indices)
+
+    @parameterized.parameters("softmax_scale", "attn_logits_soft_cap", "mask_value", "sliding_window")
+    def test_a_traced_parameter(self, name):
+        def call(value, *p):
+            return ragged_paged_prefill(*p, **{name: value})
+
+        message = rf"{name} (is a static parameter and must be a Python number|must be an integer or None), got"
+        with self.assertRaisesRegex(TypeError, message):
+            jax.eval_shape(call, jax.ShapeDtypeStruct((), jnp.float32), *operands())
+
+    @parameterized.product(
+        field=("block_q", "block_kv", "num_warps", "num_stages", "num_splits"), value=(0, -1, 1.5, True, "64")
+    )
+    def test_config_sizes(self, field, value):
+        with self.assertRaisesRegex(ValueError, rf"cfg\.{field} must be a positive integer or None, got {value!r}"):
+            PrefillPageAttentionConfig(**{field: value})
+
+    def test_numbers_of_numpy_are_numbers(self):
+        parameters = dict(softmax_scale=np.float32(0.5), attn_logits_soft_cap=np.int64(30), sliding_window=np.int32(7))
+        jaxpr = jax.make_jaxpr(lambda *p: paged_prefill_p.bind(*p, **parameters))(*operands())
+        params = jaxpr.eqns[0].params
+        for name, kind in (("softmax_scale", float), ("attn_logits_soft_cap", float), ("sliding_window", int)):
+            self.assertIs(type(params[name]), kind)
+
+
+    def test_bind_config(self):
+        with self.assertRaisesRegex(TypeError, r"config must be a PrefillPageAttentionConfig or None, got 64"):
+            jax.eval_shape(lambda *p: paged_prefill_p.bind(*p, config=64), *operands())
+
+
+class PrefillPageAttentionErrorsTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("query", 0, (10, 4, 16, 1), r"query must have shape \[chunk, q_heads, head_dim\], got \(10, 4, 16, 1\)"),
+        ("key_cache", 1, (2, 9, 16), r"key_cache must have shape \[kv_heads, num_pages, page_size, head_dim\], got \(2, 9, 16\)"),
+        ("value_cache", 2, (2, 9, 16), r"value_cache must have shape .*got \(2, 9, 16\)"),
+        ("context_len", 3, (2,), r"context_len must have shape \[1\] or be a scalar, got \(2,\)"),
+        ("page_indices", 4, (1, 5), r"page_indices must have shape \[pages_per_seq\], got \(1, 5\)"),
+    )
+    def test_shapes(self, position, shape, message):
+        arrays = [*operands()[:3], jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)]
+        arrays[position] = jax.ShapeDtypeStruct(shape, arrays[position].dtype)
+        with self.assertRaisesRegex(ValueError, message):
+            jax.eval_shape(prefill_page_attention, *arrays)
+
+    @parameterized.named_parameters(("context_len", 3), ("page_indices", 4))
+    def test_floats_for_indices(self, position):
+        arrays = [*operands()[:3], jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)]
+        arrays[position] = jax.ShapeDtypeStruct(arrays[position].shape, jnp.float32)
+        name = ("context_len", "page_indices")[position - 3]
+        with self.assertRaisesRegex(TypeError, rf"{name} must be an array of integers, got float32"):
+            jax.eval_shape(prefill_page_attention, *arrays)
+
+
+class ChoiceErrorsTest(parameterized.TestCase):
+    @parameterized.parameters("triton", "pallas", "cuda")
+    def test_a_kernel_that_is_not_for_this_platform(self, platform):
+        arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
+        message = rf"platform='{platform}' cannot run this call on cpu: .*only xla"
+        for call in (dict(platform=platform), dict(cfg=PrefillPageAttentionConfig(platform=platform))):
+            with self.assertRaisesRegex(ValueError, message):
+                ragged_paged_prefill(*arrays, **call)
+
+    def test_the_reason_of_a_kernel_that_cannot_run(self):
+        """A kernel in the registry that refuses: asked for, its reason is the error; under "auto" it is logged once."""
+        refusing = mock.Mock(supports=lambda problem, device: "head_dim must be 64, got 16")
+        arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
+        kernels = {"cpu": {"triton": refusing, **lowering.KERNELS["cpu"]}}
+        with mock.patch.dict(lowering.KERNELS, kernels), mock.patch.object(logging, "info") as info:
+            message = r"platform='triton' cannot run this call on cpu: triton: head_dim must be 64, got 16"
+            with self.assertRaisesRegex(ValueError, message):
+                ragged_paged_prefill(*arrays, platform="triton")
+            for scale in (0.125, 0.25):  # two programs
+                jax.jit(lambda *p: ragged_paged_prefill(*p, softmax_scale=scale)).lower(*arrays)
+            self.assertEqual(info.call_count, 1)
+            self.assertRegex(info.call_args.args[0] % info.call_args.args[1:],
+                             "on cpu: xla runs, since triton cannot: head_dim must be 64, got 16")
+
+    def test_choose_answers_for_devices_that_are_not_here(self):
+        flat = jax.eval_shape(lambda *p: contract.flatten(*p, cache_batch_dims=0), *operands())
+        problem = contract.problem_of(
+            *flat, num_kv_heads=2, softmax_scale=0.25, attn_logits_soft_cap=None, sliding_window=None
+        )
+        for platform in lowering.KERNELS:
+            name, _ = lowering.choose(problem, contract.Device(platform))
+            self.assertIn(name, lowering.KERNELS[platform])
+            self.assertEqual(lowering.choose(problem, contract.Device(platform), "xla"), ("xla", {}))
+
+
+class PagesErrorsTest(parameterized.TestCase):
+    NEW = dict(key=(10, 2, 16), value=(10, 2, 24))
+
+    @parameterized.named_parameters(
+        ("key_heads", dict(key=(10, 4, 16)), ValueError,
+         r"key must have shape \[\.\.\., tokens, 2, 16\] to go into key_cache \(2, 9, 8, 16\), got \(10, 4, 16\)"),
+        ("key_rank", dict(key=(2, 16)), ValueError, r"key must have shape \[\.\.\., tokens, 2, 16\].*got \(2, 16\)"),
+        ("value_dim", dict(value=(10, 2, 16)), ValueError,
+         r"value must have shape \[\.\.\., tokens, 2, 24\] to go into value_cache \(2, 9, 8, 24\), got \(10, 2, 16\)"),
+        ("value_tokens", dict(value=(9, 2, 24)), ValueError, r"value must have .*\(10,.*got \(9, 2, 24\)"),
+        ("key_dtype", dict(key="float16"), TypeError, r"key must have key_cache's dtype float32, got float16"),
+        ("value_dtype", dict(value="bfloat16"), TypeError, r"value must have value_cache's dtype float32, got bfloat16"),
+        ("key_cache_rank", dict(key_cache=(9, 8, 16)), ValueError,
+         r"key_cache must have shape \[.*kv_heads, num_pages, page_size, head_dim\], got \(9, 8, 16\)"),
+        ("value_cache_rank", dict(value_cache=(8, 16)), ValueError,
+         r"value_cache must have shape \[.*kv_heads, num_pages, page_size, value_dim\], got \(8, 16\)"),
+        ("value_cache_pages", dict(value_cache=(2, 8, 8, 24)), ValueError,
+         r"value_cache must agree with key_cache \(2, 9, 8, 16\)"),
+        ("int8", dict(key="int8", value="int8", key_cache="int8", value_cache="int8"), TypeError,
+         r"key must be one of float32, bfloat16, float16, got int8"),
+        ("batch", dict(key=(6, 10, 2, 16), value=(6, 10, 2, 24), key_cache=(5, 2, 9, 8, 16), value_cache=(5, 2, 9, 8, 24)),
+         ValueError, r"key_cache must have shape \[6, kv_heads, num_pages, page_size, head_dim\], got \(5, 2, 9, 8, 16\)"),
+        ("context_lens", dict(context_lens=(3, 1)), ValueError, r"context_lens must have shape \[seqs\], got \(3, 1\)"),
+        ("context_lens_dtype", dict(context_lens="float32"), TypeError, r"context_lens must be an array of integers"),
+        ("query_offsets", dict(query_offsets=(3,)), ValueError, r"query_offsets must have shape \[4\], got \(3,\)"),
+    )
+    def test_append_to_pages(self, changes, error, message):
+        shapes = {n: (OPERANDS[n].shape, "float32") for n in ("key_cache", "value_cache")}
+        shapes |= {n: (shape, "float32") for n, shape in self.NEW.items()}
+        shapes |= {n: (OPERANDS[n].shape, "int32") for n in ("context_lens", "page_indices", "query_offsets")}
+        for name, change in changes.items():
+            shapes[name] = (shapes[name][0], change) if isinstance(change, str) else (change, shapes[name][1])
+        abstract = {n: jax.ShapeDtypeStruct(*x) for n, x in shapes.items()}
+        with self.assertRaisesRegex(error, message):
+            jax.eval_shape(append_to_pages, **abstract)
+
+    @parameterized.named_parameters(
+        ("out_b", 2, r"out_b must have shape \(5, 4, 16\) to go with out_a, got \(1, 4, 16\)"),
+        ("lse_a", 1, r"lse_a must have shape \(5, 4\) to go with out_a, got \(1, 4\)"),
+        ("lse_b", 3, r"lse_b must have shape \(5, 4\) to go with out_a, got \(1, 4\)"),
+    )
+    def test_merge(self, position, message):
+        arrays = [jnp.zeros((5, 4, 16)), jnp.zeros((5, 4)), jnp.zeros((5, 4, 16)), jnp.zeros((5, 4))]
+        arrays[position] = arrays[position][:1]
+        with self.assertRaisesRegex(ValueError, message):
+            merge(*arrays)
+
+
+class ValidateTest(parameterized.TestCase):
+    GOOD = dict(
+        context_lens=[12, 40, 3],
+        page_indices=[[3, 1, -1, -1, -1], [0, 8, 7, 6, 5], [2, 99, 99, 99, 99]],
+        query_offsets=[0, 4, 5, 8],
+    )
+
+    def call(self, sliding_window=None, **changes):
+        arrays = {n: jnp.zeros(x.shape, x.dtype) for n, x in OPERANDS.items()}
+        arrays |= {n: np.asarray(x, np.int32) for n, x in (self.GOOD | changes).items()}
+        return validate(**arrays, sliding_window=sliding_window)
+
+    def test_accepts_what_is_right(self):
+        self.assertIsNone(self.call())
+        self.assertIsNone(self.call(sliding_window=1))
+        self.assertIsNone(self.call(context_lens=[0, 40, 3], query_offsets=[2, 2, 5, 8]))
+        self.assertIsNone(self.call(context_lens=[10**6, 40, 3], query_offsets=[0, 0, 5, 8]))  # no new token, not looked at
+
+    @parameterized.named_parameters(
+        ("context_negative", dict(context_lens=[12, -40, 3]), r"context_lens of sequence 1 must not be negative, got -40"),
+        ("context_shorter_than_chunk", dict(context_lens=[12, 40, 2]),
+         r"context_lens of sequence 2 must count its 3 new tokens too, got 2"),
+        ("context_past_the_table", dict(context_lens=[12, 41, 3]),
+         r"page_indices of sequence 1 holds 5 pages of 8 slots, too few for its context_lens of 41"),
+        ("offset_negative", dict(query_offsets=[-1, 4, 5, 8]),
+         r"query_offsets\[0\] must be between 0 and the 10 tokens of query, got -1"),
+        ("offset_past_the_tokens", dict(query_offsets=[0, 4, 5, 11]),
+         r"query_offsets\[3\] must be between 0 and the 10 tokens of query, got 11"),
+        ("offsets_decrease", dict(query_offsets=[0, 4, 3, 8]),
+         r"query_offsets must not decrease, got 3 after 4 \(sequence 1\)"),
+        ("page_negative", dict(context_lens=[17, 40, 3]),
+         r"page_indices of sequence 0 must lie in \[0, 9\) where its keys are, got -1 in column 2"),
+        ("page_past_the_pool", dict(context_lens=[12, 40, 9]),
+         r"page_indices of sequence 2 must lie in \[0, 9\) where its keys are, got 99 in column 1"),
+    )
+    def test_values(self, changes, message):
+        with self.assertRaisesRegex(ValueError, message):
+            self.call(**changes)
+
+    def test_only_pages_a_row_needs_are_looked_at(self):
+        pages = [[3, 1, -1, -1, -1], [-1, -1, -1, -1, 5], [2, 99, 99, 99, 99]]
+        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 0"):
+            self.call(page_indices=pages)
+        self.call(page_indices=pages, sliding_window=8)
+        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 3"):
+            self.call(page_indices=pages, sliding_window=9)
+
+    def test_a_pack_of_a_batch_is_named(self):
+        arrays = {n: jnp.zeros((2, *x.shape), x.dtype) for n, x in OPERANDS.items()}
+        arrays |= {n: np.stack([x] * 2).astype(np.int64) for n, x in self.GOOD.items()}
+        validate(**arrays)
+        arrays["query_offsets"][1, 3] = 11
+        with self.assertRaisesRegex(ValueError, r"query_offsets\[3\] of pack \(1,\) must be between 0 and the 10 tokens"):
+            validate(**arrays)
+        arrays["query_offsets"][1, 3] = 8
+        arrays["context_lens"][1, 2] = -1
+        with self.assertRaisesRegex(ValueError, r"context_lens of sequence \(1, 2\) must not be negative, got -1"):
+            validate(**arrays)
+
+    def test_values_past_int32(self):
+        for value in (2**32 + 12, 2**40):
+            arrays = {n: jnp.zeros(x.shape, x.dtype) for n, x in OPERANDS.items()}
+            arrays |= {n: np.asarray(x, np.int64) for n, x in self.GOOD.items()}
+            arrays["context_lens"][0] = value
+            with self.assertRaisesRegex(ValueError, rf"too few for its context_lens of {value}"):
+                validate(**arrays)
+
+    def test_sliding_window_and_tracers(self):
+        with self.assertRaisesRegex(ValueError, "sliding_window must be at least 1"):
+            self.call(sliding_window=0)
+        arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
+        with self.assertRaisesRegex(TypeError, r"validate needs concrete arrays, but context_lens is traced; call it outside jit"):
+            jax.jit(validate)(*arrays)
+
+
+class IndexDtypesTest(parameterized.TestCase):
+    @parameterized.parameters("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+    def test_any_integer_dtype_means_the_same(self, dtype):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(0)
+            arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
+            good = [jnp.asarray(np.abs(x)) for x in map(np.asarray, ValidateTest.GOOD.values())]
+            want = ragged_paged_prefill(*arrays, *(x.astype(jnp.int32) for x in good))
+            got = ragged_paged_prefill(*arrays, *(x.astype(dtype) for x in good))
+            np.testing.assert_array_equal(got, want)
+
+    def test_wide_numpy_values_saturate_without_x64_too(self):
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
+        lens, pages, offsets = (np.abs(np.asarray(x, np.int64)) for x in ValidateTest.GOOD.values())
+        want = ragged_paged_prefill(*arrays, np.where(lens == 40, 2**31 - 1, lens), pages, offsets)
+        for wide in (2**31, 2**32 + 1, 2**62):
+            got = ragged_paged_prefill(*arrays, np.where(lens == 40, wide, lens), pages, offsets)
+            np.testing.assert_array_equal(got, want)
+
+    def test_truth_values_and_numbers_too_large_are_no_integers(self):
+        arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()[:3]]
+        for lens, kind in (([True] * 3, "bool"), ([2**70] * 3, "object")):
+            with self.assertRaisesRegex(TypeError, f"context_lens must be an array of integers, got {kind}"):
+                ragged_paged_prefill(*arrays, lens, *list(ValidateTest.GOOD.values())[1:])
+
+    def test_wide_values_saturate_and_do_not_wrap(self):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(0)
+            arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
+            lens, pages, offsets = (jnp.asarray(np.abs(x), jnp.int64) for x in ValidateTest.GOOD.values())
+            for dtype, wide, narrow in (("int64", 2**32 + 1, 2**31 - 1), ("int64", -(2**32) + 7, 0), ("uint64", 2**64 - 1, 2**31 - 1)):
+                got = ragged_paged_prefill(*arrays, lens.astype(dtype).at[1].set(wide), pages, offsets)
+                want = ragged_paged_prefill(*arrays, lens.at[1].set(narrow), pages, offsets)
+                np.testing.assert_array_equal(got, want)
+
+
+if __name__ == "__main__":
+    absltest.main()
