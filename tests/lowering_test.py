@@ -1,0 +1,177 @@
+"""What a call costs: memory of the order of a tile, time that follows context and window; and the kernel contract."""
+
+import time
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig, lowering, prefill_page_attention, ragged_paged_prefill
+from paged_prefill.lowering import contract
+from paged_prefill.tests import cases, packs
+
+
+def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
+    """Bytes of temporaries of a call at 8 query and 2 KV heads, head_dim 64, page size 16."""
+    cache = jax.ShapeDtypeStruct((2, num_pages, 16, 64), dtype)
+    indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
+    call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
+    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+class MemoryTest(parameterized.TestCase):
+    @parameterized.parameters("float32", "bfloat16")
+    def test_temporaries_are_of_the_order_of_a_tile(self, dtype):
+        """Bounded whatever the chunk, the page table and the pool; a float32 row of the results may be held twice."""
+        dtype = jnp.dtype(dtype)
+        base = temporaries(512, 256, dtype=dtype)
+        self.assertLess(base, 24 * 2**20)
+        slack = 2**20
+        # The indices are held a few times over: two integers of 4 bytes for each entry of the page table.
+        with self.subTest("page_table_pool_and_sequences_many_times_larger"):
+            larger = temporaries(512, 256 * 8, seqs=16, num_pages=4096 * 4, dtype=dtype)
+            self.assertLess(larger, base + 8 * 256 * 8 * 16 + slack)
+        with self.subTest("chunk_4_times_longer"):
+            results = 4 * 512 * 8 * (64 + 1) * 4
+            self.assertLess(temporaries(512 * 4, 256, dtype=dtype), base + 2 * results + slack)
+
+    def test_largest_benchmark_fits_in_64_MiB(self):
+        """Chunk 2048 at 16384, the goal of benchmarks/cpu.py; ejKernel's XLA path takes 1.2 GiB."""
+        self.assertLess(temporaries(2048, 1024), 64 * 2**20)
+
+
+class CostTest(parameterized.TestCase):
+    """Ratios of times with factors to spare: what is guarded against costs a hundred times more, noise far less."""
+
+    def ratio(self, one, other) -> float:
+        """Median time of `one` over that of `other`, run in turns."""
+        times = [], []
+        for call in (one, other):
+            jax.block_until_ready(call())
+        for _ in range(7):
+            for call, spent in zip((one, other), times):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                spent.append(time.perf_counter() - start)
+        return float(np.median(times[0]) / np.median(times[1]))
+
+    def call(self, context, pages_per_seq, chunk=16, **parameters):
+        rng = np.random.default_rng(0)
+        query = jnp.asarray(rng.standard_normal((chunk, 4, 64)), jnp.float32)
+        keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
+        pages = jnp.asarray(rng.integers(0, 64, pages_per_seq), jnp.int32)
+        jitted = jax.jit(lambda *p: prefill_page_attention(*p, **parameters))
+        return lambda: jitted(query, keys, values, jnp.asarray([context], jnp.int32), pages)
+
+    def test_a_long_page_table_costs_nothing(self):
+        """Context 1024 in a table for 262144 keys, against a table of its own length: 256 times more columns."""
+        self.assertLess(self.ratio(self.call(1024, 16384), self.call(1024, 64)), 6)
+
+    def test_context_is_what_costs(self):
+        """In the same program, the full table against one key: else the test above could pass with no work done."""
+        self.assertGreater(self.ratio(self.call(65536, 4096), self.call(16, 4096)), 6)
+
+    def test_a_window_costs_the_window(self):
+        """65536 keys of context seen through a window of 64, against a context of 64."""
+        windowed = self.call(65536, 4096, sliding_window=64)
+        self.assertLess(self.ratio(windowed, self.call(64, 4096, sliding_window=64)), 6)
+
+    def test_a_pack_costs_what_its_tokens_cost(self):
+        """One long sequence and 63 decode steps of 16 keys, against the long one alone: not 64 long ones."""
+        rng = np.random.default_rng(0)
+        keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
+        query = jnp.asarray(rng.standard_normal((256 + 63, 4, 64)), jnp.float32)
+        pages = jnp.asarray(rng.integers(0, 64, (64, 256)), jnp.int32)
+        jitted = jax.jit(ragged_paged_prefill)
+
+        def pack(short_lens, short_tokens):
+            context_lens = jnp.asarray([4096] + [short_lens] * 63, jnp.int32)
+            offsets = jnp.asarray(np.cumsum([0, 256] + [short_tokens] * 63), jnp.int32)
+            return lambda: jitted(query, keys, values, context_lens, pages, offsets)
+
+        self.assertLess(self.ratio(pack(16, 1), pack(0, 0)), 4)
+
+
+class ContractTest(parameterized.TestCase):
+    @parameterized.parameters(0, 1, 2)
+    def test_flatten_is_one_pack_over_pools(self, cache_batch_dims):
+        lead = (2, 3)
+        rng = np.random.default_rng(0)
+        cache_lead = lead[:cache_batch_dims]
+        query = jnp.asarray(rng.standard_normal((*lead, 10, 4, 8)), jnp.float32)
+        keys, values = (jnp.asarray(rng.standard_normal((*cache_lead, 2, 5, 4, d)), jnp.float32) for d in (8, 6))
+        context_lens = jnp.asarray(rng.integers(0, 20, (*lead, 2)), jnp.int32)
+        page_indices = jnp.asarray(rng.integers(0, 5, (*lead, 2, 5)), jnp.int32)
+        offsets = jnp.asarray(np.sort(rng.integers(0, 11, (*lead, 3))), jnp.int32)
+        flat_query, key_pages, value_pages, sequences = contract.flatten(
+            query, keys, values, context_lens, page_indices, offsets, cache_batch_dims=cache_batch_dims
+        )
+        self.assertEqual(flat_query.shape, (60, 4, 8))
+        self.assertEqual((key_pages.shape[1:], value_pages.shape[1:]), ((2, 5, 4, 8), (2, 5, 4, 6)))
+        for array in sequences:
+            self.assertEqual(array.dtype, jnp.int32)
+        for number, (a, b) in enumerate(np.ndindex(lead)):
+            for seq in range(2):
+                i = number * 2 + seq
+                rows = slice(int(sequences.start[i]), int(sequences.start[i] + sequences.length[i]))
+                np.testing.assert_array_equal(flat_query[rows], query[a, b, offsets[a, b, seq] : offsets[a, b, seq + 1]])
+                self.assertEqual(sequences.context_len[i], context_lens[a, b, seq])
+                np.testing.assert_array_equal(sequences.page_indices[i], page_indices[a, b, seq])
+                np.testing.assert_array_equal(key_pages[sequences.pool[i]], keys[(a, b)[:cache_batch_dims]])
+
+    def test_flatten_makes_indices_harmless(self):
+        rng = np.random.default_rng(0)
+        extremes = [-(2**31), -1, 0, 3, 9, 10, 11, 2**30, 2**31 - 1]
+        for _ in range(20):
+            lens, pages, offsets = (jnp.asarray(rng.choice(extremes, s), jnp.int32) for s in ((4,), (4, 5), (5,)))
+            cache = jnp.zeros((2, 7, 4, 8))
+            _, _, _, sequences = contract.flatten(
+                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, cache_batch_dims=0
+            )
+            start, length, context_len, pool, page_indices = map(np.asarray, sequences)
+            self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
+            self.assertLessEqual(length.sum(), 10)
+            self.assertTrue(np.all(start[1:] == (start + length)[:-1]))
+            self.assertTrue(np.all((context_len >= 0) & (context_len <= contract.MAX_CONTEXT)))
+            self.assertTrue(np.all((page_indices >= 0) & (page_indices < 7)) and not pool.any())
+
+    def test_every_kernel_has_the_face_of_the_contract(self):
+        for kernels in lowering.KERNELS.values():
+            for kernel in kernels.values():
+                for function in ("attend", "supports", "heuristic_config", "candidate_configs"):
+                    self.assertTrue(callable(getattr(kernel, function)))
+
+    @parameterized.product(chunk=(1, 512), dtype=cases.DTYPES)
+    def test_candidates_of_the_xla_kernel_are_right(self, chunk, dtype):
+        problem = contract.Problem(
+            tokens=chunk, q_heads=8, num_kv_heads=2, head_dim=64, value_dim=64, pools=1, cache_kv_heads=2, num_pages=64,
+            page_size=16, seqs=1, pages_per_seq=64, dtype=dtype, softmax_scale=0.125, attn_logits_soft_cap=None,
+            sliding_window=None,
+        )
+        device = contract.Device("cpu")
+        xla = lowering.KERNELS["cpu"]["xla"]
+        self.assertIsNone(xla.supports(problem, device))
+        candidates = xla.candidate_configs(problem, device)
+        self.assertEqual(candidates[0], xla.heuristic_config(problem, device))
+        self.assertLen(set(candidates), len(candidates))
+        for config in candidates:
+            self.assertGreater(config.block_q * config.block_kv, 0)
+
+    def test_config_over_a_default(self):
+        default = PrefillPageAttentionConfig(block_q=64, block_kv=128, num_warps=4)
+        mine = PrefillPageAttentionConfig(block_kv=32)
+        self.assertEqual(mine.over(default), PrefillPageAttentionConfig(block_q=64, block_kv=32, num_warps=4))
+        self.assertEqual(hash(mine), hash(PrefillPageAttentionConfig(block_kv=32)))
+
+    def test_results_do_not_depend_on_the_configuration(self):
+        """Within rounding; and no configuration, however odd, reads or writes outside."""
+        pack = cases.Case("configurations", ((70, 133), (1, 40), (3, 9)), page_size=8).pack()
+        for block_q, block_kv in ((1, 8), (16, 1), (128, 4096)):
+            config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
+            packs.assert_matches_reference(pack, *ragged_paged_prefill(*pack, cfg=config, return_lse=True))
+
+
+if __name__ == "__main__":
+    absltest.main()
