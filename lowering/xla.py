@@ -202,7 +202,7 @@ def _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_
     `visible` [rows, keys] says which rows see which keys; None: all see all.
     """
     m, l, acc = running
-    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * softmax_scale
+    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * scale
     if attn_logits_soft_cap is not None:
         logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
     if visible is not None:
