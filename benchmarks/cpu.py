@@ -1,6 +1,6 @@
 """Times the XLA lowering on this machine's CPU beside its peers, and holds it to its goals.
 
-    python -m paged_prefill.benchmarks.cpu [--case NAME ...] [--rounds N] [--json FILE]
+    python -m paged_prefill.benchmarks.cpu [--case NAME ...] [--rounds N]
 
 Needs ejKernel 0.0.80.3 (without its GPU extras) and PyTorch beside JAX; a peer that is missing is left out, and said
 so. Every round runs each peer once, in turn, on the same arrays in one process, so that what disturbs the machine
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
@@ -181,3 +182,61 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     for name in runs:
         rows[name]["ms"] = statistics.median(times[name])
     return rows
+
+
+def verdicts(case: Case, rows) -> list[tuple[str, float, bool]]:
+    """The goals a case is held to: what was compared, the value, and whether it was reached."""
+    mine = rows["this project"]
+    found = [("temporaries, MiB", mine["temporaries"], mine["temporaries"] <= LARGEST_TEMPORARIES)]
+    if case.goal and "ejKernel" in rows:
+        ratio = rows["ejKernel"]["ms"] / mine["ms"]
+        found.append((f"ejKernel's time / ours, at least {case.goal:g}", ratio, ratio >= case.goal))
+    if case.goal and "PyTorch, dense" in rows:
+        ratio = mine["ms"] / rows["PyTorch, dense"]["ms"]
+        found.append((f"our time / PyTorch's, at most {SLOWEST_BESIDE_TORCH:g}", ratio, ratio <= SLOWEST_BESIDE_TORCH))
+    return found
+
+
+def _machine() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _versions() -> str:
+    def version(package):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {package}"
+
+    return ", ".join([f"Python {platform.python_version()}", *map(version, ("jax", "jaxlib", "ejkernel", "torch"))])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help="run only cases whose name and dtype hold this text")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each peer is timed (default 7)")
+    arguments = parser.parse_args()
+    chosen = [c for c in CASES if not arguments.case or any(text in f"{c.name} {c.dtype}" for text in arguments.case)]
+    print(f"{_machine()}; {_versions()}; medians of {arguments.rounds} rounds\n")
+    peers = ["this project", "ejKernel", "plain jnp", "PyTorch, dense"]
+    print("| case | dtype | " + " | ".join(f"{peer}, ms" for peer in peers) + " | temporaries, MiB (same order) | goals |")
+    print("|---" * (len(peers) + 4) + "|")
+    missed = 0
+    for case in chosen:
+        rows = measure(case, arguments.rounds)
+        goals = verdicts(case, rows)
+        missed += sum(not reached for *_, reached in goals)
+        times = [f"{rows[peer]['ms']:.2f}" if peer in rows else "" for peer in peers]
+        temporaries = ", ".join(f"{rows[peer]['temporaries']:.1f}" for peer in peers[:3] if peer in rows)
+        said = "; ".join(f"{what}: {value:.2f} {'ok' if reached else 'MISSED'}" for what, value, reached in goals)
+        print("| " + " | ".join([case.name, case.dtype, *times, temporaries, said]) + " |", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
