@@ -36,7 +36,20 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
     return [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
 
 
-def attend(
+def attend(query, key_pages, value_pages, sequences: Sequences, kv_head_start, **parameters):
+    """See contract.py. Uses block_q and block_kv."""
+    operands = (query, key_pages, value_pages, sequences, kv_head_start)
+    if query.dtype == jnp.float32:
+        return _attend(*operands, **parameters, compute_dtype=jnp.float32)
+    # Few CPUs multiply 16-bit floats; XLA would convert the operands of every product one by one.
+    return lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(_attend, **parameters, compute_dtype=jnp.float32),
+        default=functools.partial(_attend, **parameters, compute_dtype=query.dtype),
+    )
+
+
+def _attend(
     query,
     key_pages,
     value_pages,
@@ -48,26 +61,22 @@ def attend(
     attn_logits_soft_cap: float | None,
     sliding_window: int | None,
     config: PrefillPageAttentionConfig,
+    compute_dtype,
 ):
-    """See contract.py. Uses block_q and block_kv."""
     tokens, q_heads, _ = query.shape
+    dtype, value_dim = query.dtype, value_pages.shape[-1]
     page_size = key_pages.shape[-2]
     # Keys are fetched in runs of `run` slots that lie together: pages, or equal parts of pages above the block size.
     run = _largest_divisor(page_size, config.block_kv)
     runs_per_page, runs_per_block = page_size // run, max(1, config.block_kv // run)
-    block = functools.partial(
-        _attend_block,
-        softmax_scale=softmax_scale,
-        attn_logits_soft_cap=attn_logits_soft_cap,
-        sliding_window=sliding_window,
-    )
+    block_kv = runs_per_block * run
     capacity = sequences.page_indices.shape[1] * page_size
 
     def in_runs(pages):
         pools, heads, num_pages, _, features = pages.shape
-        return pages.reshape(pools, heads, num_pages * runs_per_page, run, features)
+        return _bits(pages).reshape(pools, heads, num_pages * runs_per_page, run, features)
 
-    key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
+    query_bits, key_runs, value_runs = _bits(query), in_runs(key_pages), in_runs(value_pages)
 
     def fetch(runs, seq, indices):  # -> [num_kv_heads, keys, features]
         column = jnp.minimum(indices // runs_per_page, sequences.page_indices.shape[1] - 1)
@@ -76,28 +85,54 @@ def attend(
         dimensions = lax.GatherDimensionNumbers(offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2))
         sizes = (1, num_kv_heads, 1, *runs.shape[-2:])
         gathered = lax.gather(runs, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
-        return gathered.reshape(num_kv_heads, -1, runs.shape[-1])
+        return _floats(gathered, dtype).astype(compute_dtype).reshape(num_kv_heads, -1, runs.shape[-1])
 
     def attend_tile(height, seq, first_row, results):
         rows = first_row + jnp.arange(height, dtype=jnp.int32)
         token = jnp.where(rows < sequences.length[seq], sequences.start[seq] + rows, tokens)
         position = sequences.context_len[seq] - sequences.length[seq] + rows
-        last_row = jnp.minimum(first_row + height, sequences.length[seq]) - 1
-        key_end = jnp.minimum(position[0] + (last_row - first_row) + 1, capacity)
-        first_key = 0 if sliding_window is None else jnp.maximum(position[0] - sliding_window + 1, 0)
+        first_position = position[0]
+        last_position = first_position + jnp.minimum(height, sequences.length[seq] - first_row) - 1
+        key_end = jnp.minimum(last_position + 1, capacity)
+        first_key = 0 if sliding_window is None else jnp.maximum(first_position - sliding_window + 1, 0)
         first_run = first_key // run
-        num_blocks = (key_end - first_run * run + runs_per_block * run - 1) // (runs_per_block * run)
+        num_blocks = (key_end - first_run * run + block_kv - 1) // block_kv
 
-        tile = query.at[token].get(mode="clip").reshape(height, num_kv_heads, -1, query.shape[-1])
-        tile = tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, query.shape[-1])
+        tile = _floats(query_bits.at[token].get(mode="clip"), dtype)
+        tile = tile.reshape(height, num_kv_heads, -1, tile.shape[-1])
+        tile = tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, tile.shape[-1]).astype(compute_dtype)
+        if compute_dtype == jnp.float32:
+            tile, scale = tile * softmax_scale, 1.0  # once for each query, not for each logit
+        else:
+            scale = softmax_scale
+        row_position = jnp.repeat(position, tile.shape[1] // height)[:, None]
 
-        def step(i, running):
+        def step(masked, i, running):
             indices = first_run + i * runs_per_block + jnp.arange(runs_per_block, dtype=jnp.int32)
-            key = (indices[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
             keys, values = fetch(key_runs, seq, indices), fetch(value_runs, seq, indices)
-            return block(running, tile, keys, values, position, key, first_key, key_end)
+            visible = None
+            if masked:
+                key = (indices[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
+                visible = (key <= row_position) & (key < key_end)
+                if sliding_window is not None:
+                    visible &= key > row_position - sliding_window
+                # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
+                values = jnp.where(((key >= first_key) & (key < key_end))[:, None], values, 0)
+            return _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_cap)
 
-        m, l, acc = lax.fori_loop(0, num_blocks, step, _start(tile, value_pages.shape[-1]))
+        # Blocks begin : end are seen whole by every row; only those before and after need masks.
+        begin = end = 0
+        running = _start(tile, value_dim)
+        if height == config.block_q and (sliding_window is None or sliding_window >= height + block_kv):
+            if sliding_window is not None:
+                begin = jnp.maximum(last_position - sliding_window + 1 - first_run * run + block_kv - 1, 0) // block_kv
+            end = (jnp.minimum(first_position + 1, capacity) - first_run * run) // block_kv
+            end = jnp.maximum(end, begin)
+            running = lax.fori_loop(begin, end, functools.partial(step, False), running)
+        whole = end - begin
+        m, l, acc = lax.fori_loop(
+            0, num_blocks - whole, lambda i, running: step(True, i + jnp.where(i < begin, 0, whole), running), running
+        )
         out, lse = _finish(m, l, acc)
 
         def rows_first(x):
@@ -105,12 +140,12 @@ def attend(
             return jnp.moveaxis(x, 0, 1).reshape(height, q_heads, *x.shape[3:])
 
         return tuple(
-            result.at[token].set(rows_first(x).astype(result.dtype), mode="drop", unique_indices=True)
-            for result, x in zip(results, (out, lse), strict=True)
+            result.at[token].set(rows_first(x), mode="drop", unique_indices=True)
+            for result, x in zip(results, (_bits(out.astype(dtype)), lse), strict=True)
         )
 
     results = (
-        jnp.zeros((tokens, q_heads, value_pages.shape[-1]), query.dtype),
+        _bits(jnp.zeros((tokens, q_heads, value_dim), dtype)),
         jnp.full((tokens, q_heads), -jnp.inf, jnp.float32),
     )
     for height, count, locate in _tiles(sequences.length, tokens, config.block_q):
@@ -119,7 +154,8 @@ def attend(
             return attend_tile(height, *locate(i), results)
 
         results = lax.fori_loop(0, count, body, results)
-    return results
+    out_bits, lse = results
+    return _floats(out_bits, dtype), lse
 
 
 def _tiles(length, tokens, block_q):
@@ -143,32 +179,38 @@ def _tiles(length, tokens, block_q):
         previous = height
 
 
+def _bits(x):
+    """A 16-bit float array as integers: XLA's CPU compiler computes in float32 where it gathers or scatters 16-bit
+    floats, and would hold a float32 copy of a whole cache. Integers are moved as they are."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(bits, dtype):
+    """The floats that `_bits` took."""
+    return lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
+
+
 def _start(tile, value_dim):
     kv_heads, rows, _ = tile.shape
     m = jnp.full((kv_heads, rows), -jnp.inf, jnp.float32)
     return m, jnp.zeros_like(m), jnp.zeros((kv_heads, rows, value_dim), jnp.float32)
 
 
-def _attend_block(
-    running, tile, keys, values, position, key, first_key, key_end, *, softmax_scale, attn_logits_soft_cap, sliding_window
-):
-    """One step of the online softmax: folds the keys of a block into (m, l, unnormalised output) of a tile's rows."""
+def _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_cap):
+    """One step of the online softmax: folds the keys of a block into (m, l, unnormalised output) of a tile's rows.
+
+    `visible` [rows, keys] says which rows see which keys; None: all see all.
+    """
     m, l, acc = running
-    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * softmax_scale
+    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * scale
     if attn_logits_soft_cap is not None:
         logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
-    group = tile.shape[1] // position.shape[0]
-    position = jnp.repeat(position, group)[:, None]
-    visible = (key <= position) & (key < key_end)
-    if sliding_window is not None:
-        visible &= key > position - sliding_window
-    logits = jnp.where(visible, logits, -jnp.inf)
+    if visible is not None:
+        logits = jnp.where(visible, logits, -jnp.inf)
     m_next = jnp.maximum(m, jnp.max(logits, axis=-1))
     shift = jnp.where(jnp.isneginf(m_next), 0.0, m_next)
     weights = jnp.exp(logits - shift[..., None])
     fade = jnp.exp(m - shift)
-    # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
-    values = jnp.where(((key >= first_key) & (key < key_end))[:, None], values, 0)
     update = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return m_next, l * fade + jnp.sum(weights, axis=-1), acc * fade[..., None] + update
 
