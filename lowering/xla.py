@@ -74,9 +74,9 @@ def _attend(
 
     def in_runs(pages):
         pools, heads, num_pages, _, features = pages.shape
-        return _bits(pages).reshape(pools, heads, num_pages * runs_per_page, run, features)
+        return pages.reshape(pools, heads, num_pages * runs_per_page, run, features)
 
-    query_bits, key_runs, value_runs = _bits(query), in_runs(key_pages), in_runs(value_pages)
+    key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
 
     def fetch(runs, seq, indices):  # -> [num_kv_heads, keys, features]
         column = jnp.minimum(indices // runs_per_page, sequences.page_indices.shape[1] - 1)
@@ -85,9 +85,9 @@ def _attend(
         dimensions = lax.GatherDimensionNumbers(offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2))
         sizes = (1, num_kv_heads, 1, *runs.shape[-2:])
         gathered = lax.gather(runs, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
-        return _floats(gathered, dtype).astype(compute_dtype).reshape(num_kv_heads, -1, runs.shape[-1])
+        return gathered.astype(compute_dtype).reshape(num_kv_heads, -1, runs.shape[-1])
 
-    def attend_tile(height, seq, first_row, results):
+    def attend_tile(query, height, seq, first_row, results):
         rows = first_row + jnp.arange(height, dtype=jnp.int32)
         token = jnp.where(rows < sequences.length[seq], sequences.start[seq] + rows, tokens)
         position = sequences.context_len[seq] - sequences.length[seq] + rows
@@ -98,7 +98,7 @@ def _attend(
         first_run = first_key // run
         num_blocks = (key_end - first_run * run + block_kv - 1) // block_kv
 
-        tile = _floats(query_bits.at[token].get(mode="clip"), dtype)
+        tile = query.at[token].get(mode="clip")
         tile = tile.reshape(height, num_kv_heads, -1, tile.shape[-1])
         tile = tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, tile.shape[-1]).astype(compute_dtype)
         if compute_dtype == jnp.float32:
@@ -108,8 +108,9 @@ def _attend(
         row_position = jnp.repeat(position, tile.shape[1] // height)[:, None]
 
         def step(masked, i, running):
+            i, keys, values = _kept_in_loop(i, key_runs, value_runs)
             indices = first_run + i * runs_per_block + jnp.arange(runs_per_block, dtype=jnp.int32)
-            keys, values = fetch(key_runs, seq, indices), fetch(value_runs, seq, indices)
+            keys, values = fetch(keys, seq, indices), fetch(values, seq, indices)
             visible = None
             if masked:
                 key = (indices[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
@@ -151,7 +152,8 @@ def _attend(
     for height, count, locate in _tiles(sequences.length, tokens, config.block_q):
 
         def body(i, results, height=height, locate=locate):
-            return attend_tile(height, *locate(i), results)
+            i, tokens_here = _kept_in_loop(i, query)
+            return attend_tile(tokens_here, height, *locate(i), results)
 
         results = lax.fori_loop(0, count, body, results)
     out_bits, lse = results
@@ -179,9 +181,16 @@ def _tiles(length, tokens, block_q):
         previous = height
 
 
+def _kept_in_loop(i, *arrays):
+    """Arrays that a loop's body gathers from, tied to its counter.
+
+    XLA's CPU compiler gathers bfloat16 in float32 (jaxlib 0.10), and would else convert whole caches ahead of the loop.
+    """
+    return lax.optimization_barrier((i, *arrays))
+
+
 def _bits(x):
-    """A 16-bit float array as integers: XLA's CPU compiler computes in float32 where it gathers or scatters 16-bit
-    floats, and would hold a float32 copy of a whole cache. Integers are moved as they are."""
+    """16-bit floats as integers, which XLA's CPU compiler scatters as they are; bfloat16 it would scatter in float32."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -202,7 +211,7 @@ def _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_
     `visible` [rows, keys] says which rows see which keys; None: all see all.
     """
     m, l, acc = running
-    logits = jnp.einsum("hqd,hkd->hqk", tile, keys, preferred_element_type=jnp.float32) * scale
+    logits = _product("hqd,hkd->hqk", tile, keys) * scale
     if attn_logits_soft_cap is not None:
         logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
     if visible is not None:
@@ -211,8 +220,14 @@ def _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_
     shift = jnp.where(jnp.isneginf(m_next), 0.0, m_next)
     weights = jnp.exp(logits - shift[..., None])
     fade = jnp.exp(m - shift)
-    update = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    update = _product("hqk,hkd->hqd", weights.astype(values.dtype), values)
     return m_next, l * fade + jnp.sum(weights, axis=-1), acc * fade[..., None] + update
+
+
+def _product(subscripts, a, b):
+    """A product accumulated in float32; of float32 operands in full, where GPUs and TPUs would round them."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _finish(m, l, acc):
