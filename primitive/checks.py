@@ -129,6 +129,16 @@ def check_config(name, config) -> None:
         raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {config!r}")
 
 
+def check_mesh(mesh) -> None:
+    """Refuses a mesh that a shard_map has made manual in part, which neither XLA nor JAX can cut a custom call over."""
+    others = [axis for axis in mesh.auto_axes + mesh.explicit_axes if mesh.shape[axis] > 1]
+    if mesh.manual_axes and others:
+        raise NotImplementedError(
+            f"paged_prefill inside a shard_map over {mesh.manual_axes} that leaves the mesh axes {tuple(others)} to the "
+            "compiler: make every axis manual (axis_names=), or call it outside shard_map"
+        )
+
+
 def requested_platform(platform, cfg) -> str:
     """The one kernel that `platform=` and `cfg.platform` ask for together; ValueError where they disagree."""
     check_config("cfg", cfg)
