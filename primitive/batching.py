@@ -9,7 +9,7 @@ from jax.interpreters import batching
 import jax.numpy as jnp
 
 from paged_prefill.primitive import hints
-from paged_prefill.primitive.prefill import paged_prefill_p
+from paged_prefill.primitive.prefill import paged_prefill_p, typed_paged_prefill_p
 from paged_prefill.sharding.plan import axes_of
 
 
@@ -39,4 +39,5 @@ def _batch(axis_data, operands, axes, *, cache_batch_dims, hint=None, **params):
     return results, (position, position)
 
 
-batching.fancy_primitive_batchers[paged_prefill_p] = _batch
+for primitive in (paged_prefill_p, typed_paged_prefill_p):
+    batching.fancy_primitive_batchers[primitive] = _batch

@@ -56,7 +56,9 @@ class PagedPrefillPrimitive(Primitive):
             sliding_window=sliding_window,
             platform=platform,
         )
-        return super().bind(
+        primitive = typed_paged_prefill_p if self is paged_prefill_p and _types_tell(operands) else self
+        return Primitive.bind(
+            primitive,
             *_varying_alike(operands),
             softmax_scale=float(softmax_scale),
             attn_logits_soft_cap=None if attn_logits_soft_cap is None else float(attn_logits_soft_cap),
@@ -78,7 +80,16 @@ def _varying_alike(operands):
     ]
 
 
+def _types_tell(operands) -> bool:
+    """Whether the types of the operands say how each is cut: every axis of their mesh is explicit or manual."""
+    mesh = mesh_of(*map(jax.typeof, operands))
+    return not mesh.empty and not mesh.auto_axes
+
+
 paged_prefill_p = PagedPrefillPrimitive("paged_prefill")
+# What `paged_prefill_p.bind` becomes where types tell the cut. Apart, since lowering then needs no devices, which jit
+# can be told of a primitive only: so a program for an AbstractMesh can be lowered and exported.
+typed_paged_prefill_p = PagedPrefillPrimitive("paged_prefill")
 local_paged_prefill_p = PagedPrefillPrimitive("local_paged_prefill")
 
 
@@ -119,6 +130,10 @@ def _results(query, value_cache, specs):
     return out, result(query.shape[:-1], jnp.float32, specs["lse"])
 
 
-for primitive, rule in ((paged_prefill_p, _abstract), (local_paged_prefill_p, _local_abstract)):
+for primitive, rule in (
+    (paged_prefill_p, _abstract),
+    (typed_paged_prefill_p, _abstract),
+    (local_paged_prefill_p, _local_abstract),
+):
     primitive.def_abstract_eval(rule)
     primitive.def_impl(partial(xla.apply_primitive, primitive))

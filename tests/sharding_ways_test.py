@@ -205,6 +205,17 @@ class ExportTest(parameterized.TestCase):
         exported = export.export(jax.jit(self.call(way, mesh)), platforms=("tpu", "cuda"))(*operands)
         self.assertEqual(export.deserialize(exported.serialize()).platforms, ("tpu", "cuda"))
 
+    @parameterized.product(way=("explicit", "manual"))
+    def test_for_devices_that_are_not_here(self, way):
+        """An AbstractMesh of more devices than this process has."""
+        kind = KINDS.get(way, AxisType.Auto)
+        mesh = jax.sharding.AbstractMesh((4, 4), ("data", "model"), axis_types=(kind,) * 2)
+        operands = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x, spec in zip(self.PACK, CUT)
+        ]
+        exported = export.export(jax.jit(self.call(way, mesh)), platforms=("tpu",))(*operands)
+        self.assertEqual(exported.nr_devices, 16)
+
     def test_the_callback_cannot_be_exported_and_says_what_to_do(self):
         operands = meshes.put(meshes.mesh(), self.PACK, CUT)
         with self.assertRaisesRegex(NotImplementedError, "paged_prefill .*cannot be exported.*head_axis="):
