@@ -1,1 +1,12 @@
 """The only file that imports a private JAX name. Each says which JAX versions need it, and why."""
+
+from jax._src import dispatch
+
+
+def require_devices_during_lowering(primitive) -> None:
+    """Lets the lowering rule of `primitive` know the devices and the mesh of the computation.
+
+    JAX 0.10 to 0.12: `custom_partitioning` inside a lowering rule needs them, and jit hands them only to primitives of
+    this set; without it lowering ends in `AssertionError: Please file a bug`.
+    """
+    dispatch.prim_requires_devices_during_lowering.add(primitive)

@@ -1,15 +1,14 @@
-"""How the operation runs: which kernel for this platform, device and shape, and the registration of the choice."""
+"""How the operation runs: which kernel for this platform, device and shape, and its registration."""
 
 import functools
 
 from absl import logging
 import jax
 from jax.interpreters import mlir
-import jax.numpy as jnp
 
 from paged_prefill.lowering import contract, xla
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
-from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
+from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
 KERNELS = {
@@ -92,11 +91,3 @@ def _register(platform):
 
 for _platform in KERNELS:
     _register(_platform)
-
-
-def _all_heads_here(*operands, **params):
-    num_kv_heads = operands[1].shape[-4]
-    return local_paged_prefill_p.bind(*operands, jnp.int32(0), num_kv_heads=num_kv_heads, **params)
-
-
-mlir.register_lowering(paged_prefill_p, mlir.lower_fun(_all_heads_here))

@@ -1,17 +1,12 @@
 """The public functions: what users call, in the terms they know."""
 
-from typing import Literal
-
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
-from paged_prefill.primitive import checks
+from paged_prefill.primitive import checks, hints
+from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
+from paged_prefill.primitive.hints import AxisHint
 from paged_prefill.primitive.prefill import paged_prefill_p
-
-DEFAULT_MASK_VALUE = -2.381976426469702e38
-
-Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 
 
 def prefill_page_attention(
@@ -28,6 +23,8 @@ def prefill_page_attention(
     sliding_window: int | None = None,
     platform: Platform | None = None,
     cfg: PrefillPageAttentionConfig | None = None,
+    head_axis: AxisHint = None,
+    batch_axis: AxisHint = None,
 ) -> Float[Array, "chunk q_heads value_dim"]:
     """Attention of one sequence's new tokens to its paged keys and values, their own included.
 
@@ -46,6 +43,8 @@ def prefill_page_attention(
       platform: "auto" or None takes the fastest kernel that supports the call; "xla", "triton", "pallas" and "cuda" ask
         for one.
       cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
+      head_axis: the mesh axis, or axes, that the heads are cut over; see `ragged_paged_prefill`.
+      batch_axis: those that the first dimension added by `jax.vmap` is cut over; a single call has no batch.
 
     Returns:
       The output in query's dtype, accumulated in float32. A row that sees no key is 0.
@@ -54,27 +53,17 @@ def prefill_page_attention(
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
         argument, what it got, and what it takes.
     """
-    checks.check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
-    checks.check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
-    context_len, page_indices = checks.int32_indices(context_len=context_len, page_indices=page_indices)
-    if context_len.size != 1:
-        raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
-    checks.check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
-    out = ragged_paged_prefill(
-        query,
-        key_cache,
-        value_cache,
-        context_len.reshape(1),
-        page_indices[None],
-        jnp.asarray([0, query.shape[0]], jnp.int32),
+    return ragged_paged_prefill(
+        *checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices),
         softmax_scale=softmax_scale,
         mask_value=mask_value,
         attn_logits_soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
         platform=platform,
         cfg=cfg,
+        head_axis=head_axis,
+        batch_axis=batch_axis,
     )
-    return out
 
 
 def ragged_paged_prefill(
@@ -91,6 +80,8 @@ def ragged_paged_prefill(
     sliding_window: int | None = None,
     platform: Platform | None = None,
     cfg: PrefillPageAttentionConfig | None = None,
+    head_axis: AxisHint = None,
+    batch_axis: AxisHint = None,
     return_lse: bool = False,
 ) -> (
     Float[Array, "*batch tokens q_heads value_dim"]
@@ -117,6 +108,11 @@ def ragged_paged_prefill(
       platform: "auto" or None takes the fastest kernel that supports the call; "xla", "triton", "pallas" and "cuda" ask
         for one.
       cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
+      head_axis: hint for a mesh with automatic axes: the axis, or tuple of axes, that the heads are cut over. The
+        caches are taken to be cut by as many of them, from the first, as divide kv_heads, and whole over the rest.
+        With a hint the call needs no compiler's callback, so it works on several TPUs and can be exported; what no
+        hint names is whole on each device. Explicit mesh axes speak for themselves, and so does a shard_map.
+      batch_axis: likewise for the first dimension of `*batch`, or, where there is none, the first that vmap adds.
       return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
 
     Returns:
@@ -142,5 +138,6 @@ def ragged_paged_prefill(
         cache_batch_dims=key_cache.ndim - 4,
         platform=checks.requested_platform(platform, cfg),
         config=cfg,
+        hint=hints.hint_of(head_axis, batch_axis, query.ndim - 3),
     )
     return (out, lse) if return_lse else out

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 ATTENTION_DTYPES = ("float32", "bfloat16", "float16")
-PLATFORMS = ("auto", "xla", "triton", "pallas", "cuda")
+Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
+PLATFORMS = get_args(Platform)
+DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 
 
@@ -129,6 +132,16 @@ def check_config(name, config) -> None:
         raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {config!r}")
 
 
+def check_mesh(mesh) -> None:
+    """Refuses a mesh that a shard_map has made manual in part, which neither XLA nor JAX can cut a custom call over."""
+    others = [axis for axis in mesh.auto_axes + mesh.explicit_axes if mesh.shape[axis] > 1]
+    if mesh.manual_axes and others:
+        raise NotImplementedError(
+            f"paged_prefill inside a shard_map over {mesh.manual_axes} that leaves the mesh axes {tuple(others)} to the "
+            "compiler: make every axis manual (axis_names=), or call it outside shard_map"
+        )
+
+
 def requested_platform(platform, cfg) -> str:
     """The one kernel that `platform=` and `cfg.platform` ask for together; ValueError where they disagree."""
     check_config("cfg", cfg)
@@ -176,6 +189,18 @@ def int32_indices(**arrays) -> list[jax.Array]:
             array = array.clip(None if unsigned else limits.min, limits.max)
         converted.append(jnp.asarray(array.astype(jnp.int32)))
     return converted
+
+
+def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
+    """The operands of a pack that holds one sequence, from the arguments of `prefill_page_attention`, checked."""
+    check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
+    check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
+    context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices)
+    if context_len.size != 1:
+        raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
+    check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
+    offsets = jnp.asarray([0, query.shape[0]], jnp.int32)
+    return query, key_cache, value_cache, context_len.reshape(1), page_indices[None], offsets
 
 
 def check_new_tokens(name, tokens, cache) -> None:

@@ -3,7 +3,7 @@
 import jax
 from jax.interpreters import ad
 
-from paged_prefill.primitive.prefill import paged_prefill_p
+from paged_prefill.primitive.prefill import paged_prefill_p, typed_paged_prefill_p
 
 
 def _jvp(primals, tangents, **params):
@@ -19,4 +19,5 @@ def _jvp(primals, tangents, **params):
     return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]
 
 
-ad.primitive_jvps[paged_prefill_p] = _jvp
+for primitive in (paged_prefill_p, typed_paged_prefill_p):
+    ad.primitive_jvps[primitive] = _jvp

@@ -13,17 +13,21 @@
 
 `local_paged_prefill_p` is what one device runs. It has one more operand, `kv_head_start` (int32 scalar), and one more
 parameter, `num_kv_heads`: the query heads here attend to KV heads kv_head_start : kv_head_start + num_kv_heads.
+`sharding/partition.py` lowers the first to the second.
 """
 
 from functools import partial
 import operator
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import xla
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from paged_prefill.primitive import checks
+from paged_prefill.sharding.plan import Cut, OPERANDS, check_stays, plan, wishes_of
 
 
 class PagedPrefillPrimitive(Primitive):
@@ -40,7 +44,7 @@ class PagedPrefillPrimitive(Primitive):
         cache_batch_dims: int = 0,
         platform: str = "auto",
         config=None,
-        **only_local,
+        **others,
     ):
         checks.check_config("config", config)
         if softmax_scale is None:
@@ -52,25 +56,60 @@ class PagedPrefillPrimitive(Primitive):
             sliding_window=sliding_window,
             platform=platform,
         )
-        return super().bind(
-            *operands,
+        primitive = typed_paged_prefill_p if self is paged_prefill_p and _types_tell(operands) else self
+        return Primitive.bind(
+            primitive,
+            *_varying_alike(operands),
             softmax_scale=float(softmax_scale),
             attn_logits_soft_cap=None if attn_logits_soft_cap is None else float(attn_logits_soft_cap),
             sliding_window=None if sliding_window is None else operator.index(sliding_window),
             cache_batch_dims=operator.index(cache_batch_dims),
             platform=platform,
             config=config,
-            **only_local,
+            **others,
         )
 
 
+def _varying_alike(operands):
+    """Under shard_map(check_vma=True) the operands of a primitive must vary over the same mesh axes."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
+        x if axes == union else lax.pcast(x, tuple(sorted(union - axes)), to="varying")
+        for x, axes in zip(operands, varying)
+    ]
+
+
+def _types_tell(operands) -> bool:
+    """Whether the types of the operands say how each is cut: every axis of their mesh is explicit or manual."""
+    mesh = mesh_of(*map(jax.typeof, operands))
+    return not mesh.empty and not mesh.auto_axes
+
+
 paged_prefill_p = PagedPrefillPrimitive("paged_prefill")
+# What `paged_prefill_p.bind` becomes where types tell the cut. Apart, since lowering then needs no devices, which jit
+# can be told of a primitive only: so a program for an AbstractMesh can be lowered and exported.
+typed_paged_prefill_p = PagedPrefillPrimitive("paged_prefill")
 local_paged_prefill_p = PagedPrefillPrimitive("local_paged_prefill")
+
+
+def mesh_of(*avals):
+    """The mesh that types speak of, or an empty one."""
+    return next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), avals[0].sharding.mesh)
 
 
 def _abstract(*operands, cache_batch_dims, **params):
     checks.check_operands(*operands, cache_batch_dims=cache_batch_dims)
-    return _results(operands[0], operands[2])
+    query, key_cache, value_cache = operands[:3]
+    mesh = mesh_of(*operands)
+    checks.check_mesh(mesh)
+    # Only explicit axes show in types. The results follow the plan, and no operand may have to move for it.
+    types = {name: aval.sharding.spec for name, aval in zip(OPERANDS, operands, strict=True)}
+    wishes = wishes_of(types, query.ndim - 3, cache_batch_dims)
+    specs = plan(mesh.shape, query, key_cache, cache_batch_dims, wishes).specs(cache_batch_dims)
+    for name, spec in types.items():
+        check_stays(name, spec, specs[name], mesh.shape)
+    return _results(query, value_cache, specs)
 
 
 def _local_abstract(*operands, cache_batch_dims, num_kv_heads, **params):
@@ -78,15 +117,23 @@ def _local_abstract(*operands, cache_batch_dims, num_kv_heads, **params):
     checks.check_operands(*operands, cache_batch_dims=cache_batch_dims, num_kv_heads=num_kv_heads)
     if kv_head_start.shape or kv_head_start.dtype != jnp.int32:
         raise TypeError(f"kv_head_start must be an int32 scalar, got {kv_head_start.str_short()}")
-    return _results(operands[0], operands[2])
+    whole = Cut(((),) * (operands[0].ndim - 3)).specs(cache_batch_dims)
+    return _results(operands[0], operands[2], whole)
 
 
-def _results(query, value_cache):
-    out = jax.core.ShapedArray((*query.shape[:-1], value_cache.shape[-1]), query.dtype)
-    lse = jax.core.ShapedArray(query.shape[:-1], jnp.float32)
-    return out, lse
+def _results(query, value_cache, specs):
+    def result(shape, dtype, spec):
+        sharding = NamedSharding(query.sharding.mesh, spec)
+        return query.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+    out = result((*query.shape[:-1], value_cache.shape[-1]), query.dtype, specs["out"])
+    return out, result(query.shape[:-1], jnp.float32, specs["lse"])
 
 
-for primitive, rule in ((paged_prefill_p, _abstract), (local_paged_prefill_p, _local_abstract)):
+for primitive, rule in (
+    (paged_prefill_p, _abstract),
+    (typed_paged_prefill_p, _abstract),
+    (local_paged_prefill_p, _local_abstract),
+):
     primitive.def_abstract_eval(rule)
     primitive.def_impl(partial(xla.apply_primitive, primitive))

@@ -1,0 +1,86 @@
+"""What tests on 8 virtual CPU devices share: meshes, small packs that fit them, and the collectives of a module."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig
+from paged_prefill.primitive.reference import reference
+from paged_prefill.tests.packs import Pack
+
+# One tile height makes a small program, which compiles fast.
+CONFIG = PrefillPageAttentionConfig(block_q=1, block_kv=8)
+
+COLLECTIVE = re.compile(
+    r"= (?P<type>.*?) (?P<op>all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+    r"(-start)?\("
+)
+
+
+def mesh(shape=(2, 4), kind=AxisType.Auto, names=("data", "model")):
+    """A mesh over all 8 devices."""
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def batched_pack(seed=0, *, batch=(4,), pools=0, q_heads=8, kv_heads=8, tokens=5, num_pages=9) -> Pack:
+    """Random packs of two sequences each; the first `pools` dimensions of `batch` have caches of their own.
+
+    Host arrays, with finite junk wherever no row looks: a program must put no device's pages in another's place.
+    """
+    rng = np.random.default_rng(seed)
+    page_size, head_dim, value_dim, pages_per_seq = 4, 8, 12, 3
+    cache = (*batch[:pools], kv_heads, num_pages, page_size)
+    first = rng.integers(0, tokens + 1, (*batch, 1))
+    return Pack(
+        rng.standard_normal((*batch, tokens, q_heads, head_dim), np.float32),
+        rng.standard_normal((*cache, head_dim), np.float32),
+        rng.standard_normal((*cache, value_dim), np.float32),
+        rng.integers(2, page_size * pages_per_seq + 1, (*batch, 2)).astype(np.int32),
+        rng.integers(0, num_pages, (*batch, 2, pages_per_seq)).astype(np.int32),
+        np.concatenate([0 * first, first, 0 * first + tokens], -1).astype(np.int32),
+    )
+
+
+def expected(pack: Pack, **parameters):
+    """The unsharded reference, as numpy arrays (out, lse)."""
+    return tuple(map(np.asarray, jax.jit(lambda *p: reference(*p, **parameters))(*pack)))
+
+
+def put(over, pack, specs) -> Pack:
+    """The pack on the mesh `over`, cut as `specs` say."""
+    return Pack(*(jax.device_put(x, NamedSharding(over, spec)) for x, spec in zip(pack, specs, strict=True)))
+
+
+def specs(batch=None, heads=None, kv_heads=None, batch_dims=1, pool_axis=None) -> Pack:
+    """The usual way to cut: a pack's first batch dimension, its heads, and the caches'."""
+    lead = (batch, *(None,) * (batch_dims - 1)) if batch_dims else ()
+    cache = P(*(() if pool_axis is None else (pool_axis,)), kv_heads)
+    return Pack(P(*lead, None, heads), cache, cache, P(*lead), P(*lead), P(*lead))
+
+
+def assert_close(got, want) -> None:
+    """Holds (out, lse) to float32 accuracy."""
+    for a, b in zip(got, want, strict=True):
+        a = np.asarray(a)
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def collectives(compiled) -> list[tuple[str, str]]:
+    """The (operation, type of its result) of every collective in a compiled module."""
+    found = COLLECTIVE.finditer(compiled.as_text())
+    return [(match["op"], re.sub(r"\{[^}]*\}", "", match["type"])) for match in found]
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Starts another Python process on `code`, which sees the same packages and 8 CPU devices, or what XLA_FLAGS says."""
+    defaults = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | defaults | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )

@@ -1,0 +1,209 @@
+"""Every way of cutting the operation over a mesh, against the unsharded reference, and what the devices exchange for it.
+
+One module computes all head configurations, which tell themselves apart by their sizes: so a collective names the
+configuration and the operand that moved.
+"""
+
+import contextlib
+import functools
+import re
+
+from absl.testing import absltest, parameterized
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from paged_prefill import local_paged_prefill_p, ragged_paged_prefill
+from paged_prefill.tests import meshes
+from paged_prefill.tests.packs import Pack
+
+HEADS = ((8, 8), (16, 8), (8, 4), (8, 2), (8, 1), (12, 6))  # (query heads, KV heads)
+TOKENS, PAGES = (5, 7, 9, 11, 13, 17), (19, 23, 29, 31, 37, 41)  # of each, and no other size in a module
+MISALIGNED = (12, 6)
+CUTS = {  # (axes of the batch, axes of the heads)
+    "heads": (None, "model"),
+    "batch": ("data", None),
+    "both": ("data", "model"),
+    "two_axes_on_heads": (None, ("data", "model")),
+}
+SIZES = {"data": 2, "model": 4}
+GIVEN = ("query", "caches", "out", "all")
+
+
+@functools.cache
+def case(heads):
+    """The pack of a head configuration, and its results."""
+    number = HEADS.index(heads)
+    q_heads, kv_heads = heads
+    pack = meshes.batched_pack(
+        number, q_heads=q_heads, kv_heads=kv_heads, tokens=TOKENS[number], num_pages=PAGES[number]
+    )
+    return pack, meshes.expected(pack)
+
+
+def heads_of(cut):
+    """The configurations whose query heads divide by the cut; no array could be cut otherwise."""
+    return [heads for heads in HEADS if cut != "two_axes_on_heads" or heads != MISALIGNED]
+
+
+def cache_axes(kv_heads, axes):
+    """As many of the axes, from the first, as divide the KV heads."""
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    ways, fit = 1, []
+    for axis in axes:
+        ways *= SIZES[axis]
+        if kv_heads % ways:
+            break
+        fit.append(axis)
+    return tuple(fit) or None
+
+
+def operand_specs(heads, cut, given):
+    batch, axes = CUTS[cut]
+    full = meshes.specs(batch, axes, cache_axes(heads[1], axes))
+    whole = meshes.specs()
+    return {
+        "query": whole._replace(query=full.query),
+        "caches": whole._replace(key_cache=full.key_cache, value_cache=full.value_cache),
+        "out": whole,
+        "all": full,
+    }[given]
+
+
+def moved(compiled):
+    """The collectives of a module, as a set of (head configuration, operation, what moved)."""
+    found = set()
+    for op, kind in meshes.collectives(compiled):
+        for shape in re.findall(r"\[([\d,]*)\]", kind):
+            found.add((*owner([int(size) for size in shape.split(",") if size]), op))
+    return found
+
+
+def owner(shape):
+    """The head configuration and the operand that an array belongs to, by sizes that are never cut."""
+    for heads, tokens, pages in zip(HEADS, TOKENS, PAGES, strict=True):
+        if pages in shape:
+            return heads, "cache"
+        if tokens in shape:
+            return heads, "query" if len(shape) > 3 and 8 in shape[3:] else "result"
+    return shape, "unknown"
+
+
+@contextlib.contextmanager
+def gspmd():
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+class GridTest(parameterized.TestCase):
+    def check(self, call, over, cut, given, allowed=(), configurations=None):
+        """Compiles `call` for every head configuration in one module; compares the results and the collectives."""
+        configurations = configurations or heads_of(cut)
+        packs = [meshes.put(over, case(h)[0], operand_specs(h, cut, given)) for h in configurations]
+        wanted = None
+        if given == "out":
+            batch, axes = CUTS[cut]
+            wanted = [tuple(NamedSharding(over, P(batch, None, axes)) for _ in range(2))] * len(packs)
+        compiled = jax.jit(lambda all_packs: [call(*p) for p in all_packs], out_shardings=wanted).lower(packs).compile()
+        for heads, results in zip(configurations, compiled(packs), strict=True):
+            with self.subTest(heads=heads):
+                meshes.assert_close(results, case(heads)[1])
+        self.assertEqual(moved(compiled), set(allowed))
+
+    def misaligned_query(self, cut, given):
+        """12 query heads in groups of 2 cannot be cut 4 ways: where they come so cut, they are gathered."""
+        if CUTS[cut][1] == "model" and given in ("query", "all"):
+            return {(MISALIGNED, "query", "all-gather")}
+        return set()
+
+    def untied_result(self, cut, given):
+        """Shardy is told that results follow the caches' heads only where those divide by all devices (see rule.py).
+
+        Elsewhere caches that alone are cut, 4 ways or 2, cut the work, but results are promised whole and so gathered.
+        """
+        axes = CUTS[cut][1]
+        if given != "caches" or axes is None:
+            return set()
+        untied = [heads for heads in heads_of(cut) if cache_axes(heads[1], axes) and heads[1] % 8]
+        return {(heads, "result", "all-gather") for heads in untied}
+
+    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    def test_automatic_axes(self, given, cut):
+        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        allowed = self.misaligned_query(cut, given) | self.untied_result(cut, given)
+        self.check(call, meshes.mesh(), cut, given, allowed)
+
+    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    def test_automatic_axes_under_gspmd(self, given, cut):
+        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        with gspmd():
+            self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
+
+    @parameterized.product(given=("query", "caches", "all"), cut=tuple(CUTS))  # explicit results follow the operands' types
+    def test_explicit_axes(self, given, cut):
+        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        over = meshes.mesh(kind=AxisType.Explicit)
+        refused = bool(self.misaligned_query(cut, given))
+        self.check(call, over, cut, given, configurations=[h for h in heads_of(cut) if not (refused and h == MISALIGNED)])
+        if refused:  # types may not ask for a move that the program does not show
+            pack = meshes.put(over, case(MISALIGNED)[0], operand_specs(MISALIGNED, cut, given))
+            with self.assertRaisesRegex(ValueError, "query is cut as .*whole groups"):
+                jax.jit(call)(*pack)
+
+    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    def test_hint(self, given, cut):
+        batch, axes = CUTS[cut]
+        call = functools.partial(
+            ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, batch_axis=batch, head_axis=axes
+        )
+        self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
+
+    @parameterized.product(cut=tuple(CUTS), check_vma=(True, False), kind=(AxisType.Auto, AxisType.Explicit))
+    def test_inside_shard_map(self, cut, check_vma, kind):
+        """The call is local. Where the caches are cut less than the query, the caller says which KV heads are meant."""
+        batch, axes = CUTS[cut]
+        over = meshes.mesh(kind=kind)
+
+        def call(heads, *local):
+            cut_further = len(axes if isinstance(axes, tuple) else (axes,)) > len(cache_axes(heads[1], axes) or ())
+            if axes is None or not cut_further:
+                return ragged_paged_prefill(*local, cfg=meshes.CONFIG, return_lse=True)
+            finer = axes[len(cache_axes(heads[1], axes) or ()) :] if isinstance(axes, tuple) else axes
+            group, part = heads[0] // heads[1], local[0].shape[-2]
+            start = jnp.int32(lax.axis_index(finer) * part // group)
+            count = max(1, part // group)
+            return tuple(local_paged_prefill_p.bind(*local, start, num_kv_heads=count, config=meshes.CONFIG))
+
+        configurations = [heads for heads in HEADS if heads != MISALIGNED or axes is None]
+        packs, mapped = [], []
+        for heads in configurations:
+            specs = operand_specs(heads, cut, "all")
+            packs.append(meshes.put(over, case(heads)[0], specs))
+            mapped.append(
+                jax.shard_map(
+                    functools.partial(call, heads), mesh=over, in_specs=tuple(specs),
+                    out_specs=(P(batch, None, axes), P(batch, None, axes)), check_vma=check_vma,
+                )  # fmt: skip
+            )
+        compiled = jax.jit(lambda all_packs: [f(*p) for f, p in zip(mapped, all_packs)]).lower(packs).compile()
+        for heads, results in zip(configurations, compiled(packs), strict=True):
+            with self.subTest(heads=heads):
+                meshes.assert_close(results, case(heads)[1])
+        self.assertEmpty(meshes.collectives(compiled))
+
+    def test_misaligned_heads_inside_shard_map_are_refused(self):
+        over = meshes.mesh()
+        pack = case(MISALIGNED)[0]
+        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG)
+        cut = meshes.specs(None, "model")
+        mapped = jax.shard_map(call, mesh=over, in_specs=tuple(cut), out_specs=cut.query)
+        with self.assertRaisesRegex(ValueError, "query must have a multiple of key_cache's 6 KV heads, got 3"):
+            mapped(*Pack(*pack))
+
+
+if __name__ == "__main__":
+    absltest.main()

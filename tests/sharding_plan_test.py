@@ -1,0 +1,81 @@
+"""The plan by itself: whatever is wished, every device can run its part, and what can stay where it is stays."""
+
+import math
+from types import SimpleNamespace
+
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from paged_prefill.sharding.plan import Cut, plan, wishes_of
+
+MESH = {"data": 2, "model": 4}
+
+
+def operands(q_heads, kv_heads, batch=(), pools=()):
+    return SimpleNamespace(shape=(*batch, 5, q_heads, 8)), SimpleNamespace(shape=(*pools, kv_heads, 9, 4, 8))
+
+
+class PlanTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("query_alone", (16, 8), dict(query=P(None, "model")), ("model",), ()),
+        ("caches_alone", (16, 8), dict(key_cache=P("model")), ("model",), ("model",)),
+        ("one_cache_is_enough", (16, 8), dict(value_cache=P("model")), ("model",), ("model",)),
+        ("output_alone", (16, 8), dict(out=P(None, "model")), ("model",), ()),
+        ("lse_alone", (16, 8), dict(lse=P(None, "model")), ("model",), ()),
+        ("fewer_kv_heads_than_devices", (8, 2), dict(query=P(None, ("data", "model"))), ("data", "model"), ()),
+        ("caches_cut_less", (8, 2), dict(query=P(None, ("data", "model")), key_cache=P("data")), ("data", "model"), ("data",)),
+        ("caches_first", (16, 8), dict(query=P(None, "model"), key_cache=P("data")), ("data", "model"), ("data",)),
+        ("misaligned", (12, 6), dict(query=P(None, "model")), (), ()),
+        ("misaligned_at_the_second_axis", (12, 6), dict(query=P(None, ("data", "model"))), ("data",), ()),
+        ("misaligned_but_caches_cut", (12, 6), dict(query=P(None, "model"), key_cache=P("data")), ("data",), ("data",)),
+        ("an_output_may_cut_further", (16, 8), dict(key_cache=P("model"), out=P(None, ("model", "data"))), ("model", "data"), ("model",)),
+    )  # fmt: skip
+    def test_heads(self, heads, specs, cut_heads, cut_kv_heads):
+        query, key_cache = operands(*heads)
+        self.assertEqual(plan(MESH, query, key_cache, 0, wishes_of(specs, 0, 0)), Cut((), cut_heads, cut_kv_heads))
+
+    @parameterized.named_parameters(
+        ("query", dict(query=P("data", None, None, "model")), (("data",), ()), ("model",)),
+        ("pools_first", dict(key_cache=P("data"), query=P("model")), (("data",), ()), ()),
+        ("heads_of_caches_before_batch_of_query", dict(key_cache=P(None, "data"), query=P("data")), ((), ()), ("data",)),
+        ("indices_last", dict(context_lens=P("model"), query=P(None, None, None, "model")), ((), ()), ("model",)),
+        ("indices_alone", dict(page_indices=P(None, "data")), ((), ("data",)), ()),
+        ("does_not_divide", dict(query=P(None, "model")), ((), ()), ()),
+        ("divides_by_the_first", dict(query=P(("data", "model"))), (("data",), ()), ()),
+    )
+    def test_batch(self, specs, batch, heads):
+        query, key_cache = operands(8, 8, batch=(2, 6), pools=(2,))
+        cut = plan(MESH, query, key_cache, 1, wishes_of(specs, 2, 1))
+        self.assertEqual((cut.batch, cut.heads), (batch, heads))
+
+    def test_any_wishes_give_a_cut_that_runs(self):
+        """5,000 random wishes: no axis twice, everything divides, parts keep groups, KV heads are cut as the query is."""
+        rng = np.random.default_rng(0)
+        mesh = {"a": 2, "b": 2, "c": 3}
+
+        def axes():
+            return tuple(rng.permutation(list(mesh))[: rng.integers(0, 4)].tolist())
+
+        cuts = 0
+        for _ in range(5000):
+            kv_heads, group = rng.integers(1, 13, 2)
+            batch = tuple(int(x) for x in rng.integers(1, 13, rng.integers(0, 3)))
+            query, key_cache = operands(int(kv_heads * group), int(kv_heads), batch, batch[:1])
+            wishes = [Cut(tuple(axes() for _ in batch), axes(), axes()) for _ in range(3)]
+            cut = plan(mesh, query, key_cache, len(batch[:1]), wishes)
+            used = [*cut.heads, *(axis for dim in cut.batch for axis in dim)]
+            self.assertLen(used, len(set(used)))
+            for size, dim in zip(batch, cut.batch, strict=True):
+                self.assertEqual(size % math.prod(mesh[a] for a in dim), 0)
+            self.assertEqual(cut.heads[: len(cut.kv_heads)], cut.kv_heads)
+            self.assertEqual(kv_heads % math.prod(mesh[a] for a in cut.kv_heads), 0)
+            part, rest = divmod(int(kv_heads * group), math.prod(mesh[a] for a in cut.heads))
+            self.assertEqual(rest, 0)
+            self.assertTrue(part % group == 0 or group % part == 0)
+            cuts += bool(used)
+        self.assertGreater(cuts, 2500)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,104 @@
+"""Sharding where one process does not see it all: several processes at once, and one after the other with a cache."""
+
+import socket
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from paged_prefill.tests import meshes
+
+TWO_PROCESSES = """
+import functools, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
+from jax.sharding import AxisType, NamedSharding
+import numpy as np
+from paged_prefill import ragged_paged_prefill
+from paged_prefill.tests import meshes
+from paged_prefill.tests.packs import Pack
+
+assert jax.process_count() == 2 and jax.local_device_count() == 4
+attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    for shape in ((2, 4), (1, 8)):  # the heads inside each process, and across both
+        over = meshes.mesh(shape, kind)
+        for kv_heads in (8, 2):
+            pack = meshes.batched_pack(q_heads=8, kv_heads=kv_heads)
+            want = meshes.expected(pack)
+            cut = meshes.specs("data", "model", "model" if kv_heads == 8 else None)
+            operands = Pack(*(
+                jax.make_array_from_callback(x.shape, NamedSharding(over, spec), lambda i, x=x: x[i])
+                for x, spec in zip(pack, cut)
+            ))
+            compiled = jax.jit(attend).lower(*operands).compile()
+            assert not meshes.collectives(compiled), meshes.collectives(compiled)
+            for results in (compiled(*operands), attend(*operands)):
+                for result, right in zip(results, want):
+                    assert not result.is_fully_addressable
+                    for shard in result.addressable_shards:
+                        np.testing.assert_allclose(shard.data, right[shard.index], atol=1e-5, rtol=1e-5)
+            print("RIGHT", kind.name, shape, kv_heads, flush=True)
+"""
+
+CACHED = """
+import functools, sys
+import jax
+directory, way, scale = sys.argv[1], sys.argv[2], float(sys.argv[3])
+jax.config.update("jax_compilation_cache_dir", directory)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+from paged_prefill import ragged_paged_prefill
+from paged_prefill.tests import meshes
+
+pack = meshes.batched_pack(q_heads=8, kv_heads=4)
+want = meshes.expected(pack, softmax_scale=scale)
+attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, softmax_scale=scale)
+if way == "hint":
+    attend = functools.partial(attend, head_axis="model", batch_axis="data")
+operands = meshes.put(meshes.mesh(), pack, meshes.specs("data", "model", "model"))
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+meshes.assert_close(jax.jit(attend)(*operands), want)
+hits, misses = (events.count(f"/jax/compilation_cache/cache_{what}") for what in ("hits", "misses"))
+print("HITS", hits, "MISSES", misses)
+"""
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=240)
+    if process.returncode:
+        raise AssertionError(output)
+    return output
+
+
+class TwoProcessesTest(absltest.TestCase):
+    def test_automatic_and_explicit_eager_and_jitted(self):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        processes = [meshes.run_python(TWO_PROCESSES, str(number), port, **flags) for number in range(2)]
+        for output in map(finish, processes):
+            self.assertEqual(output.count("RIGHT"), 8, output)
+
+
+class PersistentCacheTest(parameterized.TestCase):
+    """Each run is a new process, and checks its values."""
+
+    def runs(self, way, scales):
+        with tempfile.TemporaryDirectory() as directory:
+            outputs = [finish(meshes.run_python(CACHED, directory, way, scale)) for scale in scales]
+        return [output.strip().splitlines()[-1] for output in outputs]
+
+    @parameterized.parameters("hint", "automatic")
+    def test_hits_for_the_same_call_only(self, way):
+        """The automatic way hits where JAX is told to leave the callback's address out of the key."""
+        self.assertEqual(
+            self.runs(way, ("0.25", "0.25", "0.5")), ["HITS 0 MISSES 1", "HITS 1 MISSES 0", "HITS 0 MISSES 1"]
+        )
+
+
+if __name__ == "__main__":
+    absltest.main()
