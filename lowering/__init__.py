@@ -7,8 +7,7 @@ import jax
 from jax.interpreters import mlir
 import jax.numpy as jnp
 
-from paged_prefill.lowering import contract, xla
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering import contract, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
@@ -75,8 +74,8 @@ def run_kernel(
     for other, reason in passed_over.items():
         _log_passed_over(device, name, other, reason)
     kernel = KERNELS[device.platform][name]
-    config = (config or PrefillPageAttentionConfig()).over(kernel.heuristic_config(problem, device))
-    out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=config)
+    choice = tuning.resolve(name, kernel, problem, device, config)
+    out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=choice.config)
     return contract.unflatten(out, lse, query_shape)
 
 

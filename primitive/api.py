@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from paged_prefill.lowering import tuning
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.prefill import paged_prefill_p
@@ -128,6 +129,7 @@ def ragged_paged_prefill(
         argument, what it got, and what it takes. Index values are not checked here; see `validate`.
     """
     checks.check_mask_value(mask_value)
+    checks.check_config("cfg", cfg)
     indices = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     )
@@ -140,7 +142,7 @@ def ragged_paged_prefill(
         attn_logits_soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
         cache_batch_dims=key_cache.ndim - 4,
-        platform=checks.requested_platform(platform, cfg),
-        config=cfg,
+        platform=platform or "auto",
+        config=tuning.with_overlay(cfg, platform),
     )
     return (out, lse) if return_lse else out

@@ -52,6 +52,7 @@ class PagedPrefillPrimitive(Primitive):
             sliding_window=sliding_window,
             platform=platform,
         )
+        platform = checks.requested_platform(platform, config)
         return super().bind(
             *operands,
             softmax_scale=float(softmax_scale),
