@@ -20,7 +20,7 @@ from paged_prefill.primitive.checks import ATTENTION_DTYPES, PLATFORMS
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status, 1 where a shape could not be tuned."""
     arguments = _parser().parse_args(argv)
-    device = lowering.device_of(jax.default_backend())
+    device = lowering.device_of(lowering.default_platform())
     print(f"device: {device.kind} ({device.platform}), JAX {jax.__version__}")
     failures = 0
     for problem in _problems(arguments):

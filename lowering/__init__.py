@@ -22,6 +22,14 @@ KERNELS = {
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
 
 
+def default_platform() -> str:
+    """The platform of JAX's default device, by its name in `KERNELS`: JAX calls both CUDA and ROCm "gpu"."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
 def device_of(platform: str) -> contract.Device:
     """The device that code lowered for `platform` will run on, as far as this process can tell."""
     try:
