@@ -8,11 +8,13 @@ from paged_prefill.sharding import partition as _partition
 from paged_prefill.primitive.api import prefill_page_attention, ragged_paged_prefill
 from paged_prefill.primitive.checks import validate
 from paged_prefill.primitive.hints import sharding_hints
+from paged_prefill.primitive.operation import PrefillPageAttention
 from paged_prefill.primitive.pages import append_to_pages, merge
 from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
 from paged_prefill.sharding.wrapper import create_shard_map_wrapper
 
 __all__ = [
+    "PrefillPageAttention",
     "PrefillPageAttentionConfig",
     "append_to_pages",
     "create_shard_map_wrapper",

@@ -195,17 +195,9 @@ def decode(step, weights, caches, table, context_len, token, count):
     return tokens, jnp.concatenate(logits), time.perf_counter() - begin
 
 
-def this_platform() -> str:
-    """The default device's platform, by the name that lowering/ knows it by."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-
-
 def kernel_and_why(model: Model, tokens: int, table: PageTable, page_indices, platform: str) -> str:
     """Which kernel runs a chunk of `tokens`, and why that one. Raises ValueError where the one asked for cannot."""
-    device = lowering.device_of(this_platform())
+    device = lowering.device_of(lowering.default_platform())
     cache = jax.ShapeDtypeStruct((1, model.kv_heads, table.num_pages, table.page_size, model.head_dim), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     problem = contract.problem_of(
@@ -279,7 +271,7 @@ def describe(model: Model, table: PageTable, prompt, chunk: int, options) -> Non
     prefill_kernel, decode_kernel = (
         kernel_and_why(model, tokens, table, no_pages, options.platform) for tokens in (chunk, 1)
     )
-    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({this_platform()})"
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({lowering.default_platform()})"
     heads = f"{model.q_heads} query and {model.kv_heads} KV heads of {model.head_dim}"
     say("machine", f"{devices}, JAX {jax.__version__}, Python {python_platform.python_version()}")
     say("prompt", f"{len(prompt)} tokens, the bytes of {options.text.name}")

@@ -6,8 +6,7 @@ from absl import logging
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import contract, xla
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering import contract, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
@@ -20,6 +19,14 @@ KERNELS = {
 
 # What `platform=` asks for, as the kernels that answer to it.
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
+
+
+def default_platform() -> str:
+    """The platform of JAX's default device, by its name in `KERNELS`: JAX calls both CUDA and ROCm "gpu"."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def device_of(platform: str) -> contract.Device:
@@ -74,8 +81,8 @@ def run_kernel(
     for other, reason in passed_over.items():
         _log_passed_over(device, name, other, reason)
     kernel = KERNELS[device.platform][name]
-    config = (config or PrefillPageAttentionConfig()).over(kernel.heuristic_config(problem, device))
-    out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=config)
+    choice = tuning.resolve(name, kernel, problem, device, config)
+    out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=choice.config)
     return contract.unflatten(out, lse, query_shape)
 
 

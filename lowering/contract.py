@@ -1,6 +1,7 @@
 """The one form every kernel takes, and the way there from the operands of the primitive.
 
-A kernel module has four functions:
+A kernel module has a VERSION, an integer that grows with every change that may move its timings (tables of tuned
+configurations forget what an older one measured), and four functions:
 
     attend(query [tokens, q_heads, head_dim],
            key_pages [pools, kv_heads, num_pages, page_size, head_dim],

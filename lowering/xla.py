@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
 
+VERSION = 1
+
 # Heights of a sequence's last tile. Their ratio bounds the rows computed in vain.
 TILE_HEIGHTS = (1, 16, 64)
 

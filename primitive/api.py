@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from paged_prefill.lowering import tuning
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks, hints
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
@@ -124,6 +125,7 @@ def ragged_paged_prefill(
         argument, what it got, and what it takes. Index values are not checked here; see `validate`.
     """
     checks.check_mask_value(mask_value)
+    checks.check_config("cfg", cfg)
     indices = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     )
@@ -136,8 +138,8 @@ def ragged_paged_prefill(
         attn_logits_soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
         cache_batch_dims=key_cache.ndim - 4,
-        platform=checks.requested_platform(platform, cfg),
-        config=cfg,
+        platform=platform or "auto",
+        config=tuning.with_overlay(cfg, platform),
         hint=hints.hint_of(head_axis, batch_axis, query.ndim - 3),
     )
     return (out, lse) if return_lse else out

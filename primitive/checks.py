@@ -142,12 +142,11 @@ def check_mesh(mesh) -> None:
         )
 
 
-def requested_platform(platform, cfg) -> str:
-    """The one kernel that `platform=` and `cfg.platform` ask for together; ValueError where they disagree."""
-    check_config("cfg", cfg)
-    asked = {name for name in (platform, getattr(cfg, "platform", None)) if name not in (None, "auto")}
+def requested_platform(platform, config) -> str:
+    """The one kernel that `platform` and `config.platform` ask for together; ValueError where they disagree."""
+    asked = {name for name in (platform, getattr(config, "platform", None)) if name not in (None, "auto")}
     if len(asked) > 1:
-        raise ValueError(f"platform={platform!r} and cfg.platform={cfg.platform!r} ask for different kernels")
+        raise ValueError(f"platform={platform!r} and cfg.platform={config.platform!r} ask for different kernels")
     return asked.pop() if asked else "auto"
 
 

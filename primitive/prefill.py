@@ -56,6 +56,7 @@ class PagedPrefillPrimitive(Primitive):
             sliding_window=sliding_window,
             platform=platform,
         )
+        platform = checks.requested_platform(platform, config)
         primitive = typed_paged_prefill_p if self is paged_prefill_p and _types_tell(operands) else self
         return Primitive.bind(
             primitive,

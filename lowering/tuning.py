@@ -1,0 +1,133 @@
+"""Which configuration a kernel runs with.
+
+In this order: the call's `cfg=`; a `with overlay(...)` around the call; the user's table of this device kind; the
+table shipped with the package; then, by policy, timing or the kernel's heuristic. Only the first two are settled where
+a call is traced (they become the primitive's parameter `config`); the rest where it is lowered, since only then the
+device is known.
+
+The policy is the environment variable PAGED_PREFILL_AUTOTUNE, read when used, or a `with policy(...)`:
+
+    off     neither tables nor timing: `cfg`, overlay, heuristic
+    cache   tables, else the heuristic (the default)
+    on      tables, else timing, whose winner goes into the user's table
+
+With several processes all must compile the same program, so what only one machine knows (the user's table, timing) is
+left out there.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from typing import NamedTuple
+
+from absl import logging
+import jax
+
+from paged_prefill.lowering import tables, timing
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering.contract import Device, Problem
+
+POLICIES = ("off", "cache", "on")
+POLICY_VARIABLE = "PAGED_PREFILL_AUTOTUNE"
+
+_overlay: contextvars.ContextVar[PrefillPageAttentionConfig | None] = contextvars.ContextVar(
+    "paged_prefill_overlay", default=None
+)
+# Process-wide, like the variable it stands in for: lowering may happen in a thread without its caller's context.
+_policies: list[str] = []
+
+
+class Choice(NamedTuple):
+    """A configuration with every size its kernel uses, and where it came from, for people."""
+
+    config: PrefillPageAttentionConfig
+    source: str
+
+
+@contextlib.contextmanager
+def overlay(config: PrefillPageAttentionConfig):
+    """Calls traced inside run with `config`, unless their own `cfg=` says otherwise, field by field."""
+    if not isinstance(config, PrefillPageAttentionConfig):
+        raise TypeError(f"overlay takes a PrefillPageAttentionConfig, got {config!r}")
+    token = _overlay.set(config)
+    try:
+        yield
+    finally:
+        _overlay.reset(token)
+
+
+def with_overlay(
+    config: PrefillPageAttentionConfig | None, platform: str | None
+) -> PrefillPageAttentionConfig | None:
+    """A call's `cfg=`, completed by the overlay around it. A kernel that the call asks for stands."""
+    around = _overlay.get()
+    if around is None:
+        return config
+    if platform not in (None, "auto"):
+        around = dataclasses.replace(around, platform=None)
+    return (config or PrefillPageAttentionConfig()).over(around)
+
+
+@contextlib.contextmanager
+def policy(name: str):
+    """Sets the policy ("off", "cache" or "on") for all that is lowered inside, in every thread of the process."""
+    _policies.append(_checked_policy(name, "policy"))
+    try:
+        yield
+    finally:
+        _policies.pop()
+
+
+def current_policy() -> str:
+    """The policy in force; ValueError where the environment names none that there is."""
+    if _policies:
+        return _policies[-1]
+    return _checked_policy(os.environ.get(POLICY_VARIABLE, "cache"), POLICY_VARIABLE)
+
+
+def _checked_policy(name, where):
+    if name not in POLICIES:
+        raise ValueError(f"{where} must be one of {', '.join(POLICIES)}, got {name!r}")
+    return name
+
+
+def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillPageAttentionConfig | None) -> Choice:
+    """The configuration for a kernel's call, by the order above. `asked` is `cfg=` or the overlay, or both."""
+    heuristic = kernel.heuristic_config(problem, device)
+    if asked is not None and asked.sizes():
+        return Choice(asked.over(heuristic), "cfg or overlay")
+    in_force = current_policy()
+    # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
+    if in_force == "off" or device.kind is None or not isinstance(problem.tokens, int):
+        return Choice(heuristic, "heuristic")
+    key = tables.key_of(name, kernel.VERSION, problem, device)
+    alone = jax.process_count() == 1
+    if alone and (found := tables.find(tables.read(tables.user_path(device.kind)), key)):
+        return Choice(found.over(heuristic), f"user's table {tables.user_path(device.kind)}")
+    if found := tables.find(tables.read_shipped(device.kind), key):
+        return Choice(found.over(heuristic), f"shipped table {tables.shipped_path(device.kind).name}")
+    if in_force == "on" and alone and (best := tune(name, kernel, problem, device)):
+        return Choice(best.over(heuristic), "timed now")
+    return Choice(heuristic, "heuristic")
+
+
+def tune(name: str, kernel, problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
+    """Times the candidates, keeps the fastest in the user's table, and returns it; None where nothing could be timed."""
+    best = timing.fastest(timing.time_candidates(name, kernel, problem, device))
+    if best is None:
+        logging.warning("paged_prefill could not time %s on %s; its heuristic is used", name, device.kind)
+        return None
+    remember(name, kernel, problem, device, best)
+    return best.config
+
+
+def remember(name: str, kernel, problem: Problem, device: Device, best: timing.Timing) -> bool:
+    """Puts a timing into the user's table; False where it cannot be written."""
+    return tables.write(tables.user_path(device.kind), [entry_of(name, kernel, problem, device, best)])
+
+
+def entry_of(name: str, kernel, problem: Problem, device: Device, best: timing.Timing) -> tables.Entry:
+    """A timing as a row of a table."""
+    key = tables.key_of(name, kernel.VERSION, problem, device)
+    return tables.entry_of(key, best.config, milliseconds=round(best.milliseconds, 4), source="timed")
