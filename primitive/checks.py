@@ -1,5 +1,6 @@
 """Every error a caller can see: one function each for shapes, parameters and concrete values."""
 
+import functools
 import math
 import numbers
 from typing import Literal, get_args
@@ -176,15 +177,18 @@ def number(name, value) -> float:
 
 def int32_indices(**arrays) -> list[jax.Array]:
     """The index arguments of a public function as int32: any integer dtype will do, and saturates."""
-    limits = jnp.iinfo(jnp.int32)
     converted = []
     for name, array in arrays.items():
+        if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
+            converted.append(array)
+            continue
         # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
         array = array if isinstance(array, jax.Array) else np.asarray(array)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
         unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
         if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
+            limits = jnp.iinfo(jnp.int32)
             array = array.clip(None if unsigned else limits.min, limits.max)
         converted.append(jnp.asarray(array.astype(jnp.int32)))
     return converted
@@ -198,8 +202,12 @@ def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
     if context_len.size != 1:
         raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
     check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
-    offsets = jnp.asarray([0, query.shape[0]], jnp.int32)
-    return query, key_cache, value_cache, context_len.reshape(1), page_indices[None], offsets
+    return query, key_cache, value_cache, *_indices_of_one(context_len, page_indices, query.shape[0])
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)  # one dispatch where the call is eager
+def _indices_of_one(context_len, page_indices, tokens):
+    return context_len.reshape(1), page_indices[None], jnp.asarray([0, tokens], jnp.int32)
 
 
 def check_new_tokens(name, tokens, cache) -> None:
