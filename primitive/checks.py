@@ -138,7 +138,7 @@ def check_mesh(mesh) -> None:
     others = [axis for axis in mesh.auto_axes + mesh.explicit_axes if mesh.shape[axis] > 1]
     if mesh.manual_axes and others:
         raise NotImplementedError(
-            f"paged_prefill inside a shard_map over {mesh.manual_axes} that leaves the mesh axes {tuple(others)} to the "
+            f"paged_prefill inside a shard_map over {mesh.manual_axes} that leaves the axes {tuple(others)} to the "
             "compiler: make every axis manual (axis_names=), or call it outside shard_map"
         )
 

@@ -16,7 +16,7 @@ class Hint(NamedTuple):
       batch: the mesh axes of each batch dimension of the query.
       heads: those of the heads.
       waiting: those of the first batch dimension that vmap adds, for a call that has none of its own.
-      complete: whether this is the whole cut. Not so where only vmap's `spmd_axis_name` spoke: the heads may be cut too.
+      complete: whether this is the whole cut. Not so where only vmap's `spmd_axis_name` spoke: heads may be cut too.
     """
 
     batch: tuple[Axes, ...]

@@ -134,7 +134,7 @@ def _automatic(*operands_and_call):
 
 
 def _constrained(mesh, hint, query):
-    """The query, cut along batch dimensions as vmap's `spmd_axis_name` says; the rule carries it to the other operands."""
+    """The query, cut along its batch as vmap's `spmd_axis_name` says; the rule carries it to the other operands."""
     if hint is None:
         return query
     free = PartitionSpec.UNCONSTRAINED

@@ -53,7 +53,8 @@ def create_shard_map_wrapper(
     """
     missing = [n for n, x in (("mesh", mesh), ("in_specs", in_specs), ("out_specs", out_specs)) if x is None]
     if missing:
-        raise ValueError(f"create_shard_map_wrapper needs mesh, in_specs and out_specs, got no {' and no '.join(missing)}")
+        missing = " and no ".join(missing)
+        raise ValueError(f"create_shard_map_wrapper needs mesh, in_specs and out_specs, got no {missing}")
     call_args = (query, key_cache, value_cache, context_len, page_indices)
     if len(in_specs) != len(call_args):
         raise ValueError(f"in_specs must have one PartitionSpec for each of {len(call_args)} arrays, got {in_specs}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -20,6 +21,10 @@ COLLECTIVE = re.compile(
     r"= (?P<type>.*?) (?P<op>all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
     r"(-start)?\("
 )
+
+
+# For programs that run once.
+COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def mesh(shape=(2, 4), kind=AxisType.Auto, names=("data", "model")):
@@ -77,8 +82,36 @@ def collectives(compiled) -> list[tuple[str, str]]:
     return [(match["op"], re.sub(r"\{[^}]*\}", "", match["type"])) for match in found]
 
 
+def dense_kernel(
+    query, key_pages, value_pages, sequences, kv_head_start, *, num_kv_heads, softmax_scale, attn_logits_soft_cap,
+    sliding_window, config,
+):  # fmt: skip
+    """A kernel by lowering/contract.py that compiles fast: dense, each row with a copy of its keys."""
+    assert attn_logits_soft_cap is None and sliding_window is None
+    tokens, q_heads, head_dim = query.shape
+    row = jnp.arange(tokens)
+    owner = (row[:, None] >= sequences.start) & (row[:, None] < sequences.start + sequences.length)
+    seq = jnp.argmax(owner, axis=1)
+    position = sequences.context_len[seq] - sequences.length[seq] + row - sequences.start[seq]
+    position = jnp.where(owner.any(axis=1), position, -1)
+    pages = sequences.page_indices[seq][:, None]
+    heads = kv_head_start + jnp.arange(num_kv_heads)[:, None]
+
+    def gather(cache):  # [tokens, num_kv_heads, keys, features]
+        gathered = cache[sequences.pool[seq][:, None, None], heads, pages]
+        return gathered.reshape(tokens, num_kv_heads, -1, cache.shape[-1])
+
+    grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
+    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(key_pages))
+    visible = (jnp.arange(logits.shape[-1]) <= position[:, None])[:, None, None]
+    weights = jnp.where(visible, jnp.exp(logits), 0.0)
+    total = weights.sum(-1)
+    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(value_pages)) / jnp.where(total > 0, total, 1.0)[..., None]
+    return out.reshape(tokens, q_heads, -1), jnp.log(total).reshape(tokens, q_heads)
+
+
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts another Python process on `code`, which sees the same packages and 8 CPU devices, or what XLA_FLAGS says."""
+    """Starts another Python process on `code`, with the same packages, and 8 CPU devices unless XLA_FLAGS is given."""
     defaults = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     env = os.environ | defaults | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
     return subprocess.Popen(

@@ -1,12 +1,14 @@
-"""Every way of cutting the operation over a mesh, against the unsharded reference, and what the devices exchange for it.
+"""Every way of cutting the operation over a mesh, against the unsharded reference, and what devices exchange for it.
 
 One module computes all head configurations, which tell themselves apart by their sizes: so a collective names the
-configuration and the operand that moved.
+configuration and the operand that moved. What is tested is what each device is given, so a kernel that compiles fast
+stands in for the product's; sharding_ways_test.py runs those.
 """
 
 import contextlib
 import functools
 import re
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import jax
@@ -14,6 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from paged_prefill import lowering
 from paged_prefill import local_paged_prefill_p, ragged_paged_prefill
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
@@ -42,11 +45,6 @@ def case(heads):
     return pack, meshes.expected(pack)
 
 
-def heads_of(cut):
-    """The configurations whose query heads divide by the cut; no array could be cut otherwise."""
-    return [heads for heads in HEADS if cut != "two_axes_on_heads" or heads != MISALIGNED]
-
-
 def cache_axes(kv_heads, axes):
     """As many of the axes, from the first, as divide the KV heads."""
     axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
@@ -57,6 +55,17 @@ def cache_axes(kv_heads, axes):
             break
         fit.append(axis)
     return tuple(fit) or None
+
+
+def heads_of(cut, given="all"):
+    """The configurations that make a case of their own: arrays divide, and caches that alone are given are cut."""
+    if cut == "batch":
+        return [] if given == "caches" else [(8, 8), (8, 2)]  # heads are whole
+    heads = [heads for heads in HEADS if cut != "two_axes_on_heads" or heads != MISALIGNED]
+    return [h for h in heads if given != "caches" or cache_axes(h[1], CUTS[cut][1])]
+
+
+CASES = tuple((given, cut) for given in GIVEN for cut in CUTS if heads_of(cut, given))
 
 
 def operand_specs(heads, cut, given):
@@ -100,15 +109,20 @@ def gspmd():
 
 
 class GridTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enter_context(mock.patch.object(lowering.xla, "attend", meshes.dense_kernel))
+
     def check(self, call, over, cut, given, allowed=(), configurations=None):
         """Compiles `call` for every head configuration in one module; compares the results and the collectives."""
-        configurations = configurations or heads_of(cut)
+        configurations = configurations or heads_of(cut, given)
         packs = [meshes.put(over, case(h)[0], operand_specs(h, cut, given)) for h in configurations]
         wanted = None
         if given == "out":
             batch, axes = CUTS[cut]
             wanted = [tuple(NamedSharding(over, P(batch, None, axes)) for _ in range(2))] * len(packs)
-        compiled = jax.jit(lambda all_packs: [call(*p) for p in all_packs], out_shardings=wanted).lower(packs).compile()
+        jitted = jax.jit(lambda all_packs: [call(*p) for p in all_packs], out_shardings=wanted)
+        compiled = jitted.lower(packs).compile(compiler_options=meshes.COMPILE_FAST)
         for heads, results in zip(configurations, compiled(packs), strict=True):
             with self.subTest(heads=heads):
                 meshes.assert_close(results, case(heads)[1])
@@ -128,33 +142,33 @@ class GridTest(parameterized.TestCase):
         axes = CUTS[cut][1]
         if given != "caches" or axes is None:
             return set()
-        untied = [heads for heads in heads_of(cut) if cache_axes(heads[1], axes) and heads[1] % 8]
-        return {(heads, "result", "all-gather") for heads in untied}
+        return {(heads, "result", "all-gather") for heads in heads_of(cut, given) if heads[1] % 8}
 
-    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    @parameterized.parameters(*CASES)
     def test_automatic_axes(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
         allowed = self.misaligned_query(cut, given) | self.untied_result(cut, given)
         self.check(call, meshes.mesh(), cut, given, allowed)
 
-    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    @parameterized.parameters(*CASES)
     def test_automatic_axes_under_gspmd(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
         with gspmd():
             self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
 
-    @parameterized.product(given=("query", "caches", "all"), cut=tuple(CUTS))  # explicit results follow the operands' types
+    @parameterized.parameters(*(case for case in CASES if case[0] != "out"))  # results follow the operands' types
     def test_explicit_axes(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
         over = meshes.mesh(kind=AxisType.Explicit)
         refused = bool(self.misaligned_query(cut, given))
-        self.check(call, over, cut, given, configurations=[h for h in heads_of(cut) if not (refused and h == MISALIGNED)])
+        configurations = [heads for heads in heads_of(cut, given) if not (refused and heads == MISALIGNED)]
+        self.check(call, over, cut, given, configurations=configurations)
         if refused:  # types may not ask for a move that the program does not show
             pack = meshes.put(over, case(MISALIGNED)[0], operand_specs(MISALIGNED, cut, given))
             with self.assertRaisesRegex(ValueError, "query is cut as .*whole groups"):
                 jax.jit(call)(*pack)
 
-    @parameterized.product(given=GIVEN, cut=tuple(CUTS))
+    @parameterized.parameters(*CASES)
     def test_hint(self, given, cut):
         batch, axes = CUTS[cut]
         call = functools.partial(
@@ -162,10 +176,14 @@ class GridTest(parameterized.TestCase):
         )
         self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
 
-    @parameterized.product(cut=tuple(CUTS), check_vma=(True, False), kind=(AxisType.Auto, AxisType.Explicit))
-    def test_inside_shard_map(self, cut, check_vma, kind):
+    @parameterized.product(
+        cut=tuple(CUTS),
+        kind_and_check_vma=((AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, True)),
+    )
+    def test_inside_shard_map(self, cut, kind_and_check_vma):
         """The call is local. Where the caches are cut less than the query, the caller says which KV heads are meant."""
         batch, axes = CUTS[cut]
+        kind, check_vma = kind_and_check_vma
         over = meshes.mesh(kind=kind)
 
         def call(heads, *local):
@@ -178,7 +196,7 @@ class GridTest(parameterized.TestCase):
             count = max(1, part // group)
             return tuple(local_paged_prefill_p.bind(*local, start, num_kv_heads=count, config=meshes.CONFIG))
 
-        configurations = [heads for heads in HEADS if heads != MISALIGNED or axes is None]
+        configurations = [heads for heads in heads_of(cut) if heads != MISALIGNED]
         packs, mapped = [], []
         for heads in configurations:
             specs = operand_specs(heads, cut, "all")
@@ -189,7 +207,8 @@ class GridTest(parameterized.TestCase):
                     out_specs=(P(batch, None, axes), P(batch, None, axes)), check_vma=check_vma,
                 )  # fmt: skip
             )
-        compiled = jax.jit(lambda all_packs: [f(*p) for f, p in zip(mapped, all_packs)]).lower(packs).compile()
+        jitted = jax.jit(lambda all_packs: [f(*p) for f, p in zip(mapped, all_packs)])
+        compiled = jitted.lower(packs).compile(compiler_options=meshes.COMPILE_FAST)
         for heads, results in zip(configurations, compiled(packs), strict=True):
             with self.subTest(heads=heads):
                 meshes.assert_close(results, case(heads)[1])

@@ -24,12 +24,18 @@ class PlanTest(parameterized.TestCase):
         ("output_alone", (16, 8), dict(out=P(None, "model")), ("model",), ()),
         ("lse_alone", (16, 8), dict(lse=P(None, "model")), ("model",), ()),
         ("fewer_kv_heads_than_devices", (8, 2), dict(query=P(None, ("data", "model"))), ("data", "model"), ()),
-        ("caches_cut_less", (8, 2), dict(query=P(None, ("data", "model")), key_cache=P("data")), ("data", "model"), ("data",)),
+        (
+            "caches_cut_less", (8, 2), dict(query=P(None, ("data", "model")), key_cache=P("data")),
+            ("data", "model"), ("data",),
+        ),
         ("caches_first", (16, 8), dict(query=P(None, "model"), key_cache=P("data")), ("data", "model"), ("data",)),
         ("misaligned", (12, 6), dict(query=P(None, "model")), (), ()),
         ("misaligned_at_the_second_axis", (12, 6), dict(query=P(None, ("data", "model"))), ("data",), ()),
         ("misaligned_but_caches_cut", (12, 6), dict(query=P(None, "model"), key_cache=P("data")), ("data",), ("data",)),
-        ("an_output_may_cut_further", (16, 8), dict(key_cache=P("model"), out=P(None, ("model", "data"))), ("model", "data"), ("model",)),
+        (
+            "an_output_may_cut_further", (16, 8), dict(key_cache=P("model"), out=P(None, ("model", "data"))),
+            ("model", "data"), ("model",),
+        ),
     )  # fmt: skip
     def test_heads(self, heads, specs, cut_heads, cut_kv_heads):
         query, key_cache = operands(*heads)
@@ -38,7 +44,7 @@ class PlanTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("query", dict(query=P("data", None, None, "model")), (("data",), ()), ("model",)),
         ("pools_first", dict(key_cache=P("data"), query=P("model")), (("data",), ()), ()),
-        ("heads_of_caches_before_batch_of_query", dict(key_cache=P(None, "data"), query=P("data")), ((), ()), ("data",)),
+        ("caches_heads_before_querys_batch", dict(key_cache=P(None, "data"), query=P("data")), ((), ()), ("data",)),
         ("indices_last", dict(context_lens=P("model"), query=P(None, None, None, "model")), ((), ()), ("model",)),
         ("indices_alone", dict(page_indices=P(None, "data")), ((), ("data",)), ()),
         ("does_not_divide", dict(query=P(None, "model")), ((), ()), ()),
@@ -50,7 +56,7 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual((cut.batch, cut.heads), (batch, heads))
 
     def test_any_wishes_give_a_cut_that_runs(self):
-        """5,000 random wishes: no axis twice, everything divides, parts keep groups, KV heads are cut as the query is."""
+        """5,000 random wishes: no axis twice, everything divides, parts keep groups, KV heads follow the query's."""
         rng = np.random.default_rng(0)
         mesh = {"a": 2, "b": 2, "c": 3}
 

@@ -1,4 +1,4 @@
-"""What surrounds a sharded call: vmap, loops over donated caches, export, hints, errors, threads, TPUs ahead of time."""
+"""What surrounds a sharded call: vmap, loops over donated caches, export, hints, errors, threads, TPUs not here."""
 
 import concurrent.futures
 import functools
@@ -211,7 +211,8 @@ class ExportTest(parameterized.TestCase):
         kind = KINDS.get(way, AxisType.Auto)
         mesh = jax.sharding.AbstractMesh((4, 4), ("data", "model"), axis_types=(kind,) * 2)
         operands = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x, spec in zip(self.PACK, CUT)
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+            for x, spec in zip(self.PACK, CUT)
         ]
         exported = export.export(jax.jit(self.call(way, mesh)), platforms=("tpu",))(*operands)
         self.assertEqual(exported.nr_devices, 16)
@@ -326,16 +327,21 @@ class WrapperTest(parameterized.TestCase):
         return (*pack[:3], pack.context_lens[:1], pack.page_indices[0]), meshes.expected(one)[0]
 
     @parameterized.product(
-        heads_and_caches=(((16, 8), P("model")), ((8, 2), P()), ((8, 1), P()), ((8, 2), P("data"))), check_vma=(True, False)
+        heads_and_caches=(((16, 8), P("model")), ((8, 2), P()), ((8, 1), P()), ((8, 2), P("data"))),
+        check_vma=(True, False),
     )
     def test_values(self, heads_and_caches, check_vma):
         heads, cache = heads_and_caches
         query = P(None, ("data", "model") if cache == P("data") else "model")
         arguments, want = self.arguments(*heads)
         function, call_args = create_shard_map_wrapper(
-            *arguments, cfg=meshes.CONFIG, mesh=meshes.mesh(), in_specs=(query, cache, cache, P(), P()), out_specs=query,
+            *arguments,
+            cfg=meshes.CONFIG,
+            mesh=meshes.mesh(),
+            in_specs=(query, cache, cache, P(), P()),
+            out_specs=query,
             check_vma=check_vma,
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(jax.jit(function)(*call_args), want, atol=1e-5)
 
     @parameterized.named_parameters(
