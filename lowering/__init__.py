@@ -87,11 +87,12 @@ def run_kernel(
 
 
 def _register(platform):
-    def lower(ctx, *operands, **params):
+    def lower(ctx, *operands, matmul_precision=None, **params):
         # Kernels are given plain arrays: what the types say about meshes is settled by now.
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         rule = mlir.lower_fun(functools.partial(run_kernel, device=device_of(platform), **params))
-        return rule(ctx.replace(avals_in=plain), *operands)
+        with jax.default_matmul_precision(matmul_precision or jax.config.jax_default_matmul_precision):
+            return rule(ctx.replace(avals_in=plain), *operands)
 
     mlir.register_lowering(local_paged_prefill_p, lower, platform=platform)
 

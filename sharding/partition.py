@@ -32,17 +32,12 @@ class Call(NamedTuple):
 
     cache_batch_dims: int
     parameters: tuple[tuple[str, object], ...]
-    matmul_precision: str | None
-    enable_x64: bool
 
 
 def _lower(ctx, *operands, cache_batch_dims, hint=None, **parameters):
-    call = Call(
-        cache_batch_dims,
-        (("cache_batch_dims", cache_batch_dims), *parameters.items()),
-        jax.config.jax_default_matmul_precision,
-        jax.config.jax_enable_x64,
-    )
+    # The compiler calls back from a thread that lacks the caller's settings, so what matters goes along.
+    parameters |= dict(cache_batch_dims=cache_batch_dims, matmul_precision=jax.config.jax_default_matmul_precision)
+    call = Call(cache_batch_dims, tuple(parameters.items()))
     query, key_cache = ctx.avals_in[:2]
     where = ctx.module_context.axis_context
     mesh = mesh_of(*ctx.avals_in)
@@ -156,20 +151,14 @@ def _partition(call: Call, mesh, operands, results):
         check_stays(name, given[name], specs[name], mesh.shape)
     run = on_one_device(mesh.shape, cut, query, key_cache, call.parameters)
 
-    def in_callers_context(*local):
-        # The compiler calls from a thread which has none of the caller's context (JAX 0.10), or all of it, an explicit
-        # mesh included (0.12).
-        with (
-            jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
-            jax.default_matmul_precision(call.matmul_precision),
-            jax.enable_x64(call.enable_x64),
-        ):
+    def run_without_mesh(*local):  # JAX 0.12 keeps the caller's mesh in the thread that the compiler calls from
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             return run(*local)
 
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     return (
         mesh,
-        in_callers_context,
+        run_without_mesh,
         tuple(shardings[name] for name in RESULTS),
         tuple(shardings[name] for name in OPERANDS),
     )
