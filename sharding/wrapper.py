@@ -19,12 +19,12 @@ def create_shard_map_wrapper(
     value_cache: Float[Array, "kv_heads num_pages page_size value_dim"],
     context_len: Int[Array, "1"],
     page_indices: Int[Array, " pages_per_seq"],
-    softmax_scale: float | None = None,
+    platform: Platform | None = None,
     *,
+    softmax_scale: float | None = None,
     mask_value: float = DEFAULT_MASK_VALUE,
     attn_logits_soft_cap: float | None = None,
     sliding_window: int | None = None,
-    platform: Platform | None = None,
     cfg: PrefillPageAttentionConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
     in_specs: tuple[PartitionSpec, ...] | None = None,
@@ -39,7 +39,7 @@ def create_shard_map_wrapper(
 
     Args:
       query, key_cache, value_cache, context_len, page_indices: arrays, or anything with their shapes.
-      softmax_scale, mask_value, attn_logits_soft_cap, sliding_window, platform, cfg: as in `prefill_page_attention`.
+      platform, softmax_scale, mask_value, attn_logits_soft_cap, sliding_window, cfg: as in `prefill_page_attention`.
       mesh: the mesh to cut over.
       in_specs: one PartitionSpec each for the five arrays.
       out_specs: that of the output, which is cut as the query is.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import lowering, prefill_page_attention, ragged_paged_prefill, tune
+from paged_prefill import PrefillPageAttention, lowering, prefill_page_attention, ragged_paged_prefill, tune
 from paged_prefill.lowering import contract, tables, timing, tuning, xla
 from paged_prefill.lowering.config import PrefillPageAttentionConfig as Config
 from paged_prefill.tests import packs
@@ -343,6 +343,43 @@ class CommandTest(TuningTestCase):
         with self.assertRaises(SystemExit) as exit, mock.patch("sys.stderr"):
             tune.main([*self.ARGUMENTS, *bad.split()])
         self.assertEqual(exit.exception.code, 2)
+
+
+class OperationTest(parameterized.TestCase):
+    """ejKernel's class: code written for it moves over."""
+
+    def setUp(self):
+        super().setUp()
+        pack = packs.make_pack(4, [5], [20], q_heads=2, kv_heads=1, head_dim=8)
+        self.arguments = dict(
+            query=pack.query,
+            key_cache=pack.key_cache,
+            value_cache=pack.value_cache,
+            context_len=pack.context_lens,
+            page_indices=pack.page_indices[0],
+        )
+        self.invocation = types.SimpleNamespace(kwargs=self.arguments)
+        self.operation = PrefillPageAttention()
+        self.expected = prefill_page_attention(*self.arguments.values())
+
+    def test_run_and_get_impl_are_the_operation(self):
+        configuration = self.operation.heuristic_cfg(None)
+        chex.assert_trees_all_equal(self.operation.run(**self.arguments, cfg=configuration), self.expected)
+        chex.assert_trees_all_equal(self.operation.get_impl(configuration)(**self.arguments), self.expected)
+
+    def test_configurations_are_the_kernels(self):
+        heuristic = self.operation.heuristic_cfg(self.invocation)
+        self.assertNotEmpty(heuristic.sizes())
+        self.assertEqual(self.operation.candidate_cfgs(self.invocation)[0], heuristic)
+
+    def test_shard_map_wrapper_is_the_operation(self):
+        mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        heads = jax.sharding.PartitionSpec(None, "model")
+        whole = jax.sharding.PartitionSpec()
+        function, call_args = self.operation.create_shard_map_wrapper(
+            **self.arguments, mesh=mesh, in_specs=(heads, whole, whole, whole, whole), out_specs=heads
+        )
+        chex.assert_trees_all_close(function(*call_args), self.expected, atol=1e-6)
 
 
 class ConfigTest(parameterized.TestCase):
