@@ -2,13 +2,15 @@
 
 One pallas_call runs a whole pack. Its grid walks over the items of mosaic_tpu_schedule.py: the rows of one sequence in
 one tile of the query. An item walks over its keys in blocks, from its window's start to its causal limit; blocks lie on
-one fixed grid of a sequence's keys, so the bits of a row do not depend on the pack or tile it is in. Two buffers hold blocks:
-while one is computed with, the pages of the next block, be it this item's or the next one's, are copied into the
-other, each page by one strided copy for all KV heads. The page table stays in HBM; an item's row of it is copied to SMEM ahead.
+one fixed grid of a sequence's keys, so the bits of a row do not depend on the pack it is in. Two buffers hold
+blocks: while one is computed with, the pages of the next block, be it this item's or the next one's, are copied into
+the other, each page by one strided copy for all KV heads. The page table stays in HBM, however large: an item's row of
+it is copied to SMEM while the item before it computes.
 
-A block is computed in chunks of keys. The query rows of a KV head's group, times the rows of the tile, are the rows
-of one matrix product with the chunk's keys. Only chunks that some row sees in part are masked. The running maximum m, sum l and
-unnormalised output are those of the online softmax (Milakov and Gimelshein, arXiv 1805.02867), with powers of 2:
+A block is computed in chunks of keys. The rows of the tile times the query heads of a group are the rows of one matrix
+product with the chunk's keys; an item of few rows, as in decoding, takes only the slice of the tile that holds them.
+Only chunks that some row sees in part are masked. The running maximum m, sum l and unnormalised output are those of the
+online softmax (Milakov and Gimelshein, arXiv 1805.02867), in powers of 2, which is what the chip computes:
 
     m' = max(m, max_j s_j)    p_j = 2^(c (s_j - m'))    l' = 2^(c (m - m')) l + sum_j p_j    out' = 2^(c (m - m')) out + p v
 
@@ -27,36 +29,160 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
-from paged_prefill.lowering.mosaic_tpu_schedule import Items, work_items
+from paged_prefill.lowering.mosaic_tpu_schedule import Items, max_items, work_items
 
 LANES = 128
 CHUNK = 512  # keys of one matrix product
+ROWS = 512  # rows of one matrix product that the heuristics aim at
+BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
+HEADS_AT_ONCE = 4  # KV heads whose matrix products and softmaxes overlap
+SMEM_BYTES = 3 * 2**18  # of the chip's 1 MiB, what items and page tables may take
+
+CHIPS = {
+    "TPU v4": pltpu.ChipVersion.TPU_V4,
+    "TPU v5e": pltpu.ChipVersion.TPU_V5E,
+    "TPU v5 lite": pltpu.ChipVersion.TPU_V5E,
+    "TPU v5": pltpu.ChipVersion.TPU_V5P,
+    "TPU v5p": pltpu.ChipVersion.TPU_V5P,
+    "TPU v6e": pltpu.ChipVersion.TPU_V6E,
+    "TPU v6 lite": pltpu.ChipVersion.TPU_V6E,
+    "TPU7": pltpu.ChipVersion.TPU_7,
+    "TPU7x": pltpu.ChipVersion.TPU_7X,
+}
+
+
+class Sizes(NamedTuple):
+    """A configuration made to fit the tiling of the chip and the pages of a cache.
+
+    A page longer than a chunk is treated as `runs_per_page` pages of `run` slots each.
+    """
+
+    block_q: int
+    run: int
+    runs_per_page: int
+    runs_per_chunk: int
+    chunks_per_block: int
+
+    @property
+    def chunk(self) -> int:
+        return self.run * self.runs_per_chunk
+
+    @property
+    def runs_per_block(self) -> int:
+        return self.runs_per_chunk * self.chunks_per_block
+
+
+def sizes_of(config: PrefillPageAttentionConfig, page_size: int, dtype) -> Sizes:
+    """Rounds block_q up, and block_kv to whole chunks of whole pages."""
+    packing = sublanes(dtype)
+    chunk = max(packing, min(CHUNK, config.block_kv))
+    run = max(r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and r <= chunk)
+    runs_per_chunk = chunk // run
+    return Sizes(
+        block_q=_round_up(config.block_q, packing),
+        run=run,
+        runs_per_page=page_size // run,
+        runs_per_chunk=runs_per_chunk,
+        chunks_per_block=max(1, config.block_kv // (runs_per_chunk * run)),
+    )
+
+
+def sublanes(dtype) -> int:
+    """Rows of the chip's native tile: 8 of 32 bits, 16 of 16 bits."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16 and float32, page sizes that are multiples of the chip's tile, on v4 and later."""
+    if device.kind is not None and device.kind not in CHIPS:
+        return f"it is built for {', '.join(CHIPS)}, not for {device.kind}"
+    if problem.dtype not in ("bfloat16", "float32"):
+        return f"TPU matrix units take bfloat16 and float32, not {problem.dtype}"
+    packing = sublanes(problem.dtype)
+    if problem.page_size % packing:
+        return f"page_size {problem.page_size} must be a multiple of {packing} for {problem.dtype}"
+    config = heuristic_config(problem, device)
+    if vmem_bytes(problem, config) > _vmem_budget(device):
+        return (
+            f"{problem.q_heads} query heads and {problem.num_kv_heads} KV heads of head_dim {problem.head_dim} and value_dim "
+            f"{problem.value_dim} need {vmem_bytes(problem, config)} bytes of VMEM, more than the {_vmem_budget(device)} here"
+        )
+    if smem_bytes(problem, config) > SMEM_BYTES:
+        return (
+            f"{problem.seqs} sequences of {problem.tokens} tokens with {problem.pages_per_seq} pages each need "
+            f"{smem_bytes(problem, config)} bytes of SMEM, more than {SMEM_BYTES}"
+        )
     return None
 
 
+def _vmem_budget(device: Device) -> int:
+    """Bytes of VMEM the kernel may plan with; an unknown chip is taken for the one with the least."""
+    chip = CHIPS.get(device.kind, pltpu.ChipVersion.TPU_V4)
+    return pltpu.get_tpu_info_for_chip(chip, 1).vmem_capacity_bytes * 7 // 8
+
+
+def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """VMEM that a configuration takes, an estimate from above: buffers, running values, and one step's intermediates."""
+    sizes = sizes_of(config, problem.page_size, problem.dtype)
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    features = _round_up(problem.head_dim, LANES) + _round_up(problem.value_dim, LANES)
+    rows = problem.q_heads * sizes.block_q
+    pages = 2 * problem.num_kv_heads * sizes.run * sizes.runs_per_block * features * itemsize
+    tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * _round_up(problem.q_heads, LANES) * 4
+    running = rows * (_round_up(problem.value_dim, LANES) + 2 * LANES) * 4
+    step = 4 * problem.group * sizes.block_q * (_round_up(sizes.chunk, LANES) + features) * 4
+    return pages + tiles + running + step
+
+
+def smem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """SMEM that the items and two rows of the page table take."""
+    items = max_items(problem.tokens, problem.seqs, config.block_q)
+    return 4 * (len(Items._fields) * _round_up(items, LANES) + 2 * _round_up(problem.pages_per_seq, LANES))
+
+
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-    return PrefillPageAttentionConfig(block_q=128, block_kv=1024)
+    """Rows enough to keep the matrix unit's weights busy, keys enough to hide the latency of memory, within VMEM."""
+    packing = sublanes(problem.dtype)
+    block_q = _power_of_2(max(ROWS // problem.group, packing))
+    block_q = min(block_q, _round_up(problem.tokens, packing))
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    bytes_per_key = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * itemsize
+    block_kv = min(max(_power_of_2(BYTES_IN_FLIGHT // bytes_per_key), CHUNK), 4 * CHUNK)
+    block_kv = min(block_kv, _round_up(problem.capacity, LANES))
+    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
+    while vmem_bytes(problem, config) > _vmem_budget(device):
+        if block_kv > CHUNK or block_q <= packing and block_kv > LANES:
+            block_kv = max(_round_up(block_kv // 2, LANES), LANES)
+        elif block_q > packing:
+            block_q = _round_up(block_q // 2, packing)
+        else:
+            break
+        config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
+    return config
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    return [heuristic_config(problem, device)]
+    """The heuristic configuration and its neighbours, of those that fit VMEM."""
+    best = heuristic_config(problem, device)
+    candidates = [best]
+    for rows in (1, 2, 0.5):
+        for keys in (1, 2, 0.5):
+            config = PrefillPageAttentionConfig(
+                block_q=_round_up(int(best.block_q * rows), sublanes(problem.dtype)),
+                block_kv=_round_up(int(best.block_kv * keys), LANES),
+            )
+            if config not in candidates and vmem_bytes(problem, config) <= _vmem_budget(device):
+                candidates.append(config)
+    return candidates
 
 
-class Scratch(NamedTuple):
-    """What the kernel keeps on the chip from one grid step to the next."""
-
-    keys: object  # VMEM [2, pages, kv_heads, page_size, head_dim]
-    values: object  # VMEM [2, pages, kv_heads, page_size, value_dim]
-    table: object  # SMEM [2, 1, pages_per_seq]
-    acc: object  # VMEM [kv_heads, rows, value_dim] float32
-    m: object  # VMEM [kv_heads, rows, LANES] float32, the same in every lane
-    l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
-    slot: object  # SMEM [1], the buffer that holds the next block to compute with
-    page_sems: object  # DMA [2]
-    table_sems: object  # DMA [2]
+def _power_of_2(x: int) -> int:
+    """The largest power of 2 that is at most x."""
+    return 1 << (max(x, 1).bit_length() - 1)
 
 
 def attend(
@@ -76,22 +202,29 @@ def attend(
     tokens, q_heads, head_dim = query.shape
     *_, page_size, value_dim = value_pages.shape
     group = q_heads // num_kv_heads
-    block_q, block_kv = config.block_q, config.block_kv
-    pages_per_block = block_kv // page_size
-    capacity = sequences.page_indices.shape[1] * page_size
-    items, count = work_items(sequences, tokens, capacity, block_q, sliding_window)
+    seqs, pages_per_seq = sequences.page_indices.shape
+    sizes = sizes_of(config, page_size, query.dtype)
+    block_q, rows = sizes.block_q, group * sizes.block_q
+    items, count = work_items(sequences, tokens, pages_per_seq * page_size, block_q, sliding_window)
 
-    # With a scale that is not positive, the sign goes to the query: the maximum is taken of unscaled products.
+    # With a scale that is not positive, the sign goes to the query: the maximum is taken before scaling.
     if softmax_scale <= 0:
         query = query * jnp.sign(softmax_scale).astype(query.dtype)
-    by_group = query.reshape(tokens, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-    table = jnp.pad(sequences.page_indices, ((0, 0), (0, -sequences.page_indices.shape[1] % LANES)))
-    table = table[:, None]
+    tiles = -(-tokens // block_q)
+    query = jnp.pad(query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
+    query = query.reshape(-1, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+    table = jnp.pad(sequences.page_indices, ((0, 0), (0, -pages_per_seq % LANES)))[:, None]
 
-    rows = group * block_q
+    def in_runs(pages):
+        pools, heads, num_pages, _, features = pages.shape
+        return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
+
+    def buffer(features):
+        return pltpu.VMEM((2, sizes.runs_per_block, num_kv_heads, sizes.run, features), key_pages.dtype)
+
     scratch = Scratch(
-        keys=pltpu.VMEM((2, pages_per_block, num_kv_heads, page_size, head_dim), key_pages.dtype),
-        values=pltpu.VMEM((2, pages_per_block, num_kv_heads, page_size, value_dim), value_pages.dtype),
+        keys=buffer(head_dim),
+        values=buffer(value_dim),
         table=pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
         acc=pltpu.VMEM((num_kv_heads, rows, value_dim), jnp.float32),
         m=pltpu.VMEM((num_kv_heads, rows, LANES), jnp.float32),
@@ -105,14 +238,18 @@ def attend(
         return (0, 0, tile[item], 0)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    kernel = functools.partial(
-        _kernel,
-        softmax_scale=abs(softmax_scale) or 1.0,
-        soft_cap=attn_logits_soft_cap,
-        window=sliding_window,
-    )
+    problem = Problem(
+        tokens, q_heads, num_kv_heads, head_dim, value_dim, *key_pages.shape[:3], page_size, seqs, pages_per_seq,
+        query.dtype.name, softmax_scale, attn_logits_soft_cap, sliding_window,
+    )  # fmt: skip
     out, lse = pl.pallas_call(
-        kernel,
+        functools.partial(
+            _kernel,
+            sizes=sizes,
+            softmax_scale=abs(softmax_scale) or 1.0,
+            soft_cap=attn_logits_soft_cap,
+            window=sliding_window,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(items),
             grid=(jnp.maximum(count, 1),),
@@ -124,39 +261,45 @@ def attend(
             scratch_shapes=list(scratch),
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_kv_heads, group, tokens, value_dim), query.dtype),
-            jax.ShapeDtypeStruct((tokens, q_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, value_dim), query.dtype),
+            jax.ShapeDtypeStruct((tiles * block_q, q_heads), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=100 * 2**20,
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
+            vmem_limit_bytes=max(vmem_bytes(problem, config), 16 * 2**20),
+            disable_bounds_checks=True,  # every index was clamped by contract.flatten
         ),
         name="paged_prefill",
-    )(kv_head_start.reshape(1), *items, by_group, key_pages, value_pages, table)
+    )(kv_head_start.reshape(1), *items, query, in_runs(key_pages), in_runs(value_pages), table)
 
     # Rows that no sequence owns were not written.
     token = jnp.arange(tokens, dtype=jnp.int32)
     owned = jnp.any((sequences.start <= token[:, None]) & (token[:, None] < sequences.start + sequences.length), axis=1)
-    out = out.transpose(2, 0, 1, 3).reshape(tokens, q_heads, value_dim)
-    return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)
+    out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, value_dim)
+    return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse[:tokens], -jnp.inf)
 
 
-def _kernel(head_start_ref, *refs, softmax_scale, soft_cap, window):
+class Scratch(NamedTuple):
+    """What the kernel keeps on the chip from one grid step to the next."""
+
+    keys: object  # VMEM [2, runs_per_block, kv_heads, run, head_dim]
+    values: object  # VMEM [2, runs_per_block, kv_heads, run, value_dim]
+    table: object  # SMEM [2, 1, pages_per_seq]
+    acc: object  # VMEM [kv_heads, rows, value_dim] float32
+    m: object  # VMEM [kv_heads, rows, LANES] float32, the same in every lane
+    l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
+    slot: object  # SMEM [1], the buffer that holds the next block to compute with
+    page_sems: object  # DMA [2]
+    table_sems: object  # DMA [2]
+
+
+def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window):
     """One grid step: one item."""
     items = Items(*refs[: len(Items._fields)])
     query_ref, key_pages, value_pages, table_hbm, out_ref, lse_ref, *scratch = refs[len(Items._fields) :]
     scratch = Scratch(*scratch)
-    kv_heads, group, block_q, _ = query_ref.shape
-    _, pages_per_block, _, page_size, value_dim = scratch.values.shape
-    block_kv = pages_per_block * page_size
-    chunk = min(CHUNK, block_kv)
-    pages_per_chunk = chunk // page_size
-    rows = group * block_q
-    precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
-    to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
-
+    block_q, runs_per_block = sizes.block_q, sizes.runs_per_block
+    block_kv = runs_per_block * sizes.run
     item, num_items = pl.program_id(0), pl.num_programs(0)
     position = items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
@@ -164,64 +307,120 @@ def _kernel(head_start_ref, *refs, softmax_scale, soft_cap, window):
     first_block = key_start // block_kv
     last_block = jnp.maximum((key_end - 1) // block_kv, first_block)
 
-    # Fetching
-
     def table_copy(item):
         slot = lax.rem(item, 2)
         return pltpu.make_async_copy(table_hbm.at[items.seq[item]], scratch.table.at[slot], scratch.table_sems.at[slot])
 
-    def page_copies(item, page, slot, at):
-        heads = pl.ds(head_start_ref[0], kv_heads)
-        index = scratch.table[lax.rem(item, 2), 0, page]
-        sem = scratch.page_sems.at[slot]
-        return (
-            pltpu.make_async_copy(pages.at[items.pool[item], heads, index], buffer.at[slot, at], sem)
-            for pages, buffer in ((key_pages, scratch.keys), (value_pages, scratch.values))
-        )
-
-    def needed_pages(item, block):  # [from, to) within the block
-        first = block * pages_per_block
-        start = items.key_start[item] // page_size - first
-        end = (items.key_end[item] + page_size - 1) // page_size - first
-        return jnp.maximum(start, 0), jnp.minimum(end, pages_per_block)
+    def needed_runs(item, block):
+        """Which of the block's runs hold needed keys, as [start, end), and whether that is all of them."""
+        first = block * runs_per_block
+        start = jnp.maximum(items.key_start[item] // sizes.run - first, 0)
+        end = jnp.minimum(pl.cdiv(items.key_end[item], sizes.run) - first, runs_per_block)
+        return start, end, (start == 0) & (end == runs_per_block)
 
     def start_fetch(item, block, slot):
-        start, end = needed_pages(item, block)
-        first = block * pages_per_block
-        whole = (start == 0) & (end == pages_per_block)
+        pool, heads = items.pool[item], pl.ds(head_start_ref[0], query_ref.shape[0])
+        table_slot = lax.rem(item, 2)
+        start, end, whole = needed_runs(item, block)
 
-        def start_page(at):
-            for copy in page_copies(item, first + at, slot, at):
-                copy.start()
+        def start_run(at):
+            run = block * runs_per_block + at
+            page = scratch.table[table_slot, 0, lax.div(run, sizes.runs_per_page)]
+            index = page * sizes.runs_per_page + lax.rem(run, sizes.runs_per_page)
+            for pages, buffer in ((key_pages, scratch.keys), (value_pages, scratch.values)):
+                pltpu.make_async_copy(
+                    pages.at[pool, heads, index], buffer.at[slot, at], scratch.page_sems.at[slot]
+                ).start()
 
         @pl.when(whole)
         def _():
-            for at in range(pages_per_block):
-                start_page(at)
+            for at in range(runs_per_block):
+                start_run(at)
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            pl.loop(start, end)(start_page)
+            pl.loop(start, end)(start_run)
 
     def wait_fetch(item, block, slot):
-        start, end = needed_pages(item, block)
-        whole = (start == 0) & (end == pages_per_block)
-        sem = scratch.page_sems.at[slot]
+        start, end, whole = needed_runs(item, block)
 
-        @pl.when(whole)
-        def _():
+        def wait(*at):  # a copy of the right size stands for those that were started
             for buffer in (scratch.keys, scratch.values):
-                pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], sem).wait()
+                there = buffer.at[slot, *at]
+                pltpu.make_async_copy(there, there, scratch.page_sems.at[slot]).wait()
+
+        pl.when(whole)(wait)
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            @pl.loop(start, end)
-            def _(at):
-                for buffer in (scratch.keys, scratch.values):
-                    pltpu.make_async_copy(buffer.at[slot, at], buffer.at[slot, at], sem).wait()
+            pl.loop(start, end)(wait)
+
+    def fetch_next(block, slot):
+        """Starts to fetch the block after this one, which may be the next item's first."""
+        is_last = block == last_block
+
+        @pl.when(jnp.logical_not(is_last) | (item + 1 < num_items))
+        def _():
+            next_item = jnp.minimum(item + is_last.astype(jnp.int32), num_items - 1)
+
+            @pl.when(is_last)
+            def _():
+                table_copy(next_item).wait()
+
+            next_block = jnp.where(is_last, lax.div(items.key_start[next_item], block_kv), block + 1)
+            start_fetch(next_item, next_block, slot)
+
+    def attend_block(rows, block):
+        slot = scratch.slot[0]
+        fetch_next(block, 1 - slot)
+        wait_fetch(item, block, slot)
+        scratch.slot[0] = 1 - slot
+
+        def chunks(masked):
+            return functools.partial(
+                _attend_chunk,
+                query_ref=query_ref,
+                keys_ref=scratch.keys.at[slot],
+                values_ref=scratch.values.at[slot],
+                running=(scratch.m, scratch.l, scratch.acc),
+                rows=rows,
+                first_key=block * block_kv,
+                position=position,
+                key_start=key_start,
+                key_end=key_end,
+                sizes=sizes,
+                softmax_scale=softmax_scale,
+                soft_cap=soft_cap,
+                window=window,
+                masked=masked,
+            )
+
+        # Chunks [low, high) hold needed keys; [whole_low, whole_high) those of which every row sees every key.
+        def chunk_at(key, round_up=False):
+            key = jnp.maximum(key - block * block_kv, 0)
+            return jnp.minimum(lax.div(key + (sizes.chunk - 1) * round_up, sizes.chunk), sizes.chunks_per_block)
+
+        low, high = chunk_at(key_start), chunk_at(key_end, round_up=True)
+        whole_low = low if window is None else jnp.clip(chunk_at(position + row_end - window, round_up=True), low, high)
+        whole_high = jnp.clip(chunk_at(jnp.minimum(position + row_start + 1, key_end)), whole_low, high)
+        if window is not None:
+            pl.loop(low, whole_low)(chunks(masked=True))
+        pl.loop(whole_low, whole_high)(chunks(masked=False))
+        pl.loop(whole_high, high)(chunks(masked=True))
+
+    def attend_rows(rows):
+        count = query_ref.shape[1] * rows.height
+        scratch.m[:, :count] = jnp.full_like(scratch.m[:, :count], -jnp.inf)
+        scratch.l[:, :count] = jnp.zeros_like(scratch.l[:, :count])
+        scratch.acc[:, :count] = jnp.zeros_like(scratch.acc[:, :count])
+        pl.loop(first_block, last_block + 1)(functools.partial(attend_block, rows))
+        _write(
+            out_ref, lse_ref, (scratch.m, scratch.l, scratch.acc), rows, row_start, row_end,
+            scale=softmax_scale if soft_cap is None else soft_cap,
+        )  # fmt: skip
 
     @pl.when(item == 0)
-    def prologue():
+    def first_fetch():
         table_copy(0).start()
         table_copy(0).wait()
         scratch.slot[0] = 0
@@ -231,113 +430,113 @@ def _kernel(head_start_ref, *refs, softmax_scale, soft_cap, window):
     def fetch_next_table():
         table_copy(item + 1).start()
 
-    # Computing
+    height = min(sublanes(query_ref.dtype), block_q)
+    first_row = pl.multiple_of(lax.div(row_start, height) * height, height)
+    few = row_end - first_row <= height
+    if height < block_q:
+        pl.when(few)(lambda: attend_rows(Rows(first_row, height)))
+        pl.when(jnp.logical_not(few))(lambda: attend_rows(Rows(0, block_q)))
+    else:
+        attend_rows(Rows(0, block_q))
 
-    def attend_chunk(slot, block, index, masked):
-        """Folds one chunk of keys into m, l and acc of every head."""
-        pages = pl.ds(index * pages_per_chunk, pages_per_chunk)
-        first_key = block * block_kv + index * chunk
+
+class Rows(NamedTuple):
+    """The slice of a tile that an item computes."""
+
+    first: object
+    height: int
+
+    @property
+    def slice(self):
+        return pl.ds(self.first, self.height)
+
+
+def _attend_chunk(
+    index, *, query_ref, keys_ref, values_ref, running, rows: Rows, first_key, position, key_start, key_end, sizes: Sizes,
+    softmax_scale, soft_cap, window, masked,
+):  # fmt: skip
+    """Folds chunk `index` of a block into the running values of every head."""
+    m_ref, l_ref, acc_ref = running
+    kv_heads, group, _, _ = query_ref.shape
+    count, chunk = group * rows.height, sizes.chunk
+    runs = pl.ds(index * sizes.runs_per_chunk, sizes.runs_per_chunk)
+    precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
+    to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
+    if masked:
+        key = first_key + index * chunk + lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+        row = lax.broadcasted_iota(jnp.int32, (group, rows.height, 1), 1).reshape(count, 1)
+        row_position = position + rows.first + row
+        visible = (key <= row_position) & (key < key_end)
+        if window is not None:
+            visible &= key > row_position - window
+        key = first_key + index * chunk + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
+        exists = (key >= key_start) & (key < key_end)
+
+    def product(x, y, contract):
+        return lax.dot_general(
+            x, y, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    def softmax(head):
+        query = query_ref[head, :, rows.slice].reshape(count, -1)
+        s = product(query, keys_ref[runs, head].reshape(chunk, -1), 1)
+        if soft_cap is not None:
+            s = jnp.tanh(s * (softmax_scale / soft_cap))
         if masked:
-            key = first_key + lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-            row = lax.broadcasted_iota(jnp.int32, (group, block_q, 1), 1).reshape(rows, 1)
-            visible = (key <= position + row) & (key < key_end)
-            if window is not None:
-                visible &= key > position + row - window
-            key = first_key + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
-            exists = (key >= key_start) & (key < key_end)
+            s = jnp.where(visible, s, -jnp.inf)
+        m = m_ref[head, :count]
+        m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
+        # A row that has seen no key yet would subtract infinity from itself.
+        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
+        p = jnp.exp2((s - _widen(shift, chunk)) * to_exponent)
+        fade = jnp.exp2((m - shift) * to_exponent)
+        m_ref[head, :count] = m_next
+        l_ref[head, :count] = l_ref[head, :count] * fade + _lane_sums(p)
+        return p.astype(values_ref.dtype), fade
 
-        def softmax(head):
-            query = query_ref[head].reshape(rows, -1)
-            keys = scratch.keys[slot, pages, head].reshape(chunk, -1)
-            s = lax.dot_general(
-                query, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-            )
-            if soft_cap is not None:
-                s = jnp.tanh(s * (softmax_scale / soft_cap))
-            if masked:
-                s = jnp.where(visible, s, -jnp.inf)
-            m = scratch.m[head]
-            m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
-            shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
-            p = jnp.exp2((s - _widen(shift, chunk)) * to_exponent)
-            fade = jnp.exp2((m - shift) * to_exponent)
-            scratch.m[head] = m_next
-            scratch.l[head] = scratch.l[head] * fade + _lane_sums(p)
-            return p.astype(scratch.values.dtype), fade
+    def add_values(head, p, fade):
+        values = values_ref[runs, head].reshape(chunk, -1)
+        if masked:  # what lies in a slot that no row sees may be anything, and 0 * NaN is NaN
+            values = jnp.where(exists, values, 0)
+        acc = acc_ref[head, :count]
+        acc_ref[head, :count] = acc * _widen(fade, acc.shape[1]) + product(p, values, 0)
 
-        def add_values(head, p, fade):
-            values = scratch.values[slot, pages, head].reshape(chunk, -1)
-            if masked:
-                values = jnp.where(exists, values, 0)
-            update = lax.dot_general(
-                p, values, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-            )
-            scratch.acc[head] = scratch.acc[head] * _widen(fade, value_dim) + update
+    # The values of one head are added while the softmax of the next one runs.
+    at_once = max(n for n in range(1, min(HEADS_AT_ONCE, kv_heads) + 1) if kv_heads % n == 0)
 
-        # The values of one head are added while the softmax of the next one runs.
+    @pl.loop(0, kv_heads // at_once)
+    def _(heads):
         previous = None
-        for head in range(kv_heads):
+        for head in range(at_once):
+            head = heads * at_once + head
             current = head, *softmax(head)
             if previous is not None:
                 add_values(*previous)
             previous = current
         add_values(*previous)
 
-    def attend_block(block, _):
-        slot = scratch.slot[0]
-        is_last = block == last_block
 
-        @pl.when(jnp.logical_not(is_last) | (item + 1 < num_items))
-        def fetch_next():
-            next_item = jnp.minimum(item + is_last.astype(jnp.int32), num_items - 1)
-
-            @pl.when(is_last)
-            def _():
-                table_copy(next_item).wait()
-
-            next_block = jnp.where(is_last, items.key_start[next_item] // block_kv, block + 1)
-            start_fetch(next_item, next_block, 1 - slot)
-
-        wait_fetch(item, block, slot)
-        scratch.slot[0] = 1 - slot
-
-        # Chunks [low, high) of the block hold needed keys; all rows see all of those in [whole_low, whole_high).
-        first_key = block * block_kv
-        low = jnp.maximum(key_start - first_key, 0) // chunk
-        high = jnp.minimum(pl.cdiv(key_end - first_key, chunk), block_kv // chunk)
-        whole_high = jnp.minimum(position + row_start + 1, key_end) - first_key
-        whole_high = jnp.clip(lax.div(jnp.maximum(whole_high, 0), chunk), low, high)
-        whole_low = low
-        if window is not None:
-            whole_low = jnp.maximum(position + row_end - window - first_key, 0)
-            whole_low = jnp.clip(pl.cdiv(whole_low, chunk), low, high)
-            whole_high = jnp.maximum(whole_high, whole_low)
-            pl.loop(low, whole_low)(functools.partial(attend_chunk, slot, block, masked=True))
-        pl.loop(whole_low, whole_high)(functools.partial(attend_chunk, slot, block, masked=False))
-        pl.loop(whole_high, high)(functools.partial(attend_chunk, slot, block, masked=True))
-        return _
-
-    scratch.m[...] = jnp.full_like(scratch.m, -jnp.inf)
-    scratch.l[...] = jnp.zeros_like(scratch.l)
-    scratch.acc[...] = jnp.zeros_like(scratch.acc)
-    lax.fori_loop(first_block, last_block + 1, attend_block, None)
-
-    # Writing: the item's rows, and no other's.
-    row = lax.broadcasted_iota(jnp.int32, (block_q, 1), 0)
+def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
+    """Divides, and writes the rows of the item, and no other's."""
+    m_ref, l_ref, acc_ref = running
+    kv_heads, group, _, value_dim = out_ref.shape
+    count = group * rows.height
+    row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.height, 1), 0)
     mine = (row >= row_start) & (row < row_end)
-    lane = lax.broadcasted_iota(jnp.int32, lse_ref.shape, 1)
-    lse = lse_ref[...]
-    for head in range(kv_heads):
-        l = jnp.sum(scratch.l[head], axis=1, keepdims=True)
+    lane = lax.broadcasted_iota(jnp.int32, (1, lse_ref.shape[1]), 1)
+
+    @pl.loop(0, kv_heads)
+    def _(head):
+        l = jnp.sum(l_ref[head, :count], axis=1, keepdims=True)
         seen = jnp.where(l > 0, l, 1.0)
-        out = (scratch.acc[head] / seen).astype(out_ref.dtype).reshape(group, block_q, value_dim)
-        out_ref[head] = jnp.where(mine[None], out, out_ref[head])
-        scale = softmax_scale if soft_cap is None else soft_cap
-        head_lse = jnp.where(l > 0, scratch.m[head][:, :1] * scale + jnp.log(seen), -jnp.inf)
-        head_lse = head_lse.reshape(group, block_q, 1)
+        out = (acc_ref[head, :count] * (1.0 / seen)).astype(out_ref.dtype).reshape(group, rows.height, value_dim)
+        out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
+        head_lse = jnp.where(l > 0, m_ref[head, :count][:, :1] * scale + jnp.log(seen), -jnp.inf)
+        head_lse = head_lse.reshape(group, rows.height, 1)
+        lse = lse_ref[rows.slice]
         for i in range(group):
             lse = jnp.where(mine & (lane == head * group + i), head_lse[i], lse)
-    lse_ref[...] = lse
+        lse_ref[rows.slice] = lse
 
 
 def _widen(x, width):
