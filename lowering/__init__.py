@@ -7,14 +7,14 @@ import jax
 from jax.interpreters import mlir
 import jax.numpy as jnp
 
-from paged_prefill.lowering import contract, xla
+from paged_prefill.lowering import contract, mosaic_tpu, xla
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
 KERNELS = {
     "cpu": {"xla": xla},
-    "tpu": {"xla": xla},
+    "tpu": {"mosaic_tpu": mosaic_tpu, "xla": xla},
     "cuda": {"xla": xla},
     "rocm": {"xla": xla},
 }
@@ -25,6 +25,9 @@ ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mos
 
 def device_of(platform: str) -> contract.Device:
     """The device that code lowered for `platform` will run on, as far as this process can tell."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform == platform:  # compiling ahead of time
+        return contract.Device(platform, abstract.device_kind)
     try:
         device = jax.devices(platform)[0]
     except RuntimeError:  # lowering for a machine that is not here
