@@ -35,7 +35,7 @@ LANES = 128
 CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product that the heuristics aim at
 BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
-HEADS_AT_ONCE = 4  # KV heads whose matrix products and softmaxes overlap
+PRODUCTS_AT_ONCE = 4  # matrix products of one step, whose softmaxes overlap with the next one's products
 SMEM_BYTES = 3 * 2**18  # of the chip's 1 MiB, what items and page tables may take
 
 CHIPS = {
@@ -57,11 +57,16 @@ class Sizes(NamedTuple):
     A page longer than a chunk is treated as `runs_per_page` pages of `run` slots each.
     """
 
-    block_q: int
+    part: int  # tokens of one matrix product
+    parts: int  # parts of a tile
     run: int
     runs_per_page: int
     runs_per_chunk: int
     chunks_per_block: int
+
+    @property
+    def block_q(self) -> int:
+        return self.part * self.parts
 
     @property
     def chunk(self) -> int:
@@ -71,15 +76,21 @@ class Sizes(NamedTuple):
     def runs_per_block(self) -> int:
         return self.runs_per_chunk * self.chunks_per_block
 
+    def heads_at_once(self, kv_heads: int) -> int:
+        """KV heads of one step over the whole tile."""
+        return _divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
 
-def sizes_of(config: PrefillPageAttentionConfig, page_size: int, dtype) -> Sizes:
-    """Rounds block_q up, and block_kv to whole chunks of whole pages."""
+
+def sizes_of(config: PrefillPageAttentionConfig, group: int, page_size: int, dtype) -> Sizes:
+    """Rounds block_q up to whole parts, and block_kv to whole chunks of whole pages."""
     packing = sublanes(dtype)
+    part = min(_round_up(config.block_q, packing), max(_power_of_2(ROWS // group), packing))
     chunk = max(packing, min(CHUNK, config.block_kv))
     run = max(r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and r <= chunk)
     runs_per_chunk = chunk // run
     return Sizes(
-        block_q=_round_up(config.block_q, packing),
+        part=part,
+        parts=-(-config.block_q // part),
         run=run,
         runs_per_page=page_size // run,
         runs_per_chunk=runs_per_chunk,
@@ -98,7 +109,12 @@ def _round_up(x: int, multiple: int) -> int:
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16 and float32, page sizes that are multiples of the chip's tile, on v4 and later."""
-    if device.kind is not None and device.kind not in CHIPS:
+    if device.kind is None:
+        return (
+            "Mosaic must know the TPU that it compiles for, and there is none here: lower within "
+            "jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device_kind, 1, 'tpu')))"
+        )
+    if device.kind not in CHIPS:
         return f"it is built for {', '.join(CHIPS)}, not for {device.kind}"
     if problem.dtype not in ("bfloat16", "float32"):
         return f"TPU matrix units take bfloat16 and float32, not {problem.dtype}"
@@ -120,34 +136,33 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def _vmem_budget(device: Device) -> int:
-    """Bytes of VMEM the kernel may plan with; an unknown chip is taken for the one with the least."""
-    chip = CHIPS.get(device.kind, pltpu.ChipVersion.TPU_V4)
-    return pltpu.get_tpu_info_for_chip(chip, 1).vmem_capacity_bytes * 7 // 8
+    """Bytes of VMEM the kernel may plan with: what JAX reports for one core, less an eighth for the compiler."""
+    return pltpu.get_tpu_info_for_chip(CHIPS[device.kind], 1).vmem_capacity_bytes * 7 // 8
 
 
 def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """VMEM that a configuration takes, an estimate from above: buffers, running values, and one step's intermediates."""
-    sizes = sizes_of(config, problem.page_size, problem.dtype)
+    sizes = sizes_of(config, problem.group, problem.page_size, problem.dtype)
     itemsize = jnp.dtype(problem.dtype).itemsize
     features = _round_up(problem.head_dim, LANES) + _round_up(problem.value_dim, LANES)
     rows = problem.q_heads * sizes.block_q
     pages = 2 * problem.num_kv_heads * sizes.run * sizes.runs_per_block * features * itemsize
     tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * _round_up(problem.q_heads, LANES) * 4
     running = rows * (_round_up(problem.value_dim, LANES) + 2 * LANES) * 4
-    step = 4 * problem.group * sizes.block_q * (_round_up(sizes.chunk, LANES) + features) * 4
+    step = PRODUCTS_AT_ONCE * problem.group * sizes.part * (_round_up(sizes.chunk, LANES) + features) * 4
     return pages + tiles + running + step
 
 
 def smem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """SMEM that the items and two rows of the page table take."""
-    items = max_items(problem.tokens, problem.seqs, config.block_q)
+    items = max_items(problem.tokens, problem.seqs, sizes_of(config, problem.group, problem.page_size, problem.dtype).block_q)
     return 4 * (len(Items._fields) * _round_up(items, LANES) + 2 * _round_up(problem.pages_per_seq, LANES))
 
 
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     """Rows enough to keep the matrix unit's weights busy, keys enough to hide the latency of memory, within VMEM."""
     packing = sublanes(problem.dtype)
-    block_q = _power_of_2(max(ROWS // problem.group, packing))
+    block_q = 2 * max(_power_of_2(ROWS // problem.group), packing)
     block_q = min(block_q, _round_up(problem.tokens, packing))
     itemsize = jnp.dtype(problem.dtype).itemsize
     bytes_per_key = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * itemsize
@@ -203,7 +218,7 @@ def attend(
     *_, page_size, value_dim = value_pages.shape
     group = q_heads // num_kv_heads
     seqs, pages_per_seq = sequences.page_indices.shape
-    sizes = sizes_of(config, page_size, query.dtype)
+    sizes = sizes_of(config, group, page_size, query.dtype)
     block_q, rows = sizes.block_q, group * sizes.block_q
     items, count = work_items(sequences, tokens, pages_per_seq * page_size, block_q, sliding_window)
 
@@ -225,7 +240,7 @@ def attend(
     scratch = Scratch(
         keys=buffer(head_dim),
         values=buffer(value_dim),
-        table=pltpu.SMEM((2, *table.shape[1:]), jnp.int32),
+        table=pltpu.SMEM((2 * table.shape[-1],), jnp.int32),
         acc=pltpu.VMEM((num_kv_heads, rows, value_dim), jnp.float32),
         m=pltpu.VMEM((num_kv_heads, rows, LANES), jnp.float32),
         l=pltpu.VMEM((num_kv_heads, rows, LANES), jnp.float32),
@@ -284,7 +299,7 @@ class Scratch(NamedTuple):
 
     keys: object  # VMEM [2, runs_per_block, kv_heads, run, head_dim]
     values: object  # VMEM [2, runs_per_block, kv_heads, run, value_dim]
-    table: object  # SMEM [2, 1, pages_per_seq]
+    table: object  # SMEM [2 * pages_per_seq]
     acc: object  # VMEM [kv_heads, rows, value_dim] float32
     m: object  # VMEM [kv_heads, rows, LANES] float32, the same in every lane
     l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
@@ -293,131 +308,185 @@ class Scratch(NamedTuple):
     table_sems: object  # DMA [2]
 
 
+class Rows(NamedTuple):
+    """The slice of a tile that takes part in one matrix product. `at` is where its running values are kept."""
+
+    first: object
+    count: int
+    at: object
+
+    @property
+    def slice(self):
+        return pl.ds(self.first, self.count)
+
+
 def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window):
     """One grid step: one item."""
     items = Items(*refs[: len(Items._fields)])
     query_ref, key_pages, value_pages, table_hbm, out_ref, lse_ref, *scratch = refs[len(Items._fields) :]
     scratch = Scratch(*scratch)
-    block_q, runs_per_block = sizes.block_q, sizes.runs_per_block
+    kv_heads, group = query_ref.shape[:2]
+    runs_per_block = sizes.runs_per_block
     block_kv = runs_per_block * sizes.run
     item, num_items = pl.program_id(0), pl.num_programs(0)
     position = items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
     key_start, key_end = items.key_start[item], items.key_end[item]
-    first_block = key_start // block_kv
-    last_block = jnp.maximum((key_end - 1) // block_kv, first_block)
+    first_block = lax.div(key_start, block_kv)
+    last_block = jnp.maximum(lax.div(key_end - 1, block_kv), first_block)
+
+    def table_slot(item):
+        width = table_hbm.shape[-1]
+        return pl.multiple_of(lax.rem(item, 2) * width, LANES), width
 
     def table_copy(item):
-        slot = lax.rem(item, 2)
-        return pltpu.make_async_copy(table_hbm.at[items.seq[item]], scratch.table.at[slot], scratch.table_sems.at[slot])
+        slot = scratch.table.at[pl.ds(*table_slot(item))]
+        return pltpu.make_async_copy(table_hbm.at[items.seq[item], 0], slot, scratch.table_sems.at[lax.rem(item, 2)])
+
+    def run_copier(item, block, slot):
+        """The function that starts to copy a run of a block."""
+        heads = pl.ds(head_start_ref[0], kv_heads)
+        pool, sem, table = items.pool[item], scratch.page_sems.at[slot], table_slot(item)[0]
+
+        def start(at):
+            run = block * runs_per_block + at
+            index = scratch.table[table + lax.div(run, sizes.runs_per_page)]
+            if sizes.runs_per_page > 1:
+                index = index * sizes.runs_per_page + lax.rem(run, sizes.runs_per_page)
+            for pages, buffer in ((key_pages, scratch.keys), (value_pages, scratch.values)):
+                pltpu.make_async_copy(pages.at[pool, heads, index], buffer.at[slot, at], sem).start()
+
+        return start
 
     def needed_runs(item, block):
         """Which of the block's runs hold needed keys, as [start, end), and whether that is all of them."""
         first = block * runs_per_block
-        start = jnp.maximum(items.key_start[item] // sizes.run - first, 0)
+        start = jnp.maximum(lax.div(items.key_start[item], sizes.run) - first, 0)
         end = jnp.minimum(pl.cdiv(items.key_end[item], sizes.run) - first, runs_per_block)
         return start, end, (start == 0) & (end == runs_per_block)
 
     def start_fetch(item, block, slot):
-        pool, heads = items.pool[item], pl.ds(head_start_ref[0], query_ref.shape[0])
-        table_slot = lax.rem(item, 2)
+        start, end, _ = needed_runs(item, block)
+        pl.loop(start, end)(run_copier(item, block, slot))
+
+    def fetch_next(block, slot):
+        """Starts to fetch the block after this one, which may be the next item's first."""
+
+        @pl.when(block < last_block)
+        def _():
+            start_fetch(item, block + 1, slot)
+
+        @pl.when((block == last_block) & (item + 1 < num_items))
+        def _():
+            table_copy(item + 1).wait()
+            start_fetch(item + 1, lax.div(items.key_start[item + 1], block_kv), slot)
+
+    def wait_fetch(block, slot):
         start, end, whole = needed_runs(item, block)
 
-        def start_run(at):
-            run = block * runs_per_block + at
-            page = scratch.table[table_slot, 0, lax.div(run, sizes.runs_per_page)]
-            index = page * sizes.runs_per_page + lax.rem(run, sizes.runs_per_page)
-            for pages, buffer in ((key_pages, scratch.keys), (value_pages, scratch.values)):
-                pltpu.make_async_copy(
-                    pages.at[pool, heads, index], buffer.at[slot, at], scratch.page_sems.at[slot]
-                ).start()
-
-        @pl.when(whole)
-        def _():
-            for at in range(runs_per_block):
-                start_run(at)
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            pl.loop(start, end)(start_run)
-
-    def wait_fetch(item, block, slot):
-        start, end, whole = needed_runs(item, block)
-
-        def wait(*at):  # a copy of the right size stands for those that were started
+        def wait(*at):  # a copy of the same size stands for the ones that were started
             for buffer in (scratch.keys, scratch.values):
                 there = buffer.at[slot, *at]
                 pltpu.make_async_copy(there, there, scratch.page_sems.at[slot]).wait()
 
         pl.when(whole)(wait)
+        pl.when(jnp.logical_not(whole))(lambda: pl.loop(start, end)(wait))
 
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            pl.loop(start, end)(wait)
-
-    def fetch_next(block, slot):
-        """Starts to fetch the block after this one, which may be the next item's first."""
-        is_last = block == last_block
-
-        @pl.when(jnp.logical_not(is_last) | (item + 1 < num_items))
-        def _():
-            next_item = jnp.minimum(item + is_last.astype(jnp.int32), num_items - 1)
-
-            @pl.when(is_last)
-            def _():
-                table_copy(next_item).wait()
-
-            next_block = jnp.where(is_last, lax.div(items.key_start[next_item], block_kv), block + 1)
-            start_fetch(next_item, next_block, slot)
-
-    def attend_block(rows, block):
+    def attend_block(block, parts, whole_block, masked_rows):
         slot = scratch.slot[0]
-        fetch_next(block, 1 - slot)
-        wait_fetch(item, block, slot)
         scratch.slot[0] = 1 - slot
+        step = functools.partial(
+            _attend_step,
+            query_ref=query_ref,
+            keys_ref=scratch.keys.at[slot],
+            values_ref=scratch.values.at[slot],
+            running=(scratch.m, scratch.l, scratch.acc),
+            sizes=sizes,
+            softmax_scale=softmax_scale,
+            soft_cap=soft_cap,
+        )
+        first_key = block * block_kv
 
-        def chunks(masked):
-            return functools.partial(
-                _attend_chunk,
-                query_ref=query_ref,
-                keys_ref=scratch.keys.at[slot],
-                values_ref=scratch.values.at[slot],
-                running=(scratch.m, scratch.l, scratch.acc),
-                rows=rows,
-                first_key=block * block_kv,
-                position=position,
-                key_start=key_start,
-                key_end=key_end,
-                sizes=sizes,
-                softmax_scale=softmax_scale,
-                soft_cap=soft_cap,
-                window=window,
-                masked=masked,
-            )
+        def unmasked():
+            """Every row of the tile sees every key, and all pages of the next block are needed: they are fetched on the way."""
+            wait_fetch(block, slot)
+            at_once = sizes.heads_at_once(kv_heads)
+            steps = kv_heads // at_once
+            copy = run_copier(item, block + 1, 1 - slot)
+            share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
 
-        # Chunks [low, high) hold needed keys; [whole_low, whole_high) those of which every row sees every key.
-        def chunk_at(key, round_up=False):
-            key = jnp.maximum(key - block * block_kv, 0)
-            return jnp.minimum(lax.div(key + (sizes.chunk - 1) * round_up, sizes.chunk), sizes.chunks_per_block)
+            @pl.loop(0, sizes.chunks_per_block)
+            def _(chunk):
+                if not share:
+                    for run in range(sizes.runs_per_chunk):
+                        copy(chunk * sizes.runs_per_chunk + run)
 
-        low, high = chunk_at(key_start), chunk_at(key_end, round_up=True)
-        whole_low = low if window is None else jnp.clip(chunk_at(position + row_end - window, round_up=True), low, high)
-        whole_high = jnp.clip(chunk_at(jnp.minimum(position + row_start + 1, key_end)), whole_low, high)
-        if window is not None:
-            pl.loop(low, whole_low)(chunks(masked=True))
-        pl.loop(whole_low, whole_high)(chunks(masked=False))
-        pl.loop(whole_high, high)(chunks(masked=True))
+                @pl.loop(0, steps)
+                def _(heads):
+                    for run in range(share):
+                        copy(chunk * sizes.runs_per_chunk + heads * share + run)
+                    step(chunk, [(heads * at_once + i, part_rows(part)) for i in range(at_once) for part in range(sizes.parts)])
 
-    def attend_rows(rows):
-        count = query_ref.shape[1] * rows.height
-        scratch.m[:, :count] = jnp.full_like(scratch.m[:, :count], -jnp.inf)
-        scratch.l[:, :count] = jnp.zeros_like(scratch.l[:, :count])
-        scratch.acc[:, :count] = jnp.zeros_like(scratch.acc[:, :count])
-        pl.loop(first_block, last_block + 1)(functools.partial(attend_block, rows))
-        _write(
-            out_ref, lse_ref, (scratch.m, scratch.l, scratch.acc), rows, row_start, row_end,
-            scale=softmax_scale if soft_cap is None else soft_cap,
-        )  # fmt: skip
+        def masked():
+            fetch_next(block, 1 - slot)
+            wait_fetch(block, slot)
+            at_once = _divisor(kv_heads, PRODUCTS_AT_ONCE // 2)
+            low = lax.div(jnp.maximum(key_start - first_key, 0), sizes.chunk)
+            high = jnp.minimum(pl.cdiv(key_end - first_key, sizes.chunk), sizes.chunks_per_block)
+
+            @pl.loop(low, high)
+            def _(chunk):
+                @pl.loop(*parts)
+                def _(part):
+                    rows = masked_rows(part)
+                    mask = Mask(first_key + chunk * sizes.chunk, position + rows.first, key_start, key_end, window)
+
+                    @pl.loop(0, kv_heads // at_once)
+                    def _(heads):
+                        step(chunk, [(heads * at_once + i, rows) for i in range(at_once)], mask)
+
+        if whole_block is None:
+            return masked()
+        whole = whole_block(first_key)
+        pl.when(whole)(unmasked)
+        pl.when(jnp.logical_not(whole))(masked)
+
+    def part_rows(part):
+        first = pl.multiple_of(part * sizes.part, sizes.part)
+        return Rows(first, sizes.part, pl.ds(pl.multiple_of(part * group * sizes.part, sizes.part), group * sizes.part))
+
+    def attend_tile():
+        parts = lax.div(row_start, sizes.part), pl.cdiv(row_end, sizes.part)
+        all_parts = (parts[0] == 0) & (parts[1] == sizes.parts)
+
+        def whole_block(first_key):
+            end = first_key + block_kv
+            whole = all_parts & (end <= position + row_start + 1) & (end + block_kv <= key_end)
+            return whole if window is None else whole & (first_key > position + row_end - 1 - window)
+
+        attend_rows(parts, whole_block, part_rows)
+
+    def attend_few_rows():
+        rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
+        attend_rows((0, 1), None, lambda _: rows)
+
+    def attend_rows(parts, whole_block, rows_of):
+        running = scratch.m, scratch.l, scratch.acc
+
+        @pl.loop(*parts)
+        def _(part):
+            for ref, value in zip(running, (-jnp.inf, 0.0, 0.0)):
+                at = rows_of(part).at
+                ref[:, at] = jnp.full((kv_heads, at.size, ref.shape[-1]), value, jnp.float32)
+
+        @pl.loop(first_block, last_block + 1)
+        def _(block):
+            attend_block(block, parts, whole_block, rows_of)
+
+        @pl.loop(*parts)
+        def _(part):
+            scale = softmax_scale if soft_cap is None else soft_cap
+            _write(out_ref, lse_ref, running, rows_of(part), row_start, row_end, scale=scale)
 
     @pl.when(item == 0)
     def first_fetch():
@@ -430,113 +499,114 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
     def fetch_next_table():
         table_copy(item + 1).start()
 
-    height = min(sublanes(query_ref.dtype), block_q)
-    first_row = pl.multiple_of(lax.div(row_start, height) * height, height)
-    few = row_end - first_row <= height
-    if height < block_q:
-        pl.when(few)(lambda: attend_rows(Rows(first_row, height)))
-        pl.when(jnp.logical_not(few))(lambda: attend_rows(Rows(0, block_q)))
+    few = sublanes(query_ref.dtype)
+    if sizes.block_q > few:
+        is_few = row_end - lax.div(row_start, few) * few <= few
+        pl.when(is_few)(attend_few_rows)
+        pl.when(jnp.logical_not(is_few))(attend_tile)
     else:
-        attend_rows(Rows(0, block_q))
+        attend_tile()
 
 
-class Rows(NamedTuple):
-    """The slice of a tile that an item computes."""
+class Mask(NamedTuple):
+    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's keys."""
 
-    first: object
-    height: int
+    first_key: object
+    first_position: object
+    key_start: object
+    key_end: object
+    window: int | None
 
-    @property
-    def slice(self):
-        return pl.ds(self.first, self.height)
+    def hide(self, s, group):
+        """Logits [group * rows, keys] with -inf where a row does not see a key."""
+        rows, keys = s.shape
+        row = lax.broadcasted_iota(jnp.int32, (group, rows // group, 1), 1).reshape(rows, 1)
+        end = jnp.minimum(self.first_position + row + 1, self.key_end) - self.first_key
+        key = lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+        visible = key < end
+        if self.window is not None:
+            visible &= key >= self.first_position + row + 1 - self.window - self.first_key
+        return jnp.where(visible, s, -jnp.inf)
+
+    def zero(self, values):
+        """Values [keys, value_dim] with zeros for keys that no row sees: they may be anything, and 0 * NaN is NaN."""
+        key = self.first_key + lax.broadcasted_iota(jnp.int32, (values.shape[0], 1), 0)
+        return jnp.where((key >= self.key_start) & (key < self.key_end), values, 0)
 
 
-def _attend_chunk(
-    index, *, query_ref, keys_ref, values_ref, running, rows: Rows, first_key, position, key_start, key_end, sizes: Sizes,
-    softmax_scale, soft_cap, window, masked,
+def _attend_step(
+    chunk, products, mask: Mask | None = None, *, query_ref, keys_ref, values_ref, running, sizes: Sizes, softmax_scale, soft_cap
 ):  # fmt: skip
-    """Folds chunk `index` of a block into the running values of every head."""
+    """Folds a chunk of keys into the running values of `products`: pairs of a KV head and Rows."""
     m_ref, l_ref, acc_ref = running
-    kv_heads, group, _, _ = query_ref.shape
-    count, chunk = group * rows.height, sizes.chunk
-    runs = pl.ds(index * sizes.runs_per_chunk, sizes.runs_per_chunk)
+    group = query_ref.shape[1]
+    runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
     to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
-    if masked:
-        key = first_key + index * chunk + lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
-        row = lax.broadcasted_iota(jnp.int32, (group, rows.height, 1), 1).reshape(count, 1)
-        row_position = position + rows.first + row
-        visible = (key <= row_position) & (key < key_end)
-        if window is not None:
-            visible &= key > row_position - window
-        key = first_key + index * chunk + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
-        exists = (key >= key_start) & (key < key_end)
 
     def product(x, y, contract):
-        return lax.dot_general(
-            x, y, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        dimensions = (((1,), (contract,)), ((), ()))
+        return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def softmax(head):
-        query = query_ref[head, :, rows.slice].reshape(count, -1)
-        s = product(query, keys_ref[runs, head].reshape(chunk, -1), 1)
+    def softmax(head, rows):
+        query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
+        s = product(query, keys_ref[runs, head].reshape(sizes.chunk, -1), 1)
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
-        if masked:
-            s = jnp.where(visible, s, -jnp.inf)
-        m = m_ref[head, :count]
+        if mask is not None:
+            s = mask.hide(s, group)
+        m = m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         # A row that has seen no key yet would subtract infinity from itself.
-        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
-        p = jnp.exp2((s - _widen(shift, chunk)) * to_exponent)
+        shift = m_next if mask is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
+        p = jnp.exp2((s - _widen(shift, sizes.chunk)) * to_exponent)
         fade = jnp.exp2((m - shift) * to_exponent)
-        m_ref[head, :count] = m_next
-        l_ref[head, :count] = l_ref[head, :count] * fade + _lane_sums(p)
+        m_ref[head, rows.at] = m_next
+        l_ref[head, rows.at] = l_ref[head, rows.at] * fade + _lane_sums(p)
         return p.astype(values_ref.dtype), fade
 
-    def add_values(head, p, fade):
-        values = values_ref[runs, head].reshape(chunk, -1)
-        if masked:  # what lies in a slot that no row sees may be anything, and 0 * NaN is NaN
-            values = jnp.where(exists, values, 0)
-        acc = acc_ref[head, :count]
-        acc_ref[head, :count] = acc * _widen(fade, acc.shape[1]) + product(p, values, 0)
+    def add_values(head, rows, p, fade):
+        values = values_ref[runs, head].reshape(sizes.chunk, -1)
+        if mask is not None:
+            values = mask.zero(values)
+        acc = acc_ref[head, rows.at]
+        acc_ref[head, rows.at] = acc * _widen(fade, acc.shape[1]) + product(p, values, 0)
 
-    # The values of one head are added while the softmax of the next one runs.
-    at_once = max(n for n in range(1, min(HEADS_AT_ONCE, kv_heads) + 1) if kv_heads % n == 0)
-
-    @pl.loop(0, kv_heads // at_once)
-    def _(heads):
-        previous = None
-        for head in range(at_once):
-            head = heads * at_once + head
-            current = head, *softmax(head)
-            if previous is not None:
-                add_values(*previous)
-            previous = current
-        add_values(*previous)
+    # The values of one product are added while the softmax of the next one runs.
+    previous = None
+    for head, rows in products:
+        current = head, rows, *softmax(head, rows)
+        if previous is not None:
+            add_values(*previous)
+        previous = current
+    add_values(*previous)
 
 
 def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
     """Divides, and writes the rows of the item, and no other's."""
     m_ref, l_ref, acc_ref = running
     kv_heads, group, _, value_dim = out_ref.shape
-    count = group * rows.height
-    row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.height, 1), 0)
+    row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
     mine = (row >= row_start) & (row < row_end)
     lane = lax.broadcasted_iota(jnp.int32, (1, lse_ref.shape[1]), 1)
 
     @pl.loop(0, kv_heads)
     def _(head):
-        l = jnp.sum(l_ref[head, :count], axis=1, keepdims=True)
+        l = jnp.sum(l_ref[head, rows.at], axis=1, keepdims=True)
         seen = jnp.where(l > 0, l, 1.0)
-        out = (acc_ref[head, :count] * (1.0 / seen)).astype(out_ref.dtype).reshape(group, rows.height, value_dim)
+        out = (acc_ref[head, rows.at] * (1.0 / seen)).astype(out_ref.dtype).reshape(group, rows.count, value_dim)
         out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
-        head_lse = jnp.where(l > 0, m_ref[head, :count][:, :1] * scale + jnp.log(seen), -jnp.inf)
-        head_lse = head_lse.reshape(group, rows.height, 1)
+        head_lse = jnp.where(l > 0, m_ref[head, rows.at][:, :1] * scale + jnp.log(seen), -jnp.inf)
+        head_lse = head_lse.reshape(group, rows.count, 1)
         lse = lse_ref[rows.slice]
         for i in range(group):
             lse = jnp.where(mine & (lane == head * group + i), head_lse[i], lse)
         lse_ref[rows.slice] = lse
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
 
 
 def _widen(x, width):
