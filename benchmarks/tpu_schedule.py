@@ -146,22 +146,22 @@ class Loop:
 
 def loops_of(path):
     """The loops of a program's final bundles, the whole program first."""
-    stack = [Loop(0, None)]
-    loops = list(stack)
+    innermost = {0: Loop(0, None)}  # of each depth, the loop that the file is in, or was in last
+    loops = [innermost[0]]
     bundle = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*((?:(?:LH|LB|LE|PB|PF|CT)\s*)*):\s*((?:> ?)*)\s*\{(.*)")
+    depth = 0
     with open(path, errors="replace") as lines:
         for match in filter(None, map(bundle.match, lines)):
             labels, marks, slots = match.groups()
-            depth = marks.count(">")
             if not slots.startswith("}"):  # an empty bundle has no marks
-                del stack[depth + 1 :]
-                if "LB" in labels:
-                    del stack[depth:]
-                    stack.append(Loop(depth, stack[-1]))
-                    loops.append(stack[-1])
-            stack[-1].bundles += 1
-            stack[-1].products += len(re.findall(r"= vmatmul", slots))
-            stack[-1].spills += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots))
+                depth = marks.count(">")
+            if "LB" in labels:
+                innermost[depth] = Loop(depth, innermost[depth - 1])
+                loops.append(innermost[depth])
+            loop = innermost[depth]
+            loop.bundles += 1
+            loop.products += len(re.findall(r"= vmatmul", slots))
+            loop.spills += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots))
     return loops
 
 

@@ -36,6 +36,7 @@ CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product that the heuristics aim at
 BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
 PRODUCTS_AT_ONCE = 4  # matrix products of one step, whose softmaxes overlap with the next one's products
+COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 SMEM_BYTES = 3 * 2**18  # of the chip's 1 MiB, what items and page tables may take
 
 CHIPS = {
@@ -234,23 +235,30 @@ def attend(
         pools, heads, num_pages, _, features = pages.shape
         return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
 
+    # A chip whose two cores are one device splits the KV heads between them.
+    splits = _divisor(num_kv_heads, _cores())
+    heads = num_kv_heads // splits
+
     def buffer(features):
-        return pltpu.VMEM((2, sizes.runs_per_block, num_kv_heads, sizes.run, features), key_pages.dtype)
+        return pltpu.VMEM((2, sizes.runs_per_block, heads, sizes.run, features), key_pages.dtype)
 
     scratch = Scratch(
         keys=buffer(head_dim),
         values=buffer(value_dim),
         table=pltpu.SMEM((2 * table.shape[-1],), jnp.int32),
-        acc=pltpu.VMEM((num_kv_heads, rows, value_dim), jnp.float32),
-        m=pltpu.VMEM((num_kv_heads, rows, LANES), jnp.float32),
-        l=pltpu.VMEM((num_kv_heads, rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((heads, rows, value_dim), jnp.float32),
+        m=pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        l=pltpu.VMEM((heads, rows, LANES), jnp.float32),
         slot=pltpu.SMEM((1,), jnp.int32),
         page_sems=pltpu.SemaphoreType.DMA((2,)),
         table_sems=pltpu.SemaphoreType.DMA((2,)),
     )
 
-    def tile_of(item, head_start, tile, *_):
-        return (0, 0, tile[item], 0)
+    def tile_of(split, item, head_start, tile, *_):
+        return (split, 0, tile[item], 0)
+
+    def lse_tile_of(split, item, head_start, tile, *_):
+        return (split, tile[item], 0)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     problem = Problem(
@@ -267,20 +275,20 @@ def attend(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(items),
-            grid=(jnp.maximum(count, 1),),
-            in_specs=[pl.BlockSpec((num_kv_heads, group, block_q, head_dim), tile_of), in_hbm, in_hbm, in_hbm],
+            grid=(splits, jnp.maximum(count, 1)),
+            in_specs=[pl.BlockSpec((heads, group, block_q, head_dim), tile_of), in_hbm, in_hbm, in_hbm],
             out_specs=[
-                pl.BlockSpec((num_kv_heads, group, block_q, value_dim), tile_of),
-                pl.BlockSpec((block_q, q_heads), lambda item, head_start, tile, *_: (tile[item], 0)),
+                pl.BlockSpec((heads, group, block_q, value_dim), tile_of),
+                pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
             ],
             scratch_shapes=list(scratch),
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, value_dim), query.dtype),
-            jax.ShapeDtypeStruct((tiles * block_q, q_heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, tiles * block_q, q_heads // splits), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=max(vmem_bytes(problem, config), 16 * 2**20),
             disable_bounds_checks=True,  # every index was clamped by contract.flatten
         ),
@@ -291,7 +299,13 @@ def attend(
     token = jnp.arange(tokens, dtype=jnp.int32)
     owned = jnp.any((sequences.start <= token[:, None]) & (token[:, None] < sequences.start + sequences.length), axis=1)
     out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, value_dim)
-    return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse[:tokens], -jnp.inf)
+    lse = lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
+    return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)
+
+
+def _cores() -> int:
+    """Cores of one device, over which a grid's parallel dimension is spread: 2 on a v4 or v5p in megacore mode, else 1."""
+    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
 
 
 class Scratch(NamedTuple):
@@ -321,14 +335,15 @@ class Rows(NamedTuple):
 
 
 def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window):
-    """One grid step: one item."""
+    """One grid step: one item, and the KV heads of one core."""
     items = Items(*refs[: len(Items._fields)])
     query_ref, key_pages, value_pages, table_hbm, out_ref, lse_ref, *scratch = refs[len(Items._fields) :]
     scratch = Scratch(*scratch)
     kv_heads, group = query_ref.shape[:2]
     runs_per_block = sizes.runs_per_block
     block_kv = runs_per_block * sizes.run
-    item, num_items = pl.program_id(0), pl.num_programs(0)
+    item, num_items = pl.program_id(1), pl.num_programs(1)
+    first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
     position = items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
     key_start, key_end = items.key_start[item], items.key_end[item]
@@ -345,7 +360,7 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
 
     def run_copier(item, block, slot):
         """The function that starts to copy a run of a block."""
-        heads = pl.ds(head_start_ref[0], kv_heads)
+        heads = pl.ds(first_head, kv_heads)
         pool, sem, table = items.pool[item], scratch.page_sems.at[slot], table_slot(item)[0]
 
         def start(at):
@@ -367,7 +382,15 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
 
     def start_fetch(item, block, slot):
         start, end, _ = needed_runs(item, block)
-        pl.loop(start, end)(run_copier(item, block, slot))
+        copy = run_copier(item, block, slot)
+        rest = end - lax.rem(jnp.maximum(end - start, 0), COPIES_AT_ONCE)
+
+        @pl.loop(start, rest, step=COPIES_AT_ONCE)
+        def _(at):
+            for i in range(COPIES_AT_ONCE):
+                copy(at + i)
+
+        pl.loop(rest, end)(copy)
 
     def fetch_next(block, slot):
         """Starts to fetch the block after this one, which may be the next item's first."""
@@ -392,7 +415,7 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
         pl.when(whole)(wait)
         pl.when(jnp.logical_not(whole))(lambda: pl.loop(start, end)(wait))
 
-    def attend_block(block, parts, whole_block, masked_rows):
+    def attend_block(block, parts, whole_block, masked_rows, masked_at_once):
         slot = scratch.slot[0]
         scratch.slot[0] = 1 - slot
         step = functools.partial(
@@ -430,7 +453,7 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
         def masked():
             fetch_next(block, 1 - slot)
             wait_fetch(block, slot)
-            at_once = _divisor(kv_heads, PRODUCTS_AT_ONCE // 2)
+            at_once = _divisor(kv_heads, masked_at_once)
             low = lax.div(jnp.maximum(key_start - first_key, 0), sizes.chunk)
             high = jnp.minimum(pl.cdiv(key_end - first_key, sizes.chunk), sizes.chunks_per_block)
 
@@ -464,13 +487,13 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
             whole = all_parts & (end <= position + row_start + 1) & (end + block_kv <= key_end)
             return whole if window is None else whole & (first_key > position + row_end - 1 - window)
 
-        attend_rows(parts, whole_block, part_rows)
+        attend_rows(parts, whole_block, part_rows, PRODUCTS_AT_ONCE // 2)
 
     def attend_few_rows():
         rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
-        attend_rows((0, 1), None, lambda _: rows)
+        attend_rows((0, 1), None, lambda _: rows, PRODUCTS_AT_ONCE)
 
-    def attend_rows(parts, whole_block, rows_of):
+    def attend_rows(parts, whole_block, rows_of, masked_at_once):
         running = scratch.m, scratch.l, scratch.acc
 
         @pl.loop(*parts)
@@ -481,7 +504,7 @@ def _kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window
 
         @pl.loop(first_block, last_block + 1)
         def _(block):
-            attend_block(block, parts, whole_block, rows_of)
+            attend_block(block, parts, whole_block, rows_of, masked_at_once)
 
         @pl.loop(*parts)
         def _(part):
@@ -593,11 +616,13 @@ def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
     @pl.loop(0, kv_heads)
     def _(head):
         l = jnp.sum(l_ref[head, rows.at], axis=1, keepdims=True)
+        l = jnp.broadcast_to(l, (l.shape[0], LANES))
         seen = jnp.where(l > 0, l, 1.0)
-        out = (acc_ref[head, rows.at] * (1.0 / seen)).astype(out_ref.dtype).reshape(group, rows.count, value_dim)
+        out = (acc_ref[head, rows.at] * _widen(1.0 / seen, value_dim)).astype(out_ref.dtype)
+        out = out.reshape(group, rows.count, value_dim)
         out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
-        head_lse = jnp.where(l > 0, m_ref[head, rows.at][:, :1] * scale + jnp.log(seen), -jnp.inf)
-        head_lse = head_lse.reshape(group, rows.count, 1)
+        head_lse = jnp.where(l > 0, m_ref[head, rows.at] * scale + jnp.log(seen), -jnp.inf)
+        head_lse = _widen(head_lse, lse_ref.shape[1]).reshape(group, rows.count, -1)
         lse = lse_ref[rows.slice]
         for i in range(group):
             lse = jnp.where(mine & (lane == head * group + i), head_lse[i], lse)

@@ -43,14 +43,14 @@ def compile_for(
     call = functools.partial(
         paged_prefill.ragged_paged_prefill, **parameters, return_lse=True, platform=platform, cfg=config
     )
-    kind = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         return jax.jit(call).trace(*operands).lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
 @unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
 class CompileTest(parameterized.TestCase):
-    @parameterized.product(generation=TOPOLOGIES, shape=("bfloat16", "float32"))
+    @parameterized.product(generation=list(TOPOLOGIES), shape=("bfloat16", "float32"))
     def test_generations(self, generation, shape):
         shapes = dict(
             bfloat16=dict(sliding_window=100, attn_logits_soft_cap=30.0),
@@ -111,7 +111,7 @@ class SupportsTest(parameterized.TestCase):
         name, passed_over = choose(problem, contract.Device("tpu", kind))
         self.assertEqual((name, list(passed_over)), ("xla", ["mosaic_tpu"]))
 
-    @parameterized.parameters(mosaic_tpu.CHIPS)
+    @parameterized.parameters(*mosaic_tpu.CHIPS)
     def test_configurations_fit(self, kind):
         device = contract.Device("tpu", kind)
         for q_heads, kv_heads, head_dim in ((32, 8, 128), (64, 64, 256), (1, 1, 64), (128, 2, 192)):

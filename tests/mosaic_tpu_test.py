@@ -1,5 +1,7 @@
 """Numerics of the TPU kernel, on CPU in TPU interpret mode: copies run as late as their waits allow, races are found."""
 
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -16,7 +18,7 @@ from paged_prefill.tests import packs
 SMALL = dict(block_q=16, block_kv=16)
 
 
-def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, **parameters):
+def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, **parameters):
     """The kernel's (out, lse), as numpy arrays."""
     flat = contract.flatten(*pack, cache_batch_dims=cache_batch_dims)
     defaults = dict(softmax_scale=pack.query.shape[-1] ** -0.5, attn_logits_soft_cap=None, sliding_window=None)
@@ -30,7 +32,8 @@ def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_ba
             config=PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv),
         )
 
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")):
+    interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
+    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.object(mosaic_tpu, "_cores", lambda: cores):
         out, lse = jax.block_until_ready(jax.jit(attend)(*flat))
     assert not compat.tpu_interpreter_found_races()
     return contract.unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
@@ -82,6 +85,10 @@ class MosaicTpuTest(chex.TestCase):
         pack = packs.make_pack(3, [9, 2], [40, 16], spare_columns=0)
         longer = pack._replace(context_lens=jnp.array([43, 16], jnp.int32))
         packs.assert_matches_reference(longer, *run(longer, **SMALL))
+
+    def test_two_cores(self):
+        pack = packs.make_pack(8, [20, 1], [70, 33], q_heads=8, kv_heads=4)
+        packs.assert_matches_reference(pack, *run(pack, **SMALL, cores=2))
 
     def test_nothing_to_do(self):
         pack = packs.make_pack(4, [0, 0], [20, 0], tokens_after=20)
