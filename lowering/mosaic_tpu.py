@@ -171,8 +171,8 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     block_kv = min(block_kv, _round_up(problem.capacity, LANES))
     config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
     while vmem_bytes(problem, config) > _vmem_budget(device):
-        if block_kv > CHUNK or block_q <= packing and block_kv > LANES:
-            block_kv = max(_round_up(block_kv // 2, LANES), LANES)
+        if block_kv > CHUNK or block_q <= packing < block_kv:
+            block_kv = _round_up(block_kv // 2, packing)
         elif block_q > packing:
             block_q = _round_up(block_q // 2, packing)
         else:

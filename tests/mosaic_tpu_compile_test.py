@@ -50,13 +50,13 @@ def compile_for(
 
 @unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
 class CompileTest(parameterized.TestCase):
-    @parameterized.product(generation=list(TOPOLOGIES), shape=("bfloat16", "float32"))
-    def test_generations(self, generation, shape):
-        shapes = dict(
-            bfloat16=dict(sliding_window=100, attn_logits_soft_cap=30.0),
-            float32=dict(dtype="float32", page_size=8, head_dim=64, value_dim=128),
-        )
-        self.assertIn("paged_prefill", compile_for(generation, **shapes[shape]))
+    @parameterized.parameters(*TOPOLOGIES)
+    def test_generations(self, generation):
+        self.assertIn("paged_prefill", compile_for(generation, sliding_window=100, attn_logits_soft_cap=30.0))
+
+    @parameterized.parameters("v4", "v6e")
+    def test_float32(self, generation):
+        self.assertIn("paged_prefill", compile_for(generation, dtype="float32", page_size=8, head_dim=64, value_dim=128))
 
     @parameterized.named_parameters(
         ("head_dim_64", dict(head_dim=64)),
@@ -103,7 +103,7 @@ class SupportsTest(parameterized.TestCase):
         ("no_tpu", {}, None, "use_abstract_mesh"),
         ("old_tpu", {}, "TPU v3", "not for TPU v3"),
         ("heads_past_vmem", dict(q_heads=4096, num_kv_heads=4096, cache_kv_heads=4096), "TPU v4", "VMEM"),
-        ("sequences_past_smem", dict(seqs=10**5), "TPU v5e", "SMEM"),
+        ("sequences_past_smem", dict(seqs=10**5, tokens=10**5), "TPU v5e", "SMEM"),
     )
     def test_reason(self, changes, kind, words):
         problem = contract.Problem(**{**vars(self.PROBLEM), **changes})

@@ -75,11 +75,13 @@ class MosaicTpuTest(chex.TestCase):
         pack = packs.make_pack(1, [21, 1, 4], [150, 50, 4], tokens_before=1, sliding_window=40, **shape)
         packs.assert_matches_reference(pack, *run(pack, **sizes, sliding_window=40), sliding_window=40)
 
-    def test_chunks_of_a_block(self):
-        # Blocks of three chunks, so that whole, partly seen and skipped chunks share a block.
-        pack = packs.make_pack(2, [40, 1], [2500, 1030], q_heads=2, kv_heads=1, head_dim=8, page_size=64, sliding_window=1700)
-        results = run(pack, block_q=32, block_kv=3 * mosaic_tpu.CHUNK, sliding_window=1700)
-        packs.assert_matches_reference(pack, *results, sliding_window=1700)
+    @parameterized.parameters(None, 100)
+    def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
+        # Blocks of three chunks and tiles of two parts, some of them seen whole, some in part, and some skipped.
+        pack = packs.make_pack(2, [70, 1, 10], [250, 130, 190], tokens_before=14, sliding_window=window)
+        with mock.patch.object(mosaic_tpu, "CHUNK", 16), mock.patch.object(mosaic_tpu, "ROWS", 32):
+            results = run(pack, block_q=32, block_kv=48, sliding_window=window)
+        packs.assert_matches_reference(pack, *results, sliding_window=window)
 
     def test_context_past_the_page_table(self):
         pack = packs.make_pack(3, [9, 2], [40, 16], spare_columns=0)
