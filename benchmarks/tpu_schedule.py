@@ -2,12 +2,13 @@
 
     python benchmarks/tpu_schedule.py [--generations v5e,v6e,7x] [--shapes llama_page_16,...] [--kernels ...]
 
-Compiles this project's kernel and, beside it, JAX's ragged_paged_attention and, where the environment's TPU_INFERENCE names
-the directory of an unpacked wheel, tpu-inference's v3, each for the same attention, and has the compiler write its final bundles. A bundle is one
-cycle when nothing stalls; what DMA waits cost is not in it. Per kernel, of the loop that does the matrix products of unmasked
-keys: multiply-adds of q . k and p . v (what the attention needs, not what the matrix unit pads it to) per bundle, as a share of the
-chip's peak, and vector registers spilled in it; and the bundles of one key block that are outside it, per 1024 keys
-and 256 query tokens. Needs `pip install "jax[tpu]"`.
+Compiles this project's kernel and, beside it, JAX's ragged_paged_attention and, where the environment's TPU_INFERENCE
+names the directory of an unpacked wheel, tpu-inference's v3, each for the same attention, and has the compiler write
+its final bundles. A bundle is one cycle when nothing stalls; what waiting for copies costs is not in it. Prints, of the
+loop that does the matrix products of unmasked keys: multiply-adds of q . k and p . v (what the attention needs, not
+what the matrix unit pads it to) per bundle, as a share of the chip's peak; its bundles; the vector registers spilled in
+it; and the bundles outside it that one key block costs, for 1024 keys and 256 query tokens. Needs `pip install
+"jax[tpu]"`.
 """
 
 import argparse
@@ -26,8 +27,8 @@ import types
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
-# Multiply-adds a cycle of one core's matrix units. Up to v5: four units of 128 x 128. From v6 on two of 256 x 256, each of
-# which takes two rows a cycle: the data sheets' 918 TFLOP/s at 1.75 GHz.
+# Multiply-adds a cycle of one core's matrix units. Up to v5 four units of 128 x 128; from v6 on two of 256 x 256, which
+# take two rows a cycle: the data sheet's 918 TFLOP/s at 1.75 GHz.
 PEAK = {"v4": 65536, "v5e": 65536, "v5p": 65536, "v6e": 262144, "7x": 262144}
 
 SHAPES = {
@@ -42,7 +43,7 @@ CHUNK_TOKENS, CONTEXT = 2048, 16384
 def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=None, block_kv=None):
     import jax.numpy as jnp
 
-    from paged_prefill.lowering import contract, mosaic_tpu
+    from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
     from paged_prefill.lowering.config import PrefillPageAttentionConfig
 
     pages = CONTEXT // page_size
@@ -59,7 +60,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
         problem = contract.problem_of(*flat, **parameters)
         config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
         config = config.over(mosaic_tpu.heuristic_config(problem, contract.Device("tpu", device.device_kind)))
-        found = mosaic_tpu.sizes_of(config, problem.group, page_size, "bfloat16")
+        found = mosaic_tpu_schedule.sizes_of(config, problem.group, page_size, "bfloat16")
         about.update(
             # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
             macs=found.heads_at_once(kv_heads) * problem.group * found.block_q * found.chunk * 2 * head_dim,
@@ -88,7 +89,8 @@ def jax_ragged_paged_attention(device, *, q_heads, kv_heads, head_dim, page_size
         ((pages, page_size, 2 * kv_heads, head_dim), "bfloat16"),
         *(((1,), "int32"), ((1, pages), "int32"), ((2,), "int32"), ((1,), "int32")),
     ]
-    return attend, operands, dict(macs=block_q * q_heads * block_kv * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
+    about = dict(macs=block_q * q_heads * block_kv * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
+    return attend, operands, about
 
 
 def tpu_inference_v3(device, *, q_heads, kv_heads, head_dim, page_size):
@@ -113,7 +115,8 @@ def tpu_inference_v3(device, *, q_heads, kv_heads, head_dim, page_size):
     operands = [((CHUNK_TOKENS, q_heads, head_dim), "bfloat16"), new, new]
     operands += [(v3.get_kv_cache_shape(pages, page_size, kv_heads, head_dim, jnp.bfloat16), "bfloat16")]
     operands += [((1,), "int32"), ((pages,), "int32"), ((2,), "int32"), ((3,), "int32")]
-    return attend, operands, dict(macs=block_q * q_heads * chunk * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
+    about = dict(macs=block_q * q_heads * chunk * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
+    return attend, operands, about
 
 
 KERNELS = {k.__name__: k for k in (paged_prefill, jax_ragged_paged_attention, tpu_inference_v3)}
@@ -132,10 +135,10 @@ def compile_one(generation, kernel, shape):
         operands = [jax.ShapeDtypeStruct(*o, sharding=SingleDeviceSharding(device)) for o in operands]
         started = time.perf_counter()
         jax.jit(attend).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
-    print(json.dumps({**about, "seconds": time.perf_counter() - started, "jax": jax.__version__}))
+    print(json.dumps({**about, "seconds": time.perf_counter() - started}))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Loop:
     depth: int
     parent: "Loop | None"
@@ -144,14 +147,15 @@ class Loop:
     spills: int = 0
 
 
+BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*((?:(?:LH|LB|LE|PB|PF|CT)\s*)*):\s*((?:> ?)*)\s*\{(.*)")
+
+
 def loops_of(path):
-    """The loops of a program's final bundles, the whole program first."""
-    innermost = {0: Loop(0, None)}  # of each depth, the loop that the file is in, or was in last
-    loops = [innermost[0]]
-    bundle = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*((?:(?:LH|LB|LE|PB|PF|CT)\s*)*):\s*((?:> ?)*)\s*\{(.*)")
-    depth = 0
+    """The loops of a program's final bundles, and in the order of the text each bundle's loop."""
+    innermost = {0: Loop(0, None)}  # of each depth, the loop that the text is in, or was in last
+    loops, order, depth = [innermost[0]], [], 0
     with open(path, errors="replace") as lines:
-        for match in filter(None, map(bundle.match, lines)):
+        for match in filter(None, map(BUNDLE.match, lines)):
             labels, marks, slots = match.groups()
             if not slots.startswith("}"):  # an empty bundle has no marks
                 depth = marks.count(">")
@@ -162,7 +166,29 @@ def loops_of(path):
             loop.bundles += 1
             loop.products += len(re.findall(r"= vmatmul", slots))
             loop.spills += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots))
-    return loops
+            order.append(loop)
+    return loops, order
+
+
+def hot_loop(dump):
+    """The hot loop of the kernel in a dump, and the bundles that run around it, by loop, from the inside out."""
+    programs = [loops_of(p) for p in glob.glob(f"{dump}/*final_bundles.txt") if "schedule-analysis" not in p]
+    # Of the loops with the most matrix products, the unmasked one is the shortest. A kernel for decoding alone has few.
+    hot, order = min(
+        ((loop, order) for loops, order in programs for loop in loops), key=lambda x: (-x[0].products, x[0].bundles)
+    )
+    # What follows the hot loop up to the next one belongs to it; then comes what runs instead of it.
+    seen = []
+    for loop in order:
+        if hot in seen and loop not in seen:
+            break
+        seen = seen if loop in seen else [*seen, loop]
+    end = order.index(loop, order.index(hot)) if loop is not order[-1] else len(order)
+    around, parent = [], hot.parent
+    while parent is not None:
+        around.append(order[:end].count(parent))
+        parent = parent.parent
+    return hot, around
 
 
 def measure(generation, kernel, shape):
@@ -170,27 +196,29 @@ def measure(generation, kernel, shape):
     with tempfile.TemporaryDirectory() as dump:
         flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         environment = dict(
-            os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", LIBTPU_INIT_ARGS=flags
+            os.environ,
+            JAX_PLATFORMS="cpu",
+            TPU_SKIP_MDS_QUERY="1",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            LIBTPU_INIT_ARGS=flags,
         )
         command = [sys.executable, __file__, "--child", generation, kernel, shape]
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
             return dict(error=child.stderr.strip().splitlines()[-1])
         about = json.loads(child.stdout.strip().splitlines()[-1])
-        programs = [p for p in glob.glob(f"{dump}/*final_bundles.txt") if "schedule-analysis" not in p]
-        # Of the loop bodies with the most matrix products, the unmasked one is the shortest. A kernel for decoding alone has few.
-        hot = min((loop for p in programs for loop in loops_of(p)), key=lambda loop: (-loop.products, loop.bundles))
-    outside, loop, times = 0, hot.parent, 1
-    for trips in (*about["inner_loops"], 1):
+        hot, around = hot_loop(dump)
+    outside, times = 0, 1
+    for trips, bundles in zip((*about["inner_loops"], 1), around):
         times *= trips
-        outside, loop = outside + loop.bundles * times, loop.parent
+        outside += bundles * times
     block_q, block_kv = about["tile"]
+    rate = about["macs"] / hot.bundles
     return dict(
-        jax=about["jax"],
         seconds=about["seconds"],
         bundles=hot.bundles,
-        rate=about["macs"] / hot.bundles,
-        share=about["macs"] / hot.bundles / PEAK[generation],
+        rate=rate,
+        share=rate / PEAK[generation],
         spills=hot.spills,
         outside=outside * (256 / block_q) * (1024 / block_kv),
     )
@@ -206,15 +234,14 @@ def main():
     if arguments.child:
         return compile_one(*arguments.child)
     kernels = [k for k in arguments.kernels.split(",") if k != "tpu_inference_v3" or "TPU_INFERENCE" in os.environ]
-    print("| shape | TPU | kernel | multiply-adds per bundle | share of peak | bundles | spills | outside | compile s |")
+    print("| shape | TPU | kernel | multiply-adds per bundle | of peak | bundles | spills | outside | compile s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for shape in arguments.shapes.split(","):
         for generation in arguments.generations.split(","):
             for kernel in kernels:
                 row = measure(generation, kernel, shape)
-                cells = row.get("error") or (
-                    "{rate:,.0f} | {share:.0%} | {bundles:,} | {spills:,} | {outside:,.0f} | {seconds:.0f}".format(**row)
-                )
+                cells = "{rate:,.0f} | {share:.0%} | {bundles:,} | {spills:,} | {outside:,.0f} | {seconds:.0f}"
+                cells = row.get("error") or cells.format(**row)
                 print(f"| {shape} | {generation} | {kernel} | {cells} |", flush=True)
 
 

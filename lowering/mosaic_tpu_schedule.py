@@ -1,8 +1,9 @@
-"""The work of a pack as a list of items, made by plain XLA operations before the TPU kernel starts.
+"""How the TPU kernel cuts the work of a pack: the sizes of its pieces, and the list of items the grid walks over.
 
-The tokens of a pack are cut into tiles of `block_q`, wherever its sequences start and end, so that every tile is aligned
-and the kernel's grid can fetch it as a block. An item is the part of one sequence inside one tile. Items are in the order of the
-tokens, so a tile's items follow one another, and so do a sequence's.
+The tokens of a pack are cut into tiles of `block_q`, wherever its sequences start and end, so that every tile is
+aligned and the kernel's grid can fetch it as a block. An item is the part of one sequence inside one tile. Items are in
+the order of the tokens, so a tile's items follow one another, and so do a sequence's. They are made by plain XLA
+operations before the kernel starts.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,79 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Sequences
+
+LANES = 128
+CHUNK = 512  # keys of one matrix product
+ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
+PRODUCTS_AT_ONCE = 4  # matrix products of one step, whose softmaxes overlap with the next one's products
+
+
+class Sizes(NamedTuple):
+    """A configuration made to fit the tiling of the chip and the pages of a cache.
+
+    A page longer than a chunk is treated as `runs_per_page` pages of `run` slots each.
+    """
+
+    part: int  # tokens of one matrix product
+    parts: int  # parts of a tile
+    run: int
+    runs_per_page: int
+    runs_per_chunk: int
+    chunks_per_block: int
+
+    @property
+    def block_q(self) -> int:
+        return self.part * self.parts
+
+    @property
+    def chunk(self) -> int:
+        return self.run * self.runs_per_chunk
+
+    @property
+    def runs_per_block(self) -> int:
+        return self.runs_per_chunk * self.chunks_per_block
+
+    def heads_at_once(self, kv_heads: int) -> int:
+        """KV heads of one step over the whole tile."""
+        return largest_divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
+
+
+def sizes_of(config: PrefillPageAttentionConfig, group: int, page_size: int, dtype) -> Sizes:
+    """Rounds block_q up to whole parts, and block_kv to whole chunks of whole pages."""
+    packing = sublanes(dtype)
+    part = min(round_up(config.block_q, packing), max(power_of_2(ROWS // group), packing))
+    chunk = max(packing, min(CHUNK, config.block_kv))
+    run = max(r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and r <= chunk)
+    runs_per_chunk = chunk // run
+    return Sizes(
+        part=part,
+        parts=-(-config.block_q // part),
+        run=run,
+        runs_per_page=page_size // run,
+        runs_per_chunk=runs_per_chunk,
+        chunks_per_block=max(1, config.block_kv // (runs_per_chunk * run)),
+    )
+
+
+def sublanes(dtype) -> int:
+    """Rows of the chip's native tile: 8 of 32 bits, 16 of 16 bits."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def power_of_2(x: int) -> int:
+    """The largest power of 2 that is at most x, and at least 1."""
+    return 1 << (max(x, 1).bit_length() - 1)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
 
 
 class Items(NamedTuple):

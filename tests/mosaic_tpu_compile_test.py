@@ -56,7 +56,8 @@ class CompileTest(parameterized.TestCase):
 
     @parameterized.parameters("v4", "v6e")
     def test_float32(self, generation):
-        self.assertIn("paged_prefill", compile_for(generation, dtype="float32", page_size=8, head_dim=64, value_dim=128))
+        shape = dict(dtype="float32", page_size=8, head_dim=64, value_dim=128)
+        self.assertIn("paged_prefill", compile_for(generation, **shape))
 
     @parameterized.named_parameters(
         ("head_dim_64", dict(head_dim=64)),
@@ -78,7 +79,8 @@ class CompileTest(parameterized.TestCase):
 
     @parameterized.parameters("v4", "v5e", "7x")
     def test_heuristic_sizes_fit(self, generation):
-        self.assertIn("paged_prefill", compile_for(generation, tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128, config=None))
+        sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
+        self.assertIn("paged_prefill", compile_for(generation, **sizes, config=None))
 
     def test_without_a_known_tpu_the_xla_kernel_runs(self):
         operands = [jnp.zeros(s, "bfloat16") for s in ((4, 2, 128), (2, 3, 16, 128), (2, 3, 16, 128))]
@@ -99,7 +101,7 @@ class SupportsTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("float16", dict(dtype="float16"), "TPU v5e", "not float16"),
         ("page_below_the_tile", dict(page_size=8), "TPU v5e", "page_size 8 must be a multiple of 16"),
-        ("page_below_the_tile_float32", dict(page_size=4, dtype="float32"), "TPU v5e", "page_size 4 must be a multiple of 8"),
+        ("page_below_the_tile_float32", dict(page_size=4, dtype="float32"), "TPU v5e", "must be a multiple of 8 for"),
         ("no_tpu", {}, None, "use_abstract_mesh"),
         ("old_tpu", {}, "TPU v3", "not for TPU v3"),
         ("heads_past_vmem", dict(q_heads=4096, num_kv_heads=4096, cache_kv_heads=4096), "TPU v4", "VMEM"),
@@ -116,8 +118,8 @@ class SupportsTest(parameterized.TestCase):
         device = contract.Device("tpu", kind)
         for q_heads, kv_heads, head_dim in ((32, 8, 128), (64, 64, 256), (1, 1, 64), (128, 2, 192)):
             problem = contract.Problem(**{
-                **vars(self.PROBLEM), "q_heads": q_heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "tokens": 2048,
-                "pages_per_seq": 1024,
+                **vars(self.PROBLEM), "q_heads": q_heads, "num_kv_heads": kv_heads, "head_dim": head_dim,
+                "tokens": 2048, "pages_per_seq": 1024,
             })  # fmt: skip
             self.assertIsNone(mosaic_tpu.supports(problem, device))
             candidates = mosaic_tpu.candidate_configs(problem, device)
