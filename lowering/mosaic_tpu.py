@@ -219,8 +219,7 @@ def attend(
     )(kv_head_start.reshape(1), *items, query, in_runs(key_pages), in_runs(value_pages), table)
 
     # Rows that no sequence owns were not written.
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    owned = jnp.any((sequences.start <= token[:, None]) & (token[:, None] < sequences.start + sequences.length), axis=1)
+    owned = schedule.owned_tokens(sequences, tokens)
     out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, value_dim)
     lse = lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
     return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)

@@ -143,7 +143,8 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
         pl.when(whole)(wait)
         pl.when(jnp.logical_not(whole))(lambda: pl.loop(start, end)(wait))
 
-    def attend_block(block, parts, whole_block, masked_rows, masked_at_once):
+    def attend_block(block, parts, whole_block, rows_of, masked_at_once):
+        """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
         slot = scratch.slot[0]
         scratch.slot[0] = 1 - slot
         step = functools.partial(
@@ -189,7 +190,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
             def _(chunk):
                 @pl.loop(*parts)
                 def _(part):
-                    rows = masked_rows(part)
+                    rows = rows_of(part)
                     mask = Mask(first_key + chunk * sizes.chunk, position + rows.first, key_start, key_end, window)
 
                     @pl.loop(0, kv_heads // at_once)
@@ -207,6 +208,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
         return Rows(first, sizes.part, pl.ds(pl.multiple_of(part * group * sizes.part, sizes.part), group * sizes.part))
 
     def attend_tile():
+        """The parts of the tile that hold the item's rows."""
         parts = lax.div(row_start, sizes.part), pl.cdiv(row_end, sizes.part)
         all_parts = (parts[0] == 0) & (parts[1] == sizes.parts)
 
@@ -218,10 +220,12 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
         attend_rows(parts, whole_block, part_rows, PRODUCTS_AT_ONCE // 2)
 
     def attend_few_rows():
+        """As in decoding: only the slice of the tile that holds the item's rows."""
         rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
         attend_rows((0, 1), None, lambda _: rows, PRODUCTS_AT_ONCE)
 
     def attend_rows(parts, whole_block, rows_of, masked_at_once):
+        """Attends the rows rows_of(part) for every part in [start, end); `whole_block` says which need no mask."""
         running = scratch.m, scratch.l, scratch.acc
 
         @pl.loop(*parts)

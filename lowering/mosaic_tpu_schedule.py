@@ -141,3 +141,11 @@ def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, s
         key_end=jnp.where(sees, key_end, 0),
     )
     return items, ends[-1]
+
+
+def owned_tokens(sequences: Sequences, tokens: int):
+    """Which tokens belong to a sequence, bool [tokens]."""
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    ends = sequences.start + sequences.length
+    seq = jnp.minimum(jnp.searchsorted(ends, token, side="right"), ends.size - 1)
+    return (sequences.start[seq] <= token) & (token < ends[seq])

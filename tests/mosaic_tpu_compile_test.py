@@ -31,7 +31,7 @@ def compile_for(
     generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
     pages_per_seq=40, dtype="bfloat16", config=SMALL, platform="pallas", **parameters,
 ):  # fmt: skip
-    """Compiles the public call, and returns the compiled module's text."""
+    """Compiles the public call."""
     device = device_of(generation)
     cache = (kv_heads, pages, page_size)
     shapes = [(tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim)]
@@ -45,19 +45,22 @@ def compile_for(
     )
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
-        return jax.jit(call).trace(*operands).lower(lowering_platforms=("tpu",)).compile().as_text()
+        return jax.jit(call).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
 
 
 @unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
 class CompileTest(parameterized.TestCase):
+    def check(self, compiled):
+        self.assertIn("paged_prefill", compiled.as_text())
+
     @parameterized.parameters(*TOPOLOGIES)
     def test_generations(self, generation):
-        self.assertIn("paged_prefill", compile_for(generation, sliding_window=100, attn_logits_soft_cap=30.0))
+        self.check(compile_for(generation, sliding_window=100, attn_logits_soft_cap=30.0))
 
     @parameterized.parameters("v4", "v6e")
     def test_float32(self, generation):
         shape = dict(dtype="float32", page_size=8, head_dim=64, value_dim=128)
-        self.assertIn("paged_prefill", compile_for(generation, **shape))
+        self.check(compile_for(generation, **shape))
 
     @parameterized.named_parameters(
         ("head_dim_64", dict(head_dim=64)),
@@ -75,12 +78,23 @@ class CompileTest(parameterized.TestCase):
         ("table_larger_than_scalar_memory", dict(seqs=64, pages_per_seq=8192, tokens=64)),
     )
     def test_shapes(self, shape):
-        self.assertIn("paged_prefill", compile_for("v5e", **shape))
+        self.check(compile_for("v5e", **shape))
+
+    @parameterized.named_parameters(
+        ("v5e_head_dim_64", "v5e", dict(head_dim=64)),
+        ("v5e_head_dim_80_page_of_1024", "v5e", dict(head_dim=80, page_size=1024)),
+        ("7x_head_dim_192", "7x", dict(head_dim=192, value_dim=128)),
+    )
+    def test_the_cache_is_not_copied(self, generation, shape):
+        pages = 2**17 // shape.get("page_size", 16)
+        compiled = compile_for(generation, pages=pages, config=SMALL, **shape)
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
 
     @parameterized.parameters("v4", "v5e", "7x")
     def test_heuristic_sizes_fit(self, generation):
         sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
-        self.assertIn("paged_prefill", compile_for(generation, **sizes, config=None))
+        self.check(compile_for(generation, **sizes, config=None))
 
     def test_without_a_known_tpu_the_xla_kernel_runs(self):
         operands = [jnp.zeros(s, "bfloat16") for s in ((4, 2, 128), (2, 3, 16, 128), (2, 3, 16, 128))]

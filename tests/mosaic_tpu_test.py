@@ -12,7 +12,7 @@ import numpy as np
 from paged_prefill import compat
 from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.mosaic_tpu_schedule import max_items, work_items
+from paged_prefill.lowering.mosaic_tpu_schedule import max_items, owned_tokens, work_items
 from paged_prefill.tests import packs
 
 SMALL = dict(block_q=16, block_kv=16)
@@ -170,6 +170,7 @@ class ScheduleTest(chex.TestCase):
         for seq in range(seqs):
             want[offsets[seq] : offsets[seq + 1]] = seq
         np.testing.assert_array_equal(owner, want)
+        np.testing.assert_array_equal(owned_tokens(sequences, tokens), want >= 0)
 
 
 if __name__ == "__main__":
