@@ -6,19 +6,22 @@ from absl import logging
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import contract, tuning, xla
+from paged_prefill.lowering import contract, mosaic_tpu, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
 KERNELS = {
     "cpu": {"xla": xla},
-    "tpu": {"xla": xla},
+    "tpu": {"mosaic_tpu": mosaic_tpu, "xla": xla},
     "cuda": {"xla": xla},
     "rocm": {"xla": xla},
 }
 
 # What `platform=` asks for, as the kernels that answer to it.
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
+
+
+_NEEDS_NUMBERS = "it is built for sizes that are numbers, and the call has symbolic ones"
 
 
 def default_platform() -> str:
@@ -31,6 +34,9 @@ def default_platform() -> str:
 
 def device_of(platform: str) -> contract.Device:
     """The device that code lowered for `platform` will run on, as far as this process can tell."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform == platform:  # compiling ahead of time
+        return contract.Device(platform, abstract.device_kind)
     try:
         device = jax.devices(platform)[0]
     except RuntimeError:  # lowering for a machine that is not here
@@ -48,7 +54,7 @@ def choose(problem: contract.Problem, device: contract.Device, platform: str = "
     for name, kernel in kernels.items():
         if platform != "auto" and name not in ANSWERS[platform]:
             continue
-        reason = kernel.supports(problem, device)
+        reason = _NEEDS_NUMBERS if problem.symbolic and kernel is not xla else kernel.supports(problem, device)
         if reason is None:
             return name, passed_over
         passed_over[name] = reason

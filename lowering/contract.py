@@ -81,6 +81,11 @@ class Problem:
         return self.pages_per_seq * self.page_size
 
     @property
+    def symbolic(self) -> bool:
+        """Whether a size is a variable, as jax.export allows."""
+        return not all(isinstance(size, int) for size in (self.tokens, self.seqs, self.pools, self.num_pages))
+
+    @property
     def empty(self) -> bool:
         """Whether no row can see a key, whatever the index arrays hold."""
         return 0 in (self.tokens, self.seqs, self.pages_per_seq, self.pools, self.num_pages)

@@ -99,7 +99,7 @@ def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillP
         return Choice(asked.over(heuristic), "cfg or overlay")
     in_force = current_policy()
     # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
-    if in_force == "off" or device.kind is None or not isinstance(problem.tokens, int):
+    if in_force == "off" or device.kind is None or problem.symbolic:
         return Choice(heuristic, "heuristic")
     key = tables.key_of(name, kernel.VERSION, problem, device)
     alone = jax.process_count() == 1

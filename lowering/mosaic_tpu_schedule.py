@@ -1,0 +1,151 @@
+"""How the TPU kernel cuts the work of a pack: the sizes of its pieces, and the list of items the grid walks over.
+
+The tokens of a pack are cut into tiles of `block_q`, wherever its sequences start and end, so that every tile is
+aligned and the kernel's grid can fetch it as a block. An item is the part of one sequence inside one tile. Items are in
+the order of the tokens, so a tile's items follow one another, and so do a sequence's. They are made by plain XLA
+operations before the kernel starts.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering.contract import Sequences
+
+LANES = 128
+CHUNK = 512  # keys of one matrix product
+ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
+PRODUCTS_AT_ONCE = 4  # matrix products of one step, whose softmaxes overlap with the next one's products
+
+
+class Sizes(NamedTuple):
+    """A configuration made to fit the tiling of the chip and the pages of a cache.
+
+    A page longer than a chunk is treated as `runs_per_page` pages of `run` slots each.
+    """
+
+    part: int  # tokens of one matrix product
+    parts: int  # parts of a tile
+    run: int
+    runs_per_page: int
+    runs_per_chunk: int
+    chunks_per_block: int
+
+    @property
+    def block_q(self) -> int:
+        return self.part * self.parts
+
+    @property
+    def chunk(self) -> int:
+        return self.run * self.runs_per_chunk
+
+    @property
+    def runs_per_block(self) -> int:
+        return self.runs_per_chunk * self.chunks_per_block
+
+    def heads_at_once(self, kv_heads: int) -> int:
+        """KV heads of one step over the whole tile."""
+        return largest_divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
+
+
+def sizes_of(config: PrefillPageAttentionConfig, group: int, page_size: int, dtype) -> Sizes:
+    """Rounds block_q up to whole parts, and block_kv to whole chunks of whole pages."""
+    packing = sublanes(dtype)
+    part = min(round_up(config.block_q, packing), max(power_of_2(ROWS // group), packing))
+    chunk = max(packing, min(CHUNK, config.block_kv))
+    run = max(r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and r <= chunk)
+    runs_per_chunk = chunk // run
+    return Sizes(
+        part=part,
+        parts=-(-config.block_q // part),
+        run=run,
+        runs_per_page=page_size // run,
+        runs_per_chunk=runs_per_chunk,
+        chunks_per_block=max(1, config.block_kv // (runs_per_chunk * run)),
+    )
+
+
+def sublanes(dtype) -> int:
+    """Rows of the chip's native tile: 8 of 32 bits, 16 of 16 bits."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def power_of_2(x: int) -> int:
+    """The largest power of 2 that is at most x, and at least 1."""
+    return 1 << (max(x, 1).bit_length() - 1)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
+class Items(NamedTuple):
+    """The items of a pack, all int32 [items]; those from the count of items on are empty.
+
+    Attributes:
+      tile: which tile of `block_q` tokens.
+      seq: which sequence; `pool` its pool.
+      row_start, row_end: the item's rows within the tile.
+      position: where row 0 of the tile would stand in the sequence (negative where the sequence starts later).
+      key_start, key_end: the keys that some row of the item may see; both 0 where there are none.
+    """
+
+    tile: Int[Array, " items"]
+    seq: Int[Array, " items"]
+    pool: Int[Array, " items"]
+    row_start: Int[Array, " items"]
+    row_end: Int[Array, " items"]
+    position: Int[Array, " items"]
+    key_start: Int[Array, " items"]
+    key_end: Int[Array, " items"]
+
+
+def max_items(tokens: int, seqs: int, block_q: int) -> int:
+    """The most items that a pack can have: each tile has one, and each further sequence in a tile one more."""
+    return min(-(-tokens // block_q) + seqs, tokens)
+
+
+def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, sliding_window: int | None):
+    """Returns (Items, count). Needs sequences in the order of their tokens, which `contract.flatten` gives."""
+    start, length, context_len = sequences.start, sequences.length, sequences.context_len
+    first_tile = start // block_q
+    per_sequence = jnp.where(length > 0, (start + length - 1) // block_q - first_tile + 1, 0)
+    ends = jnp.cumsum(per_sequence, dtype=jnp.int32)
+
+    item = jnp.arange(max_items(tokens, start.size, block_q), dtype=jnp.int32)
+    exists = item < ends[-1]
+    seq = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), start.size - 1)
+    tile = jnp.where(exists, first_tile[seq] + item - (ends[seq] - per_sequence[seq]), 0)
+    base = tile * block_q
+    row_start = jnp.maximum(start[seq] - base, 0)
+    row_end = jnp.minimum(start[seq] + length[seq] - base, block_q)
+    position = context_len[seq] - length[seq] - (start[seq] - base)
+    key_end = jnp.minimum(position + row_end, capacity)
+    key_start = 0 if sliding_window is None else jnp.maximum(position + row_start - sliding_window + 1, 0)
+    sees = exists & (key_end > key_start)
+    items = Items(
+        tile=tile,
+        seq=seq,
+        pool=sequences.pool[seq],
+        row_start=jnp.where(exists, row_start, 0),
+        row_end=jnp.where(exists, row_end, 0),
+        position=position,
+        key_start=jnp.where(sees, key_start, 0),
+        key_end=jnp.where(sees, key_end, 0),
+    )
+    return items, ends[-1]
+
+
+def owned_tokens(sequences: Sequences, tokens: int):
+    """Which tokens belong to a sequence, bool [tokens]."""
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    ends = sequences.start + sequences.length
+    seq = jnp.minimum(jnp.searchsorted(ends, token, side="right"), ends.size - 1)
+    return (sequences.start[seq] <= token) & (token < ends[seq])

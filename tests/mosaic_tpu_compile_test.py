@@ -1,0 +1,149 @@
+"""The TPU kernel under the real TPU compiler, ahead of time, on a machine without a TPU."""
+
+import functools
+import importlib.util
+import os
+import unittest
+
+from absl.testing import absltest, parameterized
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+import paged_prefill
+from paged_prefill.lowering import KERNELS, choose, contract, mosaic_tpu
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+
+# Small tiles keep the compiler's time short; what the tiling refuses does not depend on them.
+SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
+
+
+@functools.cache
+def device_of(generation):
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+
+
+def compile_for(
+    generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
+    pages_per_seq=40, dtype="bfloat16", config=SMALL, platform="pallas", **parameters,
+):  # fmt: skip
+    """Compiles the public call."""
+    device = device_of(generation)
+    cache = (kv_heads, pages, page_size)
+    shapes = [(tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim)]
+    shapes += [(seqs,), (seqs, pages_per_seq), (seqs + 1,)]
+    operands = [
+        jax.ShapeDtypeStruct(shape, dtype if i < 3 else "int32", sharding=SingleDeviceSharding(device))
+        for i, shape in enumerate(shapes)
+    ]
+    call = functools.partial(
+        paged_prefill.ragged_paged_prefill, **parameters, return_lse=True, platform=platform, cfg=config
+    )
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        return jax.jit(call).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
+
+
+@unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
+class CompileTest(parameterized.TestCase):
+    def check(self, compiled):
+        self.assertIn("paged_prefill", compiled.as_text())
+
+    @parameterized.parameters(*TOPOLOGIES)
+    def test_generations(self, generation):
+        self.check(compile_for(generation, sliding_window=100, attn_logits_soft_cap=30.0))
+
+    @parameterized.parameters("v4", "v6e")
+    def test_float32(self, generation):
+        shape = dict(dtype="float32", page_size=8, head_dim=64, value_dim=128)
+        self.check(compile_for(generation, **shape))
+
+    @parameterized.named_parameters(
+        ("head_dim_64", dict(head_dim=64)),
+        ("head_dim_80", dict(head_dim=80)),
+        ("head_dim_96_value_dim_64", dict(head_dim=96, value_dim=64)),
+        ("head_dim_192_value_dim_128", dict(head_dim=192, value_dim=128)),
+        ("head_dim_256", dict(head_dim=256)),
+        ("group_of_1", dict(q_heads=2)),
+        ("group_of_5", dict(q_heads=5, kv_heads=1)),
+        ("group_of_64", dict(q_heads=64, kv_heads=1)),
+        ("page_of_48", dict(page_size=48)),
+        ("page_of_1024", dict(page_size=1024, pages=3)),
+        ("page_of_8_float32", dict(page_size=8, dtype="float32", head_dim=256)),
+        ("decode", dict(tokens=3)),
+        ("table_larger_than_scalar_memory", dict(seqs=64, pages_per_seq=8192, tokens=64)),
+    )
+    def test_shapes(self, shape):
+        self.check(compile_for("v5e", **shape))
+
+    @parameterized.named_parameters(
+        ("v5e_head_dim_64", "v5e", dict(head_dim=64)),
+        ("v5e_head_dim_80_page_of_1024", "v5e", dict(head_dim=80, page_size=1024)),
+        ("7x_head_dim_192", "7x", dict(head_dim=192, value_dim=128)),
+    )
+    def test_the_cache_is_not_copied(self, generation, shape):
+        pages = 2**17 // shape.get("page_size", 16)
+        compiled = compile_for(generation, pages=pages, config=SMALL, **shape)
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
+
+    @parameterized.parameters("v4", "v5e", "7x")
+    def test_heuristic_sizes_fit(self, generation):
+        sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
+        self.check(compile_for(generation, **sizes, config=None))
+
+    def test_without_a_known_tpu_the_xla_kernel_runs(self):
+        operands = [jnp.zeros(s, "bfloat16") for s in ((4, 2, 128), (2, 3, 16, 128), (2, 3, 16, 128))]
+        operands += [jnp.zeros(s, "int32") for s in ((1,), (1, 2), (2,))]
+        lowered = jax.jit(paged_prefill.ragged_paged_prefill).trace(*operands).lower(lowering_platforms=("tpu",))
+        self.assertNotIn("tpu_custom_call", lowered.as_text())
+
+
+class SupportsTest(parameterized.TestCase):
+    """Refusals are said before the compiler is asked; these need no compiler."""
+
+    PROBLEM = contract.Problem(
+        tokens=64, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2, num_pages=9,
+        page_size=16, seqs=1, pages_per_seq=8, dtype="bfloat16", softmax_scale=1.0, attn_logits_soft_cap=None,
+        sliding_window=None,
+    )  # fmt: skip
+
+    @parameterized.named_parameters(
+        ("float16", dict(dtype="float16"), "TPU v5e", "not float16"),
+        ("page_below_the_tile", dict(page_size=8), "TPU v5e", "page_size 8 must be a multiple of 16"),
+        ("page_below_the_tile_float32", dict(page_size=4, dtype="float32"), "TPU v5e", "must be a multiple of 8 for"),
+        ("no_tpu", {}, None, "use_abstract_mesh"),
+        ("old_tpu", {}, "TPU v3", "not for TPU v3"),
+        ("heads_past_vmem", dict(q_heads=4096, num_kv_heads=4096, cache_kv_heads=4096), "TPU v4", "VMEM"),
+        ("sequences_past_smem", dict(seqs=10**5, tokens=10**5), "TPU v5e", "SMEM"),
+    )
+    def test_reason(self, changes, kind, words):
+        problem = contract.Problem(**{**vars(self.PROBLEM), **changes})
+        self.assertIn(words, mosaic_tpu.supports(problem, contract.Device("tpu", kind)))
+        name, passed_over = choose(problem, contract.Device("tpu", kind))
+        self.assertEqual((name, list(passed_over)), ("xla", ["mosaic_tpu"]))
+
+    @parameterized.parameters(*mosaic_tpu.CHIPS)
+    def test_configurations_fit(self, kind):
+        device = contract.Device("tpu", kind)
+        for q_heads, kv_heads, head_dim in ((32, 8, 128), (64, 64, 256), (1, 1, 64), (128, 2, 192)):
+            problem = contract.Problem(**{
+                **vars(self.PROBLEM), "q_heads": q_heads, "num_kv_heads": kv_heads, "head_dim": head_dim,
+                "tokens": 2048, "pages_per_seq": 1024,
+            })  # fmt: skip
+            self.assertIsNone(mosaic_tpu.supports(problem, device))
+            candidates = mosaic_tpu.candidate_configs(problem, device)
+            self.assertEqual(candidates[0], mosaic_tpu.heuristic_config(problem, device))
+            self.assertLen(set(candidates), len(candidates))
+
+    def test_it_is_the_first_choice(self):
+        self.assertEqual(list(KERNELS["tpu"]), ["mosaic_tpu", "xla"])
+        self.assertEqual(choose(self.PROBLEM, contract.Device("tpu", "TPU v6e"))[0], "mosaic_tpu")
+
+
+if __name__ == "__main__":
+    absltest.main()

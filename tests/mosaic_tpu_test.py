@@ -1,0 +1,177 @@
+"""Numerics of the TPU kernel, on CPU in TPU interpret mode: copies run as late as waits allow, races are found."""
+
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import chex
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import compat
+from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering.mosaic_tpu_schedule import max_items, owned_tokens, work_items
+from paged_prefill.tests import packs
+
+SMALL = dict(block_q=16, block_kv=16)
+
+
+def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, **parameters):
+    """The kernel's (out, lse), as numpy arrays."""
+    flat = contract.flatten(*pack, cache_batch_dims=cache_batch_dims)
+    defaults = dict(softmax_scale=pack.query.shape[-1] ** -0.5, attn_logits_soft_cap=None, sliding_window=None)
+
+    def attend(*operands):
+        return mosaic_tpu.attend(
+            *operands,
+            jnp.int32(kv_head_start),
+            num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
+            **{**defaults, **parameters},
+            config=PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv),
+        )
+
+    interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
+    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.object(mosaic_tpu, "_cores", lambda: cores):
+        out, lse = jax.block_until_ready(jax.jit(attend)(*flat))
+    assert not compat.tpu_interpreter_found_races()
+    return contract.unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
+
+
+class MosaicTpuTest(chex.TestCase):
+    @parameterized.named_parameters(
+        ("plain", {}),
+        ("soft_cap", dict(attn_logits_soft_cap=3.0)),
+        ("window", dict(sliding_window=9)),
+        ("window_of_one", dict(sliding_window=1)),
+        ("window_and_cap_and_negative_scale", dict(sliding_window=20, attn_logits_soft_cap=2.0, softmax_scale=-0.3)),
+        ("negative_scale", dict(softmax_scale=-0.3)),
+        ("zero_scale", dict(softmax_scale=0.0)),
+    )
+    def test_mixed_pack(self, parameters):
+        # Chunks over several tiles and blocks, decode rows, an empty chunk, an empty context, a row that sees no key
+        # beside some that do.
+        lengths, contexts = [37, 1, 0, 1, 5, 3, 18], [75, 40, 33, 1, 0, 2, 18]
+        pack = packs.make_pack(
+            0, lengths, contexts, tokens_before=2, tokens_after=20, sliding_window=parameters.get("sliding_window")
+        )
+        packs.assert_matches_reference(pack, *run(pack, **SMALL, **parameters), **parameters)
+
+    @parameterized.named_parameters(
+        ("bf16", dict(dtype=jnp.bfloat16, page_size=16)),
+        ("bf16_head_dim_80_value_dim_48", dict(dtype=jnp.bfloat16, page_size=16, head_dim=80, value_dim=48)),
+        ("value_dim_above_a_register", dict(head_dim=16, value_dim=192)),
+        ("group_of_1", dict(q_heads=2)),
+        ("group_of_5_and_one_kv_head", dict(q_heads=5, kv_heads=1)),
+        ("group_of_64", dict(q_heads=64, kv_heads=1)),
+        ("five_kv_heads", dict(q_heads=10, kv_heads=5)),
+        ("page_of_no_power_of_2", dict(page_size=24, block_kv=48)),
+        ("page_larger_than_a_block", dict(page_size=32)),
+        ("block_of_lanes", dict(block_kv=128)),
+        ("tile_larger_than_the_pack", dict(block_q=64)),
+    )
+    def test_shapes(self, shape):
+        sizes = {name: shape.pop(name, size) for name, size in SMALL.items()}
+        pack = packs.make_pack(1, [21, 1, 4], [150, 50, 4], tokens_before=1, sliding_window=40, **shape)
+        packs.assert_matches_reference(pack, *run(pack, **sizes, sliding_window=40), sliding_window=40)
+
+    @parameterized.parameters(None, 100)
+    def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
+        # Blocks of three chunks and tiles of two parts, some of them seen whole, some in part, and some skipped.
+        pack = packs.make_pack(2, [70, 1, 10], [250, 130, 190], tokens_before=14, sliding_window=window)
+        with mock.patch.multiple(mosaic_tpu_schedule, CHUNK=16, ROWS=32):
+            results = run(pack, block_q=32, block_kv=48, sliding_window=window)
+        packs.assert_matches_reference(pack, *results, sliding_window=window)
+
+    def test_context_past_the_page_table(self):
+        pack = packs.make_pack(3, [9, 2], [40, 16], spare_columns=0)
+        longer = pack._replace(context_lens=jnp.array([43, 16], jnp.int32))
+        packs.assert_matches_reference(longer, *run(longer, **SMALL))
+
+    def test_two_cores(self):
+        pack = packs.make_pack(8, [20, 1], [70, 33], q_heads=8, kv_heads=4)
+        packs.assert_matches_reference(pack, *run(pack, **SMALL, cores=2))
+
+    def test_nothing_to_do(self):
+        pack = packs.make_pack(4, [0, 0], [20, 0], tokens_after=20)
+        out, lse = run(pack, **SMALL)
+        np.testing.assert_array_equal(out, 0.0)
+        np.testing.assert_array_equal(lse, -np.inf)
+
+    def test_pools_and_packs(self):
+        # Two pools, each with two packs that take the pages of both: four packs of other queries, keys and contexts.
+        one, other = (packs.make_pack(seed, [5, 1, 5, 1], [9, 30, 14, 31]) for seed in (0, 1))
+
+        def by_pack(start, end, pack):  # the sequences and tokens of half a pack, as a pack
+            tokens = slice(int(pack.query_offsets[start]), int(pack.query_offsets[start]) + 6)
+            offsets = pack.query_offsets[start : end + 1] - pack.query_offsets[start]
+            return pack.query[tokens], pack.context_lens[start:end], pack.page_indices[start:end], offsets
+
+        halves = [[by_pack(start, start + 2, pack) for start in (0, 2)] for pack in (one, other)]
+        query, context_lens, page_indices, query_offsets = (
+            jnp.stack([jnp.stack([half[i] for half in row]) for row in halves]) for i in range(4)
+        )
+        caches = [jnp.stack([getattr(pack, name) for pack in (one, other)]) for name in ("key_cache", "value_cache")]
+        pack = packs.Pack(query, *caches, context_lens, page_indices, query_offsets)
+        packs.assert_matches_reference(pack, *run(pack, **SMALL, cache_batch_dims=1))
+
+    def test_kv_head_start(self):
+        pack = packs.make_pack(5, [7, 1], [30, 12], q_heads=8, kv_heads=4)
+        out, lse = run(pack._replace(query=pack.query[:, 4:6]), **SMALL, kv_head_start=2, num_kv_heads=1)
+        whole_out, whole_lse = packs.exact(pack)
+        np.testing.assert_allclose(out, whole_out[:, 4:6], atol=1e-5)
+        np.testing.assert_allclose(lse, whole_lse[:, 4:6], atol=1e-5)
+
+    def test_unseen_slots_change_no_bit(self):
+        results = [
+            run(packs.make_pack(6, [19, 1], [50, 21], sliding_window=11, poison=poison), **SMALL, sliding_window=11)
+            for poison in (np.nan, 3.0)
+        ]
+        chex.assert_trees_all_equal(*results)
+
+    def test_neighbours_change_no_bit(self):
+        # The same sequence alone, and behind one that shifts it to other rows of other tiles.
+        pack = packs.make_pack(7, [3, 22], [40, 70], sliding_window=33)
+        out, lse = run(pack, **SMALL, sliding_window=33)
+        alone = packs.Pack(
+            pack.query[3:], pack.key_cache, pack.value_cache, pack.context_lens[1:], pack.page_indices[1:],
+            pack.query_offsets[1:] - 3,
+        )  # fmt: skip
+        chex.assert_trees_all_equal((out[3:], lse[3:]), run(alone, **SMALL, sliding_window=33))
+
+
+class ScheduleTest(chex.TestCase):
+    @parameterized.parameters(range(8))
+    def test_every_owned_row_is_in_one_item(self, seed):
+        rng = np.random.default_rng(seed)
+        tokens, block_q, seqs = int(rng.integers(1, 60)), int(rng.integers(1, 20)), int(rng.integers(1, 9))
+        offsets = np.sort(rng.integers(0, tokens + 1, seqs + 1)).astype(np.int32)
+        start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
+        contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
+        sequences = contract.Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
+        items, count = work_items(sequences, tokens, 80, block_q, 7)
+        self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
+        items = [np.asarray(x) for x in items]
+        owner = np.full(tokens, -1)
+        previous_tile = 0
+        for tile, seq, _, row_start, row_end, position, key_start, key_end in list(zip(*items))[: int(count)]:
+            self.assertGreaterEqual(tile, previous_tile)
+            previous_tile = tile
+            self.assertTrue(0 <= row_start < row_end <= block_q)
+            rows = np.arange(tile * block_q + row_start, tile * block_q + row_end)
+            np.testing.assert_array_equal(owner[rows], -1)
+            owner[rows] = seq
+            positions = int(contexts[seq]) - int(length[seq]) + rows - int(start[seq])
+            np.testing.assert_array_equal(positions, position + np.arange(row_start, row_end))
+            seen = {k for p in positions for k in range(max(0, p - 6), min(p + 1, 80))}
+            self.assertEqual((key_start, key_end), (min(seen), max(seen) + 1) if seen else (0, 0))
+        want = np.full(tokens, -1)
+        for seq in range(seqs):
+            want[offsets[seq] : offsets[seq + 1]] = seq
+        np.testing.assert_array_equal(owner, want)
+        np.testing.assert_array_equal(owned_tokens(sequences, tokens), want >= 0)
+
+
+if __name__ == "__main__":
+    absltest.main()
