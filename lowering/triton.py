@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
 
+VERSION = 1
+
 MAX_DIM = 256
 INSTALL = 'install it with pip install "paged_prefill[cuda]"'
 
@@ -107,6 +109,8 @@ def _num_splits(problem: Problem, device: Device, rows: int) -> int:
 def _device_class(device: Device) -> str:
     if device.platform == "rocm":
         return "cdna"
+    if device.compute_capability is None:
+        return "ampere"  # the sizes that fit every GPU
     return {9: "hopper", 10: "blackwell"}.get(_capability(device) // 10, "ampere")
 
 

@@ -44,12 +44,11 @@ INTERPRETED = [
     *map(small, (
         "context_shorter_than_chunk_float32", "context_empty_bfloat16", "no_new_tokens_float16", "one_token_float32",
         "chunk_longer_than_a_tile_bfloat16", "chunk_is_the_context_float32", "all_mixed_float16", "window_float32",
-        "window_of_one_bfloat16", "window_past_context_float32", "soft_cap_and_window_float32",
-        "soft_cap_far_exceeded_bfloat16", "value_dim_is_smaller_float16", "value_dim_is_larger_float32",
-        "scale_is_zero", "scale_is_negative", "scale_is_large", "page_of_1", "page_of_7", "page_of_64", "page_of_101",
+        "window_of_one_bfloat16", "soft_cap_and_window_float32", "soft_cap_far_exceeded_bfloat16",
+        "value_dim_is_larger_float32", "scale_is_zero", "scale_is_negative", "page_of_1", "page_of_7", "page_of_64",
         "no_spare_page_or_column", "odd_heads",
     )),
-    *[replace(small("page_of_7"), name=f"page_of_{size}", page_size=size) for size in (5, 24)],
+    replace(small("page_of_7"), name="page_of_24", page_size=24),
     small("all_mixed_float32", cfg=SPLIT),
     small("window_float16", cfg=SPLIT),
     small("one_token_each_bfloat16", cfg=ONE_ROW),
@@ -83,12 +82,10 @@ TARGETS = {
 }
 # Measured: 4 registers spilled outside the main loop, and faster than any sizes that spill none (benchmarks/results).
 SPILLED_BYTES = {("sm_90", 256): 16}
-PROBLEMS = (
-    problem(),
+PROBLEMS = (problem(), problem(head_dim=256, value_dim=256, q_heads=16), problem(dtype="float32"))
+MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
     problem(head_dim=64, value_dim=64, sliding_window=4096),
-    problem(head_dim=256, value_dim=256, q_heads=16),
     problem(tokens=64, seqs=64, page_size=128, pages_per_seq=32),
-    problem(dtype="float32"),
 )
 
 
@@ -97,10 +94,11 @@ class CompiledTest(parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling(self, name):
         target, device, shared_kib = TARGETS[name]
+        problems = PROBLEMS + (MORE_PROBLEMS if name in ("sm_90", "gfx942") else ())
         with process() as compiler:
-            launches = [(each, device) for each in PROBLEMS]
+            launches = [(each, device) for each in problems]
             resources = compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-            for each, found in zip(PROBLEMS, resources, strict=True):
+            for each, found in zip(problems, resources, strict=True):
                 with self.subTest(str(each)):
                     self.assertLessEqual(found["spilled"], SPILLED_BYTES.get((name, each.head_dim), 0), found)
                     self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
