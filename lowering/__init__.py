@@ -6,15 +6,15 @@ from absl import logging
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import contract, mosaic_tpu, tuning, xla
+from paged_prefill.lowering import contract, mosaic_tpu, triton, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
 KERNELS = {
     "cpu": {"xla": xla},
     "tpu": {"mosaic_tpu": mosaic_tpu, "xla": xla},
-    "cuda": {"xla": xla},
-    "rocm": {"xla": xla},
+    "cuda": {"triton": triton, "xla": xla},
+    "rocm": {"triton": triton, "xla": xla},
 }
 
 # What `platform=` asks for, as the kernels that answer to it.

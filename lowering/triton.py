@@ -1,0 +1,266 @@
+"""The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
+
+(Pallas' own Triton back end is deprecated.) The kernel is in triton_kernel.py; here are what it can run, its sizes,
+and what goes around it: the schedule of tiles before, and the merge of splits after.
+
+Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
+write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
+"""
+
+from dataclasses import replace
+import functools
+import importlib.util
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
+
+VERSION = 1
+
+MAX_DIM = 256
+INSTALL = 'install it with pip install "paged_prefill[cuda]"'
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """Any call with head_dim and value_dim up to 256, where Triton and a GPU that it compiles for are present."""
+    if device.platform not in ("cuda", "rocm"):
+        return f"Triton kernels run on GPUs, not on {device.platform}"
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is missing; {INSTALL}"
+    if device.compute_capability is None:
+        return f"there is no {device.platform} device in this process to compile for"
+    if device.platform == "cuda" and _capability(device) < 80:
+        return f"it needs a GPU of compute capability 8.0 or newer, this one has {device.compute_capability}"
+    if max(problem.head_dim, problem.value_dim) > MAX_DIM:
+        return f"head_dim and value_dim may be at most {MAX_DIM}, got {problem.head_dim} and {problem.value_dim}"
+    if problem.num_pages * problem.page_size >= 2**31:
+        return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
+    return None
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a tile: `rows` are query rows, those of all heads of a group together."""
+
+    rows: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+
+# By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
+# are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
+SIZES = {
+    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(32, 16, 4, 2)),
+    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 2), _Sizes(32, 16, 4, 2)),
+    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(32, 16, 4, 2)),
+    "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
+}
+DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
+MULTIPROCESSORS = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "L40": 142, "4090": 128, "MI300X": 304}
+MAX_SPLITS = 16
+KEYS_PER_SPLIT = 1024  # fewer do not repay the merge
+
+
+def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
+    """Sizes by device, head_dim and dtype; splits where the tiles would leave multiprocessors idle."""
+    width = _power_of_2(max(problem.head_dim, problem.value_dim))
+    table = SIZES[_device_class(device)]
+    sizes = table[3] if problem.dtype == "float32" else table[0 if width <= 64 else 1 if width <= 128 else 2]
+    rows_per_seq = -(-problem.tokens // max(problem.seqs, 1)) * problem.group
+    if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and width <= 128:
+        sizes = DECODE
+    rows = min(sizes.rows, _power_of_2(rows_per_seq))
+    if rows < sizes.rows and width <= 128:
+        sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
+    return PrefillPageAttentionConfig(
+        block_q=-(-rows // problem.group),
+        block_kv=sizes.block_kv,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        num_splits=_num_splits(problem, device, rows),
+    )
+
+
+def _num_splits(problem: Problem, device: Device, rows: int) -> int:
+    """The fewest splits by which the last wave of programs is nearly as full as any number makes it (FA3's rule)."""
+    tiles = max(-(-problem.tokens * problem.group // rows), min(problem.seqs, problem.tokens))
+    programs = tiles * problem.num_kv_heads
+    keys = problem.capacity
+    if problem.sliding_window is not None:
+        keys = min(keys, problem.sliding_window + problem.tokens)
+    most = min(MAX_SPLITS, max(1, keys // KEYS_PER_SPLIT))
+    slots = next((n for name, n in MULTIPROCESSORS.items() if name in (device.kind or "")), 108)
+
+    def efficiency(splits):
+        waves = programs * splits / slots
+        return waves / math.ceil(waves)
+
+    if programs >= slots / 2:
+        return 1
+    best = max(map(efficiency, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if efficiency(splits) >= 0.85 * best)
+
+
+def _device_class(device: Device) -> str:
+    if device.platform == "rocm":
+        return "cdna"
+    if device.compute_capability is None:
+        return "ampere"  # the sizes that fit every GPU
+    return {9: "hopper", 10: "blackwell"}.get(_capability(device) // 10, "ampere")
+
+
+def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
+    """The heuristic sizes, then those of every class and their neighbours; what does not fit fails to compile."""
+    heuristic = heuristic_config(problem, device)
+    candidates = [heuristic]
+    for rows, block_kv, num_warps, num_stages in dict.fromkeys(
+        sizes for table in SIZES.values() for sizes in (*table[:3], DECODE)
+    ):
+        block_q = -(-rows // problem.group)
+        candidates.append(PrefillPageAttentionConfig(block_q, block_kv, num_warps, num_stages, heuristic.num_splits))
+    candidates += [replace(heuristic, num_splits=n) for n in (1, 2, 4, 8)]
+    return list(dict.fromkeys(candidates))
+
+
+def attend(
+    query,
+    key_pages,
+    value_pages,
+    sequences: Sequences,
+    kv_head_start,
+    *,
+    num_kv_heads: int,
+    softmax_scale: float,
+    attn_logits_soft_cap: float | None,
+    sliding_window: int | None,
+    config: PrefillPageAttentionConfig,
+):
+    """See contract.py. Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2.
+
+    `sequences` must be in the order of their rows, as contract.flatten gives them.
+    """
+    import jax_triton
+
+    from paged_prefill.lowering import triton_kernel
+
+    problem = problem_of(
+        query,
+        key_pages,
+        value_pages,
+        sequences,
+        num_kv_heads=num_kv_heads,
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+    )
+    rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
+    schedule = _schedule(sequences, problem.tokens, problem.group, rows)
+    # Splits are kept in float32 until they are merged.
+    out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
+    out, lse = jax_triton.triton_call(
+        query,
+        key_pages,
+        value_pages,
+        sequences.page_indices,
+        schedule,
+        kv_head_start,
+        kernel=triton_kernel.attend_tile,
+        out_shape=(
+            jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32),
+        ),
+        grid=(_most_tiles(schedule.shape[1], problem.tokens, problem.group, rows) * num_kv_heads * splits,),
+        name="paged_prefill",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        INTERVALS=schedule.shape[1],
+        INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
+        ROWS=rows,
+        BLOCK_KV=_power_of_2(config.block_kv),
+        NUM_SPLITS=splits,
+        # Where a block is large, registers do not allow for pipelining the few masked blocks too.
+        EDGE_STAGES=None if config.block_kv * _power_of_2(problem.head_dim) <= 64 * 128 else 1,
+        **_constants(problem),
+    )
+    return (out[0], lse[0]) if splits == 1 else _merge_splits(out, lse, query.dtype)
+
+
+def _constants(problem: Problem) -> dict:
+    """The kernel's compile-time constants that no configuration changes."""
+    return dict(
+        TOKENS=problem.tokens,
+        SEQS=problem.seqs,
+        KV_HEADS=problem.num_kv_heads,
+        GROUP=problem.group,
+        CACHE_KV_HEADS=problem.cache_kv_heads,
+        POOL_ROWS=problem.num_pages * problem.page_size,
+        PAGE_SIZE=problem.page_size,
+        PAGES_PER_SEQ=problem.pages_per_seq,
+        HEAD_DIM=problem.head_dim,
+        HEAD_DIM_PADDED=_power_of_2(problem.head_dim),
+        VALUE_DIM=problem.value_dim,
+        VALUE_DIM_PADDED=_power_of_2(problem.value_dim),
+        # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
+        # softmax as one too small to see.
+        SCALE=max(abs(problem.softmax_scale), 1e-30),
+        NEGATE=problem.softmax_scale < 0,
+        SOFT_CAP=problem.attn_logits_soft_cap,
+        WINDOW=problem.sliding_window,
+        # float32 products as six of bfloat16, exact to 24 bits or so; other dtypes have but one way.
+        PRECISION="bf16x6",
+    )
+
+
+def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
+    """int32 [5, 2 * seqs + 1]: first tile, start, length, context_len and pool of the sequences, then of the gaps.
+
+    Tiles are numbered longest context first, so that the last programs to start are short ones.
+    """
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
+    gaps = jnp.concatenate([sequences.start, jnp.full(1, tokens, jnp.int32)]) - ends
+    nothing = jnp.zeros_like(gaps)
+    start, length, context_len, pool = (
+        jnp.concatenate(pair)
+        for pair in (
+            (sequences.start, ends),
+            (sequences.length, gaps),
+            (sequences.context_len, nothing),
+            (sequences.pool, nothing),
+        )
+    )
+    number = jnp.arange(len(start))
+    longer = context_len[:, None] < context_len[None, :]
+    before = longer | ((context_len[:, None] == context_len[None, :]) & (number[:, None] > number[None, :]))
+    num_tiles = (length * group + rows - 1) // rows
+    first_tile = jnp.sum(jnp.where(before, num_tiles, 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([first_tile, start, length, context_len, pool])
+
+
+def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
+    """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
+    return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
+
+
+def _merge_splits(out, lse, dtype):
+    """The attention to all keys from that to each split's: weights exp(lse), by the definition of the softmax."""
+    largest = jnp.max(lse, axis=0)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    total = jnp.sum(weights, axis=0)
+    seen = jnp.where(total > 0, total, 1.0)
+    merged = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)]) / seen[..., None]
+    return merged.astype(dtype), jnp.where(total > 0, largest + jnp.log(seen), -jnp.inf)
+
+
+def _capability(device: Device) -> int:
+    major, minor = device.compute_capability.split(".")
+    return 10 * int(major) + int(minor)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n and at least 16, the smallest side of a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,201 @@
+"""Stands in for jax_triton where there is no GPU: interprets a kernel on the CPU, or compiles it for a target.
+
+Triton decides when it is first imported whether kernels are interpreted, for the whole process. So the functions here
+run in processes of their own, which import what they need after that is settled.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import types
+
+import numpy as np
+
+
+class HostTensor:
+    """An array that Triton's interpreter takes for a torch tensor in host memory: it works in place."""
+
+    alive = ()  # those of the launch in progress
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = array.dtype.name
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def copy_(self, other):
+        assert other.array is self.array, "the interpreter made a copy, which would lose the results"
+
+    def new_empty(self, size, device):
+        return HostTensor(self.array)
+
+    def set_(self, storage, offset, size, stride):
+        assert storage.array is self.array
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return self.array.strides
+
+
+def _interpret(*operands, kernel, out_shape, grid, name, num_warps, num_stages, **constants):
+    """As `jax_triton.triton_call`, on the CPU. Results hold NaN wherever the kernel does not write."""
+    import jax
+
+    constants["PRECISION"] = "ieee"  # the only way of the interpreter, though it knows the names of some others
+
+    def launch(*operands):
+        results = [np.full(s.shape, np.nan, s.dtype) for s in out_shape]
+        HostTensor.alive = [HostTensor(np.array(x)) for x in (*operands, *results)]
+        kernel[grid](*HostTensor.alive, **constants)
+        results = [x.array for x in HostTensor.alive[len(operands) :]]
+        return results
+
+    return jax.pure_callback(launch, list(out_shape), *operands)
+
+
+def _extend_interpreter():
+    """Adds to Triton's interpreter products of bfloat16, rounding to it, and a check that accesses stay inside."""
+    import ml_dtypes
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def widened(handle):  # the interpreter holds bfloat16 as the upper halves of float32
+        if handle.data.dtype != np.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def widened_dot(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
+    def rounding_cast(self, source, dtype):  # the interpreter's own cuts float32 off to bfloat16
+        if source.dtype.scalar == interpreter.tl.float32 and dtype.scalar == interpreter.tl.bfloat16:
+            return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), dtype.scalar)
+        return cast(self, source, dtype)
+
+    def check_inside(pointers, mask):
+        used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        inside = [(x.data_ptr() <= used) & (used + size <= x.data_ptr() + x.array.nbytes) for x in HostTensor.alive]
+        assert np.any(inside, axis=0).all(), "the kernel looked outside its operands"
+
+    def checked_load(self, pointers, mask, *rest):
+        check_inside(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check_inside(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    builder.create_dot, builder.cast_impl = widened_dot, rounding_cast
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+
+
+def interpret_triton():
+    """Makes platform="triton" run on this process's CPU, by Triton's interpreter. Once, before Triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    _extend_interpreter()
+    sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=_interpret)
+    from paged_prefill import lowering
+    from paged_prefill.lowering import triton
+
+    triton.supports = lambda problem, device: None
+    lowering.KERNELS["cpu"]["triton"] = triton
+
+
+def check_interpreted(case):
+    """`cases.check` of a case, in a process prepared by `interpret_triton`."""
+    from paged_prefill import ragged_paged_prefill
+    from paged_prefill.tests import cases
+
+    cases.check(case, functools.partial(ragged_paged_prefill, platform="triton"))
+
+
+def compile_launches(target, problems):
+    """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
+
+    `target` is the arguments of Triton's GPUTarget and `problems` are (contract.Problem, contract.Device) pairs.
+    Returns for each what the machine code takes: shared memory, and the bytes (NVIDIA) or registers (AMD) it spills.
+    """
+    launches = []
+
+    def record(*operands, out_shape, **launch):
+        import jax.numpy as jnp
+
+        launches.append((*operands, *out_shape, launch))
+        return [jnp.zeros(s.shape, s.dtype) for s in out_shape]
+
+    sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=record)
+    import jax
+
+    from paged_prefill.lowering import contract, triton
+
+    def of_type(shape, dtype="int32"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    resources = []
+    for p, device in problems:
+        pages = (p.pools, p.cache_kv_heads, p.num_pages, p.page_size)
+        sequences = contract.Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq)))
+        query = of_type((p.tokens, p.q_heads, p.head_dim), p.dtype)
+        caches = [of_type((*pages, features), p.dtype) for features in (p.head_dim, p.value_dim)]
+        names = ("num_kv_heads", "softmax_scale", "attn_logits_soft_cap", "sliding_window")
+        parameters = {name: getattr(p, name) for name in names}
+        attend = functools.partial(triton.attend, **parameters, config=triton.heuristic_config(p, device))
+        jax.eval_shape(attend, query, *caches, sequences, of_type(()))
+        resources.append(_compile(target, *launches.pop()))
+    return resources
+
+
+_POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+
+
+def _compile(target, *arrays_and_launch):
+    """The resources of one launch's machine code. Pointers are multiples of 16 bytes, as jax_triton has them."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    *arrays, launch = arrays_and_launch
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    kernel, _, _ = launch.pop("kernel"), launch.pop("grid"), launch.pop("name")
+    signature = {n: _POINTERS[np.dtype(a.dtype).name] for n, a in zip(kernel.arg_names, arrays)}
+    signature |= dict.fromkeys(launch, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
+    compiled = compile(ASTSource(kernel, signature, launch, attributes), target=GPUTarget(*target), options=options)
+    resources = {"shared_bytes": compiled.metadata.shared}
+    if "cubin" in compiled.asm:
+        return resources | _cubin_resources(compiled.asm["cubin"])
+    found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
+    return resources | {"spilled": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])}
+
+
+def _cubin_resources(cubin):
+    """Registers and spilled bytes, as the cuobjdump that comes with Triton reads them."""
+    import triton
+
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    return {"registers": int(registers), "spilled": int(stack) + int(local)}
