@@ -1,33 +1,35 @@
 """The Hopper kernel, in Pallas Mosaic GPU: pages by TMA, wgmma, and warpgroups that take turns on the tensor cores.
 
 One launch serves the whole pack. A thread block takes a *tile*: some tokens of one sequence, for some of the query
-heads that share a KV head, 64 rows (a head and a token) to each compute warpgroup. One more warpgroup only loads: a warp
-copies keys, another values, page by page from where they lie into the rows of a swizzled tile in shared memory.
+heads that share a KV head, 64 rows (a head and a token) to each compute warpgroup. One more warpgroup only loads: its
+warps copy keys and values page by page, from where they lie into the rows of a swizzled tile in shared memory.
 
-The order of work is FlashAttention-3's (arXiv 2407.08608): a warpgroup issues the logits of block j and, behind them,
-the update of the output with block j - 1, so that the softmax of block j hides behind the tensor cores; and the
-warpgroups pass a turn around, so that one's softmax hides behind another's products. The online softmax is Milakov and
-Gimelshein's (arXiv 1805.02867), its running maximum kept in units of log 2.
+The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.08608): the one whose turn it is issues the
+output of block j - 1 and the logits of block j, and while it works out their softmax, the tensor cores are another's.
+The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), its running maximum kept in units of log 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Device, Problem, Sequences
+from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
 from paged_prefill.lowering.tiles import Tiles, schedule
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
 SHARED_BYTES = 227 * 1024
+MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
 # Registers of a thread that computes and of one that loads; one computing warpgroup has all it can use from the start.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
@@ -99,6 +101,14 @@ def attend(
     """See contract.py. Uses block_q, block_kv, num_warps (the loading warpgroup's 4 included), num_stages, num_splits."""
     tokens, q_heads, head_dim = query.shape
     _, cache_kv_heads, num_pages, page_size, value_dim = value_pages.shape
+    parameters = dict(
+        num_kv_heads=num_kv_heads,
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+    )
+    if wrong := misfit(problem_of(query, key_pages, value_pages, sequences, **parameters), config):
+        raise ValueError(wrong)
     plan = Plan(
         group=q_heads // num_kv_heads,
         num_kv_heads=num_kv_heads,
@@ -192,7 +202,7 @@ def _launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
         functools.partial(_kernel, plan),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
-        grid=(blocks * plan.splits,),
+        grid=(min(blocks * plan.splits, MULTIPROCESSORS),),
         grid_names=("block",),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
@@ -205,80 +215,128 @@ def _launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
 
 
 def _kernel(plan: Plan, records, page_indices, query, key_rows, value_rows, out, lse, **scratch):
-    """A thread block: every warpgroup reads what its tile is, then the last one loads and the others compute."""
+    """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
+
+    The loads run ahead from one piece of work into the next, through rings whose steps are counted on from piece to piece.
+    """
+    pieces = records.shape[0] * plan.splits * plan.head_tiles
+    blocks = min(pieces, MULTIPROCESSORS)
     block = lax.axis_index("block")
-    head_tile = lax.rem(block, plan.head_tiles)
-    split = lax.rem(lax.div(block, plan.head_tiles), plan.splits)
-    record = lax.div(block, plan.head_tiles * plan.splits)
-    fields = [records[record, i] for i in range(len(Tiles._fields) + 1)]
-    tile, first_row = Tiles(*fields[:-1]), fields[-1]
+
+    def each_piece(do):
+        """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
+
+        def turn(i, done):
+            index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
+            piece = _piece(plan, records, jnp.minimum(index, pieces - 1))
+            exists = (index < pieces) & (piece.tile.length > 0)
+            pl.when(exists)(lambda: do(piece, done))
+            return done + jnp.where(exists, piece.steps, 0)
+
+        lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
+
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < plan.warpgroups)
+    def _():
+        if plan.warpgroups > 1:
+            plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
+            # The first turn is the first warpgroup's.
+            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+        each_piece(lambda piece, done: _compute(plan, piece, done, warpgroup, query, out, lse, **scratch))
+
+    @pl.when(warpgroup == plan.warpgroups)
+    def _():
+        if plan.warpgroups > 1:
+            plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
+        _load(plan, each_piece, page_indices, key_rows, value_rows, **scratch)
+
+
+class Piece(NamedTuple):
+    """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
+
+    tile: Tiles
+    split: Int[Array, ""]
+    head_tile: Int[Array, ""]
+    first: Int[Array, ""]  # block of keys
+    steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
+    head: Int[Array, ""]  # first query head
+    heads_left: Int[Array, ""]  # heads from there to the end of the group
+    first_row: Int[Array, ""]  # of the KV head, in the caches as matrices of rows
+
+
+def _piece(plan: Plan, records, index) -> Piece:
+    head_tile = lax.rem(index, plan.head_tiles)
+    split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
+    record = lax.div(index, plan.head_tiles * plan.splits)
+    *fields, first_row = [records[record, i] for i in range(len(Tiles._fields) + 1)]
+    tile = Tiles(*fields)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
-
-    # A share of the blocks of keys; at least one, all of it masked if need be, so that there is always a result.
     share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
     first = tile.first_block + split * share
-    steps = jnp.maximum(jnp.minimum(share, tile.end_block - first), 1)
-
-    @pl.when(tile.length > 0)
-    def _():
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup < plan.warpgroups)
-        def _():
-            if plan.warpgroups > 1:
-                plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
-            where = (split, tile.index * plan.head_tiles + head_tile)
-            head = kv_head * plan.group + in_group
-            heads_left = plan.group - in_group
-            _compute(plan, tile, where, head, heads_left, first, steps, warpgroup, query, out, lse, **scratch)
-
-        @pl.when(warpgroup == plan.warpgroups)
-        def _():
-            if plan.warpgroups > 1:
-                plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
-            place = first_row + kv_head * plan.keys_per_head
-            _load(plan, tile, place, first, steps, page_indices, key_rows, value_rows, **scratch)
+    return Piece(
+        tile=tile,
+        split=split,
+        head_tile=head_tile,
+        first=first,
+        steps=jnp.maximum(jnp.minimum(share, tile.end_block - first), 1),
+        head=kv_head * plan.group + in_group,
+        heads_left=plan.group - in_group,
+        first_row=first_row + kv_head * plan.keys_per_head,
+    )
 
 
 def _load(
-    plan, tile, place, first, steps, page_indices, key_rows, value_rows, *,
+    plan, each_piece, page_indices, key_rows, value_rows, *,
     keys, values, keys_here, values_here, keys_free, values_free, **_
 ):
-    """Copies the blocks of keys and values, page by page, each with a warp of its own."""
+    """Copies the blocks of keys and values, page by page: half of a block is one warp's work."""
 
-    def row_of(key):
-        column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-        return place + page_indices[tile.seq, column] * plan.page_size + lax.rem(key, plan.page_size)
+    def copy(offsets, source, ring, here, free):
+        """Copies the runs at these offsets of every block."""
 
-    def copy(source, ring, here, free):
-        def step(i, _):
-            slot = lax.rem(i, plan.stages)
-            rows = [row_of((first + i) * plan.block_kv + r) for r in range(0, plan.block_kv, plan.run)]
+        def row_of(piece, key):
+            column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
+            page = page_indices[piece.tile.seq, column]
+            return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
 
-            @pl.when(i >= plan.stages)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
+        def copy_piece(piece, done):
+            def step(i, _):
+                slot = lax.rem(done + i, plan.stages)
+                rows = [row_of(piece, (piece.first + i) * plan.block_kv + offset) for offset in offsets]
 
-            for n, row in enumerate(rows):
-                slots = ring.at[slot, pl.ds(n * plan.run, plan.run)]
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(row, plan.run)], slots, here.at[slot])
+                @pl.when(done + i >= plan.stages)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
 
-        lax.fori_loop(0, steps, step, None)
+                for offset, row in zip(offsets, rows):
+                    slots = ring.at[slot, pl.ds(offset, plan.run)]
+                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, plan.run)], slots, here.at[slot])
+
+            lax.fori_loop(0, piece.steps, step, None)
+
+        each_piece(copy_piece)
+
+    offsets = range(0, plan.block_kv, plan.run)
+    half = -(-len(offsets) // 2)
 
     @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
     def _():
         warp = lax.axis_index("warp")
-        pl.when(warp == 0)(lambda: copy(key_rows, keys, keys_here, keys_free))
-        pl.when(warp == 1)(lambda: copy(value_rows, values, values_here, values_free))
+        for part, share in enumerate((offsets[:half], offsets[half:])):
+            if share:
+                pl.when(warp == 2 * part)(lambda share=share: copy(share, key_rows, keys, keys_here, keys_free))
+                pl.when(warp == 2 * part + 1)(lambda share=share: copy(share, value_rows, values, values_here, values_free))
 
 
 def _compute(
-    plan, tile, where, head, heads_left, first, steps, warpgroup, query, out, lse, *,
+    plan, piece, done, warpgroup, query, out, lse, *,
     rows_of_tile, keys, values, query_here, keys_here, values_here, keys_free, values_free, turn, cleaned
 ):
     """One compute warpgroup's 64 rows: `slab` tokens of one head, then of the next."""
     dtype = jnp.dtype(plan.dtype)
+    tile, first, steps = piece.tile, piece.first, piece.steps
     [query_rows], [query_tile], [out_rows], [out_tile] = rows_of_tile
     shape = (WARPGROUP_ROWS, plan.block_kv)
 
@@ -291,7 +349,7 @@ def _compute(
     def load_query():
         for row, in_group, token in slabs():
             for c in range(plan.head_dim // COLUMNS):
-                source = query.at[pl.ds(tile.start + token, plan.slab), head + in_group, pl.ds(c * COLUMNS, COLUMNS)]
+                source = query.at[pl.ds(tile.start + token, plan.slab), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS)]
                 target = query_rows.at[warpgroup, c, pl.ds(row, plan.slab)]
                 plgpu.copy_gmem_to_smem(source, target, query_here.at[warpgroup])
         plgpu.barrier_wait(query_here.at[warpgroup])
@@ -305,7 +363,7 @@ def _compute(
             plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, plan.warpgroups)])
 
     def slot_of(i):
-        return lax.rem(i, plan.stages)
+        return lax.rem(done + i, plan.stages)
 
     def multiply_keys(logits, i):
         for c in range(plan.head_dim // COLUMNS):
@@ -365,7 +423,7 @@ def _compute(
 
     def start():
         """Block 0: its logits, and no output yet."""
-        plgpu.barrier_wait(keys_here.at[0])
+        plgpu.barrier_wait(keys_here.at[slot_of(0)])
         take_turn()
 
         def products(logits):
@@ -374,12 +432,12 @@ def _compute(
             return logits[...]
 
         logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
-        plgpu.barrier_arrive(keys_free.at[0])
+        plgpu.barrier_arrive(keys_free.at[slot_of(0)])
         m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
         l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
         acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.value_dim), jnp.float32), WGMMA)
         weights, m, l, _ = softmax(logits, m, l, 0, masked=True)
-        plgpu.barrier_wait(values_here.at[0])
+        plgpu.barrier_wait(values_here.at[slot_of(0)])
         clean_values(0)
         return acc, m, l, weights
 
@@ -414,6 +472,7 @@ def _compute(
             pass_turn()
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(values_free.at[slot_of(steps - 1)])
         acc *= lax.broadcast_in_dim(jnp.where(l > 0, 1 / l, 0.0), acc.shape, [0])
         return acc, jnp.where(l > 0, m * LN_2 + jnp.log(l), -jnp.inf)
 
@@ -423,18 +482,16 @@ def _compute(
             out_tile[warpgroup, c] = acc[:, c * COLUMNS : (c + 1) * COLUMNS].astype(dtype)
         plgpu.commit_smem()
         for row, in_group, token in slabs():
-            left = jnp.where(in_group < heads_left, jnp.clip(tile.length - token, 0, plan.slab), 0)
+            left = jnp.where(in_group < piece.heads_left, jnp.clip(tile.length - token, 0, plan.slab), 0)
             for bit in range(plan.slab.bit_length()):
                 size = 1 << bit
                 done = lax.shift_left(lax.shift_right_logical(left, bit + 1), bit + 1)
                 for c in range(plan.value_dim // COLUMNS):
                     source = out_rows.at[warpgroup, c, pl.ds(row + done, size)]
-                    place = (pl.ds(tile.start + token + done, size), head + in_group, pl.ds(c * COLUMNS, COLUMNS))
+                    place = (pl.ds(tile.start + token + done, size), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS))
                     plgpu.copy_smem_to_gmem(source, out.at[place], lax.bitwise_and(left, size) != 0)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    if plan.warpgroups > 1:  # the first turn is the first warpgroup's
-        pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
     load_query()
     # Blocks that every row sees whole need no mask: they lie from `clear` to `edge`.
     clear = 1
@@ -448,7 +505,7 @@ def _compute(
     running = lax.fori_loop(clear, edge, functools.partial(step, False), running)
     running = lax.fori_loop(edge, steps, functools.partial(step, True), running)
     acc, row_lse = finish(running)
-    own_rows = (*where, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
+    own_rows = (piece.split, tile.index * plan.head_tiles + piece.head_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
     lse[own_rows] = row_lse
     if plan.splits == 1:
         store(acc)
@@ -483,38 +540,64 @@ def _block_kv(problem: Problem) -> int | None:
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     """Sizes from the shape and the chip; measured in benchmarks/results."""
     block_kv = _block_kv(problem)
-    per_sequence = -(-problem.tokens // problem.seqs)
-    warpgroups = 2
-    heads = 2 if problem.group % 2 == 0 else 1
-    if per_sequence < WARPGROUP_ROWS:
-        heads = min(16, pl.next_power_of_2(problem.group))
-        needed = max(8, pl.next_power_of_2(per_sequence)) * heads
-        warpgroups = 1 if needed <= WARPGROUP_ROWS else 2
-    block_q = warpgroups * WARPGROUP_ROWS // heads
-    return PrefillPageAttentionConfig(
-        block_q=block_q,
-        block_kv=block_kv,
-        num_warps=4 * (warpgroups + 1),
-        num_stages=_stages(problem, block_kv, warpgroups),
-        num_splits=_splits(problem, block_q, block_kv, heads),
-    )
-
-
-def _stages(problem, block_kv, warpgroups):
+    tokens_per_seq = -(-problem.tokens // problem.seqs)
     widest = max(problem.head_dim, problem.value_dim)
-    left = SHARED_BYTES - 3072 - warpgroups * WARPGROUP_ROWS * widest * 2
-    return min(4, left // (block_kv * (problem.head_dim + problem.value_dim) * 2))
-
-
-def _splits(problem, block_q, block_kv, heads):
-    """As many parts as fill the chip's multiprocessors once, of at least four blocks of keys each."""
-    multiprocessors = 132
-    tiles = -(-problem.tokens // block_q) if problem.seqs == 1 else max(problem.seqs, -(-problem.tokens // block_q))
-    blocks = tiles * problem.num_kv_heads * -(-problem.group // heads)
-    keys = problem.capacity if problem.sliding_window is None else min(problem.capacity, problem.sliding_window + block_q)
-    return max(1, min(multiprocessors // blocks, keys // (4 * block_kv), 32))
+    warpgroups = 2
+    if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
+        heads = min(16, pl.next_power_of_2(problem.group))
+        rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
+        warpgroups = 1 if rows <= WARPGROUP_ROWS else 2
+    elif widest == 64 and tokens_per_seq >= 3 * WARPGROUP_ROWS:
+        heads, warpgroups = 1, 3
+    else:
+        heads = 2 if problem.group % 2 == 0 else 1
+    block_q = warpgroups * WARPGROUP_ROWS // heads
+    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=4)
+    while shared_bytes(problem, config) > SHARED_BYTES:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return replace(config, num_splits=_splits(problem, config))
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes first, then their neighbours."""
-    return [heuristic_config(problem, device)]
+    """The heuristic sizes first, then their neighbours: other stages, one head a tile or two, other splits."""
+    first = heuristic_config(problem, device)
+    rows = (first.num_warps // 4 - 1) * WARPGROUP_ROWS
+    changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2), dict(num_warps=12, block_q=128)]
+    changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
+    found = [first] + [replace(first, **change) for change in changes]
+    fits = [c for c in found if c.num_stages > 1 and misfit(problem, c) is None]
+    return list(dict.fromkeys(fits))
+
+
+def _splits(problem, config):
+    """As many parts as fill the chip's multiprocessors once, of at least four blocks of keys each."""
+    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+    tiles = max(problem.seqs, -(-problem.tokens // config.block_q))
+    blocks = tiles * problem.num_kv_heads * -(-problem.group // (rows // config.block_q))
+    keys = problem.capacity
+    if problem.sliding_window is not None:
+        keys = min(keys, problem.sliding_window + config.block_q)
+    return max(1, min(MULTIPROCESSORS // blocks, keys // (4 * config.block_kv), 32))
+
+
+def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
+    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+    ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
+    return 2 * (rows * max(problem.head_dim, problem.value_dim) + ring) + 3072
+
+
+def misfit(problem: Problem, config: PrefillPageAttentionConfig) -> str | None:
+    """What is wrong with sizes for a problem, or None."""
+    if config.num_warps not in (8, 12, 16):
+        return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
+    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+    whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
+    if config.block_q < 8 or rows % config.block_q or not whole:
+        return f"cfg.block_q must divide {rows} rows into slabs of 8, 16, 32 or multiples of 64, got {config.block_q}"
+    page, block = problem.page_size, config.block_kv
+    if block not in (64, 128) or (page % block and block % page):
+        return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
+    if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
+        return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
+    return None

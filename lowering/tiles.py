@@ -1,5 +1,6 @@
 """How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first."""
 
+import itertools
 from typing import NamedTuple
 
 from jax import lax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.lowering.contract import Sequences
+
+# Up to so many sequences their sums are written out: XLA then makes the schedule one kernel, where each sum is one more.
+FEW_SEQUENCES = 8
 
 
 class Tiles(NamedTuple):
@@ -44,10 +48,15 @@ def schedule(
     bounds = jnp.stack([sequences.start, end], axis=1).reshape(-1)
     begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
     size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
-    last_tile = jnp.cumsum(-(-size // block_q))
-
     tile = jnp.arange(tiles_at_most(tokens, seqs, block_q), dtype=jnp.int32)
-    stretch = jnp.sum(last_tile <= tile[:, None], axis=1, dtype=jnp.int32)
+    counts = -(-size // block_q)
+    if seqs <= FEW_SEQUENCES:
+        last_tile = list(itertools.accumulate(counts))
+        stretch = sum((tile >= last).astype(jnp.int32) for last in last_tile)
+        last_tile = jnp.stack(last_tile)
+    else:
+        last_tile = jnp.cumsum(counts)
+        stretch = jnp.sum(tile[:, None] >= last_tile, axis=1, dtype=jnp.int32)
     exists = stretch < 2 * seqs + 1
     stretch = jnp.minimum(stretch, 2 * seqs)
     owned = exists & (stretch % 2 == 1)
