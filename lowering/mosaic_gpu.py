@@ -6,7 +6,7 @@ warps copy keys and values page by page, from where they lie into the rows of a 
 
 The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.08608): the one whose turn it is issues the
 output of block j - 1 and the logits of block j, and while it works out their softmax, the tensor cores are another's.
-The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), its running maximum kept in units of log 2.
+The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ SHARED_BYTES = 227 * 1024
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
 # Registers of a thread that computes and of one that loads; one computing warpgroup has all it can use from the start.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
-LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+LOG2_E = math.log2(math.e)
 WGMMA, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -98,7 +98,7 @@ def attend(
     sliding_window: int | None,
     config: PrefillPageAttentionConfig,
 ):
-    """See contract.py. Uses block_q, block_kv, num_warps (the loading warpgroup's 4 included), num_stages, num_splits."""
+    """See contract.py. Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
     tokens, q_heads, head_dim = query.shape
     _, cache_kv_heads, num_pages, page_size, value_dim = value_pages.shape
     parameters = dict(
@@ -128,7 +128,9 @@ def attend(
         dtype=query.dtype.name,
     )
     capacity = plan.pages_per_seq * page_size
-    tiles, tile_of_token = schedule(sequences, tokens, capacity, plan.block_q, plan.block_kv, sliding_window)
+    tiles, tile_of_token, place_in_tile = schedule(
+        sequences, tokens, capacity, plan.block_q, plan.block_kv, sliding_window
+    )
     # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
     first_row = (tiles.pool * cache_kv_heads + kv_head_start) * plan.keys_per_head
     records = jnp.stack([*tiles, first_row], axis=1)
@@ -140,8 +142,7 @@ def attend(
     kv_head, in_group = head // plan.group, head % plan.group
     head_tile = kv_head * plan.head_tiles_per_group + in_group // plan.heads
     block = tile_of_token[:, None] * plan.head_tiles + head_tile
-    offset = jnp.arange(tokens) - jnp.sort(tiles.start)[tile_of_token]
-    row = in_group % plan.heads * plan.block_q + offset[:, None]
+    row = in_group % plan.heads * plan.block_q + place_in_tile[:, None]
     lse = lse[:, block, row]
     if plan.splits == 1:
         return out, lse[0]
@@ -159,7 +160,7 @@ def _merge(out, lse, dtype):
 
 
 def _launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
-    """Runs the kernel. Returns (out, lse [splits, blocks, rows]); with splits, out is [splits, blocks, rows, value_dim]."""
+    """Runs the kernel. Returns out and lse [splits, blocks, rows]; with splits, out [splits, blocks, rows, value_dim]."""
     dtype = jnp.dtype(plan.dtype)
     blocks = records.shape[0] * plan.head_tiles
     lse_type = jax.ShapeDtypeStruct((plan.splits, blocks, plan.rows), jnp.float32)
@@ -217,7 +218,7 @@ def _launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
 def _kernel(plan: Plan, records, page_indices, query, key_rows, value_rows, out, lse, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
-    The loads run ahead from one piece of work into the next, through rings whose steps are counted on from piece to piece.
+    The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
     pieces = records.shape[0] * plan.splits * plan.head_tiles
     blocks = min(pieces, MULTIPROCESSORS)
@@ -326,8 +327,10 @@ def _load(
         warp = lax.axis_index("warp")
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
-                pl.when(warp == 2 * part)(lambda share=share: copy(share, key_rows, keys, keys_here, keys_free))
-                pl.when(warp == 2 * part + 1)(lambda share=share: copy(share, value_rows, values, values_here, values_free))
+                copy_keys = functools.partial(copy, share, key_rows, keys, keys_here, keys_free)
+                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free)
+                pl.when(warp == 2 * part)(copy_keys)
+                pl.when(warp == 2 * part + 1)(copy_values)
 
 
 def _compute(
@@ -349,7 +352,8 @@ def _compute(
     def load_query():
         for row, in_group, token in slabs():
             for c in range(plan.head_dim // COLUMNS):
-                source = query.at[pl.ds(tile.start + token, plan.slab), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS)]
+                place = (pl.ds(tile.start + token, plan.slab), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS))
+                source = query.at[place]
                 target = query_rows.at[warpgroup, c, pl.ds(row, plan.slab)]
                 plgpu.copy_gmem_to_smem(source, target, query_here.at[warpgroup])
         plgpu.barrier_wait(query_here.at[warpgroup])
@@ -385,21 +389,25 @@ def _compute(
 
     def softmax(logits, m, l, i, masked):
         """Weights, and what the rows know now: the maximum m and the sum l."""
-        # `unit` turns logits into units of log 2, and is positive, so that the maximum can be taken before.
+        # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before, and the
+        # difference be one fused operation. That errs by 2^-24 of the product, too much where products are huge.
         if plan.soft_cap is not None:
-            logits, unit = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap)), plan.soft_cap * LOG2_E
+            logits, unit, largest = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap)), plan.soft_cap * LOG2_E, 1
         elif plan.softmax_scale > 0:
-            unit = plan.softmax_scale * LOG2_E
+            unit, largest = plan.softmax_scale * LOG2_E, 4096
         else:
-            logits, unit = logits * plan.softmax_scale, LOG2_E
+            logits, unit, largest = logits * plan.softmax_scale, LOG2_E, math.inf
         if masked:
             logits = jnp.where(visible(i), logits, -jnp.inf)
-        m_next = jnp.maximum(m, logits.max(axis=1) * unit)
+        m_next = jnp.maximum(m, logits.max(axis=1))
         shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
-        fade = jnp.exp2(m - shift)
-        weights = jnp.exp2(logits * unit - lax.broadcast_in_dim(shift, shape, [0]))
-        l = l * fade + weights.sum(axis=1)
-        return weights.astype(dtype), m_next, l, fade
+        if unit * largest <= 4096:
+            exponents = logits * unit - lax.broadcast_in_dim(shift * unit, shape, [0])
+        else:
+            exponents = (logits - lax.broadcast_in_dim(shift, shape, [0])) * unit
+        fade = jnp.exp2((m - shift) * unit)
+        weights = jnp.exp2(exponents)
+        return weights.astype(dtype), m_next, l * fade + weights.sum(axis=1), fade
 
     def clean_values(i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
@@ -474,7 +482,8 @@ def _compute(
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(values_free.at[slot_of(steps - 1)])
         acc *= lax.broadcast_in_dim(jnp.where(l > 0, 1 / l, 0.0), acc.shape, [0])
-        return acc, jnp.where(l > 0, m * LN_2 + jnp.log(l), -jnp.inf)
+        to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
+        return acc, jnp.where(l > 0, m * to_natural + jnp.log(l), -jnp.inf)
 
     def store(acc):
         """Writes the rows that are the tile's own: as many as are left, in copies of 64, 32, ... 1 of them."""
@@ -505,7 +514,8 @@ def _compute(
     running = lax.fori_loop(clear, edge, functools.partial(step, False), running)
     running = lax.fori_loop(edge, steps, functools.partial(step, True), running)
     acc, row_lse = finish(running)
-    own_rows = (piece.split, tile.index * plan.head_tiles + piece.head_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
+    own_tile = (piece.split, tile.index * plan.head_tiles + piece.head_tile)
+    own_rows = (*own_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
     lse[own_rows] = row_lse
     if plan.splits == 1:
         store(acc)
@@ -525,7 +535,7 @@ def supports(problem: Problem, device: Device) -> str | None:
         if size % COLUMNS or not 0 < size <= 256:
             return f"takes a {name} of 64, 128, 192 or 256, not {size}"
     if _block_kv(problem) is None:
-        return f"takes a page_size that is a multiple of 8 and divides, or is divided by, a block of keys, not {problem.page_size}"
+        return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
     return None
 
 
@@ -552,7 +562,8 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     else:
         heads = 2 if problem.group % 2 == 0 else 1
     block_q = warpgroups * WARPGROUP_ROWS // heads
-    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=4)
+    num_warps = 4 * (warpgroups + 1)
+    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=4)
     while shared_bytes(problem, config) > SHARED_BYTES:
         config = replace(config, num_stages=config.num_stages - 1)
     return replace(config, num_splits=_splits(problem, config))
@@ -562,7 +573,8 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
     """The heuristic sizes first, then their neighbours: other stages, one head a tile or two, other splits."""
     first = heuristic_config(problem, device)
     rows = (first.num_warps // 4 - 1) * WARPGROUP_ROWS
-    changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2), dict(num_warps=12, block_q=128)]
+    changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
+    changes += [dict(num_warps=12, block_q=128), dict(num_warps=12, block_q=64)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
     fits = [c for c in found if c.num_stages > 1 and misfit(problem, c) is None]

@@ -24,23 +24,24 @@ def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=No
 
 
 def problem(**changes):
-    fields = dict(tokens=100, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2, num_pages=64,
-                  page_size=16, seqs=1, pages_per_seq=20, dtype="bfloat16", softmax_scale=0.1, attn_logits_soft_cap=None,
-                  sliding_window=None)
+    fields = dict(tokens=100, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2,
+                  num_pages=64, page_size=16, seqs=1, pages_per_seq=20, dtype="bfloat16", softmax_scale=0.1,
+                  attn_logits_soft_cap=None, sliding_window=None)
     return contract.Problem(**(fields | changes))
 
 
 class ScheduleTest(parameterized.TestCase):
     @parameterized.product(block_q=(16, 64, 192), window=(None, 50), few_sequences=(0, 100))
     def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences):
-        lengths, contexts, before, after, block_kv, capacity = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40, 64, 640
+        lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
+        block_kv, capacity = 64, 640
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = before + sum(lengths) + after
         arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
         sequences = contract.Sequences(*arrays, np.zeros((6, 40), np.int32))
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
-        schedule, tile_of_token = tiles.schedule(sequences, tokens, capacity, block_q, block_kv, window)
+        schedule, tile_of_token, place_in_tile = tiles.schedule(sequences, tokens, capacity, block_q, block_kv, window)
         schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
         owner = {t: s for s, (a, n) in enumerate(zip(starts, lengths)) for t in range(a, a + n)}
@@ -48,7 +49,7 @@ class ScheduleTest(parameterized.TestCase):
             for row in range(tile.length):
                 token = tile.start + row
                 covered[token] += 1
-                self.assertEqual(tile_of_token[token], tile.index)
+                self.assertEqual((tile_of_token[token], place_in_tile[token]), (tile.index, row))
                 if token not in owner:
                     self.assertEqual(tile.end_block, tile.first_block)
                     continue
@@ -68,9 +69,9 @@ class ScheduleTest(parameterized.TestCase):
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
-        schedule, _ = tiles.schedule(contract.Sequences(*arrays, np.zeros((1, 60), np.int32)), 200, 960, 64, 64, None)
-        kept = np.asarray(schedule.length) > 0
-        np.testing.assert_array_equal(np.asarray(schedule.start)[kept], [192, 128, 64, 0])
+        schedule, *_ = tiles.schedule(contract.Sequences(*arrays, np.zeros((1, 60), np.int32)), 200, 960, 64, 64, None)
+        np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
+        np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
 
 class SupportsTest(parameterized.TestCase):
@@ -89,11 +90,12 @@ class SupportsTest(parameterized.TestCase):
         self.assertIn(reason, mosaic_gpu.supports(problem(**changes), device))
 
     @parameterized.product(
-        device=(HOPPER, UNKNOWN), head_dim=(64, 128, 192, 256), page_size=(8, 16, 64, 128, 192, 256), tokens=(1, 16, 5000),
-        seqs=(1, 16), group=(1, 4, 7),
+        device=(HOPPER, UNKNOWN), head_dim=(64, 128, 192, 256), page_size=(8, 16, 128, 192), pack=((1, 1), (16, 16), (5000, 1)),
     )
-    def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, tokens, seqs, group):
-        given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs, q_heads=2 * group)
+    def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack):
+        (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
+        given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
+                        q_heads=2 * group)
         self.assertIsNone(mosaic_gpu.supports(given, device))
         configs = mosaic_gpu.candidate_configs(given, device)
         self.assertEqual(configs[0], mosaic_gpu.heuristic_config(given, device))
