@@ -127,7 +127,8 @@ def median_ms(contenders: dict) -> dict[str, float]:
 def measure(name, page_size, platform="cuda", peers=("fa3", "fa2"), cfgs=None) -> dict:
     """One row of the table: TFLOP/s of every contender that runs, or why it does not."""
     case = CASES[name]
-    makers = {label: functools.partial(ours, platform, page_size, case, cfg) for label, cfg in (cfgs or {"ours": None}).items()}
+    cfgs = cfgs or {"ours": None}
+    makers = {label: functools.partial(ours, platform, page_size, case, cfg) for label, cfg in cfgs.items()}
     if case[-1] is None:
         makers |= {peer: functools.partial(flashinfer, peer, page_size, case) for peer in peers}
     contenders, row = {}, dict(case=name, page_size=page_size)

@@ -160,7 +160,7 @@ def _merge(out, lse, dtype):
 
 
 def _launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
-    """Runs the kernel. Returns out and lse [splits, blocks, rows]; with splits, out [splits, blocks, rows, value_dim]."""
+    """Runs the kernel. Returns out and lse [splits, tiles, rows]; split, out has lse's shape and value_dim."""
     dtype = jnp.dtype(plan.dtype)
     blocks = records.shape[0] * plan.head_tiles
     lse_type = jax.ShapeDtypeStruct((plan.splits, blocks, plan.rows), jnp.float32)
@@ -372,7 +372,7 @@ def _compute(
     def multiply_keys(logits, i):
         for c in range(plan.head_dim // COLUMNS):
             columns = keys.at[slot_of(i), :, pl.ds(c * COLUMNS, COLUMNS)]
-            plgpu.wgmma(logits, query_tile.at[warpgroup, c], plgpu.transpose_ref(columns, (1, 0)))
+            plgpu.wgmma(logits, query_tile.at[warpgroup, c], columns.transpose((1, 0)))
 
     def visible(i):
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + lax.rem(
