@@ -423,7 +423,7 @@ def _compute(
                 @pl.when(warpgroup == c % plan.warpgroups)
                 def _(c=c):
                     part = values.at[slot_of(i), :, pl.ds(c * COLUMNS, COLUMNS)]
-                    part[...] = jnp.where(holds, plgpu.load(part, layout=layout), 0)
+                    part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(cleaned)
