@@ -6,14 +6,14 @@ from absl import logging
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import contract, mosaic_tpu, triton, tuning, xla
+from paged_prefill.lowering import contract, mosaic_gpu, mosaic_tpu, triton, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
 KERNELS = {
     "cpu": {"xla": xla},
     "tpu": {"mosaic_tpu": mosaic_tpu, "xla": xla},
-    "cuda": {"triton": triton, "xla": xla},
+    "cuda": {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla},
     "rocm": {"triton": triton, "xla": xla},
 }
 

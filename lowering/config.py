@@ -15,7 +15,7 @@ class PrefillPageAttentionConfig:
     Attributes:
       block_q: query tokens of one tile.
       block_kv: keys of one block.
-      num_warps: warps of one thread block (Triton).
+      num_warps: warps of one thread block (GPU kernels).
       num_stages: key blocks in flight.
       num_splits: parts that the keys of one query tile are cut into (GPU kernels).
       platform: the kernel to run, as in `prefill_page_attention(platform=...)`; None means "auto".

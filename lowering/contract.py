@@ -13,11 +13,12 @@ configurations forget what an older one measured), and four functions:
     heuristic_config(problem, device) -> PrefillPageAttentionConfig with every size the kernel uses
     candidate_configs(problem, device) -> the configurations worth timing, the heuristic one first
 
-Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row. Its row i stands at position
-p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W, and only where the
-page table has a page for it. Query head h attends to KV head kv_head_start + h // (q_heads // num_kv_heads). Rows that
-no sequence owns, and rows that see no key, have out 0 and lse -inf. `flatten` has made the indices harmless, so a
-kernel needs no bounds check on them: every page index lies inside the pool, every row inside the query.
+Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row, and start ascends. Its row i
+stands at position p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W,
+and only where the page table has a page for it. Query head h attends to KV head kv_head_start + h // (q_heads //
+num_kv_heads). Rows that no sequence owns, and rows that see no key, have out 0 and lse -inf. `flatten` has made the
+indices harmless, so a kernel needs no bounds check on them: every page index lies inside the pool, every row inside
+the query.
 """
 
 from dataclasses import dataclass

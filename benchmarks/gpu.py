@@ -1,0 +1,170 @@
+"""Times the GPU kernels beside FlashInfer: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages 16,128].
+
+Prints a row for each case and page size: TFLOP/s of this project's kernel, of FlashInfer's FA3 and FA2 over the same
+pages, and the ratios. Every number is the median of several loops of calls that follow one another without a pause, the
+contenders taking turns in one process. FlashInfer (flashinfer-python and PyTorch) is optional.
+"""
+
+import argparse
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
+
+# name: sequences, new tokens of each, context of each, q_heads, kv_heads, head_dim, window, soft cap
+CASES = {
+    "8192@8192": (1, 8192, 8192, 32, 8, 128, None, None),
+    "2048@16384": (1, 2048, 16384, 32, 8, 128, None, None),
+    "512@8192": (1, 512, 8192, 32, 8, 128, None, None),
+    "2048@2048": (1, 2048, 2048, 32, 8, 128, None, None),
+    "8x512@4096": (8, 512, 4096, 32, 8, 128, None, None),
+    "2048@16384 window 4096": (1, 2048, 16384, 32, 8, 128, 4096, None),
+    "2048@16384 d64": (1, 2048, 16384, 32, 8, 64, None, None),
+    "2048@16384 d256": (1, 2048, 16384, 16, 8, 256, None, None),
+    "128@32768": (1, 128, 32768, 32, 8, 128, None, None),
+    "16x1@32768": (16, 1, 32768, 32, 8, 128, None, None),
+    "2048@16384 cap 50": (1, 2048, 16384, 32, 8, 128, None, 50.0),
+}
+LOOPS, MILLISECONDS = 7, 30.0
+
+
+def flops(seqs, chunk, context, q_heads, kv_heads, head_dim, window, soft_cap) -> float:
+    """Operations of both products over the keys that rows see."""
+    seen = np.arange(context - chunk + 1, context + 1)
+    return 4.0 * seqs * q_heads * head_dim * float(np.sum(seen if window is None else np.minimum(seen, window)))
+
+
+def operands(page_size, seqs, chunk, context, q_heads, kv_heads, head_dim, window, soft_cap):
+    """A random pack in bfloat16 over a random permutation of a larger pool."""
+    per_seq = -(-context // page_size)
+    num_pages = seqs * per_seq + 8
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = (kv_heads, num_pages, page_size, head_dim)
+    pages = np.random.default_rng(0).permutation(num_pages)[: seqs * per_seq].reshape(seqs, per_seq)
+    return (
+        jax.random.normal(keys[0], (seqs * chunk, q_heads, head_dim), jnp.bfloat16),
+        jax.random.normal(keys[1], cache, jnp.bfloat16),
+        jax.random.normal(keys[2], cache, jnp.bfloat16),
+        jnp.full(seqs, context, jnp.int32),
+        jnp.asarray(pages, jnp.int32),
+        jnp.arange(seqs + 1, dtype=jnp.int32) * chunk,
+    )
+
+
+def ours(platform, page_size, case, cfg=None):
+    """A call of this project's kernel, and what waits for its result."""
+    pack = operands(page_size, *case)
+    run = functools.partial(
+        ragged_paged_prefill, sliding_window=case[-2], attn_logits_soft_cap=case[-1], platform=platform, cfg=cfg
+    )
+    call = jax.jit(run)
+    return lambda: call(*pack), jax.block_until_ready
+
+
+def flashinfer(backend, page_size, case):
+    """A call of FlashInfer's kernel, planned beforehand, and what waits for its result."""
+    import flashinfer as fi  # pylint: disable=import-outside-toplevel
+    import torch  # pylint: disable=import-outside-toplevel
+
+    seqs, chunk, context, q_heads, kv_heads, head_dim, window, soft_cap = case
+    per_seq = -(-context // page_size)
+    like = dict(device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(seqs * chunk, q_heads, head_dim, **like)
+    cache = torch.randn(seqs * per_seq + 8, 2, kv_heads, page_size, head_dim, **like)
+    ints = dict(device="cuda", dtype=torch.int32)
+    wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "HND", backend=backend)
+    wrapper.plan(
+        torch.arange(seqs + 1, **ints) * chunk,
+        torch.arange(seqs + 1, **ints) * per_seq,
+        torch.randperm(seqs * per_seq + 8, device="cuda")[: seqs * per_seq].int(),
+        torch.full((seqs,), (context - 1) % page_size + 1, **ints),
+        q_heads, kv_heads, head_dim, page_size, causal=True, window_left=-1 if window is None else window - 1,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )
+    return lambda: wrapper.run(query, cache), lambda _: torch.cuda.synchronize()
+
+
+@functools.cache
+def _workspace():
+    import torch  # pylint: disable=import-outside-toplevel
+
+    return torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+
+
+def matmul():
+    """A product of two 8192 x 8192 bfloat16 matrices: what the chip gives today."""
+    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
+    call = jax.jit(jnp.matmul)
+    return lambda: call(a, b), jax.block_until_ready
+
+
+def median_ms(contenders: dict) -> dict[str, float]:
+    """Milliseconds a call: for each contender the median over loops, the contenders taking turns."""
+
+    def loop(call, wait, count):
+        start = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        wait(result)
+        return (time.perf_counter() - start) / count * 1e3
+
+    counts = {}
+    for name, contender in contenders.items():
+        loop(*contender, 3)
+        counts[name] = max(3, int(MILLISECONDS / loop(*contender, 5)))
+    times = {name: [] for name in contenders}
+    for _ in range(LOOPS):
+        for name, contender in contenders.items():
+            times[name].append(loop(*contender, counts[name]))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def measure(name, page_size, platform="cuda", peers=("fa3", "fa2"), cfgs=None) -> dict:
+    """One row of the table: TFLOP/s of every contender that runs, or why it does not."""
+    case = CASES[name]
+    cfgs = cfgs or {"ours": None}
+    makers = {label: functools.partial(ours, platform, page_size, case, cfg) for label, cfg in cfgs.items()}
+    if case[-1] is None:
+        makers |= {peer: functools.partial(flashinfer, peer, page_size, case) for peer in peers}
+    contenders, row = {}, dict(case=name, page_size=page_size)
+    for label, make in makers.items():
+        try:
+            contenders[label] = make()
+        except Exception as error:  # a peer that cannot run a case is a row of the table too
+            row[label] = f"{type(error).__name__}: {error}"[:200]
+    for label in list(contenders):  # compile
+        try:
+            jax.block_until_ready(contenders[label][0]())
+        except Exception as error:  # pylint: disable=broad-except
+            row[label] = f"{type(error).__name__}: {error}"[:200]
+            del contenders[label]
+    for label, ms in median_ms(contenders).items():
+        row[f"{label} ms"], row[label] = round(ms, 4), round(flops(*case) / ms / 1e9, 1)
+    rates = [row[p] for p in peers if isinstance(row.get(p), float)]
+    if rates and isinstance(row.get("ours"), float):
+        row |= {f"ours / {p}": round(row["ours"] / row[p], 3) for p in peers if isinstance(row.get(p), float)}
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--pages", default="16,128")
+    parser.add_argument("--platform", default="cuda", choices=("cuda", "triton", "xla", "auto"))
+    parser.add_argument("--peers", default="fa3,fa2", help="FlashInfer backends, by commas; empty for none")
+    arguments = parser.parse_args()
+    peers = tuple(filter(None, arguments.peers.split(",")))
+    print(json.dumps(dict(jax=jax.__version__, device=jax.devices()[0].device_kind)), flush=True)
+    print(json.dumps({"matmul": round(2 * 8192**3 / median_ms({"m": matmul()})["m"] / 1e9, 1)}), flush=True)
+    for name in arguments.cases.split(","):
+        for page_size in map(int, arguments.pages.split(",")):
+            print(json.dumps(measure(name, page_size, arguments.platform, peers)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first."""
+
+import itertools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged_prefill.lowering.contract import Sequences
+
+# Up to so many sequences, sums over them are written out: XLA fuses those, where every reduction is one more kernel.
+FEW_SEQUENCES = 8
+
+
+class Tiles(NamedTuple):
+    """Arrays of int32, an entry a tile. The keys that a tile's rows see lie in blocks first_block : end_block."""
+
+    index: Int[Array, " tiles"]  # its number in the order of the tokens
+    start: Int[Array, " tiles"]  # its first token
+    length: Int[Array, " tiles"]  # its tokens; 0 where there is no tile
+    position: Int[Array, " tiles"]  # where its first token stands in its sequence; negative before the context
+    first_block: Int[Array, " tiles"]
+    end_block: Int[Array, " tiles"]
+    seq: Int[Array, " tiles"]
+    pool: Int[Array, " tiles"]
+    first_key: Int[Array, " tiles"]  # keys of the sequence that hold anything: no row may look at other slots
+    end_key: Int[Array, " tiles"]
+
+
+def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
+    """The most tiles of block_q tokens that a pack can need, the stretches that no sequence owns included."""
+    stretches = min(2 * seqs + 1, tokens)
+    return (tokens - stretches) // block_q + stretches
+
+
+def schedule(
+    sequences: Sequences, tokens: int, capacity: int, block_q: int, block_kv: int, sliding_window: int | None
+) -> tuple[Tiles, Int[Array, " tokens"], Int[Array, " tokens"]]:
+    """Cuts every token of a pack into tiles.
+
+    Returns them, the longest first and those that do not exist last; and for each token the index of its tile and its
+    place in it.
+
+    Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
+    `sequences` ascend in the pack, as `contract.flatten` lays them.
+    """
+    seqs = sequences.start.shape[0]
+    # Stretches of tokens: before the first sequence, the first, between it and the second, ... after the last.
+    bounds = jnp.stack([sequences.start, sequences.start + sequences.length], axis=1).reshape(-1)
+    begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
+    size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
+    counts = -(-size // block_q)
+    # The number of tiles up to each stretch's end.
+    ends = list(itertools.accumulate(counts)) if seqs <= FEW_SEQUENCES else jnp.cumsum(counts)
+
+    def describe(tile) -> Tiles:
+        """Tiles by their index."""
+        if seqs <= FEW_SEQUENCES:
+            stretch = sum((tile >= end).astype(jnp.int32) for end in ends)
+        else:
+            stretch = jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32)
+        exists = stretch <= 2 * seqs
+        stretch = jnp.minimum(stretch, 2 * seqs)
+        seq = jnp.minimum(stretch // 2, seqs - 1)
+        owned = exists & (stretch % 2 == 1)
+        within = (tile - jnp.asarray(ends)[stretch] + counts[stretch]) * block_q  # first token, in its stretch
+
+        context_len = jnp.where(owned, sequences.context_len[seq], 0)
+        length = jnp.where(exists, jnp.minimum(size[stretch] - within, block_q), 0)
+        position = context_len - size[stretch] + within
+        end_key = jnp.minimum(context_len, capacity)
+        first_key = seen_from = jnp.zeros_like(position)
+        if sliding_window is not None:
+            first_key = jnp.clip(context_len - size[stretch] - sliding_window + 1, 0, end_key)
+            seen_from = jnp.clip(position - sliding_window + 1, 0, end_key)
+        first_block = seen_from // block_kv
+        return Tiles(
+            index=tile,
+            start=jnp.where(exists, begin[stretch] + within, tokens),
+            length=length,
+            position=position,
+            first_block=first_block,
+            end_block=jnp.maximum(-(-jnp.clip(position + length, 0, end_key) // block_kv), first_block),
+            seq=seq,
+            pool=sequences.pool[seq],
+            first_key=first_key,
+            end_key=end_key,
+        )
+
+    index = jnp.arange(tiles_at_most(tokens, seqs, block_q), dtype=jnp.int32)
+    if seqs == 1:  # the later the tile, the more keys it sees
+        order = jnp.where(index < ends[-1], ends[-1] - 1 - index, index)
+    else:
+        natural = describe(index)
+        blocks = jnp.where(natural.length > 0, natural.end_block - natural.first_block, -1)
+        # Comparing all with all is quicker than a sort: tiles are few.
+        before = (blocks > blocks[:, None]) | ((blocks == blocks[:, None]) & (index < index[:, None]))
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)
+        order = jnp.sum(jnp.where(rank == index[:, None], index, 0), axis=1, dtype=jnp.int32)
+    tiles = describe(order)
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    tile_of_token = jnp.sum(tiles.start <= token, axis=1, dtype=jnp.int32) - 1
+    place_in_tile = token[:, 0] - jnp.max(jnp.where(tiles.start <= token, tiles.start, 0), axis=1)
+    return tiles, tile_of_token, place_in_tile

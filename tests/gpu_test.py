@@ -1,0 +1,146 @@
+"""The GPU kernels on a real GPU, held to the reference. Where there is no GPU, every test is skipped and says so."""
+
+from dataclasses import replace
+import functools
+
+from absl.testing import absltest, parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig, lowering, ragged_paged_prefill
+from paged_prefill.tests import cases, packs
+
+PLATFORMS = ("cuda", "triton")
+KERNELS = {"cuda": "mosaic_gpu", "triton": "triton"}
+SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
+
+
+def fitted(case: cases.Case, platform: str) -> cases.Case:
+    """The case nearest to `case` that the platform's kernel runs, with the sizes the kernel would choose."""
+    case = replace(case, cfg=None)
+    if platform == "triton":
+        return case
+    page_size = max(8, 1 << (case.page_size - 1).bit_length())
+    dims = dict(head_dim=case.head_dim, value_dim=case.value_dim)
+    wide = {name: size and -(-size // 64) * 64 for name, size in dims.items()}
+    return replace(case, page_size=page_size, dtype="bfloat16" if case.dtype == "float32" else case.dtype, **wide)
+
+
+def on_each_platform(table):
+    """(name, case, platform) for `named_parameters`; cases that come to the same on a platform once."""
+    seen = {}
+    for platform in PLATFORMS:
+        for case in table:
+            near = fitted(case, platform)
+            name = f"{case.name.removesuffix(case.dtype)}_{near.dtype}_{platform}"
+            seen.setdefault(name, (name, replace(near, name=name), platform))
+    return list(seen.values())
+
+
+def attend(pack, platform, **parameters):
+    """One call, in memory that is NaN wherever the kernel does not write."""
+    for size in (pack.query.size // pack.query.shape[-1] * pack.value_cache.shape[-1], pack.query.size):
+        jnp.full(size, jnp.nan, pack.query.dtype).block_until_ready()
+    run = functools.partial(ragged_paged_prefill, platform=platform, return_lse=True, **parameters)
+    return jax.jit(run)(*pack)
+
+
+class GpuTest(parameterized.TestCase):
+    def need(self, platform):
+        try:
+            [device, *_] = jax.devices("cuda")
+        except RuntimeError as error:
+            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+        if KERNELS[platform] not in lowering.KERNELS["cuda"]:
+            self.skipTest(f"no {KERNELS[platform]} kernel is registered")
+        if platform == "cuda" and device.compute_capability != "9.0":
+            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {device.compute_capability}")
+
+    @parameterized.named_parameters(on_each_platform(cases.EDGES + cases.GRIDS))
+    def test_matches_reference(self, case, platform):
+        self.need(platform)
+        pack = case.pack()
+        out, lse = attend(pack, platform, **case.parameters)
+        rows = case.rows(len(pack.query))
+        packs.assert_matches_reference(pack, out, lse, rows=rows, **case.parameters)
+        exact, _ = packs.exact(pack, rows=rows, **case.parameters)
+        kept = slice(None) if rows is None else rows
+        got, want = np.asarray(out, np.float64)[kept], exact[kept]
+        if np.any(want):
+            self.assertLess(np.linalg.norm(got - want) / np.linalg.norm(want), 5e-3)
+
+    @parameterized.product(
+        platform=PLATFORMS,
+        shape=((4, 4, 64), (8, 2, 128), (5, 1, 64), (16, 2, 256), (8, 1, 128), (2, 2, 192)),
+        sliding_window=(None, 100),
+    )
+    def test_heads_and_dims(self, platform, shape, sliding_window):
+        self.need(platform)
+        q_heads, kv_heads, head_dim = shape
+        case = cases.Case(f"heads_{shape}", SEQUENCES, q_heads, kv_heads, head_dim, page_size=16, dtype="bfloat16",
+                          sliding_window=sliding_window, tokens_before=3)
+        pack = case.pack()
+        packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
+
+    @parameterized.product(
+        platform=PLATFORMS, block_q=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200)
+    )
+    def test_sizes(self, platform, block_q, num_splits, page_size, sliding_window):
+        """Every way to cut the work gives the same result, and the same bits each time."""
+        self.need(platform)
+        case = cases.Case("sizes", SEQUENCES + ((200, 1000),), 8, 2, 128, page_size=page_size, dtype="bfloat16",
+                          sliding_window=sliding_window)
+        pack, cfg = case.pack(), PrefillPageAttentionConfig(block_q=block_q, num_splits=num_splits)
+        results = attend(pack, platform, cfg=cfg, **case.parameters)
+        packs.assert_matches_reference(pack, *results, **case.parameters)
+        for _ in range(3):
+            chex.assert_trees_all_equal(attend(pack, platform, cfg=cfg, **case.parameters), results)
+
+    @parameterized.product(platform=PLATFORMS, sliding_window=(None, 70))
+    def test_what_no_row_sees_has_no_effect_on_any_bit(self, platform, sliding_window):
+        self.need(platform)
+        case = cases.Case("unseen", SEQUENCES, 4, 2, 64, page_size=16, dtype="bfloat16")
+        results = []
+        for poison in (0.0, np.nan, np.inf, -np.inf):
+            pack = case.pack(poison=poison, sliding_window=sliding_window)
+            for junk in (0, -1, 2**31 - 1):
+                unneeded = jnp.isin(pack.page_indices, jnp.asarray(packs.JUNK_PAGES))
+                pack = pack._replace(page_indices=jnp.where(unneeded, junk, pack.page_indices))
+                results.append(attend(pack, platform, sliding_window=sliding_window))
+        for result in results[1:]:
+            chex.assert_trees_all_equal(result, results[0])
+
+    @parameterized.product(platform=PLATFORMS)
+    def test_bits_do_not_depend_on_the_pack(self, platform):
+        self.need(platform)
+        cfg = PrefillPageAttentionConfig(num_splits=2)
+        case = cases.Case("alone", ((100, 900),), 4, 2, 64, page_size=16, dtype="bfloat16", spare_columns=30,
+                          spare_pages=90)
+        alone = case.pack()
+        out, lse = attend(alone, platform, cfg=cfg)
+        beside = alone._replace(
+            query=jnp.concatenate([alone.query, alone.query[:60]]),
+            context_lens=jnp.asarray([900, 1300]),
+            page_indices=jnp.stack([alone.page_indices[0], alone.page_indices[0][::-1]]),
+            query_offsets=jnp.asarray([0, 100, 160]),
+        )
+        chex.assert_trees_all_equal([x[:100] for x in attend(beside, platform, cfg=cfg)], [out, lse])
+
+    @parameterized.product(platform=PLATFORMS)
+    def test_cache_of_more_than_2_31_elements(self, platform):
+        """Pages at the far end of caches of 2^31 elements and some, over heads and pages (flashinfer#3130)."""
+        self.need(platform)
+        case = cases.Case("far", ((33, 200),), 4, 2, 128, page_size=16, dtype="bfloat16", spare_pages=0,
+                          spare_columns=0)
+        near = case.pack()
+        used, far = near.key_cache.shape[1], 2**31 // (2 * 16 * 128) + 1000
+        expand = jax.jit(lambda x: jnp.zeros((2, far, 16, 128), x.dtype).at[:, -used:].set(x))
+        pack = near._replace(key_cache=expand(near.key_cache), value_cache=expand(near.value_cache),
+                             page_indices=near.page_indices + far - used)
+        chex.assert_trees_all_equal(attend(pack, platform), attend(near, platform))
+
+
+if __name__ == "__main__":
+    absltest.main()

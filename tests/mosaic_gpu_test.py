@@ -1,0 +1,143 @@
+"""What of the Hopper kernel can be tested without a GPU: its schedule, what it refuses, and that it lowers."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
+from paged_prefill.lowering import contract, mosaic_gpu, tiles
+
+HOPPER = contract.Device("cuda", "NVIDIA H200", "9.0")
+UNKNOWN = contract.Device("cuda")
+
+
+def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=20,
+           dtype=jnp.bfloat16):
+    cache = (kv_heads, 64, page_size)
+    floats = ((tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim))
+    ints = ((seqs,), (seqs, pages_per_seq), (seqs + 1,))
+    return [jax.ShapeDtypeStruct(s, dtype) for s in floats] + [jax.ShapeDtypeStruct(s, jnp.int32) for s in ints]
+
+
+def problem(**changes):
+    fields = dict(tokens=100, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2,
+                  num_pages=64, page_size=16, seqs=1, pages_per_seq=20, dtype="bfloat16", softmax_scale=0.1,
+                  attn_logits_soft_cap=None, sliding_window=None)
+    return contract.Problem(**(fields | changes))
+
+
+class ScheduleTest(parameterized.TestCase):
+    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100))
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences):
+        lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
+        block_kv, capacity = 64, 640
+        starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        tokens = before + sum(lengths) + after
+        arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
+        sequences = contract.Sequences(*arrays, np.zeros((6, 40), np.int32))
+        old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
+        self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
+        schedule, tile_of_token, place_in_tile = jax.jit(tiles.schedule, static_argnums=range(1, 6))(
+            sequences, tokens, capacity, block_q, block_kv, window
+        )
+        schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
+        self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
+        owner = {t: s for s, (a, n) in enumerate(zip(starts, lengths)) for t in range(a, a + n)}
+        for tile in map(tiles.Tiles._make, zip(*schedule)):
+            for row in range(tile.length):
+                token = tile.start + row
+                covered[token] += 1
+                self.assertEqual((tile_of_token[token], place_in_tile[token]), (tile.index, row))
+                if token not in owner:
+                    self.assertEqual(tile.end_block, tile.first_block)
+                    continue
+                seq = owner[token]
+                position = contexts[seq] - lengths[seq] + token - starts[seq]
+                first = 0 if window is None else max(0, position - window + 1)
+                last = min(position, capacity - 1)
+                self.assertEqual((tile.seq, tile.pool, tile.position + row), (seq, seq % 2, position))
+                if last >= first:
+                    self.assertLessEqual(tile.first_block * block_kv, first)
+                    self.assertGreater(tile.end_block * block_kv, last)
+                    self.assertLessEqual(tile.first_key, first)
+                    self.assertGreater(tile.end_key, last)
+        np.testing.assert_array_equal(covered, 1)
+        blocks = np.where(schedule.length > 0, schedule.end_block - schedule.first_block, -1)
+        self.assertTrue(np.all(np.diff(blocks) <= 0), "the longest tile is not first")
+
+    def test_one_sequence_is_scheduled_longest_first(self):
+        arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
+        sequences = contract.Sequences(*arrays, np.zeros((1, 60), np.int32))
+        schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, None)
+        np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
+        np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
+
+
+class SupportsTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("float32", dict(dtype="float32"), HOPPER, "float32"),
+        ("head_dim", dict(head_dim=80), HOPPER, "head_dim of 64, 128, 192 or 256, not 80"),
+        ("head_dim_too_large", dict(head_dim=320), HOPPER, "320"),
+        ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
+        ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
+        ("page_of_24", dict(page_size=24), HOPPER, "24"),
+        ("symbolic", dict(tokens=jax.export.symbolic_shape("n")[0]), HOPPER, "symbolic"),
+        ("ampere", {}, contract.Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
+        ("blackwell", {}, contract.Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
+        ("cpu", {}, contract.Device("cpu"), "NVIDIA GPU"),
+    )
+    def test_refuses(self, changes, device, reason):
+        self.assertIn(reason, mosaic_gpu.supports(problem(**changes), device))
+
+    @parameterized.product(
+        device=(HOPPER, UNKNOWN),
+        head_dim=(64, 128, 192, 256),
+        page_size=(8, 16, 128, 192),
+        pack=((1, 1), (16, 16), (5000, 1)),
+    )
+    def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack):
+        (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
+        given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
+                        q_heads=2 * group)
+        self.assertIsNone(mosaic_gpu.supports(given, device))
+        configs = mosaic_gpu.candidate_configs(given, device)
+        self.assertEqual(configs[0], mosaic_gpu.heuristic_config(given, device))
+        self.assertLen(set(configs), len(configs))
+        for config in configs:
+            self.assertEqual(config.block_kv % page_size * (page_size % config.block_kv), 0)
+            self.assertGreaterEqual(config.num_stages, 2)
+            self.assertLessEqual(mosaic_gpu.shared_bytes(given, config), mosaic_gpu.SHARED_BYTES)
+            self.assertIsNone(mosaic_gpu.misfit(given, config))
+
+
+class LoweringTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("chunk", {}, {}),
+        ("decode", dict(seqs=16, tokens=16), {}),
+        ("dims", dict(head_dim=64, value_dim=256), dict(attn_logits_soft_cap=30.0)),
+        ("window", dict(q_heads=10), dict(sliding_window=50)),
+        ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
+    )
+    def test_lowers_for_cuda_where_there_is_no_gpu(self, operands, parameters):
+        call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, **parameters))
+        text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertIn("mosaic_gpu", text)
+
+    @parameterized.named_parameters(
+        ("rows", dict(block_q=100), "block_q"),
+        ("keys", dict(block_kv=96), "block_kv"),
+        ("warps", dict(num_warps=4), "num_warps"),
+        ("stages", dict(num_stages=9), "num_stages"),
+    )
+    def test_sizes_that_do_not_fit_are_named(self, sizes, name):
+        call = functools.partial(ragged_paged_prefill, platform="cuda", cfg=PrefillPageAttentionConfig(**sizes))
+        with self.assertRaisesRegex(ValueError, f"cfg.{name}"):
+            jax.jit(call).trace(*shapes()).lower(lowering_platforms=("cuda",))
+
+
+if __name__ == "__main__":
+    absltest.main()
