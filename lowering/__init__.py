@@ -21,9 +21,6 @@ KERNELS = {
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
 
 
-_NEEDS_NUMBERS = "it is built for sizes that are numbers, and the call has symbolic ones"
-
-
 def default_platform() -> str:
     """The platform of JAX's default device, by its name in `KERNELS`: JAX calls both CUDA and ROCm "gpu"."""
     device = jax.devices()[0]
@@ -54,7 +51,7 @@ def choose(problem: contract.Problem, device: contract.Device, platform: str = "
     for name, kernel in kernels.items():
         if platform != "auto" and name not in ANSWERS[platform]:
             continue
-        reason = _NEEDS_NUMBERS if problem.symbolic and kernel is not xla else kernel.supports(problem, device)
+        reason = _reason_against(kernel, problem, device, asked_for=platform != "auto")
         if reason is None:
             return name, passed_over
         passed_over[name] = reason
@@ -62,6 +59,14 @@ def choose(problem: contract.Problem, device: contract.Device, platform: str = "
         passed_over = {platform: f"there is no such kernel for {device.platform}, only {', '.join(kernels)}"}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise ValueError(f"platform={platform!r} cannot run this call on {device.platform}: {reasons}")
+
+
+def _reason_against(kernel, problem, device, *, asked_for) -> str | None:
+    if kernel is not xla and problem.symbolic:
+        return "it is built for sizes that are numbers, and the call has symbolic ones"
+    if kernel is not xla and not device.known and not asked_for:
+        return "it is built for one kind of device, and which will run this is not known here; ask for it by platform="
+    return kernel.supports(problem, device)
 
 
 @functools.cache  # once for each reason

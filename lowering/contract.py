@@ -50,6 +50,11 @@ class Device(NamedTuple):
     kind: str | None = None
     compute_capability: str | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether this says enough to build for the device and no other."""
+        return self.kind is not None and (self.platform != "cuda" or self.compute_capability is not None)
+
 
 @dataclass(frozen=True)
 class Problem:

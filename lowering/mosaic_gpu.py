@@ -531,8 +531,6 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"needs an NVIDIA GPU, not {device.platform}"
     if device.compute_capability not in (None, "9.0"):
         return f"needs compute capability 9.0 (H100, H200), the device has {device.compute_capability}"
-    if problem.symbolic:
-        return "needs every size to be a number, and this call has a symbolic one"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {problem.dtype}"
     for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):

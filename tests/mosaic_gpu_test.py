@@ -85,7 +85,6 @@ class SupportsTest(parameterized.TestCase):
         ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
-        ("symbolic", dict(tokens=jax.export.symbolic_shape("n")[0]), HOPPER, "symbolic"),
         ("ampere", {}, contract.Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
         ("blackwell", {}, contract.Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
         ("cpu", {}, contract.Device("cpu"), "NVIDIA GPU"),
