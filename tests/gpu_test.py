@@ -84,6 +84,13 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
+    @parameterized.product(page_size=(1, 5, 8, 16, 24, 128), dtype=("bfloat16", "float32"))
+    def test_triton_takes_any_page_size(self, page_size, dtype):
+        self.need("triton")
+        case = cases.Case("pages", SEQUENCES, 8, 2, 128, page_size=page_size, dtype=dtype)
+        pack = case.pack()
+        packs.assert_matches_reference(pack, *attend(pack, "triton"))
+
     @parameterized.product(
         platform=PLATFORMS, block_q=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200)
     )
