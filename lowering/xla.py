@@ -19,7 +19,7 @@ from paged_prefill.lowering.contract import Device, Problem, Sequences
 VERSION = 1
 
 # Heights of a sequence's last tile. Their ratio bounds the rows computed in vain.
-TILE_HEIGHTS = (1, 16, 64)
+TILE_HEIGHTS = (1, 16, 64, 256)
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -28,14 +28,19 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-    """Sizes by which a block's logits stay near the size of a cache; measured in benchmarks/results."""
-    return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+    """The sizes that were fastest in benchmarks/results/cpu.md, by which a block's logits stay within some MiB.
+
+    They depend on nothing that differs between a sequence alone and in a pack, so that its bits do not either.
+    """
+    return PrefillPageAttentionConfig(block_q=512 if problem.q_heads <= 8 else 256, block_kv=512)
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """Neighbours of the heuristic sizes."""
-    sizes = [(256, 512), (64, 512), (128, 512), (128, 1024), (256, 1024), (512, 512)]
-    return [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
+    """The heuristic sizes and their neighbours."""
+    sizes = [(512, 512), (256, 512), (256, 1024), (128, 512), (128, 1024), (64, 512)]
+    others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
+    first = heuristic_config(problem, device)
+    return [first, *(config for config in others if config != first)]
 
 
 def attend(query, key_pages, value_pages, sequences: Sequences, kv_head_start, **parameters):
