@@ -1,5 +1,7 @@
 """The only file that imports a private JAX name. Each says which JAX versions need it, and why."""
 
+import importlib
+
 from jax._src import dispatch
 
 
@@ -20,3 +22,11 @@ def tpu_interpreter_found_races() -> bool:
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # for tests only, so not loaded before
 
     return interpret_pallas_call.races.races_found
+
+
+def mlir_dialects(*names):
+    """Modules that write operations of these MLIR dialects, for what Pallas has no operation of.
+
+    JAX 0.10 to 0.12 hand out `jax.interpreters.mlir.ir` but no dialect beside StableHLO's.
+    """
+    return [importlib.import_module(f"jaxlib.mlir.dialects.{name}") for name in names]
