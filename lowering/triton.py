@@ -79,7 +79,7 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     if rows < sizes.rows and width <= 128:
         sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
     return PrefillPageAttentionConfig(
-        block_q=-(-rows // problem.group),
+        block_q=max(1, rows // problem.group),
         block_kv=sizes.block_kv,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
@@ -117,16 +117,16 @@ def _device_class(device: Device) -> str:
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes, then those of every class and their neighbours; what does not fit fails to compile."""
-    heuristic = heuristic_config(problem, device)
-    candidates = [heuristic]
-    for rows, block_kv, num_warps, num_stages in dict.fromkeys(
-        sizes for table in SIZES.values() for sizes in (*table[:3], DECODE)
-    ):
-        block_q = -(-rows // problem.group)
-        candidates.append(PrefillPageAttentionConfig(block_q, block_kv, num_warps, num_stages, heuristic.num_splits))
-    candidates += [replace(heuristic, num_splits=n) for n in (1, 2, 4, 8)]
-    return list(dict.fromkeys(candidates))
+    """The heuristic sizes, then their neighbours; what does not fit fails to compile."""
+    first = heuristic_config(problem, device)
+    changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+    for factor in (0.5, 2):
+        tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
+        changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+        changes += [dict(num_splits=int(first.num_splits * factor))]
+    found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
+    fits = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
+    return list(dict.fromkeys(fits))
 
 
 def attend(

@@ -113,8 +113,8 @@ def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillP
 
 
 def tune(name: str, kernel, problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Times the candidates, keeps the fastest in the user's table, and returns it; None where nothing could be timed."""
-    best = timing.fastest(timing.time_candidates(name, kernel, problem, device))
+    """Times the candidates, keeps the best in the user's table, and returns it; None where nothing could be timed."""
+    best = timing.compare(name, kernel, problem, device).chosen
     if best is None:
         logging.warning("paged_prefill could not time %s on %s; its heuristic is used", name, device.kind)
         return None
