@@ -126,6 +126,21 @@ class HeuristicTest(parameterized.TestCase):
     def test_splits(self, changes, splits):
         self.assertEqual(triton.heuristic_config(problem(**changes), H200).num_splits, splits)
 
+    @parameterized.parameters(4, 5, 6, 7, 8)
+    def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):
+        block_q = triton.heuristic_config(problem(q_heads=8 * group), H200).block_q
+        self.assertGreater(block_q * group, 64)
+        self.assertLessEqual(block_q * group, 128)
+
+    @parameterized.parameters({}, dict(tokens=16, seqs=16), WIDE, dict(dtype="float32"))
+    def test_candidates_start_with_the_heuristic_and_are_its_neighbours(self, **changes):
+        configs = triton.candidate_configs(problem(**changes), H200)
+        self.assertEqual(configs[0], triton.heuristic_config(problem(**changes), H200))
+        self.assertBetween(len(set(configs)), 5, 12)
+        for config in configs[1:]:
+            self.assertIn(config.num_warps, (4, 8))
+            self.assertLess(len(set(config.sizes().items()) - set(configs[0].sizes().items())), 3)
+
 
 class SupportsTest(parameterized.TestCase):
     @parameterized.named_parameters(
