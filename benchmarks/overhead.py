@@ -68,7 +68,8 @@ def under_jit() -> dict:
     key = tables.key_of("xla", xla.VERSION, problem, device)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        tables.write(tables.user_path(device.kind), [tables.entry_of(key, xla.heuristic_config(problem, device))])
+        entry = tables.entry_of(key, xla.heuristic_config(problem, device), source="timed")
+        tables.write(tables.user_path(device.kind), [entry])
         assert "user's table" in tuning.resolve("xla", xla, problem, device, None).source
         tabled(*pack)
         assert tabled.lower(*pack).as_text() == program

@@ -104,9 +104,11 @@ def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillP
     key = tables.key_of(name, kernel.VERSION, problem, device)
     alone = jax.process_count() == 1
     if alone and (found := tables.find(tables.read(tables.user_path(device.kind)), key)):
-        return Choice(found.over(heuristic), f"user's table {tables.user_path(device.kind)}")
+        config, source = found
+        return Choice(config.over(heuristic), f"user's table {tables.user_path(device.kind)}, {source}")
     if found := tables.find(tables.read_shipped(device.kind), key):
-        return Choice(found.over(heuristic), f"shipped table {tables.shipped_path(device.kind).name}")
+        config, source = found
+        return Choice(config.over(heuristic), f"shipped table {tables.shipped_path(device.kind).name}, {source}")
     if in_force == "on" and alone and (best := tune(name, kernel, problem, device)):
         return Choice(best.over(heuristic), "timed now")
     return Choice(heuristic, "heuristic")

@@ -51,8 +51,8 @@ def kernel(*candidates, attend=attend_to_nothing, version=1):
     )
 
 
-def entry(config, *, version=1, of=None):
-    return tables.entry_of(tables.key_of("fake", version, of or problem(), DEVICE), config, source="timed")
+def entry(config, *, version=1, of=None, source="timed"):
+    return tables.entry_of(tables.key_of("fake", version, of or problem(), DEVICE), config, source=source)
 
 
 class TuningTestCase(parameterized.TestCase):
@@ -85,11 +85,22 @@ class LookupTest(TuningTestCase):
         self.assertIn("user's table", self.resolve().source)
         self.assertEqual(self.resolve(Config(block_q=8)).config, Config(block_q=8, block_kv=64))
 
+    def test_a_choice_says_whether_it_was_timed_or_read_off_a_schedule(self):
+        tables.write(self.shipped, [entry(Config(block_kv=96), source="schedule")])
+        self.assertEqual(self.resolve().source, "shipped table shipped.json, schedule")
+        tables.write(self.path, [entry(Config(block_kv=96))])
+        self.assertEqual(self.resolve().source, f"user's table {self.path}, timed")
+
     def test_overlay_stands_behind_cfg_and_before_the_tables(self):
         with tuning.overlay(Config(block_q=32, block_kv=32)):
             self.assertEqual(tuning.with_overlay(None, None), Config(block_q=32, block_kv=32))
             self.assertEqual(tuning.with_overlay(Config(block_q=8), None), Config(block_q=8, block_kv=32))
         self.assertIsNone(tuning.with_overlay(None, None))
+
+    def test_an_overlay_of_another_type_is_refused(self):
+        with self.assertRaisesRegex(TypeError, "overlay takes a PrefillPageAttentionConfig, got {'block_q': 8}"):
+            with tuning.overlay({"block_q": 8}):
+                pass
 
     def test_overlay_reaches_the_traced_call(self):
         pack = packs.make_pack(0, [3], [9])
