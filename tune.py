@@ -1,7 +1,7 @@
 """Times configurations ahead of time: `python -m paged_prefill.tune --heads 32/8 --head-dim 128 --page-size 16`.
 
-Prints a table of candidates for each shape, and keeps the fastest in the user's table, or with --write in a table that
-can be shipped. With --show it times nothing, and says what a call of each shape would use and why.
+Prints a table of candidates for each shape, the heuristic one first, and keeps the one to use in the user's table, or
+with --write in a table that can be shipped. With --show it times nothing, and says what a call of each shape would use and why.
 """
 
 import argparse
@@ -43,12 +43,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tune(name, kernel, problem: Problem, device: Device, arguments) -> bool:
-    timings = timing.time_candidates(name, kernel, problem, device, budget_seconds=arguments.budget)
-    best = timing.fastest(timings)
+    timings, best = timing.compare(name, kernel, problem, device, budget_seconds=arguments.budget)
     for t in timings:
         took = f"{t.milliseconds:10.4f} ms" if t.milliseconds is not None else f"{'-':>13}"
-        mark = "fastest" if t is best else t.problem or ""
-        print(f"  {name:<10} {took}  {_sizes(t.config):<50} {mark}")
+        mark = "chosen" if t is best else t.problem or ""
+        print(f"  {name:<10} {took}  {sizes(t.config):<50} {mark}")
     if best is None:
         return False
     if arguments.write is None:
@@ -56,7 +55,8 @@ def _tune(name, kernel, problem: Problem, device: Device, arguments) -> bool:
     return tables.write(arguments.write, [tuning.entry_of(name, kernel, problem, device, best)])
 
 
-def _sizes(config) -> str:
+def sizes(config) -> str:
+    """A configuration in one line."""
     return " ".join(f"{size}={value}" for size, value in config.sizes().items())
 
 
@@ -69,28 +69,44 @@ def _describe(p: Problem) -> str:
 
 
 def _problems(arguments):
-    q_heads, kv_heads = arguments.heads
     for tokens, context in itertools.product(arguments.tokens, arguments.context):
-        if tokens > context:
-            continue
-        pages_per_seq = -(-context // arguments.page_size)
-        yield Problem(
-            tokens=tokens * arguments.seqs,
-            q_heads=q_heads,
-            num_kv_heads=kv_heads,
-            head_dim=arguments.head_dim,
-            value_dim=arguments.value_dim or arguments.head_dim,
-            pools=1,
-            cache_kv_heads=kv_heads,
-            num_pages=pages_per_seq * arguments.seqs,
-            page_size=arguments.page_size,
-            seqs=arguments.seqs,
-            pages_per_seq=pages_per_seq,
-            dtype=arguments.dtype,
-            softmax_scale=arguments.head_dim**-0.5,
-            attn_logits_soft_cap=arguments.soft_cap,
-            sliding_window=arguments.window,
-        )
+        if tokens <= context:
+            yield problem_of_shape(
+                arguments.seqs,
+                tokens,
+                context,
+                *arguments.heads,
+                arguments.head_dim,
+                arguments.window,
+                arguments.soft_cap,
+                value_dim=arguments.value_dim,
+                page_size=arguments.page_size,
+                dtype=arguments.dtype,
+            )
+
+
+def problem_of_shape(
+    seqs, tokens, context, q_heads, kv_heads, head_dim, window, soft_cap, *, value_dim=None, page_size, dtype="bfloat16"
+) -> Problem:
+    """The problem of a pack: `seqs` sequences of `tokens` new tokens each, whose contexts are `context` tokens long."""
+    pages_per_seq = -(-context // page_size)
+    return Problem(
+        tokens=tokens * seqs,
+        q_heads=q_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        pools=1,
+        cache_kv_heads=kv_heads,
+        num_pages=pages_per_seq * seqs,
+        page_size=page_size,
+        seqs=seqs,
+        pages_per_seq=pages_per_seq,
+        dtype=dtype,
+        softmax_scale=head_dim**-0.5,
+        attn_logits_soft_cap=soft_cap,
+        sliding_window=window,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

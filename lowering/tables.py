@@ -48,16 +48,16 @@ def key_of(name: str, version: int, problem: Problem, device: Device) -> dict[st
     }
 
 
-def entry_of(key: dict[str, Any], config: PrefillPageAttentionConfig, **facts) -> Entry:
+def entry_of(key: dict[str, Any], config: PrefillPageAttentionConfig, *, source: str, **facts) -> Entry:
     """A row of a table: where it applies, what it says, and how that is known."""
-    return {"key": key, "config": config.chosen(), **facts}
+    return {"key": key, "config": config.chosen(), **facts, "source": source}
 
 
-def find(table: Table, key: dict[str, Any]) -> PrefillPageAttentionConfig | None:
-    """The configuration that a table holds for a key, or None."""
+def find(table: Table, key: dict[str, Any]) -> tuple[PrefillPageAttentionConfig, str] | None:
+    """The configuration that a table holds for a key and how it is known ("timed" or "schedule"), or None."""
     entry = table.get(_canonical(key))
     try:
-        return entry and PrefillPageAttentionConfig(**entry["config"])
+        return entry and (PrefillPageAttentionConfig(**entry["config"]), entry["source"])
     except (TypeError, ValueError, KeyError) as error:
         logging.warning("paged_prefill passes over a table's entry for %s: %s", key, error)
         return None

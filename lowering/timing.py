@@ -1,12 +1,14 @@
 """Times a kernel's candidate configurations on the device that will run them.
 
-Inputs are random arrays made for it, never the caller's, and never traced ones: the work happens in a thread of its
-own, which knows nothing of the trace, mesh or lowering around the call. A candidate is timed only once its values agree
-with the XLA lowering's.
+Inputs are random arrays made for it, never the caller's, and never traced ones: the work happens in threads of its own,
+which know nothing of the trace, mesh or lowering around the call. A candidate is timed only once its values agree with
+the XLA lowering's. Candidates take turns, so that a chip that slows down slows them all; the fastest meet the heuristic
+once more, and must beat it clearly.
 """
 
 from concurrent import futures
 import functools
+import os
 import statistics
 import time
 from typing import NamedTuple
@@ -21,10 +23,12 @@ from paged_prefill.lowering import contract, xla
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 
 BUDGET_SECONDS = 30.0
-WARM_UPS = 2
-REPEATS = 9
+ROUNDS, FINAL_ROUNDS = 5, 15
+FINALISTS = 3
+WORTH_IT = 0.98  # of the heuristic's time at most, or the difference may be noise
 SAMPLE_SECONDS = 0.005  # one sample repeats the call for about this long, so that launching it does not count
-LARGEST_CACHE_BYTES = 2**30
+COMPILERS = min(16, os.cpu_count() or 1)
+LARGEST_CACHE_BYTES = 2**31
 # Relative L2 distance from the XLA lowering in the same dtype: rounding stays far below, a wrong mask or page far above.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 
@@ -37,48 +41,63 @@ class Timing(NamedTuple):
     problem: str | None = None
 
 
-def fastest(timings: list[Timing]) -> Timing | None:
-    """The candidate with the least time, or None where none could be timed."""
-    return min((t for t in timings if t.milliseconds is not None), key=lambda t: t.milliseconds, default=None)
+class Comparison(NamedTuple):
+    """What came of all candidates, in their order, the heuristic one first; and the one to use, if any could run."""
+
+    timings: list[Timing]
+    chosen: Timing | None
 
 
-def time_candidates(name, kernel, problem, device, *, budget_seconds: float = BUDGET_SECONDS) -> list[Timing]:
-    """Times kernel.candidate_configs(problem, device), in their order, until the budget (seconds) is spent.
+def compare(name, kernel, problem, device, *, budget_seconds: float = BUDGET_SECONDS) -> Comparison:
+    """Times kernel.candidate_configs(problem, device), as many and as often as the budget (seconds) allows.
 
     Candidates that fail, compute wrong values or are not reached carry the reason instead of a time.
     """
     with futures.ThreadPoolExecutor(1, thread_name_prefix="paged_prefill_timing") as worker:
-        return worker.submit(_time_candidates, name, kernel, problem, device, budget_seconds).result()
+        return worker.submit(_compare, name, kernel, problem, device, budget_seconds).result()
 
 
-def _time_candidates(name, kernel, problem, device, budget_seconds):
+def _compare(name, kernel, problem, device, budget_seconds):
     end = time.monotonic() + budget_seconds
+    candidates = kernel.candidate_configs(problem, device)
+    calls, reasons = _checked_calls(name, kernel, problem, device, candidates, end)
+    times = _median_milliseconds(calls, ROUNDS, end)
+    finalists = dict.fromkeys([candidates[0], *sorted(times, key=times.get)[:FINALISTS]])
+    final = _median_milliseconds({c: calls[c] for c in finalists if c in calls}, FINAL_ROUNDS, end)
+    times |= final
+    timings = {config: Timing(config, times.get(config), reasons.get(config)) for config in candidates}
+    if not final:
+        return Comparison([*timings.values()], None)
+    best = min(final, key=final.get)
+    if final[best] > WORTH_IT * final.get(candidates[0], np.inf):
+        best = candidates[0]
+    return Comparison([*timings.values()], timings[best])
+
+
+def _checked_calls(name, kernel, problem, device, candidates, end):
+    """Calls of the candidates that give right values, and the reasons against the others."""
     operands = sample_operands(problem, jax.devices(device.platform)[0])
-    expected = _call(xla, problem, xla.heuristic_config(problem, device))(*operands)
-    timings = []
-    for config in tqdm(kernel.candidate_configs(problem, device), desc=f"timing {name}", leave=False):
-        if timings and time.monotonic() > end:
-            timings.append(Timing(config, None, f"not reached within {budget_seconds:g} s"))
-            continue
-        timings.append(_time_one(kernel, problem, config, operands, expected))
-        if timings[-1].problem:
-            logging.warning("paged_prefill discards %s with %s: %s", name, config.chosen(), timings[-1].problem)
-    return timings
+    calls, reasons = {}, {}
+    with futures.ThreadPoolExecutor(COMPILERS) as compilers:
+        compiled = functools.partial(compilers.submit, _compiled, problem=problem, operands=operands)
+        reference = compiled(xla, config=xla.heuristic_config(problem, device))
+        candidates = {config: compiled(kernel, config=config) for config in candidates}
+        expected = reference.result()()
+        for config, future in tqdm(candidates.items(), desc=f"timing {name}", leave=False):
+            if (calls or reasons) and time.monotonic() > end:
+                future.cancel()
+                reasons[config] = "not reached within the budget"
+                continue
+            call, reason = _checked(future, expected, TOLERANCE[problem.dtype])
+            if reason is None:
+                calls[config] = call
+            else:
+                reasons[config] = reason
+                logging.warning("paged_prefill discards %s with %s: %s", name, config.chosen(), reason)
+    return calls, reasons
 
 
-def _time_one(kernel, problem, config, operands, expected) -> Timing:
-    call = _call(kernel, problem, config)
-    try:
-        results = jax.block_until_ready(call(*operands))
-        distance = max(map(_distance, results, expected))
-        if not distance <= TOLERANCE[problem.dtype]:
-            return Timing(config, None, f"wrong values, {distance:.2g} away from the XLA lowering's")
-        return Timing(config, _median_milliseconds(lambda: call(*operands)))
-    except Exception as error:  # whatever a compiler or driver raises, the other candidates go on
-        return Timing(config, None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-def _call(kernel, problem, config):
+def _compiled(kernel, *, problem, config, operands):
     attend = functools.partial(
         kernel.attend,
         num_kv_heads=problem.num_kv_heads,
@@ -87,28 +106,47 @@ def _call(kernel, problem, config):
         sliding_window=problem.sliding_window,
         config=config,
     )
-    return jax.jit(attend)
+    return functools.partial(jax.jit(attend).lower(*operands).compile(), *operands)
 
 
-def _median_milliseconds(call) -> float:
-    for _ in range(WARM_UPS):
-        jax.block_until_ready(call())
+def _checked(future, expected, tolerance):
+    """The call that a future holds and None, or None and the reason against it."""
+    try:
+        call = future.result()
+        distance = max(float(_distance(*pair)) for pair in zip(call(), expected, strict=True))
+    except Exception as error:  # whatever a compiler or driver raises, the other candidates go on
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not distance <= tolerance:  # NaN included
+        return None, f"wrong values, {distance:.2g} away from the XLA lowering's"
+    return call, None
+
+
+def _median_milliseconds(calls, rounds, end) -> dict[PrefillPageAttentionConfig, float]:
+    """For each configuration the median of its samples, one a round, until the time `end`."""
+    counts = {config: max(1, round(SAMPLE_SECONDS / _seconds(call, 1))) for config, call in calls.items()}
+    samples = {config: [] for config in calls}
+    for taken in range(rounds):
+        if taken and time.monotonic() > end:
+            break
+        for config, call in calls.items():
+            samples[config].append(1e3 * _seconds(call, counts[config]))
+    return {config: statistics.median(times) for config, times in samples.items()}
+
+
+def _seconds(call, count) -> float:
+    """Seconds a call takes, where `count` of them follow one another."""
     start = time.perf_counter()
-    jax.block_until_ready(call())
-    calls = max(1, round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-9)))
-    samples = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            results = call()
-        jax.block_until_ready(results)
-        samples.append((time.perf_counter() - start) / calls * 1e3)
-    return statistics.median(samples)
+    for _ in range(count):
+        results = call()
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) / count
 
 
-def _distance(got, want) -> float:
-    got, want = (np.nan_to_num(np.asarray(x, np.float32), nan=np.inf, neginf=0.0) for x in (got, want))
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+@jax.jit
+def _distance(got, want):
+    """Relative L2 distance, in which -inf is a number as others are."""
+    got, want = (jnp.where(jnp.isneginf(x), 0, x).astype(jnp.float32) for x in (got, want))
+    return jnp.sqrt(jnp.sum((got - want) ** 2) / jnp.maximum(jnp.sum(want**2), 1e-30))
 
 
 def sample_operands(problem: contract.Problem, device):
@@ -116,8 +154,8 @@ def sample_operands(problem: contract.Problem, device):
 
     The pool is as large as the sequences need, up to a bound: a kernel's time does not depend on what it does not read.
     """
-    page_bytes = problem.num_kv_heads * problem.page_size * (problem.head_dim + problem.value_dim) * 4
-    num_pages = max(1, min(problem.seqs * problem.pages_per_seq, LARGEST_CACHE_BYTES // page_bytes))
+    slot_bytes = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.dtype).itemsize
+    num_pages = max(1, min(problem.seqs * problem.pages_per_seq, LARGEST_CACHE_BYTES // (slot_bytes * problem.page_size)))
     rng = np.random.default_rng(0)
     columns = problem.seqs * problem.pages_per_seq
     pages = np.resize(rng.permutation(num_pages), columns).reshape(problem.seqs, problem.pages_per_seq)
@@ -140,4 +178,5 @@ def sample_operands(problem: contract.Problem, device):
             (*cache, problem.value_dim),
         )
         arrays = [jax.random.normal(k, shape, problem.dtype) for k, shape in zip(keys, shapes, strict=True)]
-        return *arrays, contract.Sequences(*map(as_int32, sequences)), jnp.int32(0)
+        operands = (*arrays, contract.Sequences(*map(as_int32, sequences)), jnp.int32(0))
+    return jax.device_put(operands, device)  # and stay there, whatever another thread's default device is

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
 
-VERSION = 1
+VERSION = 2
 
 MAX_DIM = 256
 INSTALL = 'install it with pip install "paged_prefill[cuda]"'
@@ -55,13 +55,14 @@ class _Sizes(NamedTuple):
 # By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
-    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(32, 16, 4, 2)),
-    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 2), _Sizes(32, 16, 4, 2)),
-    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(32, 16, 4, 2)),
+    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
     "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
 }
 DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
 MULTIPROCESSORS = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "L40": 142, "4090": 128, "MI300X": 304}
+WARPS = 8  # that keep a multiprocessor busy: tiles of fewer warps share one
 MAX_SPLITS = 16
 KEYS_PER_SPLIT = 1024  # fewer do not repay the merge
 
@@ -78,15 +79,15 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     if rows < sizes.rows and width <= 128:
         sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
     return PrefillPageAttentionConfig(
-        block_q=-(-rows // problem.group),
+        block_q=max(1, rows // problem.group),
         block_kv=sizes.block_kv,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
-        num_splits=_num_splits(problem, device, rows),
+        num_splits=_num_splits(problem, device, rows, sizes.num_warps),
     )
 
 
-def _num_splits(problem: Problem, device: Device, rows: int) -> int:
+def _num_splits(problem: Problem, device: Device, rows: int, num_warps: int) -> int:
     """The fewest splits by which the last wave of programs is nearly as full as any number makes it (FA3's rule)."""
     tiles = max(-(-problem.tokens * problem.group // rows), min(problem.seqs, problem.tokens))
     programs = tiles * problem.num_kv_heads
@@ -94,7 +95,8 @@ def _num_splits(problem: Problem, device: Device, rows: int) -> int:
     if problem.sliding_window is not None:
         keys = min(keys, problem.sliding_window + problem.tokens)
     most = min(MAX_SPLITS, max(1, keys // KEYS_PER_SPLIT))
-    slots = next((n for name, n in MULTIPROCESSORS.items() if name in (device.kind or "")), 108)
+    multiprocessors = next((n for name, n in MULTIPROCESSORS.items() if name in (device.kind or "")), 108)
+    slots = multiprocessors * (WARPS // num_warps)
 
     def efficiency(splits):
         waves = programs * splits / slots
@@ -115,16 +117,16 @@ def _device_class(device: Device) -> str:
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes, then those of every class and their neighbours; what does not fit fails to compile."""
-    heuristic = heuristic_config(problem, device)
-    candidates = [heuristic]
-    for rows, block_kv, num_warps, num_stages in dict.fromkeys(
-        sizes for table in SIZES.values() for sizes in (*table[:3], DECODE)
-    ):
-        block_q = -(-rows // problem.group)
-        candidates.append(PrefillPageAttentionConfig(block_q, block_kv, num_warps, num_stages, heuristic.num_splits))
-    candidates += [replace(heuristic, num_splits=n) for n in (1, 2, 4, 8)]
-    return list(dict.fromkeys(candidates))
+    """The heuristic sizes, then their neighbours; what does not fit fails to compile."""
+    first = heuristic_config(problem, device)
+    changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+    for factor in (0.5, 2):
+        tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
+        changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+        changes += [dict(num_splits=int(first.num_splits * factor))]
+    found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
+    fits = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
+    return list(dict.fromkeys(fits))
 
 
 def attend(
@@ -162,13 +164,9 @@ def attend(
     schedule = _schedule(sequences, problem.tokens, problem.group, rows)
     # Splits are kept in float32 until they are merged.
     out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
-    out, lse = jax_triton.triton_call(
-        query,
-        key_pages,
-        value_pages,
-        sequences.page_indices,
-        schedule,
-        kv_head_start,
+    block_kv = _power_of_2(config.block_kv)
+    launch = functools.partial(
+        jax_triton.triton_call,
         kernel=triton_kernel.attend_tile,
         out_shape=(
             jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
@@ -181,11 +179,21 @@ def attend(
         INTERVALS=schedule.shape[1],
         INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
         ROWS=rows,
-        BLOCK_KV=_power_of_2(config.block_kv),
+        BLOCK_KV=block_kv,
+        EDGE_KV=_power_of_2(block_kv // 2),
         NUM_SPLITS=splits,
-        # Where a block is large, registers do not allow for pipelining the few masked blocks too.
-        EDGE_STAGES=None if config.block_kv * _power_of_2(problem.head_dim) <= 64 * 128 else 1,
         **_constants(problem),
+    )
+    # Which GPU this is compiled for is known only where it is lowered.
+    out, lse = jax.lax.platform_dependent(
+        query,
+        key_pages,
+        value_pages,
+        sequences.page_indices,
+        schedule,
+        kv_head_start,
+        cuda=functools.partial(launch, HARDWARE_TANH=True),
+        default=functools.partial(launch, HARDWARE_TANH=False),
     )
     return (out[0], lse[0]) if splits == 1 else _merge_splits(out, lse, query.dtype)
 

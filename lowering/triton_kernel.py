@@ -18,11 +18,14 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no difference o
 
 
 @triton.jit
-def _tanh(x, EXACT: tl.constexpr):
+def _tanh(x, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
     """tanh by one exponential, which overflows to the right limit; absolute error 1e-7.
 
-    EXACT uses the Taylor series near 0, where that absolute error would be a large relative one.
+    EXACT uses the Taylor series near 0, where that absolute error would be a large relative one. Where it need not be,
+    HARDWARE takes NVIDIA's instruction for it, a third of the work: its relative error of 2^-11 is that of float16.
     """
+    if HARDWARE and not EXACT:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     large = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
     if EXACT:
         square = x * x
@@ -57,13 +60,21 @@ def _load_rows(base, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _logits(tile, keys, SCALE: tl.constexpr, NEGATE: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(
+    tile,
+    keys,
+    SCALE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HARDWARE_TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The logits of a tile's rows and a block's keys, but for a positive constant factor."""
     logits = tl.dot(tile, keys.T, input_precision=PRECISION)
     if NEGATE:
         logits = -logits
     if SOFT_CAP is not None:
-        logits = _tanh(logits * (SCALE / SOFT_CAP), tile.dtype == tl.float32)
+        logits = _tanh(logits * (SCALE / SOFT_CAP), tile.dtype == tl.float32, HARDWARE_TANH)
     return logits
 
 
@@ -109,8 +120,9 @@ def attend_tile(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    EDGE_KV: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    HARDWARE_TANH: tl.constexpr,
 ):
     program = tl.program_id(0)
     split = program % NUM_SPLITS
@@ -171,19 +183,25 @@ def attend_tile(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
 
-    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. A key that no row
-    # sees is read as the nearest that some row sees: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
-    left = full_low - low
-    for step in tl.range(0, left + high - full_high, num_stages=EDGE_STAGES):
-        block = tl.where(step < left, low + step, full_high + step - left)
-        pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, BLOCK_KV, PAGE_SIZE)
+    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter, of
+    # EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key that no row sees is read as
+    # the nearest that some row sees: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
+    EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
+    edge_low = tl.maximum(low * EDGES, seen_start // EDGE_KV)
+    edge_high = tl.minimum(high * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
+    unmasked = (full_high - full_low) * EDGES
+    for step in tl.range(0, edge_high - edge_low - unmasked):
+        block = edge_low + step
+        block = tl.where(block < full_low * EDGES, block, block + unmasked)
+        pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, EDGE_KV, PAGE_SIZE)
         keys = _load_rows(key_base, pool_rows, HEAD_DIM, HEAD_DIM_PADDED)
         values = _load_rows(value_base, pool_rows, VALUE_DIM, VALUE_DIM_PADDED)
-        key = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+        key = block * EDGE_KV + tl.arange(0, EDGE_KV)
         visible = (key[None, :] <= position[:, None]) & (key < seen_end)[None, :]
         if WINDOW is not None:
             visible &= key[None, :] > position[:, None] - WINDOW
-        logits = tl.where(visible, _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, PRECISION), float("-inf"))
+        logits = _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, HARDWARE_TANH, PRECISION)
+        logits = tl.where(visible, logits, float("-inf"))
         running_max, total, acc = _fold(running_max, total, acc, logits, values, TO_BASE_2, PRECISION)
 
     # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loop
@@ -197,7 +215,7 @@ def attend_tile(
         next_rows = _pool_rows(page_table, tl.minimum(block + 1, last_block), None, None, BLOCK_KV, PAGE_SIZE)
         keys = _load_rows(key_base, pool_rows, HEAD_DIM, HEAD_DIM_PADDED)
         values = _load_rows(value_base, pool_rows, VALUE_DIM, VALUE_DIM_PADDED)
-        logits = _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, PRECISION)
+        logits = _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, HARDWARE_TANH, PRECISION)
         running_max, total, acc = _fold(running_max, total, acc, logits, values, TO_BASE_2, PRECISION)
         pool_rows = next_rows
 

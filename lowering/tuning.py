@@ -104,17 +104,19 @@ def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillP
     key = tables.key_of(name, kernel.VERSION, problem, device)
     alone = jax.process_count() == 1
     if alone and (found := tables.find(tables.read(tables.user_path(device.kind)), key)):
-        return Choice(found.over(heuristic), f"user's table {tables.user_path(device.kind)}")
+        config, source = found
+        return Choice(config.over(heuristic), f"user's table {tables.user_path(device.kind)}, {source}")
     if found := tables.find(tables.read_shipped(device.kind), key):
-        return Choice(found.over(heuristic), f"shipped table {tables.shipped_path(device.kind).name}")
+        config, source = found
+        return Choice(config.over(heuristic), f"shipped table {tables.shipped_path(device.kind).name}, {source}")
     if in_force == "on" and alone and (best := tune(name, kernel, problem, device)):
         return Choice(best.over(heuristic), "timed now")
     return Choice(heuristic, "heuristic")
 
 
 def tune(name: str, kernel, problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Times the candidates, keeps the fastest in the user's table, and returns it; None where nothing could be timed."""
-    best = timing.fastest(timing.time_candidates(name, kernel, problem, device))
+    """Times the candidates, keeps the best in the user's table, and returns it; None where nothing could be timed."""
+    best = timing.compare(name, kernel, problem, device).chosen
     if best is None:
         logging.warning("paged_prefill could not time %s on %s; its heuristic is used", name, device.kind)
         return None

@@ -1,5 +1,8 @@
 """The public functions: what users call, in the terms they know."""
 
+import functools
+
+import jax
 from jaxtyping import Array, Float, Int
 
 from paged_prefill.lowering import tuning
@@ -54,17 +57,11 @@ def prefill_page_attention(
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
         argument, what it got, and what it takes.
     """
-    return ragged_paged_prefill(
-        *checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices),
-        softmax_scale=softmax_scale,
-        mask_value=mask_value,
-        attn_logits_soft_cap=attn_logits_soft_cap,
-        sliding_window=sliding_window,
-        platform=platform,
-        cfg=cfg,
-        head_axis=head_axis,
-        batch_axis=batch_axis,
+    indices = checks.indices_of_one(query, key_cache, context_len, page_indices)
+    parameters = _parameters(
+        mask_value, softmax_scale, attn_logits_soft_cap, sliding_window, platform, cfg, head_axis, batch_axis, 0
     )
+    return _attend_one(query, key_cache, value_cache, *indices, **parameters)
 
 
 def ragged_paged_prefill(
@@ -124,22 +121,46 @@ def ragged_paged_prefill(
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
         argument, what it got, and what it takes. Index values are not checked here; see `validate`.
     """
-    checks.check_mask_value(mask_value)
-    checks.check_config("cfg", cfg)
     indices = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     )
+    parameters = _parameters(
+        mask_value,
+        softmax_scale,
+        attn_logits_soft_cap,
+        sliding_window,
+        platform,
+        cfg,
+        head_axis,
+        batch_axis,
+        query.ndim - 3,
+    )
     out, lse = paged_prefill_p.bind(
-        query,
-        key_cache,
-        value_cache,
-        *indices,
+        query, key_cache, value_cache, *indices, cache_batch_dims=key_cache.ndim - 4, **parameters
+    )
+    return (out, lse) if return_lse else out
+
+
+def _parameters(
+    mask_value, softmax_scale, attn_logits_soft_cap, sliding_window, platform, cfg, head_axis, batch_axis, batch_dims
+) -> dict:
+    """The parameters of `paged_prefill_p` for a call whose query has `batch_dims` batch dimensions, checked."""
+    checks.check_mask_value(mask_value)
+    checks.check_config("cfg", cfg)
+    parameters = checks.static_parameters(
         softmax_scale=softmax_scale,
         attn_logits_soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
-        cache_batch_dims=key_cache.ndim - 4,
         platform=platform or "auto",
-        config=tuning.with_overlay(cfg, platform),
-        hint=hints.hint_of(head_axis, batch_axis, query.ndim - 3),
     )
-    return (out, lse) if return_lse else out
+    config, hint = tuning.with_overlay(cfg, platform), hints.hint_of(head_axis, batch_axis, batch_dims)
+    return parameters | dict(config=config, hint=hint)
+
+
+STATIC = ("softmax_scale", "attn_logits_soft_cap", "sliding_window", "platform", "config", "hint")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, inline=True)  # one dispatch where the call is eager
+def _attend_one(query, key_cache, value_cache, context_len, page_indices, **parameters):
+    pack = checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices)
+    return paged_prefill_p.bind(*pack, **parameters)[0]

@@ -1,6 +1,5 @@
 """Every error a caller can see: one function each for shapes, parameters and concrete values."""
 
-import functools
 import math
 import numbers
 from typing import Literal, get_args
@@ -107,14 +106,21 @@ def _check_indices(name, array, lead, tail) -> None:
         raise TypeError(f"{name} must be int32, got {array.dtype.name}")
 
 
-def check_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, platform) -> None:
-    """Checks the static parameters of `paged_prefill_p`; raises ValueError or TypeError that names the parameter."""
-    if not math.isfinite(number("softmax_scale", softmax_scale)):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+def static_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, platform) -> dict:
+    """The static parameters of a call as Python's numbers, None where they are None.
+
+    Raises ValueError or TypeError that names the parameter.
+    """
+    if softmax_scale is not None:
+        softmax_scale = number("softmax_scale", softmax_scale)
+        if not math.isfinite(softmax_scale):
+            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     if attn_logits_soft_cap is not None:
-        cap = number("attn_logits_soft_cap", attn_logits_soft_cap)
-        if not 0 < cap < math.inf:
-            raise ValueError(f"attn_logits_soft_cap must be a positive finite number or None, got {cap}")
+        attn_logits_soft_cap = number("attn_logits_soft_cap", attn_logits_soft_cap)
+        if not 0 < attn_logits_soft_cap < math.inf:
+            raise ValueError(
+                f"attn_logits_soft_cap must be a positive finite number or None, got {attn_logits_soft_cap}"
+            )
     if sliding_window is not None:
         if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
             raise TypeError(f"sliding_window must be an integer or None, got {sliding_window!r}")
@@ -123,8 +129,15 @@ def check_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, pla
                 f"sliding_window must be at least 1 (the keys a row sees, its own included) or None, "
                 f"got {sliding_window}"
             )
+        sliding_window = int(sliding_window)
     if platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+    return dict(
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        platform=platform,
+    )
 
 
 def check_config(name, config) -> None:
@@ -194,20 +207,21 @@ def int32_indices(**arrays) -> list[jax.Array]:
     return converted
 
 
-def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
-    """The operands of a pack that holds one sequence, from the arguments of `prefill_page_attention`, checked."""
+def indices_of_one(query, key_cache, context_len, page_indices) -> list[jax.Array]:
+    """The index arguments of `prefill_page_attention` as int32, once the ranks of its arguments are checked."""
     check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
     check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
-    context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices)
+    indices = context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices)
     if context_len.size != 1:
         raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
     check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
-    return query, key_cache, value_cache, *_indices_of_one(context_len, page_indices, query.shape[0])
+    return indices
 
 
-@functools.partial(jax.jit, static_argnums=2, inline=True)  # one dispatch where the call is eager
-def _indices_of_one(context_len, page_indices, tokens):
-    return context_len.reshape(1), page_indices[None], jnp.asarray([0, tokens], jnp.int32)
+def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
+    """The operands of a pack that holds one sequence; the last two as `indices_of_one` gives them."""
+    offsets = jnp.asarray([0, query.shape[0]], jnp.int32)
+    return query, key_cache, value_cache, context_len.reshape(1), page_indices[None], offsets
 
 
 def check_new_tokens(name, tokens, cache) -> None:
@@ -264,8 +278,8 @@ def validate(
     lens, pages, offsets = (np.asarray(array).astype(np.int64) for array in named.values())
     as_int32 = (jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (lens, pages, offsets))
     check_operands(query, key_cache, value_cache, *as_int32, cache_batch_dims=key_cache.ndim - 4)
-    check_parameters(
-        softmax_scale=1.0, attn_logits_soft_cap=None, sliding_window=sliding_window, platform="auto"
+    static_parameters(
+        softmax_scale=None, attn_logits_soft_cap=None, sliding_window=sliding_window, platform="auto"
     )
     num_pages, page_size = key_cache.shape[-3:-1]
     for pack in np.ndindex(lens.shape[:-1]):

@@ -47,33 +47,31 @@ class PagedPrefillPrimitive(Primitive):
         **others,
     ):
         checks.check_config("config", config)
-        if softmax_scale is None:
-            checks.check_query(operands[0])
-            softmax_scale = operands[0].shape[-1] ** -0.5
-        checks.check_parameters(
+        parameters = checks.static_parameters(
             softmax_scale=softmax_scale,
             attn_logits_soft_cap=attn_logits_soft_cap,
             sliding_window=sliding_window,
             platform=platform,
         )
-        platform = checks.requested_platform(platform, config)
-        primitive = typed_paged_prefill_p if self is paged_prefill_p and _types_tell(operands) else self
+        parameters["platform"] = checks.requested_platform(platform, config)
+        if softmax_scale is None:
+            checks.check_query(operands[0])
+            parameters["softmax_scale"] = operands[0].shape[-1] ** -0.5
+        types = [jax.typeof(x) for x in operands]
+        primitive = typed_paged_prefill_p if self is paged_prefill_p and _types_tell(types) else self
         return Primitive.bind(
             primitive,
-            *_varying_alike(operands),
-            softmax_scale=float(softmax_scale),
-            attn_logits_soft_cap=None if attn_logits_soft_cap is None else float(attn_logits_soft_cap),
-            sliding_window=None if sliding_window is None else operator.index(sliding_window),
+            *_varying_alike(operands, types),
             cache_batch_dims=operator.index(cache_batch_dims),
-            platform=platform,
             config=config,
+            **parameters,
             **others,
         )
 
 
-def _varying_alike(operands):
+def _varying_alike(operands, types):
     """Under shard_map(check_vma=True) the operands of a primitive must vary over the same mesh axes."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    varying = [aval.manual_axis_type.varying for aval in types]
     union = frozenset().union(*varying)
     return [
         x if axes == union else lax.pcast(x, tuple(sorted(union - axes)), to="varying")
@@ -81,9 +79,9 @@ def _varying_alike(operands):
     ]
 
 
-def _types_tell(operands) -> bool:
+def _types_tell(types) -> bool:
     """Whether the types of the operands say how each is cut: every axis of their mesh is explicit or manual."""
-    mesh = mesh_of(*map(jax.typeof, operands))
+    mesh = mesh_of(*types)
     return not mesh.empty and not mesh.auto_axes
 
 

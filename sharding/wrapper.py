@@ -76,8 +76,9 @@ def create_shard_map_wrapper(
         ),
     )
 
-    def local(*arrays):
-        out, _ = run(*checks.pack_of_one(*arrays))
+    def local(query, key_cache, value_cache, *indices):
+        indices = checks.indices_of_one(query, key_cache, *indices)
+        out, _ = run(*checks.pack_of_one(query, key_cache, value_cache, *indices))
         return out
 
     function = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=check_vma)

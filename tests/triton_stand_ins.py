@@ -133,14 +133,15 @@ def compile_launches(target, problems):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 
     `target` is the arguments of Triton's GPUTarget and `problems` are (contract.Problem, contract.Device) pairs.
-    Returns for each what the machine code takes: shared memory, and the bytes (NVIDIA) or registers (AMD) it spills.
+    Returns for each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how
+    often it has NVIDIA's instruction for tanh.
     """
     launches = []
 
     def record(*operands, out_shape, **launch):
         import jax.numpy as jnp
 
-        launches.append((*operands, *out_shape, launch))
+        launches.append((*operands, *out_shape, launch))  # one for NVIDIA, then one for AMD
         return [jnp.zeros(s.shape, s.dtype) for s in out_shape]
 
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=record)
@@ -161,7 +162,7 @@ def compile_launches(target, problems):
         parameters = {name: getattr(p, name) for name in names}
         attend = functools.partial(triton.attend, **parameters, config=triton.heuristic_config(p, device))
         jax.eval_shape(attend, query, *caches, sequences, of_type(()))
-        resources.append(_compile(target, *launches.pop()))
+        resources.append(_compile(target, *launches[-2 if target[0] == "cuda" else -1]))
     return resources
 
 
@@ -181,7 +182,10 @@ def _compile(target, *arrays_and_launch):
     signature |= dict.fromkeys(launch, "constexpr")
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
     compiled = compile(ASTSource(kernel, signature, launch, attributes), target=GPUTarget(*target), options=options)
-    resources = {"shared_bytes": compiled.metadata.shared}
+    resources = {
+        "shared_bytes": compiled.metadata.shared,
+        "tanh_instructions": compiled.asm.get("ptx", "").count("tanh.approx"),
+    }
     if "cubin" in compiled.asm:
         return resources | _cubin_resources(compiled.asm["cubin"])
     found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import stat
 import tempfile
+import time
 import types
 from unittest import mock
 
@@ -34,7 +35,12 @@ def problem(**changes) -> contract.Problem:
     return contract.Problem(**(sizes | changes))
 
 
-def kernel(*candidates, attend=xla.attend, version=1):
+def attend_to_nothing(query, *operands, config, **parameters):
+    """Stands in for a kernel's, where only what timing does with it matters: compiles in no time."""
+    return query * 2, query[..., 0].astype(jnp.float32)
+
+
+def kernel(*candidates, attend=attend_to_nothing, version=1):
     """A kernel module made of parts."""
     return types.SimpleNamespace(
         VERSION=version,
@@ -45,8 +51,8 @@ def kernel(*candidates, attend=xla.attend, version=1):
     )
 
 
-def entry(config, *, version=1, of=None):
-    return tables.entry_of(tables.key_of("fake", version, of or problem(), DEVICE), config, source="timed")
+def entry(config, *, version=1, of=None, source="timed"):
+    return tables.entry_of(tables.key_of("fake", version, of or problem(), DEVICE), config, source=source)
 
 
 class TuningTestCase(parameterized.TestCase):
@@ -79,11 +85,22 @@ class LookupTest(TuningTestCase):
         self.assertIn("user's table", self.resolve().source)
         self.assertEqual(self.resolve(Config(block_q=8)).config, Config(block_q=8, block_kv=64))
 
+    def test_a_choice_says_whether_it_was_timed_or_read_off_a_schedule(self):
+        tables.write(self.shipped, [entry(Config(block_kv=96), source="schedule")])
+        self.assertEqual(self.resolve().source, "shipped table shipped.json, schedule")
+        tables.write(self.path, [entry(Config(block_kv=96))])
+        self.assertEqual(self.resolve().source, f"user's table {self.path}, timed")
+
     def test_overlay_stands_behind_cfg_and_before_the_tables(self):
         with tuning.overlay(Config(block_q=32, block_kv=32)):
             self.assertEqual(tuning.with_overlay(None, None), Config(block_q=32, block_kv=32))
             self.assertEqual(tuning.with_overlay(Config(block_q=8), None), Config(block_q=8, block_kv=32))
         self.assertIsNone(tuning.with_overlay(None, None))
+
+    def test_an_overlay_of_another_type_is_refused(self):
+        with self.assertRaisesRegex(TypeError, "overlay takes a PrefillPageAttentionConfig, got {'block_q': 8}"):
+            with tuning.overlay({"block_q": 8}):
+                pass
 
     def test_overlay_reaches_the_traced_call(self):
         pack = packs.make_pack(0, [3], [9])
@@ -122,7 +139,7 @@ class LookupTest(TuningTestCase):
 
     def test_policy_on_times_once_and_remembers(self):
         with tuning.policy("on"), mock.patch.object(
-            timing, "time_candidates", return_value=[timing.Timing(Config(block_kv=32), 1.5)]
+            timing, "compare", return_value=timing.Comparison([], timing.Timing(Config(block_kv=32), 1.5))
         ) as timed:
             self.assertEqual(self.resolve(), (Config(block_q=16, block_kv=32), "timed now"))
             self.assertIn("user's table", self.resolve().source)
@@ -133,7 +150,7 @@ class LookupTest(TuningTestCase):
         tables.write(self.shipped, [entry(Config(block_kv=96))])
         with tuning.policy("on"), mock.patch.object(jax, "process_count", return_value=2):
             self.assertEqual(self.resolve().config.block_kv, 96)
-            with mock.patch.object(timing, "time_candidates") as timed:
+            with mock.patch.object(timing, "compare") as timed:
                 self.assertEqual(self.resolve(dtype="float16").source, "heuristic")
                 timed.assert_not_called()
 
@@ -229,49 +246,79 @@ def write_rows(path, first) -> bool:
 
 
 class TimingTest(TuningTestCase):
-    def time(self, *candidates, **options):
-        attend = options.pop("attend", xla.attend)
-        with mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4):
-            return timing.time_candidates("fake", kernel(*candidates, attend=attend), problem(), DEVICE, **options)
+    def compare(self, *candidates, **options):
+        attend = options.pop("attend", attend_to_nothing)
+        with mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4), mock.patch.object(timing, "xla", kernel()):
+            return timing.compare("fake", kernel(*candidates, attend=attend), problem(), DEVICE, **options)
 
-    def test_candidates_are_timed_in_order_and_the_fastest_wins(self):
-        timings = self.time(Config(block_q=4, block_kv=16))
-        self.assertEqual([t.config for t in timings], [HEURISTIC, Config(block_q=4, block_kv=16)])
+    def test_all_candidates_are_timed_and_reported_in_their_order(self):
+        timings, chosen = self.compare(Config(block_q=4))
+        self.assertEqual([t.config for t in timings], [HEURISTIC, Config(block_q=4)])
         self.assertTrue(all(t.milliseconds > 0 for t in timings))
-        best = timing.fastest(timings)
-        self.assertEqual(best.milliseconds, min(t.milliseconds for t in timings))
+        self.assertIn(chosen, timings)
+
+    @parameterized.named_parameters(
+        ("clearly_faster", (1.0, 0.9, 1.2), (1.0, 0.9, 1.2), 1),
+        ("faster_within_the_noise", (1.0, 0.9, 1.2), (1.0, 0.985, 1.2), 0),
+        ("fast_only_at_first", (1.0, 0.5, 0.9), (1.0, 1.1, 0.9), 2),
+        ("slow_at_first", (1.0, 1.3, 1.2), (1.0, 1.3, 1.2), 0),
+    )
+    def test_the_choice_beats_the_heuristic_twice_and_clearly_or_is_the_heuristic(self, first, final, chosen):
+        configs = (HEURISTIC, Config(block_q=4), Config(block_q=8))
+        measured = [dict(zip(configs, times)) for times in (first, final)]
+        with mock.patch.object(timing, "_median_milliseconds", side_effect=measured):
+            comparison = self.compare(*configs[1:])
+        self.assertEqual(comparison.chosen, timing.Timing(configs[chosen], final[chosen]))
+
+    def test_only_the_fastest_are_measured_again_beside_the_heuristic(self):
+        slower = [Config(block_q=q) for q in (2, 4, 5, 6, 7)]
+        times = dict(zip([HEURISTIC, *slower], (3.0, 9.0, 2.0, 1.0, 8.0, 1.5)))
+        with mock.patch.object(timing, "_median_milliseconds", side_effect=[times, {}]) as measure:
+            self.compare(*slower)
+        self.assertEqual(list(measure.call_args_list[1].args[0]), [HEURISTIC, slower[2], slower[4], slower[1]])
+
+    def test_candidates_take_turns(self):
+        sampled = []
+        with mock.patch.object(timing, "_seconds", lambda call, count: sampled.append(call) or 1.0):
+            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic() + 60)
+        self.assertEqual("".join(sampled), "ab" + 3 * "ab")
+
+    def test_a_spent_budget_leaves_one_sample_each(self):
+        with mock.patch.object(timing, "_seconds", return_value=1.0) as sample:
+            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic())
+        self.assertEqual(sample.call_count, 4)  # one each to find out how many calls make a sample
 
     def test_a_candidate_with_wrong_values_is_discarded_and_reported(self):
         def attend(*operands, config, **parameters):
-            out, lse = xla.attend(*operands, config=HEURISTIC, **parameters)
+            out, lse = attend_to_nothing(*operands, config=config, **parameters)
             return (out * 1.5, lse) if config.block_q == 4 else (out, lse)
 
         with self.assertLogs(level="WARNING") as logs:
-            timings = self.time(Config(block_q=4), attend=attend)
+            timings, chosen = self.compare(Config(block_q=4), attend=attend)
         self.assertIsNone(timings[1].milliseconds)
         self.assertIn("wrong values", timings[1].problem)
         self.assertIn("wrong values", logs.output[0])
-        self.assertEqual(timing.fastest(timings).config, HEURISTIC)
+        self.assertEqual(chosen.config, HEURISTIC)
 
     def test_a_candidate_that_gives_nan_is_discarded(self):
         def attend(*operands, config, **parameters):
-            out, lse = xla.attend(*operands, config=HEURISTIC, **parameters)
+            out, lse = attend_to_nothing(*operands, config=config, **parameters)
             return out.at[0].set(jnp.nan), lse
 
-        self.assertIsNone(timing.fastest(self.time(attend=attend)))
+        self.assertIsNone(self.compare(attend=attend).chosen)
 
     def test_a_candidate_that_fails_does_not_stop_the_others(self):
         def attend(*operands, config, **parameters):
             if config.block_q == 4:
                 raise RuntimeError("does not fit")
-            return xla.attend(*operands, config=HEURISTIC, **parameters)
+            return attend_to_nothing(*operands, config=config, **parameters)
 
-        timings = self.time(Config(block_q=4), Config(block_q=8), attend=attend)
+        timings, _ = self.compare(Config(block_q=4), Config(block_q=8), attend=attend)
         self.assertIn("does not fit", timings[1].problem)
         self.assertIsNotNone(timings[2].milliseconds)
 
     def test_a_spent_budget_leaves_the_rest_untimed(self):
-        timings = self.time(Config(block_q=4), budget_seconds=0.0)
+        timings, _ = self.compare(Config(block_q=4), budget_seconds=0.0)
         self.assertIsNotNone(timings[0].milliseconds)
         self.assertIn("not reached", timings[1].problem)
 
@@ -296,15 +343,15 @@ class TimingTest(TuningTestCase):
         def candidates(problem, device):
             return [xla.heuristic_config(problem, device), Config(block_q=4, block_kv=16)]
 
-        def timed(kernel, problem, config, operands, expected):
+        def compiled(kernel, *, operands, **parameters):
             seen.extend(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
-            return real(kernel, problem, config, operands, expected)
+            return real(kernel, operands=operands, **parameters)
 
-        real = timing._time_one
+        real = timing._compiled
         with (
             tuning.policy("on"),
             mock.patch.object(xla, "candidate_configs", candidates),
-            mock.patch.object(timing, "_time_one", timed),
+            mock.patch.object(timing, "_compiled", compiled),
             mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4),
         ):
             jaxpr = jax.make_jaxpr(ragged_paged_prefill)(*pack)
