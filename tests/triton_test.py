@@ -53,6 +53,8 @@ INTERPRETED = [
     small("window_float16", cfg=SPLIT),
     small("one_token_each_bfloat16", cfg=ONE_ROW),
     replace(small("tokens_without_sequence_float32"), spare_columns=0, tokens_before=40),
+    # tanh of what is nearly 0, times a huge cap.
+    replace(small("chunk_is_the_context_float32"), name="soft_cap_far_away", attn_logits_soft_cap=1e4),
     # A window of several blocks, so that some need no mask.
     cases.Case("window_of_blocks", ((20, 185),), head_dim=16, sliding_window=90, cfg=replace(SPLIT, num_splits=1)),
 ]
