@@ -121,12 +121,26 @@ def interpret_triton():
     lowering.KERNELS["cpu"]["triton"] = triton
 
 
-def check_interpreted(case):
-    """`cases.check` of a case, in a process prepared by `interpret_triton`."""
-    from paged_prefill import ragged_paged_prefill
-    from paged_prefill.tests import cases
+def check_interpreted(case, columns=None, kv_head=None):
+    """Holds a case to the reference, in a process prepared by `interpret_triton`.
 
-    cases.check(case, functools.partial(ragged_paged_prefill, platform="triton"))
+    `columns`, if given, is how many columns of the page table are left: keys past it are not seen. `kv_head`, if given,
+    is the one head of the cache that is attended to, by the query heads of its group, as on one device of several.
+    """
+    from paged_prefill.primitive.prefill import local_paged_prefill_p
+    from paged_prefill.tests import packs
+
+    pack = case.pack()
+    group, start, num_kv_heads = case.q_heads // case.kv_heads, kv_head or 0, case.kv_heads
+    if kv_head is not None:
+        pack, num_kv_heads = pack._replace(query=pack.query[:, kv_head * group : (kv_head + 1) * group]), 1
+    pack = pack._replace(page_indices=pack.page_indices[:, :columns])
+    parameters = dict(case.parameters, platform="triton", config=case.cfg)
+    results = local_paged_prefill_p.bind(*pack, np.int32(start), num_kv_heads=num_kv_heads, **parameters)
+    if kv_head is not None:
+        caches = (cache[kv_head : kv_head + 1] for cache in (pack.key_cache, pack.value_cache))
+        pack = pack._replace(**dict(zip(("key_cache", "value_cache"), caches)))
+    packs.assert_matches_reference(pack, *results, **case.parameters)
 
 
 def compile_launches(target, problems):

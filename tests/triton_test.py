@@ -53,6 +53,10 @@ INTERPRETED = [
     small("window_float16", cfg=SPLIT),
     small("one_token_each_bfloat16", cfg=ONE_ROW),
     replace(small("tokens_without_sequence_float32"), spare_columns=0, tokens_before=40),
+    # tanh of what is nearly 0, times a huge cap.
+    replace(small("chunk_is_the_context_float32"), name="soft_cap_far_away", attn_logits_soft_cap=1e4),
+    # A window of several blocks, so that some need no mask.
+    cases.Case("window_of_blocks", ((20, 185),), head_dim=16, sliding_window=90, cfg=replace(SPLIT, num_splits=1)),
 ]
 
 
@@ -71,6 +75,14 @@ class InterpretedTest(parameterized.TestCase):
     @parameterized.named_parameters(cases.named(INTERPRETED))
     def test_matches_reference_and_stays_inside_its_operands(self, case):
         self.interpreter.submit(triton_stand_ins.check_interpreted, case).result()
+
+    def test_keys_past_the_page_table_are_not_seen(self):
+        case = cases.Case("past_the_table", ((20, 80),), head_dim=16, page_size=4, cfg=SPLIT)
+        self.interpreter.submit(triton_stand_ins.check_interpreted, case, columns=14).result()
+
+    def test_a_device_attends_to_its_own_heads_of_a_whole_cache(self):
+        case = cases.Case("second_head", ((5, 40),), head_dim=16, cfg=SPLIT)
+        self.interpreter.submit(triton_stand_ins.check_interpreted, case, kv_head=1).result()
 
 
 TARGETS = {
