@@ -130,6 +130,7 @@ class CompiledTest(parameterized.TestCase):
 class HeuristicTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("a_full_grid_is_not_split", {}, 1),
+        ("nor_is_one_over_half_full", dict(tokens=320), 1),
         ("few_tiles_fill_the_multiprocessors", dict(tokens=128, pages_per_seq=2048), 4),
         ("tiles_of_4_warps_share_a_multiprocessor", dict(tokens=16, seqs=16, pages_per_seq=2048), 2),
         ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=64), 1),
