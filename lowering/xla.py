@@ -100,9 +100,9 @@ def _attend(
 
     def fetch(seq, first_run, *pools):  # -> a block of each, [num_kv_heads, keys, features]
         index = first_run + jnp.arange(runs_per_block, dtype=jnp.int32)
-        column = index if runs_per_page == 1 else index // runs_per_page
+        column = _divided(index, runs_per_page)
         page = _taken(sequences.page_indices, seq, jnp.minimum(column, sequences.page_indices.shape[1] - 1))
-        runs = page if runs_per_page == 1 else page * runs_per_page + index % runs_per_page
+        runs = page * runs_per_page + index - column * runs_per_page
         corner = jnp.stack(jnp.broadcast_arrays(sequences.pool[seq], kv_head_start, runs), axis=-1)
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
@@ -125,13 +125,13 @@ def _attend(
         else:
             scale = softmax_scale
         position = jnp.repeat(tile.position + row, q_heads // num_kv_heads)
-        origin = lax.div(tile.first_key, run) * run  # where the first block begins
-        blocks = lax.div(jnp.maximum(tile.key_end - origin, 0) + block_kv - 1, block_kv)
+        origin = _divided(tile.first_key, run) * run  # where the first block begins
+        blocks = _divided(jnp.maximum(tile.key_end - origin, 0) + block_kv - 1, block_kv)
 
         def step(masked, i, running):
             i, *pools = _kept_in_loop(i, key_runs, value_runs)
             tile = _Tile(*packed)
-            first_run = lax.div(tile.first_key, run) + i * runs_per_block
+            first_run = _divided(tile.first_key, run) + i * runs_per_block
             keys, values = fetch(seq, first_run, *pools)
             visible = None
             if masked:
@@ -149,8 +149,8 @@ def _attend(
         if height == config.block_q and (sliding_window is None or sliding_window >= height + block_kv):
             if sliding_window is not None:
                 left = tile.position + tile.rows - sliding_window - origin  # of the last row's window
-                begin = lax.div(jnp.maximum(left + block_kv - 1, 0), block_kv)
-            end = lax.div(jnp.maximum(jnp.minimum(tile.position + 1, capacity) - origin, 0), block_kv)
+                begin = _divided(jnp.maximum(left + block_kv - 1, 0), block_kv)
+            end = _divided(jnp.maximum(jnp.minimum(tile.position + 1, capacity) - origin, 0), block_kv)
             whole = jnp.maximum(end - begin, 0)
             running = lax.fori_loop(begin, begin + whole, functools.partial(step, False), running)
         m, l, acc = lax.fori_loop(
@@ -180,7 +180,7 @@ def _attend(
                 start, length, context_len = packed_sequence
                 first_row = i * height
                 if height < config.block_q:
-                    first_row += lax.div(length, config.block_q) * config.block_q
+                    first_row += _divided(length, config.block_q) * config.block_q
                 tile = _tile(start, length, context_len, first_row, height, capacity, sliding_window)
                 return attend_tile(query_here, height, seq, lax.optimization_barrier(jnp.stack(tile)), results)
 
@@ -201,9 +201,10 @@ def _tile_counts(length, tokens, block_q):
     First tiles of block_q rows, the last too if what is left fills more than half of it. Else what is left goes to
     tiles of PART_HEIGHT, or a single row to a tile of its own. Heights that so few tokens cannot need are left out.
     """
-    whole, rest = lax.div(length, block_q), lax.rem(length, block_q)
+    whole = _divided(length, block_q)
+    rest = length - whole * block_q
     most_in_parts = block_q // 2 if PART_HEIGHT < block_q else 1
-    parts = lax.div(rest + PART_HEIGHT - 1, PART_HEIGHT)
+    parts = _divided(rest + PART_HEIGHT - 1, PART_HEIGHT)
     counts = [  # height, the fewest tokens that need it, count
         (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts)),
         (PART_HEIGHT, 2, jnp.where((rest > 1) & (rest <= most_in_parts), parts, 0)),
@@ -233,6 +234,11 @@ def _tile(start, length, context_len, first_row, height, capacity, sliding_windo
 def _taken(array, *indices):
     """array[indices], for indices that are not negative; those too large count as the largest."""
     return array.at[indices].get(mode="clip", wrap_negative_indices=False)
+
+
+def _divided(number, by):
+    """number // by, neither negative: one operation, where rounding down for negative numbers would take seven."""
+    return lax.div(number, jnp.asarray(by, number.dtype))
 
 
 def _kept_in_loop(i, *arrays):
