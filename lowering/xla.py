@@ -1,25 +1,27 @@
 """The streaming lowering that runs anywhere XLA does: flash attention over pages, written with plain XLA operations.
 
-A sequence is cut into query tiles, all of the largest height but the last, which has the smallest height that holds
-what is left. So a tile's shape depends on its own sequence alone: a one-token row costs one row, and the bits of a
-sequence do not depend on the pack it is in. A tile walks over its keys a block at a time, from its window's start to
-its causal limit, and keeps the running maximum m, the sum l and the unnormalised output of Milakov and Gimelshein's
-online softmax (arXiv 1805.02867). Only a tile and a block of pages are ever materialised.
+A sequence is cut into query tiles of a few heights. The cut depends on its own length alone, so that a one-token row
+costs one row, and the bits of a sequence do not depend on the pack it is in. A tile walks over its keys a block at a
+time, from its window's start to its causal limit, and keeps the running maximum m, the sum l and the unnormalised
+output of Milakov and Gimelshein's online softmax (arXiv 1805.02867). Only a tile and a block of pages are ever
+materialised.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
 
-VERSION = 1
+VERSION = 2
 
-# Heights of a sequence's last tile. Their ratio bounds the rows computed in vain.
-TILE_HEIGHTS = (1, 16, 64, 256)
+# The height of the tiles that a small rest of a sequence is cut into.
+PART_HEIGHT = 32
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -28,16 +30,16 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-    """The sizes that were fastest in benchmarks/results/cpu.md, by which a block's logits stay within some MiB.
+    """The sizes that were best on the whole in benchmarks/results/cpu.md; a block's logits stay within some MiB.
 
     They depend on nothing that differs between a sequence alone and in a pack, so that its bits do not either.
     """
-    return PrefillPageAttentionConfig(block_q=512 if problem.q_heads <= 8 else 256, block_kv=512)
+    return PrefillPageAttentionConfig(block_q=256, block_kv=512)
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
     """The heuristic sizes and their neighbours."""
-    sizes = [(512, 512), (256, 512), (256, 1024), (128, 512), (128, 1024), (64, 512)]
+    sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 512), (64, 512)]
     others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
     first = heuristic_config(problem, device)
     return [first, *(config for config in others if config != first)]
@@ -47,13 +49,25 @@ def attend(query, key_pages, value_pages, sequences: Sequences, kv_head_start, *
     """See contract.py. Uses block_q and block_kv."""
     operands = (query, key_pages, value_pages, sequences, kv_head_start)
     if query.dtype == jnp.float32:
-        return _attend(*operands, **parameters, compute_dtype=jnp.float32)
-    # Few CPUs multiply 16-bit floats; XLA would convert the operands of every product one by one.
+        return _attend(*operands, **parameters, product_dtype=jnp.float32)
+    # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
+    on_cpu = query.dtype if query.dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16() else jnp.float32
     return lax.platform_dependent(
         *operands,
-        cpu=functools.partial(_attend, **parameters, compute_dtype=jnp.float32),
-        default=functools.partial(_attend, **parameters, compute_dtype=query.dtype),
+        cpu=functools.partial(_attend, **parameters, product_dtype=on_cpu),
+        default=functools.partial(_attend, **parameters, product_dtype=query.dtype),
     )
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU of this machine has instructions for it that XLA uses, as far as Linux says."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags.split()
 
 
 def _attend(
@@ -68,7 +82,7 @@ def _attend(
     attn_logits_soft_cap: float | None,
     sliding_window: int | None,
     config: PrefillPageAttentionConfig,
-    compute_dtype,
+    product_dtype,
 ):
     tokens, q_heads, _ = query.shape
     dtype, value_dim = query.dtype, value_pages.shape[-1]
@@ -77,7 +91,6 @@ def _attend(
     run = _largest_divisor(page_size, config.block_kv)
     runs_per_page, runs_per_block = page_size // run, max(1, config.block_kv // run)
     block_kv = runs_per_block * run
-    capacity = sequences.page_indices.shape[1] * page_size
 
     def in_runs(pages):
         pools, heads, num_pages, _, features = pages.shape
@@ -85,61 +98,63 @@ def _attend(
 
     key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
 
-    def fetch(runs, seq, indices):  # -> [num_kv_heads, keys, features]
-        column = jnp.minimum(indices // runs_per_page, sequences.page_indices.shape[1] - 1)
-        page = sequences.page_indices[seq, column] * runs_per_page + indices % runs_per_page
-        corner = jnp.stack(jnp.broadcast_arrays(sequences.pool[seq], kv_head_start, page), axis=-1)
-        dimensions = lax.GatherDimensionNumbers(offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2))
-        sizes = (1, num_kv_heads, 1, *runs.shape[-2:])
-        gathered = lax.gather(runs, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
-        return gathered.astype(compute_dtype).reshape(num_kv_heads, -1, runs.shape[-1])
+    def fetch(seq, first_run, *pools):  # -> a block of each, [num_kv_heads, keys, features]
+        index = first_run + jnp.arange(runs_per_block, dtype=jnp.int32)
+        column = _divided(index, runs_per_page)
+        page = _taken(sequences.page_indices, seq, jnp.minimum(column, sequences.page_indices.shape[1] - 1))
+        runs = page * runs_per_page + index - column * runs_per_page
+        corner = jnp.stack(jnp.broadcast_arrays(sequences.pool[seq], kv_head_start, runs), axis=-1)
+        dimensions = lax.GatherDimensionNumbers(
+            offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
+        )
 
-    def attend_tile(query, height, seq, first_row, results):
-        rows = first_row + jnp.arange(height, dtype=jnp.int32)
-        token = jnp.where(rows < sequences.length[seq], sequences.start[seq] + rows, tokens)
-        position = sequences.context_len[seq] - sequences.length[seq] + rows
-        first_position = position[0]
-        last_position = first_position + jnp.minimum(height, sequences.length[seq] - first_row) - 1
-        key_end = jnp.minimum(last_position + 1, capacity)
-        first_key = 0 if sliding_window is None else jnp.maximum(first_position - sliding_window + 1, 0)
-        first_run = first_key // run
-        num_blocks = (key_end - first_run * run + block_kv - 1) // block_kv
+        def block(pool):
+            sizes = (1, num_kv_heads, 1, *pool.shape[-2:])
+            gathered = lax.gather(pool, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
+            return gathered.astype(product_dtype).reshape(num_kv_heads, block_kv, pool.shape[-1])
 
-        tile = query.at[token].get(mode="clip")
-        tile = tile.reshape(height, num_kv_heads, -1, tile.shape[-1])
-        tile = tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, tile.shape[-1]).astype(compute_dtype)
-        if compute_dtype == jnp.float32:
-            tile, scale = tile * softmax_scale, 1.0  # once for each query, not for each logit
+        return map(block, pools)
+
+    def attend_tile(query, height, seq, packed, results):
+        tile, row = _Tile(*packed), jnp.arange(height, dtype=jnp.int32)
+        token = jnp.where(row < tile.rows, tile.token + row, tokens)
+        queries = _taken(query, token).reshape(height, num_kv_heads, -1, query.shape[-1])
+        queries = queries.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, query.shape[-1]).astype(product_dtype)
+        if product_dtype == jnp.float32:
+            queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         else:
             scale = softmax_scale
-        row_position = jnp.repeat(position, tile.shape[1] // height)[:, None]
+        position = jnp.repeat(tile.position + row, q_heads // num_kv_heads)
+        origin = _divided(tile.first_key, run) * run  # where the first block begins
+        blocks = _divided(jnp.maximum(tile.key_end - origin, 0) + block_kv - 1, block_kv)
 
         def step(masked, i, running):
-            i, keys, values = _kept_in_loop(i, key_runs, value_runs)
-            indices = first_run + i * runs_per_block + jnp.arange(runs_per_block, dtype=jnp.int32)
-            keys, values = fetch(keys, seq, indices), fetch(values, seq, indices)
+            i, *pools = _kept_in_loop(i, key_runs, value_runs)
+            tile = _Tile(*packed)
+            first_run = _divided(tile.first_key, run) + i * runs_per_block
+            keys, values = fetch(seq, first_run, *pools)
             visible = None
             if masked:
-                key = (indices[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
-                visible = (key <= row_position) & (key < key_end)
+                key = first_run * run + jnp.arange(block_kv, dtype=jnp.int32)
+                visible = (key <= position[:, None]) & (key < tile.key_end)
                 if sliding_window is not None:
-                    visible &= key > row_position - sliding_window
+                    visible &= key > position[:, None] - sliding_window
                 # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
-                values = jnp.where(((key >= first_key) & (key < key_end))[:, None], values, 0)
-            return _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_cap)
+                values = jnp.where(((key >= tile.first_key) & (key < tile.key_end))[:, None], values, 0)
+            return _attend_block(running, queries, keys, values, visible, scale, attn_logits_soft_cap)
 
-        # Blocks begin : end are seen whole by every row; only those before and after need masks.
-        begin = end = 0
-        running = _start(tile, value_dim)
+        # Blocks begin : end are seen whole by every row and need no mask; only tall tiles are worth a loop for them.
+        running = _start(queries, value_dim)
+        begin = whole = 0
         if height == config.block_q and (sliding_window is None or sliding_window >= height + block_kv):
             if sliding_window is not None:
-                begin = jnp.maximum(last_position - sliding_window + 1 - first_run * run + block_kv - 1, 0) // block_kv
-            end = (jnp.minimum(first_position + 1, capacity) - first_run * run) // block_kv
-            end = jnp.maximum(end, begin)
-            running = lax.fori_loop(begin, end, functools.partial(step, False), running)
-        whole = end - begin
+                left = tile.position + tile.rows - sliding_window - origin  # of the last row's window
+                begin = _divided(jnp.maximum(left + block_kv - 1, 0), block_kv)
+            end = _divided(jnp.maximum(jnp.minimum(tile.position + 1, capacity) - origin, 0), block_kv)
+            whole = jnp.maximum(end - begin, 0)
+            running = lax.fori_loop(begin, begin + whole, functools.partial(step, False), running)
         m, l, acc = lax.fori_loop(
-            0, num_blocks - whole, lambda i, running: step(True, i + jnp.where(i < begin, 0, whole), running), running
+            0, blocks - whole, lambda i, running: step(True, i + jnp.where(i < begin, 0, whole), running), running
         )
         out, lse = _finish(m, l, acc)
 
@@ -148,44 +163,82 @@ def _attend(
             return jnp.moveaxis(x, 0, 1).reshape(height, q_heads, *x.shape[3:])
 
         return tuple(
-            result.at[token].set(rows_first(x), mode="drop", unique_indices=True)
+            result.at[token].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
             for result, x in zip(results, (_bits(out.astype(dtype)), lse), strict=True)
         )
+
+    capacity = sequences.page_indices.shape[1] * page_size
+    # XLA compiles a kernel for every scalar that a loop's body takes from outside: these are taken together.
+    packed_sequences = jnp.stack([sequences.start, sequences.length, sequences.context_len], axis=1)
+
+    def attend_sequence(seq, results):
+        packed_sequence = lax.dynamic_index_in_dim(packed_sequences, seq, keepdims=False)
+        for height, count in _tile_counts(packed_sequence[1], tokens, config.block_q):
+
+            def body(i, results, height=height):
+                i, query_here = _kept_in_loop(i, query)
+                start, length, context_len = packed_sequence
+                first_row = i * height
+                if height < config.block_q:
+                    first_row += _divided(length, config.block_q) * config.block_q
+                tile = _tile(start, length, context_len, first_row, height, capacity, sliding_window)
+                return attend_tile(query_here, height, seq, lax.optimization_barrier(jnp.stack(tile)), results)
+
+            results = lax.fori_loop(0, count, body, results)
+        return results
 
     results = (
         _bits(jnp.zeros((tokens, q_heads, value_dim), dtype)),
         jnp.full((tokens, q_heads), -jnp.inf, jnp.float32),
     )
-    for height, count, locate in _tiles(sequences.length, tokens, config.block_q):
-
-        def body(i, results, height=height, locate=locate):
-            i, tokens_here = _kept_in_loop(i, query)
-            return attend_tile(tokens_here, height, *locate(i), results)
-
-        results = lax.fori_loop(0, count, body, results)
-    out_bits, lse = results
+    out_bits, lse = lax.fori_loop(0, sequences.length.shape[0], attend_sequence, results)
     return _floats(out_bits, dtype), lse
 
 
-def _tiles(length, tokens, block_q):
-    """Yields (height, number of tiles of that height, tile number -> (sequence, first row))."""
-    heights = [h for h in TILE_HEIGHTS if h < block_q] + [block_q]
-    rest = length % block_q
-    previous = 0
-    for height in heights:
-        if isinstance(tokens, int) and previous >= tokens:
-            return
-        whole = length // block_q if height == block_q else jnp.zeros_like(length)
-        per_sequence = whole + ((rest > previous) & (rest <= height))
-        ends = jnp.cumsum(per_sequence)
+def _tile_counts(length, tokens, block_q):
+    """How many tiles of which height cover a sequence of `length` rows, as pairs (height, count).
 
-        def locate(i, height=height, per_sequence=per_sequence, ends=ends):
-            seq = jnp.sum(ends <= i, dtype=jnp.int32)
-            within = i - (ends[seq] - per_sequence[seq])
-            return seq, (within if height == block_q else length[seq] // block_q) * block_q
+    First tiles of block_q rows, the last too if what is left fills more than half of it. Else what is left goes to
+    tiles of PART_HEIGHT, or a single row to a tile of its own. Heights that so few tokens cannot need are left out.
+    """
+    whole = _divided(length, block_q)
+    rest = length - whole * block_q
+    most_in_parts = block_q // 2 if PART_HEIGHT < block_q else 1
+    parts = _divided(rest + PART_HEIGHT - 1, PART_HEIGHT)
+    counts = [  # height, the fewest tokens that need it, count
+        (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts)),
+        (PART_HEIGHT, 2, jnp.where((rest > 1) & (rest <= most_in_parts), parts, 0)),
+        (1, 1, (rest == 1).astype(jnp.int32)),
+    ]
+    counts = counts[:1] + [count for count in counts[1:] if count[0] < block_q]
+    return [(height, n) for height, fewest, n in counts if not isinstance(tokens, int) or fewest <= tokens]
 
-        yield height, ends[-1], locate
-        previous = height
+
+class _Tile(NamedTuple):
+    """What there is to know of a tile, all int32. Loops are handed it packed into one array."""
+
+    token: Int[Array, ""]  # of its first row
+    rows: Int[Array, ""]  # of its height, those that exist
+    position: Int[Array, ""]  # where its first row stands in its sequence; negative before the context
+    first_key: Int[Array, ""]  # no row looks at keys outside first_key : key_end
+    key_end: Int[Array, ""]
+
+
+def _tile(start, length, context_len, first_row, height, capacity, sliding_window) -> _Tile:
+    rows = jnp.minimum(height, length - first_row)
+    position = context_len - length + first_row
+    first_key = jnp.zeros_like(position) if sliding_window is None else jnp.maximum(position - sliding_window + 1, 0)
+    return _Tile(start + first_row, rows, position, first_key, jnp.minimum(position + rows, capacity))
+
+
+def _taken(array, *indices):
+    """array[indices], for indices that are not negative; those too large count as the largest."""
+    return array.at[indices].get(mode="clip", wrap_negative_indices=False)
+
+
+def _divided(number, by):
+    """number // by, neither negative: one operation, where rounding down for negative numbers would take seven."""
+    return lax.div(number, jnp.asarray(by, number.dtype))
 
 
 def _kept_in_loop(i, *arrays):

@@ -1,6 +1,8 @@
 """What a call costs: memory of the order of a tile, time that follows context and window; and the kernel contract."""
 
+import re
 import time
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, lowering, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering import contract
+from paged_prefill.lowering import contract, xla
 from paged_prefill.tests import cases, packs
 
 
@@ -94,6 +96,42 @@ class CostTest(parameterized.TestCase):
         self.assertLess(self.ratio(pack(16, 1), pack(0, 0)), 4)
 
 
+class XlaTest(parameterized.TestCase):
+    @parameterized.parameters((True, "bf16"), (False, "f32"))
+    def test_bfloat16_is_right_in_the_products_of_either_kind_of_cpu(self, multiplies, dtype):
+        pack = cases.Case("products", ((70, 133), (1, 40), (3, 9)), dtype="bfloat16").pack()
+        call = jax.jit(lambda *p: ragged_paged_prefill(*p, return_lse=True, cfg=cases.SMALL_TILES))
+        with mock.patch.object(xla, "_cpu_multiplies_bfloat16", return_value=multiplies):
+            lowered = call.lower(*pack)
+        self.assertEqual(set(re.findall(r"dot_general .*: \(tensor<\S*x(\w+)>", lowered.as_text())), {dtype})
+        packs.assert_matches_reference(pack, *lowered.compile()(*pack))
+
+    @parameterized.parameters(
+        ("processor : 0\nflags\t\t: fpu avx512_bf16 amx_tile\n", True),
+        ("processor : 0\nflags\t\t: fpu avx512f\nbugs : avx512_bf16\n", False),
+        ("processor : 0\nFeatures\t: fp asimd\n", False),
+    )
+    def test_the_cpu_is_asked_what_it_multiplies(self, cpuinfo, multiplies):
+        ask = xla._cpu_multiplies_bfloat16.__wrapped__
+        with mock.patch("builtins.open", mock.mock_open(read_data=cpuinfo)):
+            self.assertEqual(ask(), multiplies)
+        with mock.patch("builtins.open", side_effect=FileNotFoundError):
+            self.assertFalse(ask())
+
+    @parameterized.parameters(1, 16, 32, 33, 64, 256)
+    def test_tiles_cover_every_length_and_little_more(self, block_q):
+        lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
+        counts = {height: np.asarray(n) for height, n in xla._tile_counts(jnp.asarray(lengths), 10**6, block_q)}
+        in_vain = sum(height * n for height, n in counts.items()) - lengths
+        self.assertBetween(in_vain.min(), 0, 0)
+        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, xla.PART_HEIGHT)))
+        np.testing.assert_array_equal(in_vain[lengths % block_q == 1], 0)
+        for tokens in lengths:  # heights left out where there are few tokens are not needed
+            needed = {height for height, n in counts.items() if n[:tokens].any()}
+            few = xla._tile_counts(jnp.asarray(lengths), int(tokens), block_q)
+            self.assertEqual({height for height, _ in few}, needed)
+
+
 class ContractTest(parameterized.TestCase):
     @parameterized.parameters(0, 1, 2)
     def test_flatten_is_one_pack_over_pools(self, cache_batch_dims):
@@ -151,7 +189,6 @@ class ContractTest(parameterized.TestCase):
             sliding_window=None,
         )
         device = contract.Device("cpu")
-        xla = lowering.KERNELS["cpu"]["xla"]
         self.assertIsNone(xla.supports(problem, device))
         candidates = xla.candidate_configs(problem, device)
         self.assertEqual(candidates[0], xla.heuristic_config(problem, device))

@@ -64,16 +64,19 @@ class PeersBugsTest(parameterized.TestCase):
         cases.check(case)
 
     def test_flashinfer_3130_vllm_50427_caches_of_more_than_2_31_elements(self):
-        """A pool of 2**31 + elements: tokens are appended past that and read back. Values are one feature, to be small."""
+        """A pool of 2**31 + elements: tokens are appended past that and read back. Values are one feature, to be small.
+
+        In float16, since jaxlib 0.10 would write bfloat16 in a float32 copy of 8 GiB.
+        """
         head_dim, page_size = 128, 16
         num_pages = 2**31 // (head_dim * page_size) + 5
-        make = jax.jit(lambda features: jnp.zeros((1, num_pages, page_size, features), jnp.bfloat16), static_argnums=0)
+        make = jax.jit(lambda features: jnp.zeros((1, num_pages, page_size, features), jnp.float16), static_argnums=0)
         keys, values = make(head_dim), make(1)
         self.assertGreater(keys.size, 2**31)
         rng = np.random.default_rng(0)
         tokens = 40
-        query, key = (jnp.asarray(rng.standard_normal((tokens, h, head_dim)), jnp.bfloat16) for h in (2, 1))
-        value = jnp.asarray(rng.standard_normal((tokens, 1, 1)), jnp.bfloat16)
+        query, key = (jnp.asarray(rng.standard_normal((tokens, h, head_dim)), jnp.float16) for h in (2, 1))
+        value = jnp.asarray(rng.standard_normal((tokens, 1, 1)), jnp.float16)
         pages = jnp.asarray([[num_pages - 1, 1, num_pages - 2]], jnp.int32)
         indices = jnp.asarray([tokens]), pages, jnp.asarray([0, tokens])
         # 2**31 elements before the last pages are pages 0 to 4: a wrapped offset would write and read these.
