@@ -84,6 +84,15 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
+    @parameterized.product(platform=PLATFORMS, head_dim=(64, 128, 256), softmax_scale=(1.0, -3.0))
+    def test_maxima_that_rise_from_block_to_block(self, platform, head_dim, softmax_scale):
+        """Logits of a deviation of 8 to 48: later blocks pass the maximum of earlier ones by a lot, and by a little."""
+        self.need(platform)
+        case = cases.Case("rising", SEQUENCES + ((150, 1500),), 4, 2, head_dim, page_size=16, dtype="bfloat16",
+                          softmax_scale=softmax_scale)
+        pack = case.pack()
+        packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
+
     @parameterized.product(page_size=(1, 5, 8, 16, 24, 128), dtype=("bfloat16", "float32"))
     def test_triton_takes_any_page_size(self, page_size, dtype):
         self.need("triton")
