@@ -33,7 +33,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_tpu_schedule import DEPTH, LANES, PRODUCTS_AT_ONCE, Items, Sizes, largest_divisor, sublanes
+from paged_prefill.lowering import mosaic_tpu_schedule as schedule
+from paged_prefill.lowering.mosaic_tpu_schedule import LANES, Items, Sizes, largest_divisor, sublanes
 
 COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 
@@ -232,7 +233,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
     def attend_few_rows():
         """As in decoding: only the slice of the tile that holds the item's rows."""
         rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
-        attend_rows((0, 1), None, lambda _: rows, PRODUCTS_AT_ONCE)
+        attend_rows((0, 1), None, lambda _: rows, schedule.PRODUCTS_AT_ONCE)
 
     def attend_rows(parts, whole_block, rows_of, masked_at_once):
         """Attends the rows rows_of(part) for every part in [start, end); `whole_block` says which need no mask."""
@@ -347,7 +348,7 @@ def _attend_step(
             values = mask.zero(values)
         parts = range(scratch.sums.shape[1])
         for part in parts:
-            keys = slice(part * DEPTH, min((part + 1) * DEPTH, sizes.chunk))
+            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, sizes.chunk))
             scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
         acc = acc_ref[head, rows.at] * _widen(scratch.fade[buffer, :count], acc_ref.shape[2])
         acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)

@@ -105,18 +105,23 @@ class CompileTest(parameterized.TestCase):
         memory = compile_for("v5e", pages=2**13, head_dim=64).memory_analysis()
         self.assertGreater(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 2)
 
-    def test_appending_and_attending_in_one_program_works_in_place(self):
-        def step(key_cache, value_cache, query, key, value, *pack):
-            caches = paged_prefill.append_to_pages(key_cache, value_cache, key, value, *pack)
-            return *caches, paged_prefill.ragged_paged_prefill(query, *caches, *pack, platform="pallas", cfg=SMALL)
+    @parameterized.parameters(64, 128)
+    def test_a_loop_of_appending_and_attending_works_in_place(self, head_dim):
+        def steps(key_cache, value_cache, query, key, value, *pack):
+            def step(caches, _):
+                caches = paged_prefill.append_to_pages(*caches, key, value, *pack)
+                out = paged_prefill.ragged_paged_prefill(query, *caches, *pack, platform="pallas", cfg=SMALL)
+                return caches, out
+
+            return jax.lax.scan(step, (key_cache, value_cache), length=3)
 
         device = device_of("v5e")
         row_major = Format(Layout((0, 1, 2, 3)), SingleDeviceSharding(device))
-        cache = jax.ShapeDtypeStruct((2, 2**13, 16, 64), "bfloat16", sharding=row_major)
-        rest = [((100, heads, 64), "bfloat16") for heads in (4, 2, 2)]
+        cache = jax.ShapeDtypeStruct((2, 2**13, 16, head_dim), "bfloat16", sharding=row_major)
+        rest = [((100, heads, head_dim), "bfloat16") for heads in (4, 2, 2)]
         rest += [(shape, "int32") for shape in ((3,), (3, 40), (4,))]
         rest = [jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in rest]
-        donating = jax.jit(step, donate_argnums=(0, 1), out_shardings=(row_major, row_major, None))
+        donating = jax.jit(steps, donate_argnums=(0, 1), out_shardings=((row_major, row_major), None))
         with compiling_for(device):
             compiled = donating.trace(cache, cache, *rest).lower(lowering_platforms=("tpu",)).compile()
         memory = compiled.memory_analysis()
