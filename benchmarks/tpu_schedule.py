@@ -17,6 +17,7 @@ import functools
 import glob
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -64,7 +65,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
         about.update(
             # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
             macs=found.heads_at_once(kv_heads) * problem.group * found.block_q * found.chunk * 2 * head_dim,
-            inner_loops=(found.chunks_per_block,),
+            inner_loops=(found.chunks_per_block,) if found.chunks_per_block > 1 else (),
             tile=(found.block_q, found.chunk * found.chunks_per_block),
         )
         return mosaic_tpu.attend(*flat, jnp.int32(0), **parameters, config=config)
@@ -213,10 +214,8 @@ def measure(generation, kernel, shape):
             return dict(error=child.stderr.strip().splitlines()[-1])
         about = json.loads(child.stdout.strip().splitlines()[-1])
         hot, around = hot_loop(dump)
-    outside, times = 0, 1
-    for trips, bundles in zip((*about["inner_loops"], 1), around):
-        times *= trips
-        outside += bundles * times
+    trips = (*about["inner_loops"], 1)  # of the loops around the hot one, from the inside out, for one key block
+    outside = sum(bundles * math.prod(trips[level:]) for level, bundles in enumerate(around[: len(trips)]))
     block_q, block_kv = about["tile"]
     rate = about["macs"] / hot.bundles
     return dict(

@@ -3,6 +3,9 @@
 One pallas_call runs a whole pack. Its grid walks over the items of mosaic_tpu_schedule.py, the rows of one sequence in
 one tile of the query; what it does with one is in mosaic_tpu_kernel.py. Here is what the rest of lowering/ calls: which
 problems it supports, the sizes it runs with, and the call itself.
+
+It reads caches in row-major layout, rows padded to whole registers. A cache in another layout, as XLA prefers where
+the last dimension is no multiple of 128, is copied before the call; the README says how to allocate it.
 """
 
 import functools
