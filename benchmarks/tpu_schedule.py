@@ -6,9 +6,9 @@ Compiles this project's kernel and, beside it, JAX's ragged_paged_attention and,
 names the directory of an unpacked wheel, tpu-inference's v3, each for the same attention, and has the compiler write
 its final bundles. A bundle is one cycle when nothing stalls; what waiting for copies costs is not in it. Prints, of the
 loop that does the matrix products of unmasked keys: multiply-adds of q . k and p . v (what the attention needs, not
-what the matrix unit pads it to) per bundle, as a share of the chip's peak; its bundles; the vector registers spilled in
-it; and the bundles outside it that one key block costs, for 1024 keys and 256 query tokens. Needs `pip install
-"jax[tpu]"`.
+what the matrix unit pads it to) per bundle, as a share of the chip's peak; its bundles and the vector registers spilled
+in it, both per 2**28 multiply-adds so that they compare; and the bundles outside it that one key block costs, for 1024
+keys and 256 query tokens. Needs `pip install "jax[tpu]"`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import functools
 import glob
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -64,7 +65,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
         about.update(
             # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
             macs=found.heads_at_once(kv_heads) * problem.group * found.block_q * found.chunk * 2 * head_dim,
-            inner_loops=(found.chunks_per_block,),
+            inner_loops=(found.chunks_per_block,) if found.chunks_per_block > 1 else (),
             tile=(found.block_q, found.chunk * found.chunks_per_block),
         )
         return mosaic_tpu.attend(*flat, jnp.int32(0), **parameters, config=config)
@@ -94,7 +95,11 @@ def jax_ragged_paged_attention(device, *, q_heads, kv_heads, head_dim, page_size
 
 
 def tpu_inference_v3(device, *, q_heads, kv_heads, head_dim, page_size):
-    """tpu-inference's kernel with its default sizes; only its kernel files are loaded, not the package around them."""
+    """tpu-inference's kernel, of which only the files are loaded, not the package around them.
+
+    With its default sizes for v5 and v6, on 7x too: of its own there, 512 queries x 2048 keys, it needs more VMEM than
+    the 64 MiB that JAX reports.
+    """
     import jax.numpy as jnp
 
     for name in ("tpu_inference", "tpu_inference.kernels"):
@@ -109,6 +114,7 @@ def tpu_inference_v3(device, *, q_heads, kv_heads, head_dim, page_size):
         v3.ragged_paged_attention,
         sm_scale=head_dim**-0.5,
         m_block_sizes=(block_q, block_kv, 512 // group, chunk),
+        d_block_sizes=(1, 128, 1, 128),  # of its kernel for decoding, which has no work here: small, to compile fast
         vmem_limit_bytes=60 * 2**20,
     )
     new = ((CHUNK_TOKENS, kv_heads, head_dim), "bfloat16")
@@ -208,18 +214,16 @@ def measure(generation, kernel, shape):
             return dict(error=child.stderr.strip().splitlines()[-1])
         about = json.loads(child.stdout.strip().splitlines()[-1])
         hot, around = hot_loop(dump)
-    outside, times = 0, 1
-    for trips, bundles in zip((*about["inner_loops"], 1), around):
-        times *= trips
-        outside += bundles * times
+    trips = (*about["inner_loops"], 1)  # of the loops around the hot one, from the inside out, for one key block
+    outside = sum(bundles * math.prod(trips[level:]) for level, bundles in enumerate(around[: len(trips)]))
     block_q, block_kv = about["tile"]
     rate = about["macs"] / hot.bundles
     return dict(
         seconds=about["seconds"],
-        bundles=hot.bundles,
+        bundles=2**28 / rate,
         rate=rate,
         share=rate / PEAK[generation],
-        spills=hot.spills,
+        spills=hot.spills * 2**28 / about["macs"],
         outside=outside * (256 / block_q) * (1024 / block_kv),
     )
 
@@ -240,7 +244,7 @@ def main():
         for generation in arguments.generations.split(","):
             for kernel in kernels:
                 row = measure(generation, kernel, shape)
-                cells = "{rate:,.0f} | {share:.0%} | {bundles:,} | {spills:,} | {outside:,.0f} | {seconds:.0f}"
+                cells = "{rate:,.0f} | {share:.0%} | {bundles:,.0f} | {spills:,.0f} | {outside:,.0f} | {seconds:.0f}"
                 cells = row.get("error") or cells.format(**row)
                 print(f"| {shape} | {generation} | {kernel} | {cells} |", flush=True)
 

@@ -3,6 +3,9 @@
 One pallas_call runs a whole pack. Its grid walks over the items of mosaic_tpu_schedule.py, the rows of one sequence in
 one tile of the query; what it does with one is in mosaic_tpu_kernel.py. Here is what the rest of lowering/ calls: which
 problems it supports, the sizes it runs with, and the call itself.
+
+It reads caches in row-major layout, rows padded to whole registers. A cache in another layout, as XLA prefers where
+the last dimension is no multiple of 128, is copied before the call; the README says how to allocate it.
 """
 
 import functools
@@ -18,7 +21,7 @@ from paged_prefill.lowering.contract import Device, Problem, Sequences
 from paged_prefill.lowering.mosaic_tpu_kernel import Scratch, kernel
 from paged_prefill.lowering.mosaic_tpu_schedule import LANES, power_of_2, round_up, sublanes
 
-VERSION = 1
+VERSION = 2
 
 BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
 SMEM_BYTES = 3 * 2**18  # of the chip's 1 MiB, what items and page tables may take
@@ -79,8 +82,12 @@ def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     pages = 2 * problem.num_kv_heads * sizes.run * sizes.runs_per_block * features * itemsize
     tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * round_up(problem.q_heads, LANES) * 4
     running = rows * (round_up(problem.value_dim, LANES) + 2 * LANES) * 4
-    step = schedule.PRODUCTS_AT_ONCE * problem.group * sizes.part * (round_up(sizes.chunk, LANES) + features) * 4
-    return pages + tiles + running + step
+    per_row = sizes.chunk * (4 + itemsize) + LANES * 4
+    per_row += -(-sizes.chunk // schedule.DEPTH) * round_up(problem.value_dim, LANES) * 4
+    buffers = 2 * problem.group * sizes.part * per_row
+    # What the compiler keeps of a masked step besides.
+    step = 2 * problem.group * sizes.part * (round_up(sizes.chunk, LANES) + features) * 4
+    return pages + tiles + running + buffers + step
 
 
 def smem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -145,7 +152,7 @@ def attend(
     group = q_heads // num_kv_heads
     seqs, pages_per_seq = sequences.page_indices.shape
     sizes = schedule.sizes_of(config, group, page_size, query.dtype)
-    block_q, rows = sizes.block_q, group * sizes.block_q
+    block_q, rows, part_rows = sizes.block_q, group * sizes.block_q, group * sizes.part
     items, count = schedule.work_items(sequences, tokens, pages_per_seq * page_size, block_q, sliding_window)
 
     # With a scale that is not positive, the sign goes to the query: the maximum is taken before scaling.
@@ -174,6 +181,10 @@ def attend(
         acc=pltpu.VMEM((heads, rows, value_dim), jnp.float32),
         m=pltpu.VMEM((heads, rows, LANES), jnp.float32),
         l=pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        logits=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.float32),
+        weights=pltpu.VMEM((2, part_rows, sizes.chunk), value_pages.dtype),
+        fade=pltpu.VMEM((2, part_rows, LANES), jnp.float32),
+        sums=pltpu.VMEM((2, -(-sizes.chunk // schedule.DEPTH), part_rows, value_dim), jnp.float32),
         slot=pltpu.SMEM((1,), jnp.int32),
         page_sems=pltpu.SemaphoreType.DMA((2,)),
         table_sems=pltpu.SemaphoreType.DMA((2,)),
@@ -230,3 +241,4 @@ def attend(
 def _cores() -> int:
     """Cores of one device, over which a grid's parallel dimension is spread: 2 in megacore mode (v4, v5p), else 1."""
     return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+

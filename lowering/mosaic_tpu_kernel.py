@@ -18,11 +18,13 @@ arXiv 1805.02867), in powers of 2, which is what the chip computes:
     l' = fade l + sum_j p_j   out' = fade out + p v
 
 with s = q . k and c = softmax_scale log2(e), or s = tanh(softmax_scale q . k / cap) and c = cap log2(e) with a soft
-cap. That the values of one product are added while the softmax of the next one runs is also how tpu-inference's ragged
-paged attention (arXiv 2604.15464) hides the softmax.
+cap. The products of one KV head overlap with the softmax of another, as in tpu-inference's ragged paged attention
+(arXiv 2604.15464). The logits of a product are four times what the registers hold, so logits, weights and weighted
+values pass through buffers in VMEM, of which two are in turn.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -31,7 +33,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_tpu_schedule import LANES, PRODUCTS_AT_ONCE, Items, Sizes, largest_divisor, sublanes
+from paged_prefill.lowering import mosaic_tpu_schedule as schedule
+from paged_prefill.lowering.mosaic_tpu_schedule import LANES, Items, Sizes, largest_divisor, sublanes
 
 COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 
@@ -45,6 +48,10 @@ class Scratch(NamedTuple):
     acc: object  # VMEM [kv_heads, rows, value_dim] float32
     m: object  # VMEM [kv_heads, rows, LANES] float32, the same in every lane
     l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
+    logits: object  # VMEM [2, rows of a part, chunk] float32
+    weights: object  # VMEM [2, rows of a part, chunk]
+    fade: object  # VMEM [2, rows of a part, LANES] float32, the same in every lane
+    sums: object  # VMEM [2, chunk / DEPTH, rows of a part, value_dim] float32, weights times values
     slot: object  # SMEM [1], the buffer that holds the next block to compute with
     page_sems: object  # DMA [2]
     table_sems: object  # DMA [2]
@@ -152,7 +159,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
             query_ref=query_ref,
             keys_ref=scratch.keys.at[slot],
             values_ref=scratch.values.at[slot],
-            running=(scratch.m, scratch.l, scratch.acc),
+            scratch=scratch,
             sizes=sizes,
             softmax_scale=softmax_scale,
             soft_cap=soft_cap,
@@ -177,7 +184,8 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
                 def _(heads):
                     for run in range(share):
                         copy(chunk * sizes.runs_per_chunk + heads * share + run)
-                    step(chunk, [(heads * at_once + i, rows) for i in range(at_once) for rows in tile_parts])
+                    pairs = itertools.product(range(at_once), tile_parts)
+                    step(chunk, [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)])
 
         def masked():
             fetch_next(block, 1 - slot)
@@ -195,7 +203,10 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
 
                     @pl.loop(0, kv_heads // at_once)
                     def _(heads):
-                        step(chunk, [(heads * at_once + i, rows) for i in range(at_once)], mask)
+                        # If every buffer's number were known when compiling, the compiler would keep the buffers in
+                        # registers, of which there are too few, and spill.
+                        buffers = [lax.rem(part + i, 2) for i in range(at_once)]
+                        step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask)
 
         if whole_block is None:
             return masked()
@@ -217,12 +228,12 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
             whole = all_parts & (end <= position + row_start + 1) & (end + block_kv <= key_end)
             return whole if window is None else whole & (first_key > position + row_end - 1 - window)
 
-        attend_rows(parts, whole_block, part_rows, PRODUCTS_AT_ONCE // 2)
+        attend_rows(parts, whole_block, part_rows, 1)
 
     def attend_few_rows():
         """As in decoding: only the slice of the tile that holds the item's rows."""
         rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
-        attend_rows((0, 1), None, lambda _: rows, PRODUCTS_AT_ONCE)
+        attend_rows((0, 1), None, lambda _: rows, schedule.PRODUCTS_AT_ONCE)
 
     def attend_rows(parts, whole_block, rows_of, masked_at_once):
         """Attends the rows rows_of(part) for every part in [start, end); `whole_block` says which need no mask."""
@@ -290,11 +301,14 @@ class Mask(NamedTuple):
 
 
 def _attend_step(
-    chunk, products, mask: Mask | None = None, *, query_ref, keys_ref, values_ref, running, sizes: Sizes, softmax_scale,
-    soft_cap,
+    chunk, products, mask: Mask | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch, sizes: Sizes,
+    softmax_scale, soft_cap,
 ):  # fmt: skip
-    """Folds a chunk of keys into the running values of `products`: pairs of a KV head and Rows."""
-    m_ref, l_ref, acc_ref = running
+    """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
+
+    Neighbours have different buffers.
+    """
+    m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
@@ -304,9 +318,14 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def softmax(head, rows):
+    def logits(buffer, head, rows):
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
         s = product(query, keys_ref[runs, head].reshape(sizes.chunk, -1), 1)
+        scratch.logits[buffer, : s.shape[0]] = s
+
+    def softmax(buffer, head, rows):
+        count = group * rows.count
+        s = scratch.logits[buffer, :count]
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
         if mask is not None:
@@ -319,23 +338,28 @@ def _attend_step(
         fade = jnp.exp2((m - shift) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + _lane_sums(p)
-        return p.astype(values_ref.dtype), fade
+        scratch.weights[buffer, :count] = p.astype(values_ref.dtype)
+        scratch.fade[buffer, :count] = fade
 
-    def add_values(head, rows, p, fade):
+    def add_values(buffer, head, rows):
+        count = group * rows.count
         values = values_ref[runs, head].reshape(sizes.chunk, -1)
         if mask is not None:
             values = mask.zero(values)
-        acc = acc_ref[head, rows.at]
-        acc_ref[head, rows.at] = acc * _widen(fade, acc.shape[1]) + product(p, values, 0)
+        parts = range(scratch.sums.shape[1])
+        for part in parts:
+            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, sizes.chunk))
+            scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
+        acc = acc_ref[head, rows.at] * _widen(scratch.fade[buffer, :count], acc_ref.shape[2])
+        acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
 
-    # The values of one product are added while the softmax of the next one runs.
-    previous = None
-    for head, rows in products:
-        current = head, rows, *softmax(head, rows)
-        if previous is not None:
-            add_values(*previous)
-        previous = current
-    add_values(*previous)
+    # The logits of the next product come first: the matrix unit computes them while the softmax runs.
+    logits(*products[0])
+    for current, following in zip(products, [*products[1:], None]):
+        if following is not None:
+            logits(*following)
+        softmax(*current)
+        add_values(*current)
 
 
 def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):

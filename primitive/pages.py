@@ -64,7 +64,9 @@ def _append(key_cache, value_cache, key, value, context_lens, page_indices, quer
 
     def write(cache, new):
         new = jnp.moveaxis(new.reshape(-1, *new.shape[-2:]), 1, 0)
-        return cache.at[:, page, slot].set(new, mode="drop")
+        # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop.
+        at = (jnp.broadcast_to(x, new.shape[:2]) for x in (page, slot))
+        return jax.vmap(lambda pages, new, page, slot: pages.at[page, slot].set(new, mode="drop"))(cache, new, *at)
 
     return write(key_cache, key), write(value_cache, value)
 
