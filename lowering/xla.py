@@ -98,12 +98,12 @@ def _attend(
 
     key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
 
-    def fetch(seq, first_run, *pools):  # -> a block of each, [num_kv_heads, keys, features]
+    def fetch(tile, first_run, *pools):  # -> a block of each, [num_kv_heads, keys, features]
         index = first_run + jnp.arange(runs_per_block, dtype=jnp.int32)
         column = _divided(index, runs_per_page)
-        page = _taken(sequences.page_indices, seq, jnp.minimum(column, sequences.page_indices.shape[1] - 1))
+        page = _taken(sequences.page_indices, tile.seq, jnp.minimum(column, sequences.page_indices.shape[1] - 1))
         runs = page * runs_per_page + index - column * runs_per_page
-        corner = jnp.stack(jnp.broadcast_arrays(sequences.pool[seq], kv_head_start, runs), axis=-1)
+        corner = jnp.stack(jnp.broadcast_arrays(tile.pool, kv_head_start, runs), axis=-1)
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
         )
@@ -115,7 +115,7 @@ def _attend(
 
         return map(block, pools)
 
-    def attend_tile(query, height, seq, packed, results):
+    def attend_tile(query, height, packed, results):
         tile, row = _Tile(*packed), jnp.arange(height, dtype=jnp.int32)
         token = jnp.where(row < tile.rows, tile.token + row, tokens)
         queries = _taken(query, token).reshape(height, num_kv_heads, -1, query.shape[-1])
@@ -125,14 +125,14 @@ def _attend(
         else:
             scale = softmax_scale
         position = jnp.repeat(tile.position + row, q_heads // num_kv_heads)
-        origin = _divided(tile.first_key, run) * run  # where the first block begins
+        origin = tile.first_run * run  # where the first block begins
         blocks = _divided(jnp.maximum(tile.key_end - origin, 0) + block_kv - 1, block_kv)
 
         def step(masked, i, running):
             i, *pools = _kept_in_loop(i, key_runs, value_runs)
             tile = _Tile(*packed)
-            first_run = _divided(tile.first_key, run) + i * runs_per_block
-            keys, values = fetch(seq, first_run, *pools)
+            first_run = tile.first_run + i * runs_per_block
+            keys, values = fetch(tile, first_run, *pools)
             visible = None
             if masked:
                 key = first_run * run + jnp.arange(block_kv, dtype=jnp.int32)
@@ -168,21 +168,22 @@ def _attend(
         )
 
     capacity = sequences.page_indices.shape[1] * page_size
+    describe = functools.partial(
+        _tile, block_q=config.block_q, capacity=capacity, sliding_window=sliding_window, run=run
+    )
     # XLA compiles a kernel for every scalar that a loop's body takes from outside: these are taken together.
-    packed_sequences = jnp.stack([sequences.start, sequences.length, sequences.context_len], axis=1)
+    seqs = sequences.length.shape[0]
+    packed_sequences = jnp.stack([jnp.arange(seqs, dtype=jnp.int32), *sequences[:4]], axis=1)
 
     def attend_sequence(seq, results):
         packed_sequence = lax.dynamic_index_in_dim(packed_sequences, seq, keepdims=False)
-        for height, count in _tile_counts(packed_sequence[1], tokens, config.block_q):
+        _, _, length, _, _ = packed_sequence
+        for height, count in _tile_counts(length, tokens, config.block_q):
 
             def body(i, results, height=height):
-                i, query_here = _kept_in_loop(i, query)
-                start, length, context_len = packed_sequence
-                first_row = i * height
-                if height < config.block_q:
-                    first_row += _divided(length, config.block_q) * config.block_q
-                tile = _tile(start, length, context_len, first_row, height, capacity, sliding_window)
-                return attend_tile(query_here, height, seq, lax.optimization_barrier(jnp.stack(tile)), results)
+                i, query_here, sequence_here = _kept_in_loop(i, query, packed_sequence)
+                tile = describe(*sequence_here, i, height=height)
+                return attend_tile(query_here, height, lax.optimization_barrier(jnp.stack(tile)), results)
 
             results = lax.fori_loop(0, count, body, results)
         return results
@@ -191,7 +192,7 @@ def _attend(
         _bits(jnp.zeros((tokens, q_heads, value_dim), dtype)),
         jnp.full((tokens, q_heads), -jnp.inf, jnp.float32),
     )
-    out_bits, lse = lax.fori_loop(0, sequences.length.shape[0], attend_sequence, results)
+    out_bits, lse = lax.fori_loop(0, seqs, attend_sequence, results)
     return _floats(out_bits, dtype), lse
 
 
@@ -217,18 +218,26 @@ def _tile_counts(length, tokens, block_q):
 class _Tile(NamedTuple):
     """What there is to know of a tile, all int32. Loops are handed it packed into one array."""
 
+    seq: Int[Array, ""]
+    pool: Int[Array, ""]
     token: Int[Array, ""]  # of its first row
     rows: Int[Array, ""]  # of its height, those that exist
     position: Int[Array, ""]  # where its first row stands in its sequence; negative before the context
     first_key: Int[Array, ""]  # no row looks at keys outside first_key : key_end
     key_end: Int[Array, ""]
+    first_run: Int[Array, ""]  # that holds first_key
 
 
-def _tile(start, length, context_len, first_row, height, capacity, sliding_window) -> _Tile:
+def _tile(seq, start, length, context_len, pool, i, *, height, block_q, capacity, sliding_window, run) -> _Tile:
+    """A sequence's tile number i of those that have this height."""
+    first_row = i * height
+    if height < block_q:  # what is left beside whole tiles
+        first_row += _divided(length, block_q) * block_q
     rows = jnp.minimum(height, length - first_row)
     position = context_len - length + first_row
     first_key = jnp.zeros_like(position) if sliding_window is None else jnp.maximum(position - sliding_window + 1, 0)
-    return _Tile(start + first_row, rows, position, first_key, jnp.minimum(position + rows, capacity))
+    key_end = jnp.minimum(position + rows, capacity)
+    return _Tile(seq, pool, start + first_row, rows, position, first_key, key_end, _divided(first_key, run))
 
 
 def _taken(array, *indices):
