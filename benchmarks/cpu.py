@@ -23,6 +23,9 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 
+# PyTorch's idle threads would else spin into the turn of the contender that follows it: this project's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
 LARGEST_TEMPORARIES = 64  # MiB
 SLOWEST_BESIDE_TORCH = 1.1
