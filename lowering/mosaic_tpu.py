@@ -241,4 +241,3 @@ def attend(
 def _cores() -> int:
     """Cores of one device, over which a grid's parallel dimension is spread: 2 in megacore mode (v4, v5p), else 1."""
     return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
-
