@@ -320,8 +320,10 @@ def _attend_step(
 
     def logits(buffer, head, rows):
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        s = product(query, keys_ref[runs, head].reshape(sizes.chunk, -1), 1)
-        scratch.logits[buffer, : s.shape[0]] = s
+        keys = keys_ref[runs, head].reshape(sizes.chunk, -1)
+        for row in range(0, len(query), schedule.LOGIT_ROWS):
+            strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
+            scratch.logits[buffer, strip] = product(query[strip], keys, 1)
 
     def softmax(buffer, head, rows):
         count = group * rows.count

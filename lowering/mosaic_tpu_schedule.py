@@ -17,6 +17,7 @@ from paged_prefill.lowering.contract import Sequences
 LANES = 128
 CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
+LOGIT_ROWS = 256  # rows whose logits one product computes: more would hold up registers that the values need
 DEPTH = 256  # keys whose weighted values one product adds up
 PRODUCTS_AT_ONCE = 2  # pairs of products in one step, each with a buffer of its own so that they overlap
 
