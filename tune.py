@@ -1,7 +1,8 @@
 """Times configurations ahead of time: `python -m paged_prefill.tune --heads 32/8 --head-dim 128 --page-size 16`.
 
 Prints a table of candidates for each shape, the heuristic one first, and keeps the one to use in the user's table, or
-with --write in a table that can be shipped. With --show it times nothing, and says what a call of each shape would use and why.
+with --write in a table that can be shipped. With --show it times nothing, and says what a call of each shape would use
+and why.
 """
 
 import argparse

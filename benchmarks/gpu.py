@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
+from paged_prefill import ragged_paged_prefill
 
 # name: sequences, new tokens of each, context of each, q_heads, kv_heads, head_dim, window, soft cap
 CASES = {

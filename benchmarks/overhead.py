@@ -7,7 +7,6 @@ are ready, and calls under jit with a table of the user's beside such calls with
 
 import functools
 import os
-from pathlib import Path
 import statistics
 import tempfile
 import time
