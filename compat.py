@@ -2,6 +2,7 @@
 
 import importlib
 
+import jax
 from jax._src import dispatch
 
 
@@ -30,3 +31,12 @@ def mlir_dialects(*names):
     JAX 0.10 to 0.12 hand out `jax.interpreters.mlir.ir` but no dialect beside StableHLO's.
     """
     return [importlib.import_module(f"jaxlib.mlir.dialects.{name}") for name in names]
+
+
+def wgmma_m64(*operands, element_type, **parameters):
+    """One group of Hopper's matrix instructions, 64 rows each. JAX 0.10 has one name for its operands' type, later two."""
+    from jax.experimental.mosaic.gpu.wgmma import wgmma_m64 as emit  # for Hopper only, so not loaded before
+
+    if jax.__version_info__ < (0, 11):
+        return emit(*operands, element_type=element_type, **parameters)
+    return emit(*operands, a_element_type=element_type, b_element_type=element_type, **parameters)

@@ -1,6 +1,6 @@
 """Times the GPU kernels beside FlashInfer: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages 16,128].
 
-Prints a row for each case and page size: TFLOP/s of this project's kernel, of FlashInfer's FA3 and FA2 over the same
+Prints a row for each case and page size: TFLOP/s of this project's kernels, of FlashInfer's FA3 and FA2 over the same
 pages, and the ratios. Every number is the median of several loops of calls that follow one another without a pause, the
 contenders taking turns in one process. FlashInfer (flashinfer-python and PyTorch) is optional.
 """
@@ -124,46 +124,41 @@ def median_ms(contenders: dict) -> dict[str, float]:
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-def measure(name, page_size, platform="cuda", peers=("fa3", "fa2"), cfgs=None) -> dict:
+def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
     """One row of the table: TFLOP/s of every contender that runs, or why it does not."""
     case = CASES[name]
-    cfgs = cfgs or {"ours": None}
-    makers = {label: functools.partial(ours, platform, page_size, case, cfg) for label, cfg in cfgs.items()}
+    makers = {platform: functools.partial(ours, platform, page_size, case) for platform in platforms}
     if case[-1] is None:
         makers |= {peer: functools.partial(flashinfer, peer, page_size, case) for peer in peers}
     contenders, row = {}, dict(case=name, page_size=page_size)
     for label, make in makers.items():
         try:
-            contenders[label] = make()
-        except Exception as error:  # a peer that cannot run a case is a row of the table too
+            call, wait = contenders[label] = make()
+            wait(call())  # compiles
+        except Exception as error:  # a kernel that cannot run a case is a row of the table too
             row[label] = f"{type(error).__name__}: {error}"[:200]
-    for label in list(contenders):  # compile
-        try:
-            jax.block_until_ready(contenders[label][0]())
-        except Exception as error:  # pylint: disable=broad-except
-            row[label] = f"{type(error).__name__}: {error}"[:200]
-            del contenders[label]
+            contenders.pop(label, None)
     for label, ms in median_ms(contenders).items():
         row[f"{label} ms"], row[label] = round(ms, 4), round(flops(*case) / ms / 1e9, 1)
-    rates = [row[p] for p in peers if isinstance(row.get(p), float)]
-    if rates and isinstance(row.get("ours"), float):
-        row |= {f"ours / {p}": round(row["ours"] / row[p], 3) for p in peers if isinstance(row.get(p), float)}
-    return row
+    timed = [label for label in makers if label in contenders]
+    pairs = [(own, peer) for own in platforms for peer in peers if own in timed and peer in timed]
+    return row | {f"{own} / {peer}": round(row[own] / row[peer], 3) for own, peer in pairs}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--pages", default="16,128")
-    parser.add_argument("--platform", default="cuda", choices=("cuda", "triton", "xla", "auto"))
+    parser.add_argument("--platforms", default="cuda", help="this project's kernels, by commas: cuda, triton, xla")
     parser.add_argument("--peers", default="fa3,fa2", help="FlashInfer backends, by commas; empty for none")
     arguments = parser.parse_args()
     peers = tuple(filter(None, arguments.peers.split(",")))
     print(json.dumps(dict(jax=jax.__version__, device=jax.devices()[0].device_kind)), flush=True)
     print(json.dumps({"matmul": round(2 * 8192**3 / median_ms({"m": matmul()})["m"] / 1e9, 1)}), flush=True)
-    for name in arguments.cases.split(","):
-        for page_size in map(int, arguments.pages.split(",")):
-            print(json.dumps(measure(name, page_size, arguments.platform, peers)), flush=True)
+    platforms = tuple(arguments.platforms.split(","))
+    for page_size in map(int, arguments.pages.split(",")):
+        for name in arguments.cases.split(","):
+            print(json.dumps(measure(name, page_size, platforms, peers)), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ the query.
 """
 
 from dataclasses import dataclass
+import itertools
 import math
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ from jaxtyping import Array, Int
 
 # A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
 MAX_CONTEXT = 2**30
+
+# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a reduction,
+# or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
+FEW_SEQUENCES = 8
 
 
 class Sequences(NamedTuple):
@@ -139,7 +144,11 @@ def flatten(query, key_cache, value_cache, context_lens, page_indices, query_off
     def per_sequence(array):
         return array.reshape(packs * seqs, *array.shape[len(lead) + 1 :])
 
-    offsets = jax.lax.cummax(jnp.clip(query_offsets, 0, tokens), axis=query_offsets.ndim - 1)
+    offsets = jnp.clip(query_offsets, 0, tokens)
+    if seqs <= FEW_SEQUENCES:
+        offsets = jnp.stack(list(itertools.accumulate(jnp.unstack(offsets, axis=-1), jnp.maximum)), axis=-1)
+    else:
+        offsets = jax.lax.cummax(offsets, axis=offsets.ndim - 1)
     pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
     start = offsets[..., :-1].reshape(packs, seqs) + pack * tokens
     sequences = Sequences(

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
-from paged_prefill.lowering.mosaic_gpu_kernel import COLUMNS, MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch
-from paged_prefill.lowering.tiles import schedule
+from paged_prefill.lowering.mosaic_gpu_kernel import COLUMNS, MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.tiles import merge_splits, schedule, tiles_at_most
 
-VERSION = 2
+VERSION = 3
 
 SHARED_BYTES = 227 * 1024
 
@@ -49,6 +49,7 @@ def attend(
         head_dim=head_dim,
         value_dim=value_dim,
         page_size=page_size,
+        tiles=tiles_at_most(tokens, *sequences.start.shape, config.block_q),
         pages_per_seq=sequences.page_indices.shape[1],
         keys_per_head=num_pages * page_size,
         block_q=config.block_q,
@@ -67,9 +68,9 @@ def attend(
     )
     # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
     first_row = (tiles.pool * cache_kv_heads + kv_head_start) * plan.keys_per_head
-    records = jnp.stack([*tiles, first_row], axis=1)
+    table = table_of(tiles, first_row, sequences.page_indices)
     rows = (key_pages.reshape(-1, head_dim), value_pages.reshape(-1, value_dim))
-    out, lse = launch(plan, records, sequences.page_indices, query, *rows)
+    out, lse = launch(plan, table, query, *rows)
 
     # The kernel leaves logsumexps (and, with split keys, outputs) tile by tile; here each token fetches its own.
     head = jnp.arange(q_heads)
@@ -79,18 +80,8 @@ def attend(
     row = in_group % plan.heads * plan.block_q + place_in_tile[:, None]
     lse = lse[:, block, row]
     if plan.splits == 1:
-        return out, lse[0]
-    return _merge(out[:, block, row], lse, query.dtype)
-
-
-def _merge(out, lse, dtype):
-    """Combines attentions over disjoint keys [splits, tokens, heads, ...] by their logsumexps."""
-    largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
-    total = jnp.sum(weights, axis=0)
-    seen = jnp.where(total > 0, total, 1.0)
-    out = jnp.sum(out * weights[..., None], axis=0) / seen[..., None]
-    return out.astype(dtype), largest + jnp.log(seen)
+        return out.reshape(tokens, q_heads, value_dim), lse[0]
+    return merge_splits(out[:, block, row], lse, query.dtype)
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -121,14 +112,11 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     """Sizes from the shape and the chip; measured in benchmarks/results."""
     block_kv = _block_kv(problem)
     tokens_per_seq = -(-problem.tokens // problem.seqs)
-    widest = max(problem.head_dim, problem.value_dim)
     warpgroups = 2
     if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
         warpgroups = 1 if rows <= WARPGROUP_ROWS else 2
-    elif widest == 64 and tokens_per_seq >= 3 * WARPGROUP_ROWS:
-        heads, warpgroups = 1, 3
     else:
         heads = 2 if problem.group % 2 == 0 else 1
     block_q = warpgroups * WARPGROUP_ROWS // heads
@@ -144,7 +132,6 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
     first = heuristic_config(problem, device)
     rows = (first.num_warps // 4 - 1) * WARPGROUP_ROWS
     changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
-    changes += [dict(num_warps=12, block_q=128), dict(num_warps=12, block_q=64)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
     fits = [c for c in found if c.num_stages > 1 and misfit(problem, c) is None]
@@ -166,13 +153,13 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
     rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
     ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
-    return 2 * (rows * max(problem.head_dim, problem.value_dim) + ring) + 3072
+    return 2 * (rows * problem.head_dim + ring) + 3072
 
 
 def misfit(problem: Problem, config: PrefillPageAttentionConfig) -> str | None:
     """What is wrong with sizes for a problem, or None."""
-    if config.num_warps not in (8, 12, 16):
-        return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
+    if config.num_warps not in (8, 12):
+        return f"cfg.num_warps must be 8 or 12 (4 of them load), got {config.num_warps}"
     rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
     whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
     if config.block_q < 8 or rows % config.block_q or not whole:

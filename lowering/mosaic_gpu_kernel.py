@@ -2,12 +2,15 @@
 
 The block takes a *tile*: some tokens of one sequence, for some of the query heads that share a KV head, 64 rows (a head
 and a token) to each compute warpgroup. One more warpgroup only loads: its warps copy keys and values page by page, from
-where they lie into the rows of a swizzled tile in shared memory.
+where they lie into the rows of a swizzled tile in shared memory, and the query rows of the next tile.
 
-The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.08608): the one whose turn it is issues the
-output of block j - 1 and the logits of block j, and while it works out their softmax, the tensor cores are another's.
+The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.08608): the one whose turn it is starts the
+logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block i. Blocks are
+taken from the last to the first, so that those which need a mask come first.
+
 The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near the
-largest logit: it follows only where a logit passes it by SLACK, so that most blocks leave the output unscaled.
+largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has passed it
+by far, once more by the new one: most blocks look for no maximum, and scale no output.
 """
 
 from dataclasses import dataclass
@@ -18,25 +21,22 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 from jaxtyping import Array, Int
-import numpy as np
 
-from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
+from paged_prefill.lowering.mosaic_gpu_operations import any_in_warp, moved, settled, start_products, store_rows
 from paged_prefill.lowering.tiles import Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
-SWIZZLE_BYTES = 128
-COLUMNS = 64  # 16-bit elements in a swizzled row
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
-# Registers of a thread that computes and of one that loads; one computing warpgroup has all it can use from the start.
-REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Registers of a thread that computes and of one that loads, of two computing warpgroups; one has all from the start.
+REGISTERS = (240, 24)
+TABLE_COLUMNS = len(Tiles._fields) + 1
 LOG2_E = math.log2(math.e)
-SLACK = 8.0  # in powers of 2: weights of at most 256, which 16 bits hold as well as weights of at most 1
-WGMMA, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+# Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
+LARGEST_SUM = 256.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Plan:
     head_dim: int
     value_dim: int
     page_size: int
+    tiles: int
     pages_per_seq: int
     keys_per_head: int  # slots of one head of one pool
     block_q: int
@@ -78,6 +79,11 @@ class Plan:
         return self.num_kv_heads * self.head_tiles_per_group
 
     @property
+    def query_parts(self) -> int:
+        """Parts of 64 columns, a swizzled row each."""
+        return self.head_dim // COLUMNS
+
+    @property
     def run(self) -> int:
         """Keys of one copy: they lie together, in one page."""
         return min(self.page_size, self.block_kv)
@@ -88,39 +94,37 @@ class Plan:
         return min(self.block_q, WARPGROUP_ROWS)
 
 
-def launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
+def table_of(tiles: Tiles, first_row, page_indices):
+    """All integers that the kernel reads, in one array: a row a tile, its first_row last, and then the page indices.
+
+    One array is one small kernel before this one, where two are two.
+    """
+    return jnp.concatenate([jnp.stack([*tiles, first_row], axis=1).reshape(-1), page_indices.reshape(-1)])
+
+
+def launch(plan: Plan, table, query, key_rows, value_rows):
     """Runs the kernel. Returns out and lse [splits, tiles, rows]; split, out has lse's shape and value_dim."""
     dtype = jnp.dtype(plan.dtype)
-    blocks = records.shape[0] * plan.head_tiles
+    blocks = plan.tiles * plan.head_tiles
     lse_type = jax.ShapeDtypeStruct((plan.splits, blocks, plan.rows), jnp.float32)
-    out_type = jax.ShapeDtypeStruct((*query.shape[:2], plan.value_dim), dtype)
+    out_type = jax.ShapeDtypeStruct((query.shape[0] * query.shape[1], plan.value_dim), dtype)
     if plan.splits > 1:
         out_type = jax.ShapeDtypeStruct((*lse_type.shape, plan.value_dim), jnp.float32)
 
-    tiled = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-    plain = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)
-
-    def shared(features, transforms):
-        shape = (plan.warpgroups, features // COLUMNS, WARPGROUP_ROWS, COLUMNS)
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
     def ring(features):
-        return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=tiled)
+        return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=TILED)
 
     # The same bytes seen in two ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's.
-    rows_of_tile = plgpu.RefUnion(
-        [shared(plan.head_dim, plain)],
-        [shared(plan.head_dim, tiled)],
-        [shared(plan.value_dim, plain)],
-        [shared(plan.value_dim, tiled)],
-    )
-    slabs = WARPGROUP_ROWS // plan.slab
+    query_shape = (plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
+    query_views = [plgpu.SMEM(query_shape, dtype, transforms=transforms) for transforms in (TILED[1:], TILED)]
     copies = plan.block_kv // plan.run
+    slabs = plan.rows // plan.slab
     scratch = dict(
-        rows_of_tile=rows_of_tile,
+        query_views=plgpu.RefUnion(*([view] for view in query_views)),
         keys=ring(plan.head_dim),
         values=ring(plan.value_dim),
-        query_here=plgpu.Barrier(num_arrivals=slabs * (plan.head_dim // COLUMNS), num_barriers=plan.warpgroups),
+        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
         keys_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         values_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
@@ -141,15 +145,15 @@ def launch(plan: Plan, records, page_indices, query, key_rows, value_rows):
         ),
         kernel_name="paged_prefill",
     )
-    return kernel(records, page_indices, query, key_rows, value_rows)
+    return kernel(table, query, key_rows, value_rows)
 
 
-def _kernel(plan: Plan, records, page_indices, query, key_rows, value_rows, out, lse, **scratch):
+def _kernel(plan: Plan, table, query, key_rows, value_rows, out, lse, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    pieces = records.shape[0] * plan.splits * plan.head_tiles
+    pieces = plan.tiles * plan.splits * plan.head_tiles
     blocks = min(pieces, MULTIPROCESSORS)
     block = lax.axis_index("block")
 
@@ -158,7 +162,7 @@ def _kernel(plan: Plan, records, page_indices, query, key_rows, value_rows, out,
 
         def turn(i, done):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, records, jnp.minimum(index, pieces - 1))
+            piece = _piece(plan, table, jnp.minimum(index, pieces - 1))
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
@@ -170,16 +174,16 @@ def _kernel(plan: Plan, records, page_indices, query, key_rows, value_rows, out,
     @pl.when(warpgroup < plan.warpgroups)
     def _():
         if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
             # The first turn is the first warpgroup's.
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        each_piece(lambda piece, done: _compute(plan, piece, done, warpgroup, query, out, lse, **scratch))
+        each_piece(lambda piece, done: _compute(plan, piece, done, warpgroup, query.shape[1], out, lse, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
         if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
-        _load(plan, each_piece, page_indices, key_rows, value_rows, **scratch)
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        _load(plan, each_piece, table, query, key_rows, value_rows, **scratch)
 
 
 class Piece(NamedTuple):
@@ -188,29 +192,30 @@ class Piece(NamedTuple):
     tile: Tiles
     split: Int[Array, ""]
     head_tile: Int[Array, ""]
-    first: Int[Array, ""]  # block of keys
+    last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
     first_row: Int[Array, ""]  # of the KV head, in the caches as matrices of rows
 
 
-def _piece(plan: Plan, records, index) -> Piece:
+def _piece(plan: Plan, table, index) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
     split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
-    record = lax.div(index, plan.head_tiles * plan.splits)
-    *fields, first_row = [records[record, i] for i in range(len(Tiles._fields) + 1)]
+    row = lax.div(index, plan.head_tiles * plan.splits) * TABLE_COLUMNS
+    *fields, first_row = [table[row + i] for i in range(TABLE_COLUMNS)]
     tile = Tiles(*fields)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
     first = tile.first_block + split * share
+    steps = jnp.maximum(jnp.minimum(share, tile.end_block - first), 1)
     return Piece(
         tile=tile,
         split=split,
         head_tile=head_tile,
-        first=first,
-        steps=jnp.maximum(jnp.minimum(share, tile.end_block - first), 1),
+        last=first + steps - 1,
+        steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
         first_row=first_row + kv_head * plan.keys_per_head,
@@ -218,23 +223,36 @@ def _piece(plan: Plan, records, index) -> Piece:
 
 
 def _load(
-    plan, each_piece, page_indices, key_rows, value_rows, *,
-    keys, values, keys_here, values_here, keys_free, values_free, **_
+    plan, each_piece, table, query, key_rows, value_rows, *,
+    query_views, keys, values, query_here, query_free, keys_here, values_here, keys_free, values_free, **_
 ):
-    """Copies the blocks of keys and values, page by page: half of a block is one warp's work."""
+    """Copies each piece's query rows, and its blocks of keys and values page by page: half a block is a warp's work."""
+    [[query_slots], _] = query_views
 
-    def copy(offsets, source, ring, here, free):
+    def copy_query(piece, done):
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
+        for row in range(0, plan.rows, plan.slab):
+            head, token = divmod(row, plan.block_q)
+            for part in range(plan.query_parts):
+                tokens, columns = pl.ds(piece.tile.start + token, plan.slab), pl.ds(part * COLUMNS, COLUMNS)
+                slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
+                plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
+
+    def copy(offsets, source, ring, here, free, before=None):
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = page_indices[piece.tile.seq, column]
+            page = table[plan.tiles * TABLE_COLUMNS + piece.tile.seq * plan.pages_per_seq + column]
             return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
 
         def copy_piece(piece, done):
+            if before is not None:
+                before(piece, done)
+
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)
-                rows = [row_of(piece, (piece.first + i) * plan.block_kv + offset) for offset in offsets]
+                rows = [row_of(piece, (piece.last - i) * plan.block_kv + offset) for offset in offsets]
 
                 @pl.when(done + i >= plan.stages)
                 def _():
@@ -256,36 +274,22 @@ def _load(
         warp = lax.axis_index("warp")
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
+                before = copy_query if part == 0 else None
                 copy_keys = functools.partial(copy, share, key_rows, keys, keys_here, keys_free)
-                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free)
+                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free, before)
                 pl.when(warp == 2 * part)(copy_keys)
                 pl.when(warp == 2 * part + 1)(copy_values)
 
 
 def _compute(
-    plan, piece, done, warpgroup, query, out, lse, *,
-    rows_of_tile, keys, values, query_here, keys_here, values_here, keys_free, values_free, turn, cleaned
+    plan, piece, done, warpgroup, q_heads, out, lse, *,
+    query_views, keys, values, query_here, query_free, keys_here, values_here, keys_free, values_free, turn, cleaned
 ):
     """One compute warpgroup's 64 rows: `slab` tokens of one head, then of the next."""
     dtype = jnp.dtype(plan.dtype)
-    tile, first, steps = piece.tile, piece.first, piece.steps
-    [query_rows], [query_tile], [out_rows], [out_tile] = rows_of_tile
+    tile, steps = piece.tile, piece.steps
+    [_, [query_tile]] = query_views
     shape = (WARPGROUP_ROWS, plan.block_kv)
-
-    def slabs():
-        """(first row in the warpgroup, head in the group, first token in the tile) of each slab."""
-        for row in range(0, WARPGROUP_ROWS, plan.slab):
-            in_tile = warpgroup * WARPGROUP_ROWS + row
-            yield row, lax.div(in_tile, plan.block_q), lax.rem(in_tile, plan.block_q)
-
-    def load_query():
-        for row, in_group, token in slabs():
-            for c in range(plan.head_dim // COLUMNS):
-                place = (pl.ds(tile.start + token, plan.slab), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS))
-                source = query.at[place]
-                target = query_rows.at[warpgroup, c, pl.ds(row, plan.slab)]
-                plgpu.copy_gmem_to_smem(source, target, query_here.at[warpgroup])
-        plgpu.barrier_wait(query_here.at[warpgroup])
 
     def take_turn():
         if plan.warpgroups > 1:
@@ -298,51 +302,74 @@ def _compute(
     def slot_of(i):
         return lax.rem(done + i, plan.stages)
 
-    def multiply_keys(logits, i):
-        for c in range(plan.head_dim // COLUMNS):
-            columns = keys.at[slot_of(i), :, pl.ds(c * COLUMNS, COLUMNS)]
-            plgpu.wgmma(logits, query_tile.at[warpgroup, c], columns.transpose((1, 0)))
+    def rows():
+        """(head in the tile, token in the tile) of each row."""
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS) + warpgroup * WARPGROUP_ROWS
+        return lax.div(row, plan.block_q), lax.rem(row, plan.block_q)
 
     def visible(i):
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + lax.rem(
-            warpgroup * WARPGROUP_ROWS, plan.block_q
-        )
-        if plan.block_q < WARPGROUP_ROWS:
-            row = lax.rem(row, plan.block_q)
-        # Positions relative to the tile's first token.
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + (
-            (first + i) * plan.block_kv - tile.position
-        )
-        seen = (key <= row) & (key < tile.end_key - tile.position)
-        return seen if plan.window is None else seen & (key > row - plan.window)
+        # Positions relative to the tile's first token; a key as its column in the block.
+        _, token = rows()
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+        block = (piece.last - i) * plan.block_kv - tile.position
+        last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
+        seen = key <= lax.broadcast_in_dim(last, shape, [0])
+        if plan.window is None:
+            return seen
+        return seen & (key > lax.broadcast_in_dim(token - block - plan.window, shape, [0]))
 
-    def softmax(logits, m, l, i, masked):
-        """Weights, and what the rows know now: the maximum m and the sum l."""
-        # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before, and the
-        # difference be one fused operation. That errs by 2^-24 of the product, too much where products are huge.
-        if plan.soft_cap is not None:
-            logits, unit, largest = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap)), plan.soft_cap * LOG2_E, 1
-        elif plan.softmax_scale > 0:
-            unit, largest = plan.softmax_scale * LOG2_E, 4096
+    # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
+    if plan.soft_cap is not None:
+        unit, largest = plan.soft_cap * LOG2_E, 1
+    elif plan.softmax_scale > 0:
+        unit, largest = plan.softmax_scale * LOG2_E, 4096
+    else:
+        unit, largest = LOG2_E, math.inf
+
+    def weigh(logits, m):
+        """Weights by the maximum m, and their sums over every eighth column."""
+        if unit * largest <= 4096:  # one fused operation, which errs by 2^-24 of the product: too much where it is huge
+            exponents = logits * unit - lax.broadcast_in_dim(m * unit, shape, [0])
         else:
-            logits, unit, largest = logits * plan.softmax_scale, LOG2_E, math.inf
-        if masked:
-            logits = jnp.where(visible(i), logits, -jnp.inf)
-        m_next = jnp.maximum(m, _fold(jnp.maximum, logits).max(axis=1))
-        # A maximum that is passed by less than SLACK stays, so that the output need not be scaled: any will do.
-        m_next = jnp.where(m_next - m > SLACK / unit, m_next, m)
-        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
-        if unit * largest <= 4096:
-            exponents = logits * unit - lax.broadcast_in_dim(shift * unit, shape, [0])
-        else:
-            exponents = (logits - lax.broadcast_in_dim(shift, shape, [0])) * unit
-        fade = jnp.exp2((m - shift) * unit)
+            exponents = (logits - lax.broadcast_in_dim(m, shape, [0])) * unit
         weights = jnp.exp2(exponents)
-        return weights.astype(dtype), m_next, l * lax.broadcast_in_dim(fade, l.shape, [0]) + _fold(jnp.add, weights), fade
+        # The barrier keeps LLVM from moving the conversion behind the vote, where it takes twice the registers.
+        return lax.optimization_barrier(weights.astype(dtype)), _fold(jnp.add, weights)
+
+    def follow(logits, acc, m, l, masked=True, passed=None):
+        """Weights by the new maximum, of the rows that `passed` the old one or of all; and the output, m and l by it."""
+        m_next = jnp.maximum(m, _fold(jnp.maximum, logits).max(axis=1))
+        if passed is not None:
+            m_next = jnp.where(passed, m_next, m)
+        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
+        weights, sums = weigh(logits, shift)
+        fade = jnp.exp2((m - shift) * unit)
+        acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
+        return weights, acc, m_next, l + sums
+
+    def softmax(logits, output, m, l, i, masked):
+        """The weights of block i, and the output so far, m and l with it. `output` waits for the output's product."""
+        if plan.soft_cap is not None:
+            logits = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap))
+        elif plan.softmax_scale <= 0:
+            logits = logits * plan.softmax_scale
+        if masked:
+            return follow(jnp.where(visible(i), logits, -jnp.inf), output(), m, l)
+        weights, sums = weigh(logits, m)
+        passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
+        anyone = any_in_warp(passed)
+        acc, weights = output(), moved(weights)
+
+        def again():
+            # A row's bits do not depend on the other rows of its warp.
+            own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
+            return follow(logits, acc, m, l, masked=False, passed=own)
+
+        return lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
 
     def clean_values(i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
-        start = (first + i) * plan.block_kv
+        start = (piece.last - i) * plan.block_kv
 
         @pl.when((start < tile.first_key) | (start + plan.block_kv > tile.end_key))
         def _():
@@ -362,11 +389,14 @@ def _compute(
 
     def start():
         """Block 0: its logits, and no output yet."""
+        plgpu.barrier_wait(query_here)
         plgpu.barrier_wait(keys_here.at[slot_of(0)])
         take_turn()
 
         def products(logits):
-            multiply_keys(logits, 0)
+            for part in range(plan.query_parts):
+                columns = keys.at[slot_of(0), :, pl.ds(part * COLUMNS, COLUMNS)]
+                plgpu.wgmma(logits, query_tile.at[warpgroup, part], columns.transpose((1, 0)))
             pass_turn()
             return logits[...]
 
@@ -375,34 +405,35 @@ def _compute(
         m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
         l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, 8), jnp.float32), WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.value_dim), jnp.float32), WGMMA)
-        weights, m, l, _ = softmax(logits, m, l, 0, masked=True)
+        running = softmax(logits, lambda: acc, m, l, 0, masked=True)
         plgpu.barrier_wait(values_here.at[slot_of(0)])
         clean_values(0)
-        return acc, m, l, weights
+        return running
 
     def step(masked, i, running):
-        """Block i's logits and weights, and behind them the output of block i - 1."""
-        acc, m, l, weights = running
+        """Block i's logits and weights, and the output of block i - 1."""
+        weights, acc, m, l = running
         plgpu.barrier_wait(keys_here.at[slot_of(i)])
         take_turn()
-
-        def products(accumulators):
-            output, logits = accumulators
-            plgpu.wgmma(output, weights, values.at[slot_of(i - 1)])
-            multiply_keys(logits, i)
-            pass_turn()
-
-        logits = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
-        acc, logits = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(logits)))
-        plgpu.barrier_arrive(values_free.at[slot_of(i - 1)])
+        operands = (query_tile.at[warpgroup], keys.at[slot_of(i)], acc, weights, values.at[slot_of(i - 1)])
+        logits, acc = start_products(*operands)
+        pass_turn()
+        logits = settled(logits, still_running=1)
         plgpu.barrier_arrive(keys_free.at[slot_of(i)])
-        weights, m, l, fade = softmax(logits, m, l, i, masked)
-        plgpu.barrier_wait(values_here.at[slot_of(i)])
-        return _scale_rows(acc, fade), m, l, weights
+
+        def output():
+            # The wait for the next values is a loop, which ptxas moves no wait for products across: so none comes early.
+            plgpu.barrier_wait(values_here.at[slot_of(i)])
+            done = settled(acc, still_running=0)
+            plgpu.barrier_arrive(values_free.at[slot_of(i - 1)])
+            return done
+
+        return softmax(logits, output, m, l, i, masked)
 
     def finish(running):
         """The output of the last block, and the rows' results."""
-        acc, m, l, weights = running
+        weights, acc, m, l = running
+        plgpu.barrier_arrive(query_free)
         clean_values(steps - 1)
         take_turn()
 
@@ -417,40 +448,27 @@ def _compute(
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
         return acc, jnp.where(l > 0, m * to_natural + jnp.log(l), -jnp.inf)
 
-    def store(acc):
-        """Writes the rows that are the tile's own: as many as are left, in copies of 64, 32, ... 1 of them."""
-        for c in range(plan.value_dim // COLUMNS):
-            out_tile[warpgroup, c] = acc[:, c * COLUMNS : (c + 1) * COLUMNS].astype(dtype)
-        plgpu.commit_smem()
-        for row, in_group, token in slabs():
-            left = jnp.where(in_group < piece.heads_left, jnp.clip(tile.length - token, 0, plan.slab), 0)
-            for bit in range(plan.slab.bit_length()):
-                size = 1 << bit
-                done = lax.shift_left(lax.shift_right_logical(left, bit + 1), bit + 1)
-                for c in range(plan.value_dim // COLUMNS):
-                    source = out_rows.at[warpgroup, c, pl.ds(row + done, size)]
-                    place = (pl.ds(tile.start + token + done, size), piece.head + in_group, pl.ds(c * COLUMNS, COLUMNS))
-                    plgpu.copy_smem_to_gmem(source, out.at[place], lax.bitwise_and(left, size) != 0)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    load_query()
-    # Blocks that every row sees whole need no mask: they lie from `clear` to `edge`.
-    clear = 1
+    # Blocks that every row sees whole need no mask: from block `edge` on, and up to block `clear`.
+    whole = lax.div(jnp.minimum(tile.position + 1, tile.end_key), plan.block_kv)
+    edge = jnp.clip(piece.last + 1 - whole, 1, steps)
+    clear = steps
     if plan.window is not None:
         last_window = tile.position + tile.length - plan.window
-        clear = jnp.clip(lax.div(last_window + plan.block_kv - 1, plan.block_kv) - first, 1, steps)
-    edge = jnp.clip(lax.div(jnp.minimum(tile.position + 1, tile.end_key), plan.block_kv) - first, clear, steps)
+        first_whole = lax.div(last_window + plan.block_kv - 1, plan.block_kv)
+        clear = jnp.clip(piece.last + 1 - first_whole, edge, steps)
     running = start()
+    running = lax.fori_loop(1, edge, functools.partial(step, True), running)
+    running = lax.fori_loop(edge, clear, functools.partial(step, False), running)
     if plan.window is not None:
-        running = lax.fori_loop(1, clear, functools.partial(step, True), running)
-    running = lax.fori_loop(clear, edge, functools.partial(step, False), running)
-    running = lax.fori_loop(edge, steps, functools.partial(step, True), running)
+        running = lax.fori_loop(clear, steps, functools.partial(step, True), running)
     acc, row_lse = finish(running)
     own_tile = (piece.split, tile.index * plan.head_tiles + piece.head_tile)
     own_rows = (*own_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
     lse[own_rows] = row_lse
     if plan.splits == 1:
-        store(acc)
+        head, token = rows()
+        owned = (token < tile.length) & (head < piece.heads_left)
+        store_rows(acc.astype(dtype), jnp.where(owned, (tile.start + token) * q_heads + piece.head + head, -1), out)
     else:
         out[own_rows] = acc
 
@@ -464,29 +482,3 @@ def _fold(combine, array):
     while len(parts) > 1:
         parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2])]
     return parts[0]
-
-
-def _scale_rows(array, factors):
-    """array * factors[:, None]. A warp whose factors are all 1 does nothing: Pallas has no such vote, Mosaic GPU has."""
-    arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
-    like = plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout=WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS), return_type=like)
-    def scale(_, array, factors):
-        one = mgpu.FragmentedArray.splat(arith.constant(ir.F32Type.get(), 1.0), factors.shape, factors.layout)
-        differs = [vector.extract(flag, [], [0]) for flag in (factors != one).registers.flat]
-        i32 = ir.IntegerType.get_signless(32)
-        mine = arith.extui(i32, functools.reduce(arith.ori, differs))
-        vote = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
-        anyone = arith.trunci(differs[0].type, llvm.inline_asm(i32, [mine], vote, "=r,r", has_side_effects=True))
-        kept = list(array.registers.flat)
-        branch = scf.IfOp(anyone, [register.type for register in kept], has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            scaled = array * factors.broadcast_in_dim(array.shape, (0,), array.layout)
-            scf.yield_(list(scaled.registers.flat))
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(kept)
-        registers = np.asarray(branch.results, dtype=object).reshape(array.registers.shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
-
-    return scale(array, factors)

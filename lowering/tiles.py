@@ -1,15 +1,14 @@
-"""How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first."""
+"""How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first; and split keys."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.contract import Sequences
-
-# Up to so many sequences, sums over them are written out: XLA fuses those, where every reduction is one more kernel.
-FEW_SEQUENCES = 8
+from paged_prefill.lowering.contract import FEW_SEQUENCES, Sequences
 
 
 class Tiles(NamedTuple):
@@ -45,44 +44,63 @@ def schedule(
     `sequences` ascend in the pack, as `contract.flatten` lays them.
     """
     seqs = sequences.start.shape[0]
-    # Stretches of tokens: before the first sequence, the first, between it and the second, ... after the last.
-    bounds = jnp.stack([sequences.start, sequences.start + sequences.length], axis=1).reshape(-1)
-    begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
-    size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
-    counts = -(-size // block_q)
-    # The number of tiles up to each stretch's end.
-    ends = list(itertools.accumulate(counts)) if seqs <= FEW_SEQUENCES else jnp.cumsum(counts)
+    few = seqs <= FEW_SEQUENCES
+    # Stretches of tokens: before the first sequence, the first, between it and the second, ... after the last. Arrays
+    # over them, or lists of scalars where they are few.
+    starts, lengths = sequences.start, sequences.length
+    if few:
+        bounds = [bound for start, length in zip(starts, lengths) for bound in (start, start + length)]
+        begin = [jnp.int32(0), *bounds]
+        size = [end - first for first, end in zip(begin, [*bounds, jnp.int32(tokens)])]
+        counts = [lax.div(n + (block_q - 1), jnp.int32(block_q)) for n in size]
+        ends = list(itertools.accumulate(counts))  # the number of tiles up to each stretch's end
+        firsts = [jnp.int32(0), *ends[:-1]]
+    else:
+        bounds = jnp.stack([starts, starts + lengths], axis=1).reshape(-1)
+        begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
+        size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
+        counts = lax.div(size + (block_q - 1), jnp.int32(block_q))
+        ends = jnp.cumsum(counts)
+        firsts = ends - counts
+
+    def take(values, places):
+        """values[places], for places within."""
+        if few:
+            return sum(jnp.where(places == i, value, 0) for i, value in enumerate(values))
+        return values[places]
 
     def describe(tile) -> Tiles:
         """Tiles by their index."""
-        if seqs <= FEW_SEQUENCES:
+        if few:
             stretch = sum((tile >= end).astype(jnp.int32) for end in ends)
         else:
             stretch = jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32)
         exists = stretch <= 2 * seqs
         stretch = jnp.minimum(stretch, 2 * seqs)
-        seq = jnp.minimum(stretch // 2, seqs - 1)
-        owned = exists & (stretch % 2 == 1)
-        within = (tile - jnp.asarray(ends)[stretch] + counts[stretch]) * block_q  # first token, in its stretch
+        seq = jnp.minimum(lax.div(stretch, jnp.int32(2)), seqs - 1)
+        owned = exists & (stretch == 2 * seq + 1)
+        stretch_size = take(size, stretch)
+        within = (tile - take(firsts, stretch)) * block_q  # first token, in its stretch
 
-        context_len = jnp.where(owned, sequences.context_len[seq], 0)
-        length = jnp.where(exists, jnp.minimum(size[stretch] - within, block_q), 0)
-        position = context_len - size[stretch] + within
+        context_len = jnp.where(owned, take(sequences.context_len, seq), 0)
+        length = jnp.where(exists, jnp.minimum(stretch_size - within, block_q), 0)
+        position = context_len - stretch_size + within
         end_key = jnp.minimum(context_len, capacity)
         first_key = seen_from = jnp.zeros_like(position)
         if sliding_window is not None:
-            first_key = jnp.clip(context_len - size[stretch] - sliding_window + 1, 0, end_key)
+            first_key = jnp.clip(context_len - stretch_size - sliding_window + 1, 0, end_key)
             seen_from = jnp.clip(position - sliding_window + 1, 0, end_key)
-        first_block = seen_from // block_kv
+        first_block = lax.div(seen_from, jnp.int32(block_kv))
+        end_block = lax.div(jnp.clip(position + length, 0, end_key) + (block_kv - 1), jnp.int32(block_kv))
         return Tiles(
             index=tile,
-            start=jnp.where(exists, begin[stretch] + within, tokens),
+            start=jnp.where(exists, take(begin, stretch) + within, tokens),
             length=length,
             position=position,
             first_block=first_block,
-            end_block=jnp.maximum(-(-jnp.clip(position + length, 0, end_key) // block_kv), first_block),
+            end_block=jnp.maximum(end_block, first_block),
             seq=seq,
-            pool=sequences.pool[seq],
+            pool=take(sequences.pool, seq),
             first_key=first_key,
             end_key=end_key,
         )
@@ -102,3 +120,14 @@ def schedule(
     tile_of_token = jnp.sum(tiles.start <= token, axis=1, dtype=jnp.int32) - 1
     place_in_tile = token[:, 0] - jnp.max(jnp.where(tiles.start <= token, tiles.start, 0), axis=1)
     return tiles, tile_of_token, place_in_tile
+
+
+def merge_splits(out, lse, dtype):
+    """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse)."""
+    largest = jnp.max(lse, axis=0)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    total = jnp.sum(weights, axis=0)
+    seen = jnp.where(total > 0, total, 1.0)
+    # Written out: XLA fuses sums, where every reduction is one more kernel.
+    merged = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)]) / seen[..., None]
+    return merged.astype(dtype), jnp.where(total > 0, largest + jnp.log(seen), -jnp.inf)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
+from paged_prefill.lowering.tiles import merge_splits
 
 VERSION = 2
 
@@ -195,7 +196,7 @@ def attend(
         cuda=functools.partial(launch, HARDWARE_TANH=True),
         default=functools.partial(launch, HARDWARE_TANH=False),
     )
-    return (out[0], lse[0]) if splits == 1 else _merge_splits(out, lse, query.dtype)
+    return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
 
 
 def _constants(problem: Problem) -> dict:
@@ -252,16 +253,6 @@ def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
 def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
     """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
     return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
-
-
-def _merge_splits(out, lse, dtype):
-    """The attention to all keys from that to each split's: weights exp(lse), by the definition of the softmax."""
-    largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
-    total = jnp.sum(weights, axis=0)
-    seen = jnp.where(total > 0, total, 1.0)
-    merged = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)]) / seen[..., None]
-    return merged.astype(dtype), jnp.where(total > 0, largest + jnp.log(seen), -jnp.inf)
 
 
 def _capability(device: Device) -> int:

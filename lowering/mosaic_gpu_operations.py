@@ -1,0 +1,164 @@
+"""What a Hopper warpgroup can do and Pallas has no operation of: products that run on beside other work, and more.
+
+A wgmma's operands in registers must be settled before the first product of a *stage*, which ends when every product is
+waited for. ptxas waits after each single instruction otherwise (its remark C7513), and nothing runs beside anything. So
+`start_products` settles the registers of both its products first, where Pallas settles those of each product just before
+it; and what is computed during a stage reaches the next one's operands through `moved`.
+"""
+
+import functools
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters.mlir import ir
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import compat
+
+SWIZZLE_BYTES = 128
+COLUMNS = 64  # 16-bit elements in a swizzled row
+TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+WGMMA, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+
+def start_products(query, keys, acc, weights, values):
+    """Starts query @ keys.T and, behind it, acc + weights @ values. Returns both, to be read only once `settled`.
+
+    `query` [parts of 64 columns, 64, 64], `keys` and `values` [block_kv, features] are tiled references to shared
+    memory, `acc` and `weights` arrays in registers.
+    """
+    shape = (weights.shape[0], keys.shape[0])
+    tiled = plgpu.RefType(TILED)
+
+    @plgpu.inline_mgpu(
+        arg_types=(tiled, tiled, WGMMA, WGMMA, tiled),
+        return_type=[plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)],
+    )
+    def both(_, query, keys, acc, weights, values):
+        weights = mgpu.optimization_barrier(weights)
+        output = mgpu.WGMMAAccumulator.from_registers(acc)
+        logits = mgpu.WGMMAAccumulator.zero(*shape)
+        for part in range(ir.MemRefType(query.type).shape[0]):
+            columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
+            columns = mgpu.memref_transpose(columns, (1, 0, 3, 2))
+            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
+        _asm("wgmma.commit_group.sync.aligned;")
+        output = _multiply_settled(output, weights, values)
+        _asm("wgmma.commit_group.sync.aligned;")
+        return [logits.value, output]
+
+    return both(query, keys, acc, weights, values)
+
+
+def _multiply_settled(acc, a, b):
+    """acc + a @ b, as mgpu.wgmma has it, but for registers of `a` that are settled already."""
+    (depth, width), element_type = mma_utils.tiled_memref_shape(b)
+    (start, step), (_, part_step), fastest = mma_utils.create_descriptor(
+        b, swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS), group_size=(COLUMNS, width), logical_k_major=True
+    )
+    arith, llvm = compat.mlir_dialects("arith", "llvm")
+    i64 = ir.IntegerType.get_signless(64)
+    registers = acc._value.registers
+    for part in range(depth // COLUMNS):
+        offset = arith.constant(i64, mma_utils.encode_addr(part * part_step))
+        registers = compat.wgmma_m64(
+            registers,
+            a[:, part * COLUMNS : (part + 1) * COLUMNS],
+            llvm.add(start, offset, overflow_flags=llvm.IntegerOverflowFlags.none),
+            a_transpose=None,
+            b_transpose=fastest != mma_utils.Dim.K,
+            a_k_stride=None,
+            b_k_stride=step[1][0],
+            n=width,
+            swizzle=SWIZZLE_BYTES,
+            element_type=element_type,
+        )
+    product = mgpu.FragmentedArray(_registers=registers, _layout=acc._value.layout, _is_signed=None)
+    return product.to_layout(mgpu.WGMMA_LAYOUT)
+
+
+def settled(product, still_running: int):
+    """A product, once no more than so many of those started last are running."""
+
+    def wait(_, product):
+        _asm(f"wgmma.wait_group.sync.aligned {still_running};")
+        return mgpu.optimization_barrier(product)
+
+    return _same_type(wait, product)
+
+
+def moved(array):
+    """A 16-bit array in other registers, so that a stage may begin with them."""
+
+    def move(_, array):
+        arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
+        i32 = ir.IntegerType.get_signless(32)
+        moved = np.empty_like(array.registers)
+        for place, pair in np.ndenumerate(array.registers):
+            bits = vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
+            bits = llvm.inline_asm(i32, [bits], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+            moved[place] = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), bits))
+        return mgpu.FragmentedArray(_registers=moved, _layout=array.layout, _is_signed=None)
+
+    return _same_type(move, array)
+
+
+def any_in_warp(flags):
+    """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    )
+    def vote(_, flags):
+        arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
+        i32 = ir.IntegerType.get_signless(32)
+        each = [
+            vector.extract(register, [], [i])
+            for register in flags.registers.flat
+            for i in range(ir.VectorType(register.type).shape[0])
+        ]
+        mine = arith.extui(i32, functools.reduce(arith.ori, each))
+        ballot = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        anyone = llvm.inline_asm(i32, [mine], ballot, "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
+
+    return vote(flags) > 0
+
+
+def store_rows(array, rows, target) -> None:
+    """Writes row i of a 16-bit array to row rows[i] of a matrix in global memory, and nowhere where that is negative."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.RefType()))
+    def store(_, array, rows, target):
+        arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
+        i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
+        features = ir.MemRefType(target.type).shape[1]
+        start = utils.memref_ptr(target)
+
+        # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
+        pairs = array.registers.reshape(-1, 2)
+        first_column = arith.muli(arith.remui(utils.thread_idx(), arith.constant(i32, 4)), arith.constant(i32, 2))
+        for half, row in enumerate(rows.registers.flat):
+            row = vector.extract(row, [], [0])
+            owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
+            with ir.InsertionPoint(owned.then_block):
+                offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
+                own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
+                for column, pair in enumerate(pairs[:, half]):
+                    llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
+                scf.yield_([])
+
+    store(array, rows, target)
+
+
+def _same_type(function, array):
+    """Applies a function of Mosaic GPU to an array, which keeps its type."""
+    its_type = plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout=WGMMA)
+    return plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=its_type)(function)(array)
+
+
+def _asm(text: str):
+    (llvm,) = compat.mlir_dialects("llvm")
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
