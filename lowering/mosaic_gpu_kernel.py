@@ -337,7 +337,7 @@ def _compute(
         return lax.optimization_barrier(weights.astype(dtype)), _fold(jnp.add, weights)
 
     def follow(logits, acc, m, l, masked=True, passed=None):
-        """Weights by the new maximum, of the rows that `passed` the old one or of all; and the output, m and l by it."""
+        """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
         m_next = jnp.maximum(m, _fold(jnp.maximum, logits).max(axis=1))
         if passed is not None:
             m_next = jnp.where(passed, m_next, m)
@@ -422,7 +422,7 @@ def _compute(
         plgpu.barrier_arrive(keys_free.at[slot_of(i)])
 
         def output():
-            # The wait for the next values is a loop, which ptxas moves no wait for products across: so none comes early.
+            # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
             plgpu.barrier_wait(values_here.at[slot_of(i)])
             done = settled(acc, still_running=0)
             plgpu.barrier_arrive(values_free.at[slot_of(i - 1)])

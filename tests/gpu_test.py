@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, lowering, ragged_paged_prefill
@@ -143,6 +144,24 @@ class GpuTest(parameterized.TestCase):
             query_offsets=jnp.asarray([0, 100, 160]),
         )
         chex.assert_trees_all_equal([x[:100] for x in attend(beside, platform, cfg=cfg)], [out, lse])
+
+    @parameterized.product(platform=PLATFORMS, num_splits=(1, 2))
+    def test_heads_cut_over_two_gpus_give_the_same_bits(self, platform, num_splits):
+        self.need(platform)
+        if jax.device_count("cuda") < 2:
+            self.skipTest("there is one GPU here")
+        cfg = PrefillPageAttentionConfig(num_splits=num_splits)
+        case = cases.Case("two", SEQUENCES, 8, 2, 128, page_size=16, dtype="bfloat16")
+        pack = case.pack()
+        mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,), devices=jax.devices("cuda")[:2])
+        specs = (P(None, "heads"), P("heads"), P("heads"), P(), P(), P())
+        cut = pack._replace(**{
+            name: jax.device_put(array, NamedSharding(mesh, spec))
+            for (name, array), spec in zip(pack._asdict().items(), specs)
+        })
+        results = attend(cut, platform, cfg=cfg)
+        self.assertFalse(results[0].sharding.is_fully_replicated)
+        chex.assert_trees_all_equal(results, attend(pack, platform, cfg=cfg))
 
     @parameterized.product(platform=PLATFORMS)
     def test_cache_of_more_than_2_31_elements(self, platform):
