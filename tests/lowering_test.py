@@ -159,11 +159,12 @@ class ContractTest(parameterized.TestCase):
                 np.testing.assert_array_equal(sequences.page_indices[i], page_indices[a, b, seq])
                 np.testing.assert_array_equal(key_pages[sequences.pool[i]], keys[(a, b)[:cache_batch_dims]])
 
-    def test_flatten_makes_indices_harmless(self):
+    @parameterized.parameters(4, contract.FEW_SEQUENCES + 3)
+    def test_flatten_makes_indices_harmless(self, seqs):
         rng = np.random.default_rng(0)
         extremes = [-(2**31), -1, 0, 3, 9, 10, 11, 2**30, 2**31 - 1]
         for _ in range(20):
-            lens, pages, offsets = (jnp.asarray(rng.choice(extremes, s), jnp.int32) for s in ((4,), (4, 5), (5,)))
+            lens, pages, offsets = (jnp.asarray(rng.choice(extremes, s), jnp.int32) for s in ((seqs,), (seqs, 5), (seqs + 1,)))
             cache = jnp.zeros((2, 7, 4, 8))
             _, _, _, sequences = contract.flatten(
                 jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, cache_batch_dims=0
@@ -171,7 +172,8 @@ class ContractTest(parameterized.TestCase):
             start, length, context_len, pool, page_indices = map(np.asarray, sequences)
             self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
             self.assertLessEqual(length.sum(), 10)
-            self.assertTrue(np.all(start[1:] == (start + length)[:-1]))
+            bounds = np.maximum.accumulate(np.clip(offsets, 0, 10))
+            np.testing.assert_array_equal([start, start + length], [bounds[:-1], bounds[1:]])
             self.assertTrue(np.all((context_len >= 0) & (context_len <= contract.MAX_CONTEXT)))
             self.assertTrue(np.all((page_indices >= 0) & (page_indices < 7)) and not pool.any())
 

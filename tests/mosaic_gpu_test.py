@@ -41,9 +41,10 @@ class ScheduleTest(parameterized.TestCase):
         sequences = contract.Sequences(*arrays, np.zeros((6, 40), np.int32))
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
-        schedule, tile_of_token, place_in_tile = jax.jit(tiles.schedule, static_argnums=range(1, 6))(
-            sequences, tokens, capacity, block_q, block_kv, window
-        )
+        # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
+        schedule, tile_of_token, place_in_tile = jax.jit(
+            lambda sequences: tiles.schedule(sequences, tokens, capacity, block_q, block_kv, window)
+        )(sequences)
         schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
         owner = {t: s for s, (a, n) in enumerate(zip(starts, lengths)) for t in range(a, a + n)}
