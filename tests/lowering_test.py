@@ -164,7 +164,8 @@ class ContractTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         extremes = [-(2**31), -1, 0, 3, 9, 10, 11, 2**30, 2**31 - 1]
         for _ in range(20):
-            lens, pages, offsets = (jnp.asarray(rng.choice(extremes, s), jnp.int32) for s in ((seqs,), (seqs, 5), (seqs + 1,)))
+            shapes = ((seqs,), (seqs, 5), (seqs + 1,))
+            lens, pages, offsets = (jnp.asarray(rng.choice(extremes, shape), jnp.int32) for shape in shapes)
             cache = jnp.zeros((2, 7, 4, 8))
             _, _, _, sequences = contract.flatten(
                 jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, cache_batch_dims=0
