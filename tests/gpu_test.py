@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 import functools
+import itertools
+import re
 
 from absl.testing import absltest, parameterized
 import chex
@@ -40,6 +42,13 @@ def on_each_platform(table):
     return list(seen.values())
 
 
+def product(**values):
+    """`parameterized.product` with values in the tests' names, so that pytest's -k can pick a platform."""
+    combinations = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+    named = [dict(testcase_name=re.sub(r"\W+", "_", "_".join(map(str, c.values()))), **c) for c in combinations]
+    return parameterized.named_parameters(*named)
+
+
 def attend(pack, platform, **parameters):
     """One call, in memory that is NaN wherever the kernel does not write."""
     for size in (pack.query.size // pack.query.shape[-1] * pack.value_cache.shape[-1], pack.query.size):
@@ -72,7 +81,7 @@ class GpuTest(parameterized.TestCase):
         if np.any(want):
             self.assertLess(np.linalg.norm(got - want) / np.linalg.norm(want), 5e-3)
 
-    @parameterized.product(
+    @product(
         platform=PLATFORMS,
         shape=((4, 4, 64), (8, 2, 128), (5, 1, 64), (16, 2, 256), (8, 1, 128), (2, 2, 192)),
         sliding_window=(None, 100),
@@ -85,7 +94,7 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
-    @parameterized.product(platform=PLATFORMS, head_dim=(64, 128, 256), softmax_scale=(1.0, -3.0))
+    @product(platform=PLATFORMS, head_dim=(64, 128, 256), softmax_scale=(1.0, -3.0))
     def test_maxima_that_rise_from_block_to_block(self, platform, head_dim, softmax_scale):
         """Logits of a deviation of 8 to 48: later blocks pass the maximum of earlier ones by a lot, and by a little."""
         self.need(platform)
@@ -94,14 +103,14 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
-    @parameterized.product(page_size=(1, 5, 8, 16, 24, 128), dtype=("bfloat16", "float32"))
+    @product(page_size=(1, 5, 8, 16, 24, 128), dtype=("bfloat16", "float32"))
     def test_triton_takes_any_page_size(self, page_size, dtype):
         self.need("triton")
         case = cases.Case("pages", SEQUENCES, 8, 2, 128, page_size=page_size, dtype=dtype)
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, "triton"))
 
-    @parameterized.product(
+    @product(
         platform=PLATFORMS, block_q=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200)
     )
     def test_sizes(self, platform, block_q, num_splits, page_size, sliding_window):
@@ -115,7 +124,7 @@ class GpuTest(parameterized.TestCase):
         for _ in range(3):
             chex.assert_trees_all_equal(attend(pack, platform, cfg=cfg, **case.parameters), results)
 
-    @parameterized.product(platform=PLATFORMS, sliding_window=(None, 70))
+    @product(platform=PLATFORMS, sliding_window=(None, 70))
     def test_what_no_row_sees_has_no_effect_on_any_bit(self, platform, sliding_window):
         self.need(platform)
         case = cases.Case("unseen", SEQUENCES, 4, 2, 64, page_size=16, dtype="bfloat16")
@@ -129,7 +138,7 @@ class GpuTest(parameterized.TestCase):
         for result in results[1:]:
             chex.assert_trees_all_equal(result, results[0])
 
-    @parameterized.product(platform=PLATFORMS)
+    @product(platform=PLATFORMS)
     def test_bits_do_not_depend_on_the_pack(self, platform):
         self.need(platform)
         cfg = PrefillPageAttentionConfig(num_splits=2)
@@ -145,7 +154,7 @@ class GpuTest(parameterized.TestCase):
         )
         chex.assert_trees_all_equal([x[:100] for x in attend(beside, platform, cfg=cfg)], [out, lse])
 
-    @parameterized.product(platform=PLATFORMS, num_splits=(1, 2))
+    @product(platform=PLATFORMS, num_splits=(1, 2))
     def test_heads_cut_over_two_gpus_give_the_same_bits(self, platform, num_splits):
         self.need(platform)
         if jax.device_count("cuda") < 2:
@@ -163,7 +172,7 @@ class GpuTest(parameterized.TestCase):
         self.assertFalse(results[0].sharding.is_fully_replicated)
         chex.assert_trees_all_equal(results, attend(pack, platform, cfg=cfg))
 
-    @parameterized.product(platform=PLATFORMS)
+    @product(platform=PLATFORMS)
     def test_cache_of_more_than_2_31_elements(self, platform):
         """Pages at the far end of caches of 2^31 elements and some, over heads and pages (flashinfer#3130)."""
         self.need(platform)
