@@ -33,8 +33,8 @@ from jaxtyping import Array, Int
 # A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
 MAX_CONTEXT = 2**30
 
-# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a reduction,
-# or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
+# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a
+# reduction, or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
 FEW_SEQUENCES = 8
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
-from paged_prefill.lowering.mosaic_gpu_kernel import COLUMNS, MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.mosaic_gpu_kernel import MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS
 from paged_prefill.lowering.tiles import merge_splits, schedule, tiles_at_most
 
 VERSION = 3

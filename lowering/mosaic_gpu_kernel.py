@@ -8,9 +8,9 @@ The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.0860
 logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block i. Blocks are
 taken from the last to the first, so that those which need a mask come first.
 
-The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near the
-largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has passed it
-by far, once more by the new one: most blocks look for no maximum, and scale no output.
+The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near
+the largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has
+passed it by far, once more by the new one: most blocks look for no maximum, and scale no output.
 """
 
 from dataclasses import dataclass
@@ -336,12 +336,13 @@ def _compute(
         # The barrier keeps LLVM from moving the conversion behind the vote, where it takes twice the registers.
         return lax.optimization_barrier(weights.astype(dtype)), _fold(jnp.add, weights)
 
-    def follow(logits, acc, m, l, masked=True, passed=None):
+    def follow(logits, acc, m, l, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
         m_next = jnp.maximum(m, _fold(jnp.maximum, logits).max(axis=1))
-        if passed is not None:
-            m_next = jnp.where(passed, m_next, m)
-        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
+        if passed is None:
+            shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
+        else:
+            shift = m_next = jnp.where(passed, m_next, m)
         weights, sums = weigh(logits, shift)
         fade = jnp.exp2((m - shift) * unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
@@ -363,7 +364,7 @@ def _compute(
         def again():
             # A row's bits do not depend on the other rows of its warp.
             own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
-            return follow(logits, acc, m, l, masked=False, passed=own)
+            return follow(logits, acc, m, l, passed=own)
 
         return lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
 

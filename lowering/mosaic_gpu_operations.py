@@ -1,9 +1,9 @@
 """What a Hopper warpgroup can do and Pallas has no operation of: products that run on beside other work, and more.
 
-A wgmma's operands in registers must be settled before the first product of a *stage*, which ends when every product is
-waited for. ptxas waits after each single instruction otherwise (its remark C7513), and nothing runs beside anything. So
-`start_products` settles the registers of both its products first, where Pallas settles those of each product just before
-it; and what is computed during a stage reaches the next one's operands through `moved`.
+A wgmma's operands in registers must be settled before the first product of a *stage*, which ends when every product
+is waited for. ptxas waits after each single instruction otherwise (its remark C7513), and nothing runs beside
+anything. So `start_products` settles the registers of both its products first, where Pallas settles those of each
+product just before it; and what is computed during a stage reaches the next one's operands through `moved`.
 """
 
 import functools
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
+
+arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
 
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
@@ -58,7 +60,6 @@ def _multiply_settled(acc, a, b):
     (start, step), (_, part_step), fastest = mma_utils.create_descriptor(
         b, swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS), group_size=(COLUMNS, width), logical_k_major=True
     )
-    arith, llvm = compat.mlir_dialects("arith", "llvm")
     i64 = ir.IntegerType.get_signless(64)
     registers = acc._value.registers
     for part in range(depth // COLUMNS):
@@ -93,14 +94,13 @@ def moved(array):
     """A 16-bit array in other registers, so that a stage may begin with them."""
 
     def move(_, array):
-        arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
         i32 = ir.IntegerType.get_signless(32)
-        moved = np.empty_like(array.registers)
+        registers = np.empty_like(array.registers)
         for place, pair in np.ndenumerate(array.registers):
             bits = vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
             bits = llvm.inline_asm(i32, [bits], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
-            moved[place] = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), bits))
-        return mgpu.FragmentedArray(_registers=moved, _layout=array.layout, _is_signed=None)
+            registers[place] = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), bits))
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     return _same_type(move, array)
 
@@ -112,7 +112,6 @@ def any_in_warp(flags):
         arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
     )
     def vote(_, flags):
-        arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
         i32 = ir.IntegerType.get_signless(32)
         each = [
             vector.extract(register, [], [i])
@@ -128,11 +127,10 @@ def any_in_warp(flags):
 
 
 def store_rows(array, rows, target) -> None:
-    """Writes row i of a 16-bit array to row rows[i] of a matrix in global memory, and nowhere where that is negative."""
+    """Writes row i of a 16-bit array to row rows[i] of a matrix in global memory; nowhere where that is negative."""
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.RefType()))
     def store(_, array, rows, target):
-        arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
         features = ir.MemRefType(target.type).shape[1]
         start = utils.memref_ptr(target)
@@ -160,5 +158,4 @@ def _same_type(function, array):
 
 
 def _asm(text: str):
-    (llvm,) = compat.mlir_dialects("llvm")
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)

@@ -45,23 +45,7 @@ def schedule(
     """
     seqs = sequences.start.shape[0]
     few = seqs <= FEW_SEQUENCES
-    # Stretches of tokens: before the first sequence, the first, between it and the second, ... after the last. Arrays
-    # over them, or lists of scalars where they are few.
-    starts, lengths = sequences.start, sequences.length
-    if few:
-        bounds = [bound for start, length in zip(starts, lengths) for bound in (start, start + length)]
-        begin = [jnp.int32(0), *bounds]
-        size = [end - first for first, end in zip(begin, [*bounds, jnp.int32(tokens)])]
-        counts = [lax.div(n + (block_q - 1), jnp.int32(block_q)) for n in size]
-        ends = list(itertools.accumulate(counts))  # the number of tiles up to each stretch's end
-        firsts = [jnp.int32(0), *ends[:-1]]
-    else:
-        bounds = jnp.stack([starts, starts + lengths], axis=1).reshape(-1)
-        begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
-        size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
-        counts = lax.div(size + (block_q - 1), jnp.int32(block_q))
-        ends = jnp.cumsum(counts)
-        firsts = ends - counts
+    begin, size, firsts, ends = _stretches(sequences.start, sequences.length, tokens, block_q)
 
     def take(values, places):
         """values[places], for places within."""
@@ -122,8 +106,33 @@ def schedule(
     return tiles, tile_of_token, place_in_tile
 
 
+def _stretches(starts, lengths, tokens, block_q):
+    """The stretches of tokens before the first sequence, of it, between it and the second, ... after the last.
+
+    Returns their first tokens, their sizes, their first tiles, and the number of tiles up to their ends: arrays, or
+    lists of scalars where sequences are few.
+    """
+    if starts.shape[0] <= FEW_SEQUENCES:
+        bounds = [bound for start, length in zip(starts, lengths) for bound in (start, start + length)]
+        begin = [jnp.int32(0), *bounds]
+        size = [end - first for first, end in zip(begin, [*bounds, jnp.int32(tokens)])]
+        counts = [lax.div(n + (block_q - 1), jnp.int32(block_q)) for n in size]
+        ends = list(itertools.accumulate(counts))
+        return begin, size, [jnp.int32(0), *ends[:-1]], ends
+    bounds = jnp.stack([starts, starts + lengths], axis=1).reshape(-1)
+    begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
+    size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
+    counts = lax.div(size + (block_q - 1), jnp.int32(block_q))
+    ends = jnp.cumsum(counts)
+    return begin, size, ends - counts, ends
+
+
 def merge_splits(out, lse, dtype):
-    """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse)."""
+    """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
+
+    A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
+    what users bring, drops it with the part.
+    """
     largest = jnp.max(lse, axis=0)
     weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
     total = jnp.sum(weights, axis=0)

@@ -81,9 +81,9 @@ def _checked_calls(name, kernel, problem, device, candidates, end):
     with futures.ThreadPoolExecutor(COMPILERS) as compilers:
         compiled = functools.partial(compilers.submit, _compiled, problem=problem, operands=operands)
         reference = compiled(xla, config=xla.heuristic_config(problem, device))
-        candidates = {config: compiled(kernel, config=config) for config in candidates}
+        compiling = {config: compiled(kernel, config=config) for config in candidates}
         expected = reference.result()()
-        for config, future in tqdm(candidates.items(), desc=f"timing {name}", leave=False):
+        for config, future in tqdm(compiling.items(), desc=f"timing {name}", leave=False):
             if (calls or reasons) and time.monotonic() > end:
                 future.cancel()
                 reasons[config] = "not reached within the budget"
@@ -155,7 +155,8 @@ def sample_operands(problem: contract.Problem, device):
     The pool is as large as the sequences need, up to a bound: a kernel's time does not depend on what it does not read.
     """
     slot_bytes = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.dtype).itemsize
-    num_pages = max(1, min(problem.seqs * problem.pages_per_seq, LARGEST_CACHE_BYTES // (slot_bytes * problem.page_size)))
+    most_pages = LARGEST_CACHE_BYTES // (slot_bytes * problem.page_size)
+    num_pages = max(1, min(problem.seqs * problem.pages_per_seq, most_pages))
     rng = np.random.default_rng(0)
     columns = problem.seqs * problem.pages_per_seq
     pages = np.resize(rng.permutation(num_pages), columns).reshape(problem.seqs, problem.pages_per_seq)
