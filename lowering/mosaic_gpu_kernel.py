@@ -329,12 +329,13 @@ def _compute(
     def weigh(logits, m):
         """Weights by the maximum m, and their sums over every eighth column."""
         if unit * largest <= 4096:  # one fused operation, which errs by 2^-24 of the product: too much where it is huge
-            exponents = logits * unit - lax.broadcast_in_dim(m * unit, shape, [0])
+            # The barriers here and in `softmax` settle which product is fused, so that a row's bits are the same
+            # whichever way its warp goes.
+            exponents = logits * unit - lax.broadcast_in_dim(lax.optimization_barrier(m * unit), shape, [0])
         else:
             exponents = (logits - lax.broadcast_in_dim(m, shape, [0])) * unit
         weights = jnp.exp2(exponents)
-        # The barrier keeps LLVM from moving the conversion behind the vote, where it takes twice the registers.
-        return lax.optimization_barrier(weights.astype(dtype)), _fold(jnp.add, weights)
+        return weights.astype(dtype), _fold(jnp.add, weights)
 
     def follow(logits, acc, m, l, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
@@ -353,12 +354,12 @@ def _compute(
         if plan.soft_cap is not None:
             logits = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap))
         elif plan.softmax_scale <= 0:
-            logits = logits * plan.softmax_scale
+            logits = lax.optimization_barrier(logits * plan.softmax_scale)
         if masked:
             return follow(jnp.where(visible(i), logits, -jnp.inf), output(), m, l)
         weights, sums = weigh(logits, m)
         passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
-        anyone = any_in_warp(passed)
+        anyone = any_in_warp(passed, after=weights)
         acc, weights = output(), moved(weights)
 
         def again():

@@ -97,33 +97,45 @@ def moved(array):
         i32 = ir.IntegerType.get_signless(32)
         registers = np.empty_like(array.registers)
         for place, pair in np.ndenumerate(array.registers):
-            bits = vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
-            bits = llvm.inline_asm(i32, [bits], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+            bits = llvm.inline_asm(i32, [_as_word(pair)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
             registers[place] = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), bits))
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     return _same_type(move, array)
 
 
-def any_in_warp(flags):
-    """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp."""
+def any_in_warp(flags, after):
+    """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp.
+
+    `after` is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16 bits behind the
+    vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all zero, which
+    ptxas cannot know.
+    """
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+        arg_types=(WGMMA, WGMMA), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
     )
-    def vote(_, flags):
+    def vote(_, flags, after):
         i32 = ir.IntegerType.get_signless(32)
         each = [
             vector.extract(register, [], [i])
             for register in flags.registers.flat
             for i in range(ir.VectorType(register.type).shape[0])
         ]
-        mine = arith.extui(i32, functools.reduce(arith.ori, each))
+        words = functools.reduce(arith.ori, [_as_word(pair) for pair in after.registers.flat])
+        signs = arith.andi(words, arith.constant(i32, 0x8000_8000 - 2**32))
+        mine = arith.ori(arith.extui(i32, functools.reduce(arith.ori, each)), signs)
         ballot = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         anyone = llvm.inline_asm(i32, [mine], ballot, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
 
-    return vote(flags) > 0
+    return vote(flags, after) > 0
+
+
+def _as_word(pair):
+    """The 32 bits of two 16-bit numbers."""
+    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    return vector.extract(vector.bitcast(one, pair), [], [0])
 
 
 def store_rows(array, rows, target) -> None:

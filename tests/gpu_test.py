@@ -107,12 +107,35 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, "triton"))
 
-    @product(
-        platform=PLATFORMS, block_q=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200)
-    )
-    def test_sizes(self, platform, block_q, num_splits, page_size, sliding_window):
+    @product(platform=PLATFORMS, head_dim=(64, 128), soft_cap=(24.0, 50.0), mean=(-60, 0, 60))
+    def test_soft_cap_wherever_the_logits_lie(self, platform, head_dim, soft_cap, mean):
+        """Logits inside of the cap and far outside, rows of a deviation of 1 beside rows of 20."""
+        self.need(platform)
+        case = cases.Case("cap", SEQUENCES + ((150, 1500),), 4, 2, head_dim, page_size=16, dtype="bfloat16",
+                          attn_logits_soft_cap=soft_cap)
+        pack = case.pack()
+        pack = pack._replace(
+            query=pack.query.at[1::2].multiply(20).at[..., 0].set(8),
+            key_cache=pack.key_cache.at[..., 0].set(mean * head_dim**0.5 / 8),
+        )
+        packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
+
+    @product(platform=PLATFORMS, soft_cap=(None, 50.0), softmax_scale=(None, 1.0, -3.0))
+    def test_a_row_has_the_same_bits_whatever_the_rows_beside_it(self, platform, soft_cap, softmax_scale):
+        self.need(platform)
+        case = cases.Case("beside", ((100, 900),), 4, 2, 128, page_size=16, dtype="bfloat16")
+        pack = case.pack()
+        wild = pack._replace(query=pack.query.at[1::2].multiply(100))
+        parameters = dict(attn_logits_soft_cap=soft_cap, softmax_scale=softmax_scale)
+        results = [attend(each, platform, **parameters) for each in (pack, wild)]
+        self.assertTrue(jnp.any(results[0][0][1::2] != results[1][0][1::2]))
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    @product(platform=PLATFORMS, rows=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200))
+    def test_sizes(self, platform, rows, num_splits, page_size, sliding_window):
         """Every way to cut the work gives the same result, and the same bits each time."""
         self.need(platform)
+        block_q = rows if platform == "cuda" else rows // 4  # Triton's tile holds all 4 heads of a group
         case = cases.Case("sizes", SEQUENCES + ((200, 1000),), 8, 2, 128, page_size=page_size, dtype="bfloat16",
                           sliding_window=sliding_window)
         pack, cfg = case.pack(), PrefillPageAttentionConfig(block_q=block_q, num_splits=num_splits)
