@@ -93,6 +93,8 @@ def run_kernel(
         _log_passed_over(device, name, other, reason)
     kernel = KERNELS[device.platform][name]
     choice = tuning.resolve(name, kernel, problem, device, config)
+    if wrong := kernel.misfit(problem, device, choice.config):
+        raise ValueError(f"{name}: {wrong} (sizes from: {choice.source})")
     out, lse = kernel.attend(*flat, kv_head_start, **parameters, config=choice.config)
     return contract.unflatten(out, lse, query_shape)
 

@@ -23,6 +23,7 @@ class PrefillPageAttentionConfig:
 
     Raises:
       ValueError: a size is no positive integer, or a name is unknown; names the field, what it got and what it takes.
+        So does a call whose kernel cannot run with the sizes, such as those that pass the chip's memory.
     """
 
     block_q: int | None = None

@@ -1,7 +1,7 @@
 """The one form every kernel takes, and the way there from the operands of the primitive.
 
 A kernel module has a VERSION, an integer that grows with every change that may move its timings (tables of tuned
-configurations forget what an older one measured), and four functions:
+configurations forget what an older one measured), and five functions:
 
     attend(query [tokens, q_heads, head_dim],
            key_pages [pools, kv_heads, num_pages, page_size, head_dim],
@@ -12,6 +12,7 @@ configurations forget what an older one measured), and four functions:
     supports(problem, device) -> None, or the reason why not, in words a user can act on
     heuristic_config(problem, device) -> PrefillPageAttentionConfig with every size the kernel uses
     candidate_configs(problem, device) -> the configurations worth timing, the heuristic one first
+    misfit(problem, device, config) -> None, or what is wrong with sizes that someone chose: then they do not get here
 
 Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row, and start ascends. Its row i
 stands at position p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W,

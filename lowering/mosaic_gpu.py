@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from paged_prefill.lowering.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Device, Problem, Sequences, problem_of
+from paged_prefill.lowering.contract import Device, Problem, Sequences
 from paged_prefill.lowering.mosaic_gpu_kernel import MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
 from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS
 from paged_prefill.lowering.tiles import merge_splits, schedule, tiles_at_most
@@ -36,14 +36,6 @@ def attend(
     """See contract.py. Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
     tokens, q_heads, head_dim = query.shape
     _, cache_kv_heads, num_pages, page_size, value_dim = value_pages.shape
-    parameters = dict(
-        num_kv_heads=num_kv_heads,
-        softmax_scale=softmax_scale,
-        attn_logits_soft_cap=attn_logits_soft_cap,
-        sliding_window=sliding_window,
-    )
-    if wrong := misfit(problem_of(query, key_pages, value_pages, sequences, **parameters), config):
-        raise ValueError(wrong)
     plan = Plan(
         group=q_heads // num_kv_heads,
         num_kv_heads=num_kv_heads,
@@ -135,7 +127,7 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
     changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
-    fits = [c for c in found if c.num_stages > 1 and misfit(problem, c) is None]
+    fits = [c for c in found if c.num_stages > 1 and misfit(problem, device, c) is None]
     return list(dict.fromkeys(fits))
 
 
@@ -157,7 +149,7 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     return 2 * (rows * problem.head_dim + ring) + 3072
 
 
-def misfit(problem: Problem, config: PrefillPageAttentionConfig) -> str | None:
+def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
     """What is wrong with sizes for a problem, or None."""
     if config.num_warps not in (8, 12):
         return f"cfg.num_warps must be 8 or 12 (4 of them load), got {config.num_warps}"

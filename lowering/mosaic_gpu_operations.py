@@ -107,8 +107,8 @@ def moved(array):
 def any_in_warp(flags, after):
     """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp.
 
-    `after` is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16 bits behind the
-    vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all zero, which
+    `after` is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16 bits behind
+    the vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all zero, which
     ptxas cannot know.
     """
 

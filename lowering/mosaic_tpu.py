@@ -53,17 +53,21 @@ def supports(problem: Problem, device: Device) -> str | None:
     packing = sublanes(problem.dtype)
     if problem.page_size % packing:
         return f"page_size {problem.page_size} must be a multiple of {packing} for {problem.dtype}"
-    config = heuristic_config(problem, device)
+    return misfit(problem, device, heuristic_config(problem, device))
+
+
+def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+    """How sizes pass the chip's memories, or None."""
     if vmem_bytes(problem, config) > _vmem_budget(device):
         return (
             f"{problem.q_heads} query heads and {problem.num_kv_heads} KV heads of head_dim {problem.head_dim} and "
-            f"value_dim {problem.value_dim} need {vmem_bytes(problem, config)} bytes of VMEM, more than the "
-            f"{_vmem_budget(device)} here"
+            f"value_dim {problem.value_dim}, with block_q {config.block_q} and block_kv {config.block_kv}, need "
+            f"{vmem_bytes(problem, config)} bytes of VMEM, more than the {_vmem_budget(device)} here"
         )
     if smem_bytes(problem, config) > SMEM_BYTES:
         return (
-            f"{problem.seqs} sequences of {problem.tokens} tokens with {problem.pages_per_seq} pages each need "
-            f"{smem_bytes(problem, config)} bytes of SMEM, more than {SMEM_BYTES}"
+            f"{problem.seqs} sequences of {problem.tokens} tokens with {problem.pages_per_seq} pages each, with "
+            f"block_q {config.block_q}, need {smem_bytes(problem, config)} bytes of SMEM, more than {SMEM_BYTES}"
         )
     return None
 
@@ -119,7 +123,7 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic configuration and its neighbours, of those that fit VMEM."""
+    """The heuristic configuration and its neighbours, of those that fit."""
     best = heuristic_config(problem, device)
     candidates = [best]
     for rows in (1, 2, 0.5):
@@ -128,7 +132,7 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
                 block_q=round_up(int(best.block_q * rows), sublanes(problem.dtype)),
                 block_kv=round_up(int(best.block_kv * keys), LANES),
             )
-            if config not in candidates and vmem_bytes(problem, config) <= _vmem_budget(device):
+            if config not in candidates and misfit(problem, device, config) is None:
                 candidates.append(config)
     return candidates
 

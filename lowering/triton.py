@@ -62,6 +62,8 @@ SIZES = {
     "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
 }
 DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
+# Shared memory of a thread block, by compute capability.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 MULTIPROCESSORS = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "L40": 142, "4090": 128, "MI300X": 304}
 WARPS = 8  # that keep a multiprocessor busy: tiles of fewer warps share one
 MAX_SPLITS = 16
@@ -112,13 +114,35 @@ def _num_splits(problem: Problem, device: Device, rows: int, num_warps: int) -> 
 def _device_class(device: Device) -> str:
     if device.platform == "rocm":
         return "cdna"
-    if device.compute_capability is None:
-        return "ampere"  # the sizes that fit every GPU
     return {9: "hopper", 10: "blackwell"}.get(_capability(device) // 10, "ampere")
 
 
+def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+    """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known beforehand."""
+    capacity = SHARED_KIB.get(_capability(device)) if device.platform == "cuda" else None
+    if capacity is None or problem.dtype == "float32":  # in float32 and on AMD, Triton lays it out in other ways
+        return None
+    needed = shared_bytes(problem, device, config)
+    if needed <= capacity * 1024:
+        return None
+    return (
+        f"cfg.block_q {config.block_q} (of {problem.group} heads of a group), block_kv {config.block_kv} and "
+        f"num_stages {config.num_stages} need {needed} bytes of shared memory, more than the {capacity * 1024} of "
+        f"{device.kind}"
+    )
+
+
+def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
+    rows = _power_of_2(config.block_q * problem.group)
+    head_dim, value_dim = _power_of_2(problem.head_dim), _power_of_2(problem.value_dim)
+    # From Hopper on the matrix unit reads keys and values there, so that none of the blocks is in registers.
+    blocks = config.num_stages if _capability(device) >= 90 and rows >= 64 else config.num_stages - 1
+    return 2 * (rows * head_dim + blocks * _power_of_2(config.block_kv) * (head_dim + value_dim))
+
+
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes, then their neighbours; what does not fit fails to compile."""
+    """The heuristic sizes, then their neighbours that fit; what else does not fit fails to compile."""
     first = heuristic_config(problem, device)
     changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
     for factor in (0.5, 2):
@@ -126,8 +150,8 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
         changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
         changes += [dict(num_splits=int(first.num_splits * factor))]
     found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
-    fits = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
-    return list(dict.fromkeys(fits))
+    sane = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
+    return list(dict.fromkeys(c for c in sane if misfit(problem, device, c) is None))
 
 
 def attend(
@@ -256,7 +280,7 @@ def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
 
 
 def _capability(device: Device) -> int:
-    major, minor = device.compute_capability.split(".")
+    major, minor = (device.compute_capability or "8.0").split(".")  # what fits there fits everywhere
     return 10 * int(major) + int(minor)
 
 

@@ -37,6 +37,11 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
     return PrefillPageAttentionConfig(block_q=256, block_kv=512)
 
 
+def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+    """Any sizes will do."""
+    return None
+
+
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
     """The heuristic sizes and their neighbours."""
     sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 512), (64, 512)]

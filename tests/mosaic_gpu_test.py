@@ -111,7 +111,7 @@ class SupportsTest(parameterized.TestCase):
             self.assertEqual(config.block_kv % page_size * (page_size % config.block_kv), 0)
             self.assertGreaterEqual(config.num_stages, 2)
             self.assertLessEqual(mosaic_gpu.shared_bytes(given, config), mosaic_gpu.SHARED_BYTES)
-            self.assertIsNone(mosaic_gpu.misfit(given, config))
+            self.assertIsNone(mosaic_gpu.misfit(given, device, config))
 
 
 class LoweringTest(parameterized.TestCase):
@@ -135,7 +135,7 @@ class LoweringTest(parameterized.TestCase):
     )
     def test_sizes_that_do_not_fit_are_named(self, sizes, name):
         call = functools.partial(ragged_paged_prefill, platform="cuda", cfg=PrefillPageAttentionConfig(**sizes))
-        with self.assertRaisesRegex(ValueError, f"cfg.{name}"):
+        with self.assertRaisesRegex(ValueError, f"mosaic_gpu: cfg.{name} .*sizes from: cfg"):
             jax.jit(call).trace(*shapes()).lower(lowering_platforms=("cuda",))
 
 

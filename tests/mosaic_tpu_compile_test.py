@@ -164,6 +164,12 @@ class SupportsTest(parameterized.TestCase):
         name, passed_over = choose(problem, contract.Device("tpu", kind))
         self.assertEqual((name, list(passed_over)), ("xla", ["mosaic_tpu"]))
 
+    @parameterized.parameters((dict(block_q=2**16), "block_q 65536 "), (dict(block_kv=2**20), "block_kv 1048576, "))
+    def test_sizes_past_the_memories_are_named(self, sizes, words):
+        device = contract.Device("tpu", "TPU v5e")
+        config = PrefillPageAttentionConfig(**sizes).over(mosaic_tpu.heuristic_config(self.PROBLEM, device))
+        self.assertRegex(mosaic_tpu.misfit(self.PROBLEM, device, config), words + ".*bytes of VMEM")
+
     @parameterized.parameters(*mosaic_tpu.CHIPS)
     def test_configurations_fit(self, kind):
         device = contract.Device("tpu", kind)
@@ -176,6 +182,7 @@ class SupportsTest(parameterized.TestCase):
             candidates = mosaic_tpu.candidate_configs(problem, device)
             self.assertEqual(candidates[0], mosaic_tpu.heuristic_config(problem, device))
             self.assertLen(set(candidates), len(candidates))
+            self.assertEqual({mosaic_tpu.misfit(problem, device, candidate) for candidate in candidates}, {None})
 
     def test_it_is_the_first_choice(self):
         self.assertEqual(list(KERNELS["tpu"]), ["mosaic_tpu", "xla"])

@@ -114,6 +114,11 @@ class CompiledTest(parameterized.TestCase):
                 with self.subTest(str(each)):
                     self.assertEqual(found["spilled"], 0, found)
                     self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
+                    config = triton.heuristic_config(each, device)
+                    self.assertIsNone(triton.misfit(each, device, config))
+                    if target[0] == "cuda" and each.dtype != "float32":
+                        least = triton.shared_bytes(each, device, config)
+                        self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
 
     def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
         capped = [problem(attn_logits_soft_cap=50.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
@@ -144,6 +149,21 @@ class HeuristicTest(parameterized.TestCase):
         block_q = triton.heuristic_config(problem(q_heads=8 * group), H200).block_q
         self.assertGreater(block_q * group, 64)
         self.assertLessEqual(block_q * group, 128)
+
+    @parameterized.named_parameters(
+        ("rows", dict(block_q=64), H200, 262144, 232448),
+        ("stages", dict(num_stages=6, block_kv=64), TARGETS["sm_80"][1], 196608, 166912),
+        ("keys", dict(block_kv=128, num_stages=2), TARGETS["sm_89"][1], None, None),
+        ("more_keys", dict(block_kv=256, num_stages=2), TARGETS["sm_89"][1], 163840, 101376),
+    )
+    def test_sizes_past_the_shared_memory_are_named(self, sizes, device, needed, capacity):
+        config = PrefillPageAttentionConfig(**sizes).over(triton.heuristic_config(problem(), device))
+        reason = triton.misfit(problem(), device, config)
+        if needed is None:
+            self.assertIsNone(reason)
+        else:
+            sizes = f"block_q {config.block_q} .* block_kv {config.block_kv} and num_stages {config.num_stages}"
+            self.assertRegex(reason, f"cfg.{sizes} need {needed} bytes .* more than the {capacity} of {device.kind}")
 
     @parameterized.parameters({}, dict(tokens=16, seqs=16), WIDE, dict(dtype="float32"))
     def test_candidates_start_with_the_heuristic_and_are_its_neighbours(self, **changes):

@@ -48,6 +48,7 @@ def kernel(*candidates, attend=attend_to_nothing, version=1):
         supports=lambda problem, device: None,
         heuristic_config=lambda problem, device: HEURISTIC,
         candidate_configs=lambda problem, device: [HEURISTIC, *candidates],
+        misfit=lambda problem, device, config: None,
     )
 
 
