@@ -280,7 +280,7 @@ def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
 
 
 def _capability(device: Device) -> int:
-    major, minor = (device.compute_capability or "8.0").split(".")  # what fits there fits everywhere
+    major, minor = (device.compute_capability or "8.0").split(".")  # unknown: the class whose sizes fit every GPU
     return 10 * int(major) + int(minor)
 
 
