@@ -41,7 +41,7 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"head_dim and value_dim may be at most {MAX_DIM}, got {problem.head_dim} and {problem.value_dim}"
     if problem.num_pages * problem.page_size >= 2**31:
         return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
-    return None
+    return misfit(problem, device, heuristic_config(problem, device))
 
 
 class _Sizes(NamedTuple):

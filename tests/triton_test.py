@@ -183,6 +183,7 @@ class SupportsTest(parameterized.TestCase):
         ("wide_head", H200, dict(head_dim=257), "at most 256"),
         ("endless_pool", H200, dict(num_pages=2**27), "at most 2147483647 slots"),
         ("wide_value", H200, dict(value_dim=300), "at most 256"),
+        ("wide_group", H200, dict(WIDE, q_heads=4096), "of 512 heads of a group"),
     )
     def test_names_the_reason(self, device, changes, reason):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):
