@@ -127,8 +127,7 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
     changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
-    fits = [c for c in found if c.num_stages > 1 and misfit(problem, device, c) is None]
-    return list(dict.fromkeys(fits))
+    return list(dict.fromkeys(c for c in found if misfit(problem, device, c) is None))
 
 
 def _splits(problem, config):
