@@ -15,9 +15,11 @@ from paged_prefill.lowering.mosaic_gpu_kernel import MULTIPROCESSORS, WARPGROUP_
 from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS
 from paged_prefill.lowering.tiles import merge_splits, schedule, tiles_at_most
 
-VERSION = 4
+VERSION = 5
 
 SHARED_BYTES = 227 * 1024
+MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
+ROUNDS = 4  # of tiles over the multiprocessors: from there on the last one, which is not full, costs little
 
 
 def attend(
@@ -103,8 +105,11 @@ def _block_kv(problem: Problem) -> int | None:
 
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     """Sizes from the shape and the chip; measured in benchmarks/results."""
-    block_kv = _block_kv(problem)
-    tokens_per_seq = -(-problem.tokens // problem.seqs)
+    return _with_three_warpgroups(problem) if _many_tiles(problem) else _with_at_most_two(problem)
+
+
+def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
+    tokens_per_seq = _tokens_per_seq(problem)
     warpgroups = 2
     if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -112,21 +117,48 @@ def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionCo
         warpgroups = 1 if rows <= WARPGROUP_ROWS else 2
     else:
         heads = 2 if problem.group % 2 == 0 else 1
-    block_q = warpgroups * WARPGROUP_ROWS // heads
-    num_warps = 4 * (warpgroups + 1)
-    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=4)
+    return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
+
+
+def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
+    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers."""
+    return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
+
+
+def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
+    """A configuration with as many stages as the shared memory has room for, and splits that fill the chip."""
+    stages = MOST_STAGES[warpgroups]
+    config = PrefillPageAttentionConfig(
+        block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=stages
+    )
     while shared_bytes(problem, config) > SHARED_BYTES:
         config = replace(config, num_stages=config.num_stages - 1)
     return replace(config, num_splits=_splits(problem, config))
 
 
+def _tokens_per_seq(problem: Problem) -> int:
+    return -(-problem.tokens // problem.seqs)
+
+
+def _many_tiles(problem: Problem) -> bool:
+    """Whether tiles of three warpgroups fill the chip for several rounds, and hardly any of their rows is empty."""
+    if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
+        return False
+    block_q, tokens_per_seq = 3 * WARPGROUP_ROWS, _tokens_per_seq(problem)
+    tiles_per_seq = -(-tokens_per_seq // block_q)
+    rounds = tiles_per_seq * problem.seqs * problem.q_heads / MULTIPROCESSORS
+    return rounds >= ROUNDS and tokens_per_seq >= 0.95 * tiles_per_seq * block_q
+
+
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes first, then their neighbours: other stages, one head a tile or two, other splits."""
+    """The heuristic sizes first, then their neighbours: other stages, heads, splits, another number of warpgroups."""
     first = heuristic_config(problem, device)
     rows = (first.num_warps // 4 - 1) * WARPGROUP_ROWS
     changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
+    if _tokens_per_seq(problem) >= 3 * WARPGROUP_ROWS:
+        found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
     return list(dict.fromkeys(c for c in found if misfit(problem, device, c) is None))
 
 
@@ -150,8 +182,8 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
     """What is wrong with sizes for a problem, or None."""
-    if config.num_warps not in (8, 12):
-        return f"cfg.num_warps must be 8 or 12 (4 of them load), got {config.num_warps}"
+    if config.num_warps not in (8, 12, 16):
+        return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
     rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
     whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
     if config.block_q < 8 or rows % config.block_q or not whole:
@@ -159,6 +191,9 @@ def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig)
     page, block = problem.page_size, config.block_kv
     if block not in (64, 128) or (page % block and block % page):
         return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
+    # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
+    if config.num_warps == 16 and problem.value_dim // 2 + block > 128:
+        return f"cfg.num_warps 16 has no registers for value_dim {problem.value_dim} and cfg.block_kv {block}"
     if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
         return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
     return None

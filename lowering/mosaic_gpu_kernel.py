@@ -4,13 +4,14 @@ The block takes a *tile*: some tokens of one sequence, for some of the query hea
 and a token) to each compute warpgroup. One more warpgroup only loads: its warps copy keys and values page by page, from
 where they lie into the rows of a swizzled tile in shared memory, and the query rows of the next tile.
 
-The warpgroups pass a turn around, FlashAttention-3's ping-pong (arXiv 2407.08608): the one whose turn it is starts the
-logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block i. Blocks are
-taken from the last to the first, so that those which need a mask come first.
+A warpgroup starts the logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax
+of block i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608). Blocks are taken from the
+last to the first, so that those which need a mask come first.
 
 The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near
 the largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has
-passed it by far, once more by the new one: most blocks look for no maximum, and scale no output.
+passed it by far, once more by the new one: most blocks look for no maximum, and scale no output. Logits with a soft
+cap are bounded, and bfloat16 has room for weights by one maximum that never changes.
 """
 
 from dataclasses import dataclass
@@ -31,12 +32,15 @@ from paged_prefill.lowering.tiles import Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
-# Registers of a thread that computes and of one that loads, of two computing warpgroups; one has all from the start.
-REGISTERS = (240, 24)
+# Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 TABLE_COLUMNS = len(Tiles._fields) + 1
 LOG2_E = math.log2(math.e)
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
 LARGEST_SUM = 256.0
+# How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
+# products of weights up to 2^40 with values up to 1e20 have finite sums in float32.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,20 @@ class Plan:
     def query_parts(self) -> int:
         """Parts of 64 columns, a swizzled row each."""
         return self.head_dim // COLUMNS
+
+    @property
+    def takes_turns(self) -> bool:
+        """Two warpgroups are faster in turns, three without."""
+        return self.warpgroups == 2
+
+    @property
+    def fixed_maximum(self) -> float | None:
+        """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all."""
+        if self.soft_cap is None or self.dtype != "bfloat16":
+            return None
+        largest = self.soft_cap * LOG2_E
+        maximum = min(largest, -SMALLEST_WEIGHT - largest)
+        return maximum / largest if largest - maximum <= LARGEST_WEIGHT else None
 
     @property
     def run(self) -> int:
@@ -174,15 +192,15 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, out, lse, **scratch)
     @pl.when(warpgroup < plan.warpgroups)
     def _():
         if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
-            # The first turn is the first warpgroup's.
+            plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
+        if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         each_piece(lambda piece, done: _compute(plan, piece, done, warpgroup, query.shape[1], out, lse, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
         if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
         _load(plan, each_piece, table, query, key_rows, value_rows, **scratch)
 
 
@@ -292,11 +310,11 @@ def _compute(
     shape = (WARPGROUP_ROWS, plan.block_kv)
 
     def take_turn():
-        if plan.warpgroups > 1:
+        if plan.takes_turns:
             plgpu.barrier_wait(turn.at[warpgroup])
 
     def pass_turn():
-        if plan.warpgroups > 1:
+        if plan.takes_turns:
             plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, plan.warpgroups)])
 
     def slot_of(i):
@@ -335,7 +353,7 @@ def _compute(
         else:
             exponents = (logits - lax.broadcast_in_dim(m, shape, [0])) * unit
         weights = jnp.exp2(exponents)
-        return weights.astype(dtype), _fold(jnp.add, weights)
+        return weights, _fold(jnp.add, weights)
 
     def follow(logits, acc, m, l, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
@@ -347,7 +365,7 @@ def _compute(
         weights, sums = weigh(logits, shift)
         fade = jnp.exp2((m - shift) * unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
-        return weights, acc, m_next, l + sums
+        return weights.astype(dtype), acc, m_next, l + sums
 
     def softmax(logits, output, m, l, i, masked):
         """The weights of block i, and the output so far, m and l with it. `output` waits for the output's product."""
@@ -356,8 +374,16 @@ def _compute(
         elif plan.softmax_scale <= 0:
             logits = lax.optimization_barrier(logits * plan.softmax_scale)
         if masked:
-            return follow(jnp.where(visible(i), logits, -jnp.inf), output(), m, l)
+            logits = jnp.where(visible(i), logits, -jnp.inf)
+        if plan.fixed_maximum is not None:
+            weights, sums = weigh(logits, m)
+            acc = output()
+            # Rounded only here, behind the wait for the last products: so the next ones may begin with the results.
+            return lax.optimization_barrier(weights).astype(dtype), acc, m, l + sums
+        if masked:
+            return follow(logits, output(), m, l)
         weights, sums = weigh(logits, m)
+        weights = weights.astype(dtype)
         passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
         anyone = any_in_warp(passed, after=weights)
         acc, weights = output(), moved(weights)
@@ -404,7 +430,8 @@ def _compute(
 
         logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
         plgpu.barrier_arrive(keys_free.at[slot_of(0)])
-        m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
+        m = -jnp.inf if plan.fixed_maximum is None else plan.fixed_maximum
+        m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), m, jnp.float32), ROWS)
         l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, 8), jnp.float32), WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.value_dim), jnp.float32), WGMMA)
         running = softmax(logits, lambda: acc, m, l, 0, masked=True)

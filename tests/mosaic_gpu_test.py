@@ -97,7 +97,7 @@ class SupportsTest(parameterized.TestCase):
         device=(HOPPER, UNKNOWN),
         head_dim=(64, 128, 192, 256),
         page_size=(8, 16, 128, 192),
-        pack=((1, 1), (16, 16), (5000, 1)),
+        pack=((1, 1), (16, 16), (5000, 1), (40000, 1)),
     )
     def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack):
         (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
@@ -114,6 +114,18 @@ class SupportsTest(parameterized.TestCase):
             self.assertIsNone(mosaic_gpu.misfit(given, device, config))
 
 
+    @parameterized.named_parameters(
+        ("many_tiles", dict(tokens=8192), 16),
+        ("few_tiles", dict(tokens=2048), 12),
+        ("empty_rows", dict(tokens=200 * 64, seqs=64), 12),
+        ("other_dims", dict(tokens=8192, head_dim=64, value_dim=64), 12),
+    )
+    def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
+        given = problem(q_heads=32, num_kv_heads=8, **changes)
+        self.assertEqual(mosaic_gpu.heuristic_config(given, HOPPER).num_warps, num_warps)
+        self.assertEqual({c.num_warps for c in mosaic_gpu.candidate_configs(given, HOPPER)}, {12, 16})
+
+
 class LoweringTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("chunk", {}, {}),
@@ -121,6 +133,7 @@ class LoweringTest(parameterized.TestCase):
         ("dims", dict(head_dim=64, value_dim=256), dict(attn_logits_soft_cap=30.0)),
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
+        ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
     )
     def test_lowers_for_cuda_where_there_is_no_gpu(self, operands, parameters):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, **parameters))
@@ -131,6 +144,7 @@ class LoweringTest(parameterized.TestCase):
         ("rows", dict(block_q=100), "block_q"),
         ("keys", dict(block_kv=96), "block_kv"),
         ("warps", dict(num_warps=4), "num_warps"),
+        ("registers", dict(num_warps=16, block_q=192, block_kv=128), "num_warps"),
         ("stages", dict(num_stages=9), "num_stages"),
     )
     def test_sizes_that_do_not_fit_are_named(self, sizes, name):
