@@ -29,7 +29,7 @@ WORTH_IT = 0.98  # of the heuristic's time at most, or the difference may be noi
 SAMPLE_SECONDS = 0.005  # one sample repeats the call for about this long, so that launching it does not count
 COMPILERS = min(16, os.cpu_count() or 1)
 LARGEST_CACHE_BYTES = 2**31
-# Relative L2 distance from the XLA lowering in the same dtype: rounding stays far below, a wrong mask or page far above.
+# Relative L2 distance from the XLA lowering in the same dtype: rounding is far below, a wrong mask or page far above.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 
 

@@ -183,9 +183,9 @@ def attend_tile(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
 
-    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter, of
-    # EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key that no row sees is read as
-    # the nearest that some row sees: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
+    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
+    # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key that no row sees is read
+    # as the nearest that some row sees: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
     EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
     edge_low = tl.maximum(low * EDGES, seen_start // EDGE_KV)
     edge_high = tl.minimum(high * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)

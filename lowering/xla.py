@@ -264,7 +264,7 @@ def _kept_in_loop(i, *arrays):
 
 
 def _bits(x):
-    """16-bit floats as integers, which XLA's CPU compiler scatters as they are; bfloat16 it would scatter in float32."""
+    """16-bit floats as integers: XLA's CPU compiler scatters those as they are, and bfloat16 in float32."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
