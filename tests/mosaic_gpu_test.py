@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
-from paged_prefill.lowering import contract, mosaic_gpu, tiles
+from paged_prefill.lowering import contract, mosaic_gpu, mosaic_gpu_kernel, tiles
 
 HOPPER = contract.Device("cuda", "NVIDIA H200", "9.0")
 UNKNOWN = contract.Device("cuda")
@@ -124,6 +124,26 @@ class SupportsTest(parameterized.TestCase):
         given = problem(q_heads=32, num_kv_heads=8, **changes)
         self.assertEqual(mosaic_gpu.heuristic_config(given, HOPPER).num_warps, num_warps)
         self.assertEqual({c.num_warps for c in mosaic_gpu.candidate_configs(given, HOPPER)}, {12, 16})
+
+
+class PlanTest(parameterized.TestCase):
+    def plan(self, **changes):
+        fields = dict(group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3, pages_per_seq=20,
+                      keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1,
+                      soft_cap=50.0, window=None, dtype="bfloat16")
+        return mosaic_gpu_kernel.Plan(**(fields | changes))
+
+    @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
+    def test_weights_by_the_fixed_maximum_stay_in_range(self, soft_cap):
+        maximum = self.plan(soft_cap=soft_cap).fixed_maximum
+        smallest, largest = (soft_cap * (logit - maximum) / np.log(2) for logit in (-1, 1))
+        self.assertGreaterEqual(round(smallest, 6), -110)
+        self.assertLessEqual(largest, 40)
+        self.assertGreaterEqual(largest, 0)
+
+    @parameterized.parameters(dict(soft_cap=None), dict(soft_cap=60.0), dict(soft_cap=1e4), dict(dtype="float16"))
+    def test_a_maximum_is_looked_for_where_no_fixed_one_does(self, **changes):
+        self.assertIsNone(self.plan(**changes).fixed_maximum)
 
 
 class LoweringTest(parameterized.TestCase):
