@@ -105,7 +105,8 @@ def _block_kv(problem: Problem) -> int | None:
 
 def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     """Sizes from the shape and the chip; measured in benchmarks/results."""
-    return _with_three_warpgroups(problem) if _many_tiles(problem) else _with_at_most_two(problem)
+    three = _with_three_warpgroups(problem)
+    return three if _keeps_busy(problem, three) else _with_at_most_two(problem)
 
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
@@ -140,20 +141,31 @@ def _tokens_per_seq(problem: Problem) -> int:
     return -(-problem.tokens // problem.seqs)
 
 
-def _many_tiles(problem: Problem) -> bool:
+def _rows(config: PrefillPageAttentionConfig) -> int:
+    """Rows of a tile."""
+    return (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+
+
+def _tiles(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of all heads, were the tokens spread evenly over the sequences."""
+    heads = _rows(config) // config.block_q
+    tiles_of_tokens = problem.seqs * -(-_tokens_per_seq(problem) // config.block_q)
+    return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
+
+
+def _keeps_busy(problem: Problem, three: PrefillPageAttentionConfig) -> bool:
     """Whether tiles of three warpgroups fill the chip for several rounds, and hardly any of their rows is empty."""
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
         return False
-    block_q, tokens_per_seq = 3 * WARPGROUP_ROWS, _tokens_per_seq(problem)
-    tiles_per_seq = -(-tokens_per_seq // block_q)
-    rounds = tiles_per_seq * problem.seqs * problem.q_heads / MULTIPROCESSORS
-    return rounds >= ROUNDS and tokens_per_seq >= 0.95 * tiles_per_seq * block_q
+    tiles = _tiles(problem, three)
+    used = problem.tokens * problem.q_heads / (tiles * _rows(three))
+    return tiles >= ROUNDS * MULTIPROCESSORS and used >= 0.95
 
 
 def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
     """The heuristic sizes first, then their neighbours: other stages, heads, splits, another number of warpgroups."""
     first = heuristic_config(problem, device)
-    rows = (first.num_warps // 4 - 1) * WARPGROUP_ROWS
+    rows = _rows(first)
     changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
     changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
     found = [first] + [replace(first, **change) for change in changes]
@@ -164,27 +176,23 @@ def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAtten
 
 def _splits(problem, config):
     """As many parts as fill the chip's multiprocessors once, of at least four blocks of keys each."""
-    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
-    tiles = max(problem.seqs, -(-problem.tokens // config.block_q))
-    blocks = tiles * problem.num_kv_heads * -(-problem.group // (rows // config.block_q))
     keys = problem.capacity
     if problem.sliding_window is not None:
         keys = min(keys, problem.sliding_window + config.block_q)
-    return max(1, min(MULTIPROCESSORS // blocks, keys // (4 * config.block_kv), 32))
+    return max(1, min(MULTIPROCESSORS // _tiles(problem, config), keys // (4 * config.block_kv), 32))
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
-    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
     ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
-    return 2 * (rows * problem.head_dim + ring) + 3072
+    return 2 * (_rows(config) * problem.head_dim + ring) + 3072
 
 
 def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
     """What is wrong with sizes for a problem, or None."""
     if config.num_warps not in (8, 12, 16):
         return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
-    rows = (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+    rows = _rows(config)
     whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
     if config.block_q < 8 or rows % config.block_q or not whole:
         return f"cfg.block_q must divide {rows} rows into slabs of 8, 16, 32 or multiples of 64, got {config.block_q}"
@@ -193,7 +201,10 @@ def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig)
         return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
     # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
     if config.num_warps == 16 and problem.value_dim // 2 + block > 128:
-        return f"cfg.num_warps 16 has no registers for value_dim {problem.value_dim} and cfg.block_kv {block}"
+        return (
+            f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
+            f"{problem.value_dim} and cfg.block_kv {block}"
+        )
     if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
         return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
     return None

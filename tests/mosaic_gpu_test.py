@@ -113,7 +113,6 @@ class SupportsTest(parameterized.TestCase):
             self.assertLessEqual(mosaic_gpu.shared_bytes(given, config), mosaic_gpu.SHARED_BYTES)
             self.assertIsNone(mosaic_gpu.misfit(given, device, config))
 
-
     @parameterized.named_parameters(
         ("many_tiles", dict(tokens=8192), 16),
         ("few_tiles", dict(tokens=2048), 12),
