@@ -15,7 +15,7 @@ from paged_prefill.lowering.mosaic_gpu_kernel import MULTIPROCESSORS, WARPGROUP_
 from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS
 from paged_prefill.lowering.tiles import merge_splits, schedule, tiles_at_most
 
-VERSION = 5
+VERSION = 6
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups

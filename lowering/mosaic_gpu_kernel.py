@@ -11,7 +11,8 @@ last to the first, so that those which need a mask come first.
 The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near
 the largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has
 passed it by far, once more by the new one: most blocks look for no maximum, and scale no output. Logits with a soft
-cap are bounded, and bfloat16 has room for weights by one maximum that never changes.
+cap are bounded, and bfloat16 has room for weights by one maximum that never changes; and while they are small, a
+polynomial stands for tanh (mosaic_gpu_soft_cap.py).
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
-from paged_prefill.lowering.mosaic_gpu_operations import any_in_warp, moved, settled, start_products, store_rows
+from paged_prefill.lowering.mosaic_gpu_operations import any_in_warp, any_in_warpgroup, moved, settled
+from paged_prefill.lowering.mosaic_gpu_operations import start_products, store_rows
+from paged_prefill.lowering.mosaic_gpu_soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
@@ -89,8 +92,8 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without."""
-        return self.warpgroups == 2
+        """Two warpgroups are faster in turns, three without, and both where a polynomial makes a step short."""
+        return self.warpgroups == 2 and self.polynomial is None
 
     @property
     def fixed_maximum(self) -> float | None:
@@ -100,6 +103,13 @@ class Plan:
         largest = self.soft_cap * LOG2_E
         maximum = min(largest, -SMALLEST_WEIGHT - largest)
         return maximum / largest if largest - maximum <= LARGEST_WEIGHT else None
+
+    @functools.cached_property
+    def polynomial(self) -> Polynomial | None:
+        """What stands for tanh where logits are small."""
+        if self.fixed_maximum is None:
+            return None
+        return polynomial(self.softmax_scale, self.soft_cap, self.fixed_maximum)
 
     @property
     def run(self) -> int:
@@ -369,7 +379,9 @@ def _compute(
 
     def softmax(logits, output, m, l, i, masked):
         """The weights of block i, and the output so far, m and l with it. `output` waits for the output's product."""
-        if plan.soft_cap is not None:
+        if plan.polynomial is not None:
+            logits = jnp.tanh(logits * plan.polynomial.to_tanh)
+        elif plan.soft_cap is not None:
             logits = jnp.tanh(logits * (plan.softmax_scale / plan.soft_cap))
         elif plan.softmax_scale <= 0:
             logits = lax.optimization_barrier(logits * plan.softmax_scale)
@@ -415,20 +427,34 @@ def _compute(
             plgpu.barrier_arrive(cleaned)
             plgpu.barrier_wait(cleaned)
 
-    def start():
-        """Block 0: its logits, and no output yet."""
-        plgpu.barrier_wait(query_here)
-        plgpu.barrier_wait(keys_here.at[slot_of(0)])
-        take_turn()
+    def logits_of(i):
+        """Block i's logits, with no other product beside them."""
 
         def products(logits):
             for part in range(plan.query_parts):
-                columns = keys.at[slot_of(0), :, pl.ds(part * COLUMNS, COLUMNS)]
+                columns = keys.at[slot_of(i), :, pl.ds(part * COLUMNS, COLUMNS)]
                 plgpu.wgmma(logits, query_tile.at[warpgroup, part], columns.transpose((1, 0)))
             pass_turn()
             return logits[...]
 
-        logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+
+    def scale_query(factor):
+        layout = plgpu.Layout.SMEM_GMEM_COPY((WARPGROUP_ROWS, COLUMNS), dtype, SWIZZLE_BYTES)
+        for part in range(plan.query_parts):
+            columns = query_tile.at[warpgroup, part]
+            scaled = plgpu.layout_cast(columns[...], layout).astype(jnp.float32) * factor
+            columns[...] = scaled.astype(dtype)
+        plgpu.commit_smem()
+
+    def start():
+        """Block 0: its logits, and no output yet."""
+        plgpu.barrier_wait(query_here)
+        if plan.polynomial is not None:
+            scale_query(plan.polynomial.query_factor)
+        plgpu.barrier_wait(keys_here.at[slot_of(0)])
+        take_turn()
+        logits = logits_of(0)
         plgpu.barrier_arrive(keys_free.at[slot_of(0)])
         m = -jnp.inf if plan.fixed_maximum is None else plan.fixed_maximum
         m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), m, jnp.float32), ROWS)
@@ -439,16 +465,13 @@ def _compute(
         clean_values(0)
         return running
 
-    def step(masked, i, running):
-        """Block i's logits and weights, and the output of block i - 1."""
-        weights, acc, m, l = running
+    def products_of(i, weights, acc):
+        """Block i's logits; and a function that waits for the output of block i - 1, which is still being computed."""
         plgpu.barrier_wait(keys_here.at[slot_of(i)])
         take_turn()
         operands = (query_tile.at[warpgroup], keys.at[slot_of(i)], acc, weights, values.at[slot_of(i - 1)])
         logits, acc = start_products(*operands)
         pass_turn()
-        logits = settled(logits, still_running=1)
-        plgpu.barrier_arrive(keys_free.at[slot_of(i)])
 
         def output():
             # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
@@ -457,7 +480,41 @@ def _compute(
             plgpu.barrier_arrive(values_free.at[slot_of(i - 1)])
             return done
 
+        return settled(logits, still_running=1), output
+
+    def step(masked, i, running):
+        """Block i's logits and weights, and the output of block i - 1."""
+        weights, acc, m, l = running
+        logits, output = products_of(i, weights, acc)
+        plgpu.barrier_arrive(keys_free.at[slot_of(i)])
         return softmax(logits, output, m, l, i, masked)
+
+    def steps_by_polynomial(first, end, running):
+        """Steps from block `first` on, up to `end` or the first block with logits that are not small; and where it ends.
+
+        Whether they are is seen in the weights. So that block is weighed again, by tanh, from logits computed again.
+        """
+
+        def one(carry):
+            i, _, (weights, acc, m, l) = carry
+            logits, output = products_of(i, weights, acc)
+            weights = jnp.exp2(plan.polynomial(logits) - lax.broadcast_in_dim(m * unit, shape, [0]))
+            sums = _fold(jnp.add, weights)
+            small = ~any_in_warpgroup(plan.polynomial.doubts(sums), warpgroup)
+            acc = output()
+            pl.when(small)(lambda: plgpu.barrier_arrive(keys_free.at[slot_of(i)]))
+            weights = lax.optimization_barrier(weights).astype(dtype)
+            return i + 1, small, (weights, acc, m, l + jnp.where(small, sums, 0.0))
+
+        def again(i, running):
+            _, acc, m, l = running
+            logits = logits_of(i)
+            plgpu.barrier_arrive(keys_free.at[slot_of(i)])
+            return softmax(logits, lambda: acc, m, l, i, masked=False)
+
+        carry = first, jnp.bool_(True), running
+        end, small, running = lax.while_loop(lambda carry: (carry[0] < end) & carry[1], one, carry)
+        return end, lax.cond(small, lambda running: running, functools.partial(again, end - 1), running)
 
     def finish(running):
         """The output of the last block, and the rows' results."""
@@ -487,6 +544,8 @@ def _compute(
         clear = jnp.clip(piece.last + 1 - first_whole, edge, steps)
     running = start()
     running = lax.fori_loop(1, edge, functools.partial(step, True), running)
+    if plan.polynomial is not None:
+        edge, running = steps_by_polynomial(edge, clear, running)
     running = lax.fori_loop(edge, clear, functools.partial(step, False), running)
     if plan.window is not None:
         running = lax.fori_loop(clear, steps, functools.partial(step, True), running)

@@ -104,6 +104,35 @@ def moved(array):
     return _same_type(move, array)
 
 
+def any_in_warpgroup(flags, warpgroup):
+    """Whether any element of `flags` is set: a scalar, for which the threads of the warpgroup wait for one another."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
+    )
+    def vote(_, flags, warpgroup):
+        i32 = ir.IntegerType.get_signless(32)
+        mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
+        # Pallas uses the first five of 16 barriers. The vote of the warp tells ptxas that all of it goes one way.
+        barrier = arith.addi(warpgroup.registers.item(), arith.constant(i32, 8))
+        ballot = (
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, 128, p; "
+            "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        )
+        anyone = llvm.inline_asm(i32, [mine, barrier], ballot, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
+
+    return vote(flags, warpgroup) > 0
+
+
+def _elements(array):
+    """A thread's elements, one by one."""
+    for register in array.registers.flat:
+        for i in range(ir.VectorType(register.type).shape[0]):
+            yield vector.extract(register, [], [i])
+
+
 def any_in_warp(flags, after):
     """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp.
 
@@ -117,14 +146,9 @@ def any_in_warp(flags, after):
     )
     def vote(_, flags, after):
         i32 = ir.IntegerType.get_signless(32)
-        each = [
-            vector.extract(register, [], [i])
-            for register in flags.registers.flat
-            for i in range(ir.VectorType(register.type).shape[0])
-        ]
         words = functools.reduce(arith.ori, [_as_word(pair) for pair in after.registers.flat])
         signs = arith.andi(words, arith.constant(i32, 0x8000_8000 - 2**32))
-        mine = arith.ori(arith.extui(i32, functools.reduce(arith.ori, each)), signs)
+        mine = arith.ori(arith.extui(i32, functools.reduce(arith.ori, _elements(flags))), signs)
         ballot = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         anyone = llvm.inline_asm(i32, [mine], ballot, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)

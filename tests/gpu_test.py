@@ -107,11 +107,11 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, "triton"))
 
-    @product(platform=PLATFORMS, head_dim=(64, 128), soft_cap=(50.0, 70.0), mean=(-400, 0, 60))
+    @product(platform=PLATFORMS, head_dim=(64, 128), soft_cap=(15.0, 50.0, 70.0), mean=(-400, 0, 60))
     def test_soft_cap_wherever_the_logits_lie(self, platform, head_dim, soft_cap, mean):
         """Logits inside of the cap and far outside, rows of a deviation of 1 beside rows of 20.
 
-        The Hopper kernel takes weights by a fixed maximum for the lower cap, and looks for one for the higher.
+        The Hopper kernel has a way for each cap: tanh and a fixed maximum, a polynomial too, tanh and running maxima.
         """
         self.need(platform)
         case = cases.Case("cap", SEQUENCES + ((150, 1500),), 4, 2, head_dim, page_size=16, dtype="bfloat16",
@@ -123,8 +123,25 @@ class GpuTest(parameterized.TestCase):
         )
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
-    @product(platform=PLATFORMS, soft_cap=(None, 50.0), softmax_scale=(None, 1.0, -3.0))
+    @product(platform=PLATFORMS, head_dim=(64, 128, 256), soft_cap=(30.0, 50.0), large=(None, 40, 400, -40, -400))
+    def test_soft_cap_with_few_large_logits(self, platform, head_dim, soft_cap, large):
+        """Small logits, and for some rows a few that are not: the Hopper kernel goes over to tanh at the first of them."""
+        self.need(platform)
+        case = cases.Case("few", ((130, 1500), (64, 2000), (1, 900), (70, 300)), 4, 2, head_dim, page_size=16,
+                          dtype="bfloat16", attn_logits_soft_cap=soft_cap)
+        pack = case.pack()
+        key_cache, query = pack.key_cache.at[..., 0].set(0), pack.query.at[..., 0].set(0)
+        if large is not None:
+            key_cache = key_cache.at[:, ::7, 5, 0].set(8)
+            query = query.at[::3, 1, 0].set(large * head_dim**0.5 / 8)
+        pack = pack._replace(query=query, key_cache=key_cache)
+        results = attend(pack, platform, **case.parameters)
+        packs.assert_matches_reference(pack, *results, **case.parameters)
+        chex.assert_trees_all_equal(attend(pack, platform, **case.parameters), results)
+
+    @product(platform=PLATFORMS, soft_cap=(None, 50.0, 70.0), softmax_scale=(None, 1.0, -3.0))
     def test_a_row_has_the_same_bits_whatever_the_rows_beside_it(self, platform, soft_cap, softmax_scale):
+        """But for Hopper's polynomial: rows of a warpgroup leave it together, and tanh has other errors."""
         self.need(platform)
         case = cases.Case("beside", ((100, 900),), 4, 2, 128, page_size=16, dtype="bfloat16")
         pack = case.pack()
@@ -132,7 +149,12 @@ class GpuTest(parameterized.TestCase):
         parameters = dict(attn_logits_soft_cap=soft_cap, softmax_scale=softmax_scale)
         results = [attend(each, platform, **parameters) for each in (pack, wild)]
         self.assertTrue(jnp.any(results[0][0][1::2] != results[1][0][1::2]))
-        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+        kept = [[array[::2] for array in result] for result in results]
+        if (platform, soft_cap) != ("cuda", 50.0):
+            chex.assert_trees_all_equal(*kept)
+        for one, other in zip(*kept):
+            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+            self.assertLess(np.linalg.norm(one - other), 5e-3 * np.linalg.norm(one))
 
     @product(platform=PLATFORMS, rows=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200))
     def test_sizes(self, platform, rows, num_splits, page_size, sliding_window):
