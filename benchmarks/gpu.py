@@ -1,7 +1,7 @@
 """Times the GPU kernels beside FlashInfer: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages 16,128].
 
 Prints a row for each case and page size: TFLOP/s of this project's kernels, of FlashInfer's FA3 and FA2 over the same
-pages, and the ratios. Every number is the median of several loops of calls that follow one another without a pause, the
+pages, and the ratios; with a soft cap, how much longer it takes than without. Every number is the median of several loops of calls that follow one another without a pause, the
 contenders taking turns in one process. A jitted function makes 4 calls with 4 queries, as the layers of a model do: so
 that the host, which takes about 60 us for a function, does not wait longer than the GPU; and XLA works out the schedule
 that the calls share once, as FlashInfer's plan is made once (and not timed). FlashInfer and PyTorch are optional.
@@ -135,6 +135,9 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
     makers = {platform: functools.partial(ours, platform, page_size, case) for platform in platforms}
     if case[-1] is None:
         makers |= {peer: functools.partial(flashinfer, peer, page_size, case) for peer in peers}
+    else:
+        without = (*case[:-1], None)
+        makers |= {f"{platform} without": functools.partial(ours, platform, page_size, without) for platform in platforms}
     contenders, row = {}, dict(case=name, page_size=page_size)
     for label, make in makers.items():
         try:
@@ -148,7 +151,9 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
         row[f"{label} ms"], row[label] = round(ms, 4), round(flops(*case) / ms / 1e9, 1)
     timed = [label for label in makers if label in contenders]
     pairs = [(own, peer) for own in platforms for peer in peers if own in timed and peer in timed]
-    return row | {f"{own} / {peer}": round(row[own] / row[peer], 3) for own, peer in pairs}
+    row |= {f"{own} / {peer}": round(row[own] / row[peer], 3) for own, peer in pairs}
+    capped = [own for own in platforms if own in timed and f"{own} without" in timed]
+    return row | {f"{own}, time / without": round(row[f"{own} ms"] / row[f"{own} without ms"], 3) for own in capped}
 
 
 def main():

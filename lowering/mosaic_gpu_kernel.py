@@ -96,6 +96,11 @@ class Plan:
         return self.warpgroups == 2 and self.polynomial is None
 
     @property
+    def rounds_late(self) -> bool:
+        """Whether a thread has registers for a block's logits and weights in 32 bits beside its share of the output."""
+        return self.warpgroups < 3 and self.value_dim // 2 + self.block_kv <= 160
+
+    @property
     def fixed_maximum(self) -> float | None:
         """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all."""
         if self.soft_cap is None or self.dtype != "bfloat16":
@@ -375,7 +380,11 @@ def _compute(
         weights, sums = weigh(logits, shift)
         fade = jnp.exp2((m - shift) * unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
-        return weights.astype(dtype), acc, m_next, l + sums
+        return weights, acc, m_next, l + sums
+
+    def rounded(weights):
+        """Behind the wait for the last products: so the next ones may begin with the results."""
+        return lax.optimization_barrier(weights).astype(dtype)
 
     def softmax(logits, output, m, l, i, masked):
         """The weights of block i, and the output so far, m and l with it. `output` waits for the output's product."""
@@ -390,22 +399,27 @@ def _compute(
         if plan.fixed_maximum is not None:
             weights, sums = weigh(logits, m)
             acc = output()
-            # Rounded only here, behind the wait for the last products: so the next ones may begin with the results.
-            return lax.optimization_barrier(weights).astype(dtype), acc, m, l + sums
+            return rounded(weights), acc, m, l + sums
         if masked:
-            return follow(logits, output(), m, l)
+            weights, *others = follow(logits, output(), m, l)
+            return weights.astype(dtype), *others
         weights, sums = weigh(logits, m)
-        weights = weights.astype(dtype)
+        if not plan.rounds_late:
+            weights = weights.astype(dtype)
         passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
-        anyone = any_in_warp(passed, after=weights)
-        acc, weights = output(), moved(weights)
+        anyone = any_in_warp(passed, after=None if plan.rounds_late else weights)
+        acc = output()
+        if not plan.rounds_late:
+            weights = moved(weights)
 
         def again():
             # A row's bits do not depend on the other rows of its warp.
             own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
-            return follow(logits, acc, m, l, passed=own)
+            new, *others = follow(logits, acc, m, l, passed=own)
+            return new.astype(weights.dtype), *others
 
-        return lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
+        weights, *others = lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
+        return rounded(weights) if plan.rounds_late else weights, *others
 
     def clean_values(i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
@@ -503,7 +517,7 @@ def _compute(
             small = ~any_in_warpgroup(plan.polynomial.doubts(sums), warpgroup)
             acc = output()
             pl.when(small)(lambda: plgpu.barrier_arrive(keys_free.at[slot_of(i)]))
-            weights = lax.optimization_barrier(weights).astype(dtype)
+            weights = rounded(weights)
             return i + 1, small, (weights, acc, m, l + jnp.where(small, sums, 0.0))
 
         def again(i, running):

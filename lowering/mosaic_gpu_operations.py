@@ -136,24 +136,27 @@ def _elements(array):
 def any_in_warp(flags, after):
     """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp.
 
-    `after` is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16 bits behind
-    the vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all zero, which
-    ptxas cannot know.
+    `after`, if given, is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16
+    bits behind the vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all
+    zero, which ptxas cannot know.
     """
+    arrays = (flags,) if after is None else (flags, after)
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+        arg_types=(WGMMA,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
-    def vote(_, flags, after):
+    def vote(_, flags, *after):
         i32 = ir.IntegerType.get_signless(32)
-        words = functools.reduce(arith.ori, [_as_word(pair) for pair in after.registers.flat])
-        signs = arith.andi(words, arith.constant(i32, 0x8000_8000 - 2**32))
-        mine = arith.ori(arith.extui(i32, functools.reduce(arith.ori, _elements(flags))), signs)
+        mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
+        for array in after:
+            words = functools.reduce(arith.ori, map(_as_word, array.registers.flat))
+            mine = arith.ori(mine, arith.andi(words, arith.constant(i32, 0x8000_8000 - 2**32)))
         ballot = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         anyone = llvm.inline_asm(i32, [mine], ballot, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
 
-    return vote(flags, after) > 0
+    return vote(*arrays) > 0
 
 
 def _as_word(pair):
