@@ -37,6 +37,7 @@ WARPGROUP_ROWS = 64  # rows of a wgmma
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
 # Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
+OTHER_REGISTERS = 40  # of a thread that computes: sums, maxima, places, and what ptxas needs to have things at hand
 TABLE_COLUMNS = len(Tiles._fields) + 1
 LOG2_E = math.log2(math.e)
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
@@ -97,8 +98,9 @@ class Plan:
 
     @property
     def rounds_late(self) -> bool:
-        """Whether a thread has registers for a block's logits and weights in 32 bits beside its share of the output."""
-        return self.warpgroups < 3 and self.value_dim // 2 + self.block_kv <= 160
+        """Whether a thread has registers for a block's logits and weights in 32 bits, beside the output and old weights."""
+        needed = self.value_dim // 2 + 2 * self.block_kv // 2 + self.block_kv // 4
+        return needed + OTHER_REGISTERS <= REGISTERS.get(self.warpgroups, REGISTERS[2])[0]
 
     @property
     def fixed_maximum(self) -> float | None:

@@ -144,6 +144,23 @@ class PlanTest(parameterized.TestCase):
     def test_a_maximum_is_looked_for_where_no_fixed_one_does(self, **changes):
         self.assertIsNone(self.plan(**changes).fixed_maximum)
 
+    @parameterized.parameters(
+        (dict(), True), (dict(softmax_scale=-3.0), True), (dict(soft_cap=19.9), False), (dict(soft_cap=60.0), False),
+        (dict(soft_cap=None), False), (dict(dtype="float16"), False), (dict(warpgroups=3), True),
+    )
+    def test_warpgroups_take_turns_where_no_polynomial_makes_a_step_short(self, changes, has_polynomial):
+        """A block that is weighed again has no turn of its own: with turns, its products would pass one on."""
+        plan = self.plan(**changes)
+        self.assertEqual(plan.polynomial is not None, has_polynomial)
+        self.assertEqual(plan.takes_turns, plan.warpgroups == 2 and not has_polynomial)
+
+    @parameterized.parameters(
+        (dict(), False), (dict(head_dim=64, value_dim=64), True), (dict(block_kv=64), True),
+        (dict(head_dim=256, value_dim=256, block_kv=64), False), (dict(warpgroups=3, block_kv=64), False),
+    )
+    def test_weights_are_rounded_late_where_registers_allow(self, changes, late):
+        self.assertEqual(self.plan(soft_cap=None, **changes).rounds_late, late)
+
 
 class LoweringTest(parameterized.TestCase):
     @parameterized.named_parameters(
