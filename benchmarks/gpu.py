@@ -1,10 +1,11 @@
 """Times the GPU kernels beside FlashInfer: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages 16,128].
 
 Prints a row for each case and page size: TFLOP/s of this project's kernels, of FlashInfer's FA3 and FA2 over the same
-pages, and the ratios; with a soft cap, how much longer it takes than without. Every number is the median of several loops of calls that follow one another without a pause, the
-contenders taking turns in one process. A jitted function makes 4 calls with 4 queries, as the layers of a model do: so
-that the host, which takes about 60 us for a function, does not wait longer than the GPU; and XLA works out the schedule
-that the calls share once, as FlashInfer's plan is made once (and not timed). FlashInfer and PyTorch are optional.
+pages, and the ratios; with a soft cap, how much longer it takes than without. Every number is the median of several
+loops of calls that follow one another without a pause, the contenders taking turns in one process. A jitted function
+makes 4 calls with 4 queries, as the layers of a model do: so that the host, which takes about 60 us for a function,
+does not wait longer than the GPU; and XLA works out the schedule that the calls share once, as FlashInfer's plan is
+made once (and not timed). FlashInfer and PyTorch are optional.
 """
 
 import argparse
@@ -137,7 +138,8 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
         makers |= {peer: functools.partial(flashinfer, peer, page_size, case) for peer in peers}
     else:
         without = (*case[:-1], None)
-        makers |= {f"{platform} without": functools.partial(ours, platform, page_size, without) for platform in platforms}
+        for platform in platforms:
+            makers[f"{platform} without"] = functools.partial(ours, platform, page_size, without)
     contenders, row = {}, dict(case=name, page_size=page_size)
     for label, make in makers.items():
         try:

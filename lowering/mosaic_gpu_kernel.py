@@ -37,7 +37,6 @@ WARPGROUP_ROWS = 64  # rows of a wgmma
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
 # Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
-OTHER_REGISTERS = 40  # of a thread that computes: sums, maxima, places, and what ptxas needs to have things at hand
 TABLE_COLUMNS = len(Tiles._fields) + 1
 LOG2_E = math.log2(math.e)
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
@@ -93,14 +92,14 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without, and both where a polynomial makes a step short."""
+        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short."""
         return self.warpgroups == 2 and self.polynomial is None
 
     @property
     def rounds_late(self) -> bool:
-        """Whether a thread has registers for a block's logits and weights in 32 bits, beside the output and old weights."""
-        needed = self.value_dim // 2 + 2 * self.block_kv // 2 + self.block_kv // 4
-        return needed + OTHER_REGISTERS <= REGISTERS.get(self.warpgroups, REGISTERS[2])[0]
+        """Whether a thread has registers for logits and weights in 32 bits, beside the output and the last weights."""
+        needed = self.value_dim // 2 + self.block_kv + self.block_kv // 4
+        return self.warpgroups < 3 and needed <= 200  # of 240, and 255 for one warpgroup
 
     @property
     def fixed_maximum(self) -> float | None:
@@ -506,9 +505,10 @@ def _compute(
         return softmax(logits, output, m, l, i, masked)
 
     def steps_by_polynomial(first, end, running):
-        """Steps from block `first` on, up to `end` or the first block with logits that are not small; and where it ends.
+        """Steps from block `first` to `end`, or to the first block with logits that are not small; and where it ended.
 
         Whether they are is seen in the weights. So that block is weighed again, by tanh, from logits computed again.
+        All rows of the warpgroup change together, so a row's last bits may depend on the rows beside it.
         """
 
         def one(carry):

@@ -7,8 +7,8 @@ of 50) a polynomial of degree 5 errs by less than 2e-5, the chip's own tanh by u
 It is monic in x = g * y, g = (c5 * unit)^(1/5): unit * tanh(y) = ((x^2 + a)^2 + b) * x, three fused operations. The
 queries are multiplied by what makes the products with the keys come out as x, which rounds them once more.
 
-Beyond 0.6 it grows faster than tanh, both ways. So the sums of a few weights tell whether it may be used: one logit that
-is too large makes its sum too large. Logits that are too small count for nothing beside one of -0.3 * cap, for
+Beyond 0.6 it grows faster than tanh, both ways. So the sums of a few weights tell whether it may be used: one logit
+that is too large makes its sum too large. Logits that are too small count for nothing beside one of -0.3 * cap, for
 caps of at least 20; and if there is none, the sum is too small.
 """
 

@@ -125,7 +125,7 @@ class GpuTest(parameterized.TestCase):
 
     @product(platform=PLATFORMS, head_dim=(64, 128, 256), soft_cap=(30.0, 50.0), large=(None, 40, 400, -40, -400))
     def test_soft_cap_with_few_large_logits(self, platform, head_dim, soft_cap, large):
-        """Small logits, and for some rows a few that are not: the Hopper kernel goes over to tanh at the first of them."""
+        """Small logits, and for some rows a few that are not: the Hopper kernel goes over to tanh at the first."""
         self.need(platform)
         case = cases.Case("few", ((130, 1500), (64, 2000), (1, 900), (70, 300)), 4, 2, head_dim, page_size=16,
                           dtype="bfloat16", attn_logits_soft_cap=soft_cap)
