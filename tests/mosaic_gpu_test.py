@@ -167,6 +167,8 @@ class LoweringTest(parameterized.TestCase):
         ("chunk", {}, {}),
         ("decode", dict(seqs=16, tokens=16), {}),
         ("dims", dict(head_dim=64, value_dim=256), dict(attn_logits_soft_cap=30.0)),
+        ("small_cap", {}, dict(attn_logits_soft_cap=15.0)),
+        ("large_cap", {}, dict(attn_logits_soft_cap=70.0)),
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
