@@ -26,9 +26,9 @@ class Polynomial(NamedTuple):
 
     query_factor: float
     to_tanh: float  # a logit times this is tanh's argument
-    a: float
+    a: float  # of ((x^2 + a)^2 + b) * x
     b: float
-    largest_sum: float
+    largest_sum: float  # of weights, that is not in doubt
     smallest_sum: float
 
     def __call__(self, x):
@@ -41,7 +41,7 @@ class Polynomial(NamedTuple):
 
 
 def polynomial(softmax_scale: float, soft_cap: float, maximum: float) -> Polynomial | None:
-    """For weights by a fixed maximum, given in units of the cap."""
+    """For weights by a fixed maximum, in units of the cap; None for caps so small that all logits count."""
     if soft_cap < SMALLEST_CAP:
         return None
     unit = soft_cap / math.log(2)
