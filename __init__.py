@@ -1,6 +1,6 @@
 """Chunked prefill attention over a paged KV cache, as one JAX primitive. Start at `prefill_page_attention`."""
 
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import batching as _batching
 from paged_prefill.primitive import differentiation as _differentiation
 from paged_prefill import lowering as _lowering

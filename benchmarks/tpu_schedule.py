@@ -45,7 +45,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
     import jax.numpy as jnp
 
     from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
-    from paged_prefill.lowering.config import PrefillPageAttentionConfig
+    from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
     pages = CONTEXT // page_size
     parameters = dict(

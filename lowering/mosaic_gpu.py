@@ -9,7 +9,7 @@ from dataclasses import replace
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
 from paged_prefill.lowering.mosaic_gpu_kernel import MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
 from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering import mosaic_tpu_schedule as schedule
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
 from paged_prefill.lowering.mosaic_tpu_kernel import Scratch, kernel
 from paged_prefill.lowering.mosaic_tpu_schedule import LANES, power_of_2, round_up, sublanes

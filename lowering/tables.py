@@ -20,7 +20,7 @@ from absl import logging
 from filelock import FileLock, Timeout
 import platformdirs
 
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem
 
 FORMAT = 1

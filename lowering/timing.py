@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paged_prefill.lowering import contract, xla
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 BUDGET_SECONDS = 30.0
 ROUNDS, FINAL_ROUNDS = 5, 15

@@ -25,7 +25,7 @@ from absl import logging
 import jax
 
 from paged_prefill.lowering import tables, timing
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem
 
 POLICIES = ("off", "cache", "on")

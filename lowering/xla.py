@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem, Sequences
 
 VERSION = 2

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from paged_prefill.lowering import tuning
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks, hints
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
 from paged_prefill.primitive.hints import AxisHint

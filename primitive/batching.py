@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from paged_prefill.primitive import hints
 from paged_prefill.primitive.prefill import paged_prefill_p, typed_paged_prefill_p
-from paged_prefill.sharding.plan import axes_of
+from paged_prefill.primitive.cut import axes_of
 
 
 def _batch(axis_data, operands, axes, *, cache_batch_dims, hint=None, **params):

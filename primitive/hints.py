@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 from typing import NamedTuple
 
-from paged_prefill.sharding.plan import Axes, axes_of
+from paged_prefill.primitive.cut import Axes, axes_of
 
 AxisHint = str | tuple[str, ...] | None
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from paged_prefill import lowering
 from paged_prefill.lowering import contract
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.api import prefill_page_attention
 from paged_prefill.sharding.wrapper import create_shard_map_wrapper

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from paged_prefill.primitive import checks
-from paged_prefill.sharding.plan import Cut, OPERANDS, check_stays, plan, wishes_of
+from paged_prefill.primitive.cut import Cut, OPERANDS, check_stays, plan, wishes_of
 
 
 class PagedPrefillPrimitive(Primitive):

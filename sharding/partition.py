@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from paged_prefill import compat
 from paged_prefill.primitive.hints import Hint
 from paged_prefill.primitive.prefill import local_paged_prefill_p, mesh_of, paged_prefill_p, typed_paged_prefill_p
-from paged_prefill.sharding.plan import CACHES, OPERANDS, RESULTS, Cut, check_stays, entry, plan, ways, wishes_of
+from paged_prefill.primitive.cut import CACHES, OPERANDS, RESULTS, Cut, check_stays, entry, plan, ways, wishes_of
 from paged_prefill.sharding.rule import sharding_rule
 
 

@@ -6,11 +6,11 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
 from paged_prefill.sharding.partition import on_one_device
-from paged_prefill.sharding.plan import cut_of_specs
+from paged_prefill.primitive.cut import cut_of_specs
 
 
 def create_shard_map_wrapper(

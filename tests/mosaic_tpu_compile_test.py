@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 import paged_prefill
 from paged_prefill.lowering import KERNELS, choose, contract, mosaic_tpu
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from paged_prefill import compat
 from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
-from paged_prefill.lowering.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.mosaic_tpu_schedule import max_items, owned_tokens, work_items
 from paged_prefill.tests import packs
 

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from paged_prefill.sharding.plan import Cut, plan, wishes_of
+from paged_prefill.primitive.cut import Cut, plan, wishes_of
 
 MESH = {"data": 2, "model": 4}
 

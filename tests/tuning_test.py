@@ -19,7 +19,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttention, lowering, prefill_page_attention, ragged_paged_prefill, tune
 from paged_prefill.lowering import contract, tables, timing, tuning, xla
-from paged_prefill.lowering.config import PrefillPageAttentionConfig as Config
+from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
 from paged_prefill.tests import packs
 
 DEVICE = contract.Device("cpu", "Test Chip 9000")

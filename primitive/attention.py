@@ -1,0 +1,47 @@
+"""What the attention is, whatever it runs over: scale, soft cap, which keys a row sees, and how its results come about.
+
+This is the one home of these formulas: reference, checks, schedules and kernels take them from here.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The parameters that change the result, checked once (`checks.attention_of`); one static parameter of a call.
+
+    Attributes:
+      softmax_scale: multiplies query . key.
+      attn_logits_soft_cap: logits become cap * tanh(logits / cap), before masking; None where they stay.
+      sliding_window: how many keys a row sees, its own included; None where it sees all before it.
+    """
+
+    softmax_scale: float
+    attn_logits_soft_cap: float | None = None
+    sliding_window: int | None = None
+
+    def visible_keys(self, position: Int[Array, "*rows"]) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
+        """The interval of keys, first to end, that rows at these positions see; empty for a row before key 0.
+
+        Both grow with the position. The end is not cut at the context, which no position passes.
+        """
+        end = jnp.maximum(position + 1, 0)
+        if self.sliding_window is None:
+            return jnp.zeros_like(end), end
+        return jnp.maximum(position - (self.sliding_window - 1), 0), end
+
+
+def normalised(
+    unnormalised: Float[Array, "*rows value_dim"], total: Float[Array, "*rows"], largest: Float[Array, "*rows"]
+) -> tuple[Float[Array, "*rows value_dim"], Float[Array, "*rows"]]:
+    """Output and lse from the sums of weights exp(logit - largest), with values and without.
+
+    A total of 0, and nothing else, says that no key was seen: output 0 and lse -inf. NaN in a row goes through to both.
+    """
+    unseen = total == 0
+    divisor = jnp.where(unseen, 1.0, total)
+    out = jnp.where(unseen[..., None], 0.0, unnormalised / divisor[..., None])
+    return out, jnp.where(unseen, -jnp.inf, largest + jnp.log(divisor))
