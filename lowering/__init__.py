@@ -6,7 +6,7 @@ from absl import logging
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import contract, mosaic_gpu, mosaic_tpu, triton, tuning, xla
+from paged_prefill.lowering import append, contract, mosaic_gpu, mosaic_tpu, triton, tuning, xla
 from paged_prefill.primitive.prefill import local_paged_prefill_p
 
 # The kernels of each platform, the fastest first. A new kernel is one module and its name here.
@@ -75,10 +75,12 @@ def _log_passed_over(device, chosen, name, reason):
 
 
 def run_kernel(
-    *operands, device, cache_batch_dims, num_kv_heads, sliding_window, platform, config, **scaling
+    *operands, device, present, attention, value_dim, cache_batch_dims, num_kv_heads, platform, config
 ):
     """Runs `local_paged_prefill_p` on one device: flattens the operands, chooses the kernel, calls it."""
     *operands, kv_head_start = operands
+    sliding_window = attention.sliding_window
+    scaling = dict(softmax_scale=attention.softmax_scale, attn_logits_soft_cap=attention.attn_logits_soft_cap)
     query_shape = operands[0].shape
     flat = contract.flatten(*operands, cache_batch_dims=cache_batch_dims)
     if sliding_window is not None and sliding_window >= contract.MAX_CONTEXT:
@@ -100,7 +102,7 @@ def run_kernel(
 
 
 def _register(platform):
-    def lower(ctx, *operands, matmul_precision=None, **params):
+    def lower(ctx, *operands, matmul_precision=None, policy=None, **params):
         # Kernels are given plain arrays: what the types say about meshes is settled by now.
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         rule = mlir.lower_fun(functools.partial(run_kernel, device=device_of(platform), **params))

@@ -15,10 +15,6 @@ With several processes all must compile the same program, so what only one machi
 left out there.
 """
 
-import contextlib
-import contextvars
-import dataclasses
-import os
 from typing import NamedTuple
 
 from absl import logging
@@ -27,15 +23,7 @@ import jax
 from paged_prefill.lowering import tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.contract import Device, Problem
-
-POLICIES = ("off", "cache", "on")
-POLICY_VARIABLE = "PAGED_PREFILL_AUTOTUNE"
-
-_overlay: contextvars.ContextVar[PrefillPageAttentionConfig | None] = contextvars.ContextVar(
-    "paged_prefill_overlay", default=None
-)
-# Process-wide, like the variable it stands in for: lowering may happen in a thread without its caller's context.
-_policies: list[str] = []
+from paged_prefill.primitive.context import POLICY_VARIABLE, current_policy, overlay, policy, with_overlay
 
 
 class Choice(NamedTuple):
@@ -43,53 +31,6 @@ class Choice(NamedTuple):
 
     config: PrefillPageAttentionConfig
     source: str
-
-
-@contextlib.contextmanager
-def overlay(config: PrefillPageAttentionConfig):
-    """Calls traced inside run with `config`, unless their own `cfg=` says otherwise, field by field."""
-    if not isinstance(config, PrefillPageAttentionConfig):
-        raise TypeError(f"overlay takes a PrefillPageAttentionConfig, got {config!r}")
-    token = _overlay.set(config)
-    try:
-        yield
-    finally:
-        _overlay.reset(token)
-
-
-def with_overlay(
-    config: PrefillPageAttentionConfig | None, platform: str | None
-) -> PrefillPageAttentionConfig | None:
-    """A call's `cfg=`, completed by the overlay around it. A kernel that the call asks for stands."""
-    around = _overlay.get()
-    if around is None:
-        return config
-    if platform not in (None, "auto"):
-        around = dataclasses.replace(around, platform=None)
-    return (config or PrefillPageAttentionConfig()).over(around)
-
-
-@contextlib.contextmanager
-def policy(name: str):
-    """Sets the policy ("off", "cache" or "on") for all that is lowered inside, in every thread of the process."""
-    _policies.append(_checked_policy(name, "policy"))
-    try:
-        yield
-    finally:
-        _policies.pop()
-
-
-def current_policy() -> str:
-    """The policy in force; ValueError where the environment names none that there is."""
-    if _policies:
-        return _policies[-1]
-    return _checked_policy(os.environ.get(POLICY_VARIABLE, "cache"), POLICY_VARIABLE)
-
-
-def _checked_policy(name, where):
-    if name not in POLICIES:
-        raise ValueError(f"{where} must be one of {', '.join(POLICIES)}, got {name!r}")
-    return name
 
 
 def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillPageAttentionConfig | None) -> Choice:

@@ -3,14 +3,14 @@
 import functools
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
-from paged_prefill.lowering import tuning
-from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.primitive import checks, hints
+from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
-from paged_prefill.primitive.hints import AxisHint
-from paged_prefill.primitive.prefill import paged_prefill_p
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import AxisHint
+from paged_prefill.primitive.operands import PREFILL
+from paged_prefill.primitive.prefill import paged_prefill_p, parameters_of
 
 
 def prefill_page_attention(
@@ -57,17 +57,34 @@ def prefill_page_attention(
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
         argument, what it got, and what it takes.
     """
+    checks.check_mask_value(mask_value)
     indices = checks.indices_of_one(query, key_cache, context_len, page_indices)
-    parameters = _parameters(
-        mask_value, softmax_scale, attn_logits_soft_cap, sliding_window, platform, cfg, head_axis, batch_axis, 0
+    parameters = parameters_of(
+        dict(query=query),
+        softmax_scale=softmax_scale,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        platform=platform,
+        config=cfg,
+        hint=context.hint_of(head_axis, batch_axis, 0),
     )
     return _attend_one(query, key_cache, value_cache, *indices, **parameters)
+
+
+STATIC = ("attention", "value_dim", "cache_batch_dims", "platform", "config", "hint")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, inline=True)  # one dispatch where the call is eager
+def _attend_one(query, key_cache, value_cache, context_len, page_indices, **parameters):
+    pack = checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices)
+    present = tuple(row.name for row in PREFILL.operands[: len(pack)])
+    return paged_prefill_p.bind(*pack, present=present, **parameters)[0]
 
 
 def ragged_paged_prefill(
     query: Float[Array, "*batch tokens q_heads head_dim"],
     key_cache: Float[Array, "*pools kv_heads num_pages page_size head_dim"],
-    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"],
+    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"] | None,
     context_lens: Int[Array, "*batch seqs"],
     page_indices: Int[Array, "*batch seqs pages_per_seq"],
     query_offsets: Int[Array, "*batch seqs_plus_1"],
@@ -81,6 +98,13 @@ def ragged_paged_prefill(
     head_axis: AxisHint = None,
     batch_axis: AxisHint = None,
     return_lse: bool = False,
+    key_ranges: Int[Array, "*batch tokens 2"] | None = None,
+    tree_mask: UInt32[Array, "*batch tokens words"] | None = None,
+    sinks: Float[Array, "*batch q_heads"] | None = None,
+    key_scale: jax.typing.ArrayLike | None = None,
+    value_scale: jax.typing.ArrayLike | None = None,
+    layer: jax.typing.ArrayLike | None = None,
+    value_dim: int | None = None,
 ) -> (
     Float[Array, "*batch tokens q_heads value_dim"]
     | tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]
@@ -121,46 +145,31 @@ def ragged_paged_prefill(
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the
         argument, what it got, and what it takes. Index values are not checked here; see `validate`.
     """
-    indices = checks.int32_indices(
-        context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
-    )
-    parameters = _parameters(
-        mask_value,
-        softmax_scale,
-        attn_logits_soft_cap,
-        sliding_window,
-        platform,
-        cfg,
-        head_axis,
-        batch_axis,
-        query.ndim - 3,
-    )
-    out, lse = paged_prefill_p.bind(
-        query, key_cache, value_cache, *indices, cache_batch_dims=key_cache.ndim - 4, **parameters
-    )
-    return (out, lse) if return_lse else out
-
-
-def _parameters(
-    mask_value, softmax_scale, attn_logits_soft_cap, sliding_window, platform, cfg, head_axis, batch_axis, batch_dims
-) -> dict:
-    """The parameters of `paged_prefill_p` for a call whose query has `batch_dims` batch dimensions, checked."""
     checks.check_mask_value(mask_value)
-    checks.check_config("cfg", cfg)
-    parameters = checks.static_parameters(
+    layered = layer is not None
+    checks.check_leading("query", query)
+    checks.check_cache_rank("key_cache", key_cache, query.shape[:-3], layered)
+    batch, pools = query.shape[:-3], key_cache.shape[: key_cache.ndim - 4]
+    named = checks.int32_indices(
+        context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
+    ) | checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
+    if key_ranges is not None:
+        named |= checks.int32_indices(key_ranges=key_ranges)
+    out, lse = paged_prefill_p.bind(
+        query,
+        key_cache,
+        value_cache,
+        **named,
+        tree_mask=tree_mask,
+        sinks=checks.sinks_of(sinks, batch),
+        layer=checks.layer_of(layer, batch),
+        value_dim=value_dim,
         softmax_scale=softmax_scale,
         attn_logits_soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
-        platform=platform or "auto",
+        platform=platform,
+        config=cfg,
+        hint=context.hint_of(head_axis, batch_axis, len(batch)),
+        cache_batch_dims=len(pools) - layered,
     )
-    config, hint = tuning.with_overlay(cfg, platform), hints.hint_of(head_axis, batch_axis, batch_dims)
-    return parameters | dict(config=config, hint=hint)
-
-
-STATIC = ("softmax_scale", "attn_logits_soft_cap", "sliding_window", "platform", "config", "hint")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC, inline=True)  # one dispatch where the call is eager
-def _attend_one(query, key_cache, value_cache, context_len, page_indices, **parameters):
-    pack = checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices)
-    return paged_prefill_p.bind(*pack, **parameters)[0]
+    return (out, lse) if return_lse else out

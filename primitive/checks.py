@@ -1,125 +1,188 @@
 """Every error a caller can see: one function each for shapes, parameters and concrete values."""
 
+from collections.abc import Mapping
 import math
 import numbers
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-ATTENTION_DTYPES = ("float32", "bfloat16", "float16")
+from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.operands import ATTENTION_DTYPES, PREFILL, POOLS, QUANTISED_DTYPES, Operand, Operation
+
 Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 PLATFORMS = get_args(Platform)
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
+# What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
+LARGEST_FACTOR = 2.0**120
+NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers")
 
 
 def check_operands(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    page_indices,
-    query_offsets,
-    *,
-    cache_batch_dims,
-    num_kv_heads=None,
-    query_name="query",
+    operation: Operation, operands: Mapping[str, Any], *, cache_batch_dims: int, num_kv_heads=None, value_dim=None
 ) -> None:
-    """Checks the shapes and dtypes of the operands of `paged_prefill_p`, which may be abstract.
+    """Checks the shapes and dtypes of an operation's operands, given by name; they may be abstract.
 
-    `num_kv_heads` is how many KV heads the query heads attend to, where that is not all of the caches'. `query_name`
-    is what the caller knows the first operand by.
+    `num_kv_heads` is how many KV heads the query heads attend to, where that is not all of the caches'. `value_dim` is
+    given where the values are the first features of the keys, and there is no value_cache.
     Raises ValueError for a shape and TypeError for a dtype; each names the operand, what it got, and what it takes.
     """
-    check_query(query, query_name)
-    lead = query.shape[:-3]
-    check_cache_rank("key_cache", key_cache, lead)
+    for row in operation.operands:
+        if operands.get(row.name) is None and not row.optional:
+            raise TypeError(f"{row.name} must be an array, got None")
+    present, leading = operation.present(operands), operands[operation.leading]
+    check_leading(operation.leading, leading)
+    lead = leading.shape[:-3]
     if not 0 <= cache_batch_dims <= len(lead):
+        check_cache_rank("key_cache", operands["key_cache"], lead, "layer" in present)
         raise ValueError(
-            f"cache_batch_dims must be between 0 and the number of query's batch dimensions ({len(lead)}, since query "
-            f"has shape {query.shape}), got {cache_batch_dims}"
+            f"cache_batch_dims must be between 0 and the number of {operation.leading}'s batch dimensions ({len(lead)}, "
+            f"since {operation.leading} has shape {leading.shape}), got {cache_batch_dims}"
         )
-    cache_lead = lead[:cache_batch_dims]
-    _check_cache("key_cache", key_cache, cache_lead, query, query_name)
-    _check_cache("value_cache", value_cache, cache_lead, query, query_name)
-    if key_cache.shape[-1] != query.shape[-1]:
+    sizes: dict[str, int] = {}
+    for row in operation.table(present):
+        own_lead = lead[: row.lead_dims(len(lead), cache_batch_dims)]
+        _check_shape(row, operands[row.name], own_lead, present, sizes, operation.writes)
+        _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
+    _check_values(operands, value_dim)
+    kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
+    if "q_heads" in sizes and sizes["q_heads"] % kv_heads:
         raise ValueError(
-            f"key_cache must have {query_name}'s head_dim {query.shape[-1]} as its last dimension, got {key_cache.shape}"
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {sizes['q_heads']} query heads"
         )
-    if value_cache.shape[:-1] != key_cache.shape[:-1]:
-        raise ValueError(
-            f"value_cache must agree with key_cache {key_cache.shape} in all but its last dimension, "
-            f"got {value_cache.shape}"
-        )
-    kv_heads = key_cache.shape[-4] if num_kv_heads is None else num_kv_heads
-    if query.shape[-2] % kv_heads:
-        raise ValueError(
-            f"{query_name} must have a multiple of key_cache's {kv_heads} KV heads, got {query.shape[-2]} query heads"
-        )
-    _check_indices("context_lens", context_lens, lead, ("seqs",))
-    seqs = context_lens.shape[-1]
-    _check_indices("page_indices", page_indices, lead, (seqs, "pages_per_seq"))
-    _check_indices("query_offsets", query_offsets, lead, (seqs + 1,))
 
 
-def check_query(query, name="query") -> None:
-    """Checks that the first operand has a token, head and feature dimension, the last two not empty."""
-    if query.ndim < 3:
-        raise ValueError(f"{name} must have shape [..., tokens, q_heads, head_dim], got {query.shape}")
-    if 0 in query.shape[-2:]:
-        raise ValueError(f"{name} must have at least one head and one feature, got {query.shape}")
+def check_leading(name, array) -> None:
+    """Checks that the operand with all leading dimensions has a token, a head and a feature dimension."""
+    if array.ndim < 3:
+        heads = "q_heads" if name == "query" else "kv_heads"
+        raise ValueError(f"{name} must have shape [..., tokens, {heads}, head_dim], got {array.shape}")
+    if 0 in array.shape[-2:]:
+        raise ValueError(f"{name} must have at least one head and one feature, got {array.shape}")
 
 
-def check_cache_rank(name, cache, lead=None) -> None:
+def check_cache_rank(name, cache, lead=None, layered=False) -> None:
     """Checks the number of dimensions of a cache, where `lead` are the batch dimensions it may share, if known."""
-    if cache.ndim < 4 or (lead is not None and cache.ndim > len(lead) + 4):
-        raise ValueError(f"{name} must have shape {_cache_form(name, ['*pools'] if lead != () else [])}, got {cache.shape}")
+    least = 4 + layered
+    if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
+        last = "head_dim" if name == "key_cache" else "value_dim"
+        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", last]
+        raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {cache.shape}")
 
 
-def _cache_form(name, lead) -> str:
-    last = "head_dim" if name == "key_cache" else "value_dim"
-    return "[" + ", ".join([*map(str, lead), "kv_heads", "num_pages", "page_size", last]) + "]"
+def _check_shape(row: Operand, array, lead, present, sizes, writes) -> None:
+    """Holds an operand to its form behind `lead`, and to `sizes`, the dimensions known so far, which it adds to."""
+    dims = row.dims(array.ndim, len(lead), present)
+    if dims is None or not _fits(array.shape, lead, dims, sizes, shared=row.lead == POOLS and not writes):
+        forms = [dims] if dims else row.all_dims(present)
+        text = " or ".join("[" + ", ".join(str(sizes.get(d, d)) for d in (*lead, *form)) + "]" for form in forms)
+        raise ValueError(f"{row.name} must have shape {text}, got {array.shape}")
+    own = dict(zip(dims, array.shape[len(lead) :], strict=True))
+    if empty := [dim for dim in own if dim in NOT_EMPTY and own[dim] == 0]:
+        raise ValueError(f"{row.name} must have at least one of {' and '.join(empty)}, got {array.shape}")
+    sizes.update(own)
+    if "seqs" in own:
+        sizes["seqs + 1"] = own["seqs"] + 1
 
 
-def _check_cache(name, cache, lead, query, query_name) -> None:
-    if cache.ndim != len(lead) + 4 or cache.shape[: len(lead)] != lead:
-        raise ValueError(f"{name} must have shape {_cache_form(name, lead)}, got {cache.shape}")
-    if 0 in (cache.shape[-4], cache.shape[-2], cache.shape[-1]):
-        raise ValueError(f"{name} must have at least one head, one slot a page and one feature, got {cache.shape}")
-    if query.dtype.name not in ATTENTION_DTYPES:
-        raise TypeError(f"{query_name} must be one of {', '.join(ATTENTION_DTYPES)}, got {query.dtype.name}")
-    if cache.dtype != query.dtype:
-        raise TypeError(f"{name} must have {query_name}'s dtype {query.dtype.name}, got {cache.dtype.name}")
+def _fits(shape, lead, dims, sizes, *, shared) -> bool:
+    """Whether a shape is `lead` and `dims`; with `shared`, a leading 1 stands for any size."""
+    leads_fit = all(got == want or (shared and got == 1) for got, want in zip(shape, lead))
+    known = (sizes.get(dim, int(dim) if dim.isdigit() else None) for dim in dims)
+    return leads_fit and all(want is None or got == want for got, want in zip(shape[len(lead) :], known, strict=True))
 
 
-def _check_indices(name, array, lead, tail) -> None:
-    form = "[" + ", ".join(map(str, (*lead, *tail))) + "]"
-    matches = array.ndim == len(lead) + len(tail) and all(
-        isinstance(want, str) or got == want for got, want in zip(array.shape, (*lead, *tail), strict=True)
+def _check_dtype(name, kind, dtype, leading, leading_dtype) -> None:
+    if kind not in ("attention", "cache"):
+        if dtype != jnp.dtype(kind):
+            raise TypeError(f"{name} must be {kind}, got {dtype.name}")
+    elif name == leading or kind == "cache":
+        allowed = ATTENTION_DTYPES + QUANTISED_DTYPES * (kind == "cache")
+        if dtype.name not in allowed:
+            raise TypeError(f"{name} must be one of {', '.join(allowed)}, got {dtype.name}")
+    if kind == "attention" and dtype != leading_dtype:
+        raise TypeError(f"{name} must have {leading}'s dtype {leading_dtype.name}, got {dtype.name}")
+    if kind == "cache" and dtype.name in ATTENTION_DTYPES and dtype != leading_dtype:
+        raise TypeError(
+            f"{name} must have {leading}'s dtype {leading_dtype.name} or a quantised one ({', '.join(QUANTISED_DTYPES)}), "
+            f"got {dtype.name}: cast {leading} with {leading}.astype({name}.dtype)"
+        )
+
+
+def _check_values(operands, value_dim) -> None:
+    """Holds what stands for the values, and the scales, to the caches."""
+    key_cache, value_cache = operands["key_cache"], operands.get("value_cache")
+    if value_cache is not None:
+        if value_dim is not None:
+            raise ValueError(f"value_dim is for a latent cache, which has no value_cache; got value_dim={value_dim} too")
+        if value_cache.dtype != key_cache.dtype:
+            raise TypeError(f"value_cache must have key_cache's dtype {key_cache.dtype.name}, got {value_cache.dtype.name}")
+    elif operands.get("value_scale") is not None:
+        raise ValueError("value_scale must be None without a value_cache: key_scale is that of a latent cache")
+    for name in ("key_scale", "value_scale"):
+        if operands.get(name) is not None and key_cache.dtype.name in ATTENTION_DTYPES:
+            raise ValueError(
+                f"{name} goes with caches of {', '.join(QUANTISED_DTYPES)}, got key_cache of {key_cache.dtype.name}"
+            )
+
+
+def check_attention_operands(
+    operation: Operation, operands, attention: Attention, value_dim, *, cache_batch_dims, num_kv_heads=None
+) -> None:
+    """Checks all operands of the attention, and what goes with which."""
+    check_operands(
+        operation, operands, cache_batch_dims=cache_batch_dims, num_kv_heads=num_kv_heads, value_dim=value_dim
     )
-    if not matches:
-        raise ValueError(f"{name} must have shape {form}, got {array.shape}")
-    if array.dtype != jnp.int32:
-        raise TypeError(f"{name} must be int32, got {array.dtype.name}")
+    key_cache = operands["key_cache"]
+    if operands.get("value_cache") is None:
+        check_value_dim(value_dim, key_cache.shape[-1])
+    if num_kv_heads is not None and num_kv_heads > key_cache.shape[-4]:
+        raise ValueError(f"num_kv_heads must be at most key_cache's {key_cache.shape[-4]} KV heads, got {num_kv_heads}")
+    if operands.get("key_ranges") is not None and attention.sliding_window is not None:
+        raise ValueError(
+            "key_ranges stands in place of causality and window: give it alone (masks.causal takes a window), got "
+            f"sliding_window={attention.sliding_window} too"
+        )
 
 
-def static_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, platform) -> dict:
-    """The static parameters of a call as Python's numbers, None where they are None.
+def check_num_kv_heads(num_kv_heads) -> int:
+    """How many KV heads a device attends to."""
+    if not isinstance(num_kv_heads, numbers.Integral) or isinstance(num_kv_heads, bool):
+        raise TypeError(f"num_kv_heads must be an integer, got {num_kv_heads!r}")
+    if num_kv_heads < 1:
+        raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
+    return int(num_kv_heads)
+
+
+def check_value_dim(value_dim, head_dim) -> int:
+    """The number of a key's features that are its value in a latent cache."""
+    if not isinstance(value_dim, numbers.Integral) or isinstance(value_dim, bool):
+        raise TypeError(f"value_dim must be an integer where value_cache is None, got {value_dim!r}")
+    if not 1 <= value_dim <= head_dim:
+        raise ValueError(f"value_dim must be between 1 and head_dim {head_dim}, got {value_dim}")
+    return int(value_dim)
+
+
+def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_dim: int) -> Attention:
+    """The parameters that change the result, as Python's numbers; the scale is 1 / sqrt(head_dim) by default.
 
     Raises ValueError or TypeError that names the parameter.
     """
-    if softmax_scale is not None:
-        softmax_scale = number("softmax_scale", softmax_scale)
-        if not math.isfinite(softmax_scale):
-            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if abs(softmax_scale) > LARGEST_FACTOR:
+        raise ValueError(f"softmax_scale must be at most {LARGEST_FACTOR:.3g} in float32, got {softmax_scale}")
     if attn_logits_soft_cap is not None:
         attn_logits_soft_cap = number("attn_logits_soft_cap", attn_logits_soft_cap)
-        if not 0 < attn_logits_soft_cap < math.inf:
+        if not 1 / LARGEST_FACTOR <= attn_logits_soft_cap <= LARGEST_FACTOR:
             raise ValueError(
-                f"attn_logits_soft_cap must be a positive finite number or None, got {attn_logits_soft_cap}"
+                "attn_logits_soft_cap must be a positive finite number or None, between "
+                f"{1 / LARGEST_FACTOR:.3g} and {LARGEST_FACTOR:.3g} in float32, got {attn_logits_soft_cap}"
             )
     if sliding_window is not None:
         if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
@@ -130,14 +193,14 @@ def static_parameters(*, softmax_scale, attn_logits_soft_cap, sliding_window, pl
                 f"got {sliding_window}"
             )
         sliding_window = int(sliding_window)
-    if platform not in PLATFORMS:
+    return Attention(softmax_scale, attn_logits_soft_cap, sliding_window)
+
+
+def check_platform(platform) -> str:
+    """`platform`, None as "auto"."""
+    if platform is not None and platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
-    return dict(
-        softmax_scale=softmax_scale,
-        attn_logits_soft_cap=attn_logits_soft_cap,
-        sliding_window=sliding_window,
-        platform=platform,
-    )
+    return platform or "auto"
 
 
 def check_config(name, config) -> None:
@@ -146,12 +209,12 @@ def check_config(name, config) -> None:
         raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {config!r}")
 
 
-def check_mesh(mesh) -> None:
+def check_mesh(name, mesh) -> None:
     """Refuses a mesh that a shard_map has made manual in part, which neither XLA nor JAX can cut a custom call over."""
     others = [axis for axis in mesh.auto_axes + mesh.explicit_axes if mesh.shape[axis] > 1]
     if mesh.manual_axes and others:
         raise NotImplementedError(
-            f"paged_prefill inside a shard_map over {mesh.manual_axes} that leaves the axes {tuple(others)} to the "
+            f"{name} inside a shard_map over {mesh.manual_axes} that leaves the axes {tuple(others)} to the "
             "compiler: make every axis manual (axis_names=), or call it outside shard_map"
         )
 
@@ -182,40 +245,81 @@ def number(name, value) -> float:
     """`value` as a Python float; TypeError where it is traced or no number at all."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} is a static parameter and must be a Python number, got the traced value {value}")
+    dtype = getattr(value, "dtype", None)
+    is_scalar = dtype is not None and jnp.ndim(value) == 0 and any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
+    )
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_scalar):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
+    except OverflowError:  # a Python integer past the largest float
+        return math.copysign(math.inf, value)
 
 
-def int32_indices(**arrays) -> list[jax.Array]:
+def int32_indices(**arrays) -> dict[str, jax.Array]:
     """The index arguments of a public function as int32: any integer dtype will do, and saturates."""
-    converted = []
-    for name, array in arrays.items():
-        if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
-            converted.append(array)
-            continue
-        # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
-        array = array if isinstance(array, jax.Array) else np.asarray(array)
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+    return {name: _int32(name, array) for name, array in arrays.items()}
+
+
+def _int32(name, array):
+    if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
+        return array
+    # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+    if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
+        limits = jnp.iinfo(jnp.int32)
         unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
-        if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
-            limits = jnp.iinfo(jnp.int32)
-            array = array.clip(None if unsigned else limits.min, limits.max)
-        converted.append(jnp.asarray(array.astype(jnp.int32)))
-    return converted
+        array = array.clip(None if unsigned else limits.min, limits.max)
+    return jnp.asarray(array.astype(jnp.int32))
+
+
+def scales_of(pools: tuple[int, ...], **scales) -> dict[str, jax.Array | None]:
+    """The scales of quantised caches as float32; a number stands for one of each of `pools`, the layers included."""
+
+    def scale_of(name, scale):
+        if scale is None:
+            return None
+        scale = _float32(name, scale)
+        return jnp.broadcast_to(scale, pools) if scale.ndim == 0 and pools else scale
+
+    return {name: scale_of(name, scale) for name, scale in scales.items()}
+
+
+def layer_of(layer, batch: tuple[int, ...]):
+    """The layer of each pack as int32, or None; one number stands for all packs."""
+    if layer is None:
+        return None
+    layer = _int32("layer", layer)
+    return jnp.broadcast_to(layer, batch) if jnp.ndim(layer) == 0 else layer
+
+
+def sinks_of(sinks, batch: tuple[int, ...]):
+    """The sinks of each pack as float32, or None; one [q_heads] stands for all packs."""
+    if sinks is None:
+        return None
+    sinks = _float32("sinks", sinks)
+    return jnp.broadcast_to(sinks, (*batch, *sinks.shape)) if sinks.ndim == 1 else sinks
+
+
+def _float32(name, array):
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be an array of numbers, got {array.dtype.name}")
+    return jnp.asarray(array, jnp.float32)
 
 
 def indices_of_one(query, key_cache, context_len, page_indices) -> list[jax.Array]:
     """The index arguments of `prefill_page_attention` as int32, once the ranks of its arguments are checked."""
     check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
     check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
-    indices = context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices)
+    context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices).values()
     if context_len.size != 1:
         raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
     check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
-    return indices
+    return [context_len, page_indices]
 
 
 def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
@@ -224,14 +328,23 @@ def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
     return query, key_cache, value_cache, context_len.reshape(1), page_indices[None], offsets
 
 
-def check_new_tokens(name, tokens, cache) -> None:
+def abstract_pack_of_one(query, key_cache, value_cache, context_len, page_indices) -> dict[str, jax.ShapeDtypeStruct]:
+    """The operands of that pack by name, as shapes and dtypes only."""
+    indices = dict(context_lens=(1,), page_indices=(1, page_indices.shape[0]), query_offsets=(2,))
+    arrays = dict(query=query, key_cache=key_cache, value_cache=value_cache)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()} | {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in indices.items()
+    }
+
+
+def check_new_tokens(name, tokens, cache, layered) -> None:
     """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
-    check_cache_rank(f"{name}_cache", cache)
+    check_cache_rank(f"{name}_cache", cache, layered=layered)
     expected = (cache.shape[-4], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
         raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
-    if tokens.dtype != cache.dtype:
+    if tokens.dtype != cache.dtype and cache.dtype.name not in QUANTISED_DTYPES:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
 
 
@@ -239,6 +352,14 @@ def check_same_tokens(key, value) -> None:
     """Checks that the key and value of `append_to_pages` are of the same tokens."""
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(f"value must have shape {(*key.shape[:-1], value.shape[-1])} to go with key, got {value.shape}")
+
+
+def check_append_operands(operation: Operation, operands, *, cache_batch_dims) -> None:
+    """Checks all operands of `append_to_pages`."""
+    check_operands(operation, operands, cache_batch_dims=cache_batch_dims)
+    for with_value, without in (("value_cache", "value"), ("value", "value_cache")):
+        if operands.get(with_value) is not None and operands.get(without) is None:
+            raise ValueError(f"{without} must be given with {with_value}; both are None for a latent cache")
 
 
 def check_partial(name, shape, expected) -> None:

@@ -1,28 +1,26 @@
-"""Which mesh axes cut the operation: one plan, used by every way in.
+"""Which mesh axes cut an operation: one plan, used by every way in.
 
-This module knows meshes and shapes only, and stands below both the primitive, whose types it decides under explicit
+This module knows meshes and shapes only, and stands below both the primitives, whose types it decides under explicit
 axes, and the lowering. Wishes are served first come, first served, the caches' before all others: a cache is big and
 stays where it is, while queries and outputs are small and may move.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import math
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-Axes = tuple[str, ...]  # the mesh axes that cut one dimension, major to minor
+from paged_prefill.primitive.operands import CACHES, Shapes
 
-OPERANDS = ("query", "key_cache", "value_cache", "context_lens", "page_indices", "query_offsets")
-RESULTS = ("out", "lse")
-CACHES = OPERANDS[1:3]
+Axes = tuple[str, ...]  # the mesh axes that cut one dimension, major to minor
 
 
 class Cut(NamedTuple):
     """The mesh axes that cut each dimension which may be cut; also what one operand wishes for.
 
     Attributes:
-      batch: those of each batch dimension of the query, [*C, *B].
+      batch: those of each batch dimension, [*C, *B].
       heads: those of the query heads. They begin with those of the KV heads.
       kv_heads: those of the caches' heads. Where there are fewer, each device picks its KV heads from a larger cache.
     """
@@ -31,20 +29,17 @@ class Cut(NamedTuple):
     heads: Axes = ()
     kv_heads: Axes = ()
 
-    def specs(self, cache_batch_dims: int) -> dict[str, PartitionSpec]:
+    def specs(self, call: Shapes) -> dict[str, PartitionSpec]:
         """The full PartitionSpec of each operand and result, by name."""
-        batch = [entry(axes) for axes in self.batch]
-        heads, cache = entry(self.heads), (*batch[:cache_batch_dims], entry(self.kv_heads), None, None, None)
-        return dict(
-            query=PartitionSpec(*batch, None, heads, None),
-            key_cache=PartitionSpec(*cache),
-            value_cache=PartitionSpec(*cache),
-            context_lens=PartitionSpec(*batch, None),
-            page_indices=PartitionSpec(*batch, None, None),
-            query_offsets=PartitionSpec(*batch, None),
-            out=PartitionSpec(*batch, None, heads, None),
-            lse=PartitionSpec(*batch, None, heads),
-        )
+        axes_of_dim = dict(q_heads=self.heads, kv_heads=self.kv_heads)
+
+        def spec(row):
+            # A pool that serves all of a dimension is whole along it.
+            lead = [axes if size > 1 else () for axes, size in zip(self.batch, call.lead(row))]
+            rest = [axes_of_dim.get(dim, ()) for dim in call.dims(row)]
+            return PartitionSpec(*map(entry, lead + rest))
+
+        return {row.name: spec(row) for row in call.rows()}
 
 
 def axes_of(spec_entry) -> Axes:
@@ -68,40 +63,39 @@ def ways(mesh: Mapping[str, int], axes: Axes) -> int:
     return math.prod(mesh[axis] for axis in axes)
 
 
-def plan(mesh: Mapping[str, int], query, key_cache, cache_batch_dims: int, wishes: Iterable[Cut]) -> Cut:
+def plan(mesh: Mapping[str, int], batch: Sequence[int], heads: int, kv_heads: int, wishes: Iterable[Cut]) -> Cut:
     """Settles wishes, the most important first, into a cut that every device can run by itself.
 
-    `query` and `key_cache` are anything with the global shape. A wish gets the longest leading part of its axes that is
+    `batch`, `heads` and `kv_heads` are the sizes of the whole. A wish gets the longest leading part of its axes that is
     free and divides the dimension; KV heads are never cut by an axis that does not cut the query heads.
     """
-    sizes, q_heads, kv_heads = query.shape[:-3], query.shape[-2], key_cache.shape[cache_batch_dims]
-    group = q_heads // kv_heads
-    batch: list[Axes] = [()] * len(sizes)
+    group = heads // kv_heads
+    cut_batch: list[Axes] = [()] * len(batch)
     cut_heads: Axes = ()
     cut_kv_heads: Axes = ()
 
     def free(axes):
-        used = {*cut_heads}.union(*batch)
+        used = {*cut_heads}.union(*cut_batch)
         return tuple(axis for axis in axes if axis not in used)
 
     def divides(size):
         return lambda axes: size % ways(mesh, axes) == 0
 
     def keeps_groups(axes):  # a part must hold whole groups of query heads, or lie inside one
-        if q_heads % ways(mesh, axes):
+        if heads % ways(mesh, axes):
             return False
-        part = q_heads // ways(mesh, axes)
+        part = heads // ways(mesh, axes)
         return part % group == 0 or group % part == 0
 
     for wish in wishes:
         if not cut_heads:
             cut_heads = cut_kv_heads = _longest(free(wish.kv_heads), divides(kv_heads))
         for dim, axes in enumerate(wish.batch):
-            if not batch[dim]:
-                batch[dim] = _longest(free(axes), divides(sizes[dim]))
+            if not cut_batch[dim]:
+                cut_batch[dim] = _longest(free(axes), divides(batch[dim]))
         if cut_heads == cut_kv_heads:
             cut_heads = _longest((*cut_heads, *free(wish.heads)), keeps_groups, at_least=len(cut_kv_heads))
-    return Cut(tuple(batch), cut_heads, cut_kv_heads)
+    return Cut(tuple(cut_batch), cut_heads, cut_kv_heads)
 
 
 def _longest(axes: Axes, fits, at_least: int = 0) -> Axes:
@@ -109,41 +103,56 @@ def _longest(axes: Axes, fits, at_least: int = 0) -> Axes:
     return next((axes[:length] for length in lengths if fits(axes[:length])), axes[:at_least])
 
 
-def wishes_of(specs: Mapping[str, PartitionSpec], batch_dims: int, cache_batch_dims: int) -> list[Cut]:
+def wishes_of(call: Shapes, specs: Mapping[str, PartitionSpec]) -> list[Cut]:
     """What operands and results wish for, by how they are cut (`specs`, by name), the most important first."""
+    batch_dims = len(call.batch)
+    first = [*CACHES, call.operation.leading, *(row.name for row in call.operation.results)]
+    rows = sorted(call.rows(), key=lambda row: first.index(row.name) if row.name in first else len(first))
     wishes = []
-    for name in (*CACHES, "query", *RESULTS, *OPERANDS[3:]):
-        if name in specs:
-            dims = cache_batch_dims if name in CACHES else batch_dims
-            axes = _axes(specs[name], dims + 2)
-            wish = Cut((*axes[:dims], *[()] * (batch_dims - dims)))
-            if name in CACHES:
-                wish = wish._replace(kv_heads=axes[dims])
-            elif name in ("query", *RESULTS):
-                wish = wish._replace(heads=axes[dims + 1])
-            wishes.append(wish)
+    for row in rows:
+        if row.name in specs:
+            lead, dims = len(call.lead(row)), call.dims(row)
+            axes = _axes(specs[row.name], lead + len(dims))
+            named = dict(zip(dims, axes[lead:], strict=True))
+            batch = (*axes[:lead], *[()] * (batch_dims - lead))
+            wishes.append(Cut(batch, named.get("q_heads", ()), named.get("kv_heads", ())))
     return wishes
 
 
-def cut_of_specs(mesh: Mapping[str, int], query, key_cache, specs: Mapping[str, PartitionSpec]) -> Cut:
+def settle(
+    mesh: Mapping[str, int], call: Shapes, specs: Mapping[str, PartitionSpec], hinted: Cut | None = None
+) -> Cut:
+    """The plan of a call whose operands and results are cut as `specs` say; `hinted` stands behind the caches'."""
+    wishes = wishes_of(call, specs)
+    if hinted is not None:
+        wishes.insert(len([name for name in CACHES if name in specs]), hinted)
+    if call.operation.writes:
+        own, whole = call.cache_batch_dims, ((),) * (len(call.batch) - call.cache_batch_dims)
+        wishes = [wish._replace(batch=(*wish.batch[:own], *whole)) for wish in wishes]
+    return plan(mesh, call.batch, call.heads, call.kv_heads, wishes)
+
+
+def cut_of_specs(mesh: Mapping[str, int], call: Shapes, specs: Mapping[str, PartitionSpec]) -> Cut:
     """The cut that a caller's specs of a call without batch dimensions describe, by name.
 
     ValueError where no device could run its part by itself, and names the first spec that is the reason.
     """
-    cut = plan(mesh, query, key_cache, 0, wishes_of(specs, 0, 0))
-    wanted = cut.specs(0)
+    cut = settle(mesh, call, specs)
+    wanted = cut.specs(call)
     for name, spec in specs.items():
         ndim = max(len(spec), len(wanted[name]))
         if _axes(spec, ndim) != _axes(wanted[name], ndim):
             raise ValueError(
                 f"the spec of {name} must be {wanted[name]} to go with the others, got {spec}: only heads can be cut, "
                 f"query and output alike and the caches at most as far, in parts of whole groups or inside one "
-                f"({query.shape[-2]} query heads, {key_cache.shape[0]} KV heads)"
+                f"({call.heads} query heads, {call.kv_heads} KV heads)"
             )
     return cut
 
 
-def check_stays(name: str, spec: PartitionSpec, wanted: PartitionSpec, mesh: Mapping[str, int]) -> None:
+def check_stays(
+    call: Shapes, name: str, spec: PartitionSpec, wanted: PartitionSpec, mesh: Mapping[str, int]
+) -> None:
     """ValueError where an operand cut as `spec` would have to move between devices to be cut as `wanted`.
 
     A dimension may be cut further than it is, since that takes no communication.
@@ -152,7 +161,25 @@ def check_stays(name: str, spec: PartitionSpec, wanted: PartitionSpec, mesh: Map
         have, want = ([axis for axis in axes if mesh[axis] > 1] for axes in (have, want))
         if have != want[: len(have)]:
             raise ValueError(
-                f"{name} is cut as {spec} and would have to move between devices to be cut as {wanted}: paged_prefill "
-                "cuts batch dimensions and heads only, alike in all operands, and query heads only where each part "
-                "holds whole groups of them (those that share a KV head) or lies inside one. Reshard it before the call"
+                f"{name} is cut as {spec} and would have to move between devices to be cut as {wanted}: "
+                f"{call.operation.name} cuts {call.operation.cuts}. Reshard it before the call"
             )
+
+
+def check_honoured(mesh: Mapping[str, int], call: Shapes, cut: Cut, hinted: Cut) -> None:
+    """ValueError where a cut is not as far as the caller's hint says, and would leave work undivided in silence."""
+    for dim, (have, want) in enumerate(zip(cut.batch, hinted.batch, strict=True)):
+        if dim < call.cache_batch_dims or not call.operation.writes:
+            _check_honoured(mesh, "batch_axis", have, want, f"a batch dimension of {call.batch[dim]}")
+    if not call.operation.writes:
+        heads = f"{call.heads} query heads over {call.kv_heads} KV heads, in parts of whole groups or inside one,"
+        _check_honoured(mesh, "head_axis", cut.heads, hinted.heads, heads)
+
+
+def _check_honoured(mesh, argument, have, want, what) -> None:
+    have, want = (tuple(axis for axis in axes if mesh[axis] > 1) for axes in (have, want))
+    if have != want:
+        raise ValueError(
+            f"{argument}={entry(want)!r} cuts into {ways(mesh, want)} parts, and {what} cannot be cut so: give the axes "
+            "that divide it, or leave it whole"
+        )

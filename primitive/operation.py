@@ -11,6 +11,7 @@ from paged_prefill.lowering import contract
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.api import prefill_page_attention
+from paged_prefill.primitive.operands import PREFILL
 from paged_prefill.sharding.wrapper import create_shard_map_wrapper
 
 
@@ -65,17 +66,14 @@ class PrefillPageAttention:
 
 def _problem(arguments: dict[str, Any]) -> contract.Problem:
     """The static description of a call of `prefill_page_attention` on one device."""
-    query, key_cache, value_cache = (arguments[name] for name in ("query", "key_cache", "value_cache"))
-    pages_per_seq = arguments["page_indices"].shape[0]
-    index_shapes = ((1,), (1, pages_per_seq), (2,))
-    operands = (query, key_cache, value_cache, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in index_shapes))
-    checks.check_operands(*operands, cache_batch_dims=0)
-    flat = jax.eval_shape(functools.partial(contract.flatten, cache_batch_dims=0), *operands)
-    scale = arguments.get("softmax_scale")
-    return contract.problem_of(
-        *flat,
-        num_kv_heads=key_cache.shape[0],
-        softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    names = ("query", "key_cache", "value_cache", "context_len", "page_indices")
+    operands = checks.abstract_pack_of_one(*(arguments.get(name) for name in names))
+    checks.check_operands(PREFILL, operands, cache_batch_dims=0)
+    flat = jax.eval_shape(functools.partial(contract.flatten, cache_batch_dims=0), *operands.values())
+    attention = checks.attention_of(
+        softmax_scale=arguments.get("softmax_scale"),
         attn_logits_soft_cap=arguments.get("attn_logits_soft_cap"),
         sliding_window=arguments.get("sliding_window"),
+        head_dim=arguments["query"].shape[-1],
     )
+    return contract.problem_of(*flat, num_kv_heads=arguments["key_cache"].shape[0], **vars(attention))

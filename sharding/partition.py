@@ -1,11 +1,12 @@
-"""How `paged_prefill_p` becomes what each device runs: the ways there, and the choice of one.
+"""How an operation becomes what each device runs: the ways there, and the choice of one.
 
     a user's shard_map           nothing to do, the call is local
     explicit mesh axes           shard_map, cut as the types say
     one device                   nothing to do
     a complete hint              shard_map, cut as the caller says
     automatic axes, CPU and GPU  custom_partitioning: the compiler asks `_partition`, once it knows how operands are cut
-    automatic axes, TPU          an error: XLA:TPU has no custom partitioning (github.com/jax-ml/jax/issues/38196)
+    automatic axes, TPU, export  the attention: an error, since XLA:TPU has no custom partitioning (jax-ml/jax#38196);
+                                 append_to_pages: plain operations of XLA, which it cuts by itself
 """
 
 import functools
@@ -21,92 +22,123 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_prefill import compat
-from paged_prefill.primitive.hints import Hint
-from paged_prefill.primitive.prefill import local_paged_prefill_p, mesh_of, paged_prefill_p, typed_paged_prefill_p
-from paged_prefill.primitive.cut import CACHES, OPERANDS, RESULTS, Cut, check_stays, entry, plan, ways, wishes_of
+from paged_prefill.primitive.append import append_to_pages_p, local_append_to_pages_p, typed_append_to_pages_p
+from paged_prefill.primitive.binding import mesh_of
+from paged_prefill.primitive.context import Hint, current_policy
+from paged_prefill.primitive.cut import Cut, check_honoured, check_stays, entry, settle, ways
+from paged_prefill.primitive.operands import APPEND, CACHES, PREFILL, Operation, Shapes
+from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p, typed_paged_prefill_p
 from paged_prefill.sharding.rule import sharding_rule
 
 
 class Call(NamedTuple):
-    """All that is static about one call, hashable; `parameters` are those of `local_paged_prefill_p`, as pairs."""
+    """All that is static about one call, hashable; `parameters` are those of the local primitive, as pairs."""
 
+    operation: Operation
+    present: tuple[str, ...]
     cache_batch_dims: int
     parameters: tuple[tuple[str, object], ...]
 
+    def shapes(self, arrays) -> Shapes:
+        """The global shapes of operands."""
+        shapes = {name: tuple(x.shape) for name, x in zip(self.present, arrays, strict=True)}
+        return Shapes(self.operation, shapes, self.cache_batch_dims)
 
-def _lower(ctx, *operands, cache_batch_dims, hint=None, **parameters):
-    # The compiler calls back from a thread that lacks the caller's settings, so what matters goes along.
-    parameters |= dict(cache_batch_dims=cache_batch_dims, matmul_precision=jax.config.jax_default_matmul_precision)
-    call = Call(cache_batch_dims, tuple(parameters.items()))
-    query, key_cache = ctx.avals_in[:2]
+
+def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **parameters):
+    call = Call(operation, present, cache_batch_dims, tuple((parameters | _settings(operation)).items()))
+    shapes = call.shapes(ctx.avals_in)
     where = ctx.module_context.axis_context
     mesh = mesh_of(*ctx.avals_in)
     if mesh.empty:  # automatic axes do not show in types
         mesh = getattr(where, "abstract_mesh", None) or mesh
     explicit = bool(mesh.explicit_axes) and not mesh.auto_axes
     if mesh.manual_axes or (getattr(where, "num_devices", 1) == 1 and not explicit):
-        run = on_one_device(mesh.shape, Cut(((),) * (query.ndim - 3)), query, key_cache, call.parameters)
+        run = on_one_device(mesh.shape, _uncut(shapes), shapes, call)
     elif explicit or (hint is not None and hint.complete):
         run = _known_cut(mesh, ctx.avals_in, call, None if explicit else hint)  # types have the last word
+    elif operation.writes and _cannot_be_asked(ctx):  # plain operations of XLA, which it cuts by itself
+        run = on_one_device(mesh.shape, _uncut(shapes), shapes, call)
     else:
-        _refuse_what_the_compiler_cannot(ctx)
-        run = lambda query, *others: _automatic(_constrained(mesh, hint, query), *others, call)
+        _refuse_where_it_cannot_be_asked(operation.name, ctx)
+        run = lambda *arrays: _automatic(len(present))(*_constrained(mesh, hint, call, arrays), call)
         results = mlir.lower_fun(run)(ctx, *operands)
         _sign(results, call)
         return results
     return mlir.lower_fun(run)(ctx, *operands)
 
 
-def on_one_device(mesh, cut: Cut, query, key_cache, parameters):
-    """The function of local operands that one device runs. `query` and `key_cache` have the global shapes."""
-    kv_heads = key_cache.shape[-4]
-    group = query.shape[-2] // kv_heads
-    part = query.shape[-2] // ways(mesh, cut.heads)  # query heads of one device
+def _settings(operation) -> dict:
+    """The caller's settings that matter where the compiler calls back, from a thread that lacks them."""
+    if operation is not PREFILL:
+        return {}
+    return dict(matmul_precision=jax.config.jax_default_matmul_precision, policy=current_policy())
+
+
+def _uncut(shapes: Shapes) -> Cut:
+    return Cut(((),) * len(shapes.batch))
+
+
+def on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call):
+    """The function of local operands that one device runs. `shapes` are the global ones."""
+    if call.operation is APPEND:
+        return functools.partial(_bind_local, local_append_to_pages_p, call, {})
+    group = shapes.heads // shapes.kv_heads
+    part = shapes.heads // ways(mesh, cut.heads)  # query heads of one device
     finer = cut.heads[len(cut.kv_heads) :]  # axes that cut query heads but not the caches
 
     def run(*operands):
         first = lax.axis_index(finer) * part // group if finer else 0
-        start = jnp.asarray(first, jnp.int32)
-        num_kv_heads = max(1, part // group)
-        return tuple(local_paged_prefill_p.bind(*operands, start, num_kv_heads=num_kv_heads, **dict(parameters)))
+        start = dict(kv_head_start=jnp.asarray(first, jnp.int32))
+        return _bind_local(local_paged_prefill_p, call, start, *operands, num_kv_heads=max(1, part // group))
 
     return run
 
 
-def _settle(mesh, call: Call, query, key_cache, specs, hint: Hint | None = None) -> Cut:
+def _bind_local(primitive, call: Call, more, *operands, **parameters):
+    """Binds what one device runs, with one device's operands and `more`, by name."""
+    named = dict(zip(call.present, operands, strict=True)) | more
+    present = primitive.operation.present(named)
+    parameters |= dict(call.parameters, present=present, cache_batch_dims=call.cache_batch_dims)
+    return tuple(primitive.bind(*(named[name] for name in present), **parameters))
+
+
+def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -> Cut:
     """The plan for operands and results that are cut as `specs` say, by name, and for a hint."""
-    wishes = wishes_of(specs, len(query.shape) - 3, call.cache_batch_dims)
-    if hint is not None:
-        unknown = {*hint.heads}.union(*hint.batch) - {*mesh.axis_names}
-        if unknown:
-            raise ValueError(
-                f"head_axis and batch_axis must name axes of the mesh {tuple(mesh.axis_names)}, got {sorted(unknown)}; "
-                "the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
-            )
-        wishes.insert(len(CACHES), Cut(hint.batch, hint.heads, hint.heads))
-    return plan(mesh.shape, query, key_cache, call.cache_batch_dims, wishes)
+    if hint is None:
+        return settle(mesh.shape, shapes, specs)
+    unknown = {*hint.heads}.union(*hint.batch) - {*mesh.axis_names}
+    if unknown:
+        raise ValueError(
+            f"head_axis and batch_axis must name axes of the mesh {tuple(mesh.axis_names)}, got {sorted(unknown)}; "
+            "the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
+        )
+    hinted = Cut(hint.batch, hint.heads, hint.heads)
+    cut = settle(mesh.shape, shapes, specs, hinted)
+    check_honoured(mesh.shape, shapes, cut, hinted)
+    return cut
 
 
 # ---- The cut is known: shard_map, which works on every platform and can be exported.
 
 
 def _known_cut(mesh, avals, call: Call, hint: Hint | None):
-    query, key_cache = avals[:2]
-    types = {name: aval.sharding.spec for name, aval in zip(OPERANDS, avals, strict=True)}
-    cut = _settle(mesh, call, query, key_cache, types, hint)
-    specs = cut.specs(call.cache_batch_dims)
+    shapes = call.shapes(avals)
+    types = {name: aval.sharding.spec for name, aval in zip(call.present, avals, strict=True)}
+    cut = _settle(mesh, call, shapes, types, hint)
+    specs = cut.specs(shapes)
     mapped = jax.shard_map(
-        on_one_device(mesh.shape, cut, query, key_cache, call.parameters),
+        on_one_device(mesh.shape, cut, shapes, call),
         mesh=mesh,
-        in_specs=tuple(specs[name] for name in OPERANDS),
-        out_specs=tuple(specs[name] for name in RESULTS),
+        in_specs=tuple(specs[name] for name in call.present),
+        out_specs=tuple(specs[row.name] for row in shapes.results()),
         check_vma=False,
     )
     if not mesh.explicit_axes:
         return mapped
 
     def run(*operands):  # shard_map takes an operand whose type says less than its spec only once it is cut
-        return mapped(*(_reshard(mesh, x, specs[name]) for name, x in zip(OPERANDS, operands, strict=True)))
+        return mapped(*(_reshard(mesh, x, specs[name]) for name, x in zip(call.present, operands, strict=True)))
 
     return run
 
@@ -121,35 +153,46 @@ def _reshard(mesh, x, spec):
 # ---- The compiler finds the cut: custom_partitioning.
 
 
-@functools.partial(custom_partitioning, static_argnums=(len(OPERANDS),))
-def _automatic(*operands_and_call):
-    *operands, call = operands_and_call
-    uncut = Cut(((),) * (operands[0].ndim - 3))
-    return on_one_device({}, uncut, operands[0], operands[1], call.parameters)(*operands)
+@functools.cache
+def _automatic(operands: int):
+    """The function of so many operands and a `Call` that the compiler asks how to cut."""
+
+    @functools.partial(custom_partitioning, static_argnums=(operands,))
+    def automatic(*operands_and_call):
+        *arrays, call = operands_and_call
+        shapes = call.shapes(arrays)
+        return on_one_device({}, _uncut(shapes), shapes, call)(*arrays)
+
+    automatic.def_partition(_partition, _infer, sharding_rule=_rule)
+    return automatic
 
 
-def _constrained(mesh, hint, query):
-    """The query, cut along its batch as vmap's `spmd_axis_name` says; the rule carries it to the other operands."""
+def _constrained(mesh, hint, call: Call, operands):
+    """The operands, the leading one cut along its batch as vmap's `spmd_axis_name` says; the rule carries it to others."""
     if hint is None:
-        return query
+        return operands
     free = PartitionSpec.UNCONSTRAINED
     spec = PartitionSpec(*(entry(axes) or free for axes in hint.batch), free, free, free)
-    return lax.with_sharding_constraint(query, NamedSharding(mesh, spec))
+    number = call.present.index(call.operation.leading)
+    leading = lax.with_sharding_constraint(operands[number], NamedSharding(mesh, spec))
+    return (*operands[:number], leading, *operands[number + 1 :])
 
 
 def _rule(call: Call, mesh, operands, results):
-    return sharding_rule(call.cache_batch_dims, mesh, operands, results)
+    return sharding_rule(call.shapes(operands), mesh)
 
 
 def _partition(call: Call, mesh, operands, results):
     """What each device runs, and how every operand and result is cut; the compiler moves what is cut otherwise."""
-    query, key_cache = operands[:2]
-    given = _specs(OPERANDS + RESULTS, (*operands, *results))
-    cut = _settle(mesh, call, query, key_cache, given)
-    specs = cut.specs(call.cache_batch_dims)
+    shapes = call.shapes(operands)
+    names = [row.name for row in shapes.results()]
+    given = _specs(call, names, results) | _specs(call, call.present, operands)
+    cut = _settle(mesh, call, shapes, given)
+    specs = cut.specs(shapes)
     for name in CACHES:
-        check_stays(name, given[name], specs[name], mesh.shape)
-    run = on_one_device(mesh.shape, cut, query, key_cache, call.parameters)
+        if name in given:
+            check_stays(shapes, name, given[name], specs[name], mesh.shape)
+    run = on_one_device(mesh.shape, cut, shapes, call)
 
     def run_without_mesh(*local):  # JAX 0.12 keeps the caller's mesh in the thread that the compiler calls from
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
@@ -159,43 +202,44 @@ def _partition(call: Call, mesh, operands, results):
     return (
         mesh,
         run_without_mesh,
-        tuple(shardings[name] for name in RESULTS),
-        tuple(shardings[name] for name in OPERANDS),
+        tuple(shardings[name] for name in names),
+        tuple(shardings[name] for name in call.present),
     )
 
 
 def _infer(call: Call, mesh, operands, results):
     """How the results are cut. Only GSPMD asks (jax_use_shardy_partitioner=False); JAX 0.10 aborts without it."""
-    cut = _settle(mesh, call, *operands[:2], _specs(OPERANDS, operands))
-    return tuple(NamedSharding(mesh, cut.specs(call.cache_batch_dims)[name]) for name in RESULTS)
+    shapes = call.shapes(operands)
+    specs = _settle(mesh, call, shapes, _specs(call, call.present, operands)).specs(shapes)
+    return tuple(NamedSharding(mesh, specs[row.name]) for row in shapes.results())
 
 
-def _specs(names, arrays):
+def _specs(call: Call, names, arrays):
     if not all(isinstance(x.sharding, NamedSharding | None) for x in arrays):
         raise ValueError(
-            "paged_prefill on several devices needs to know their mesh: give the computation's arguments "
+            f"{call.operation.name} on several devices needs to know their mesh: give the computation's arguments "
             "NamedShardings, or enter jax.set_mesh"
         )
     return {name: x.sharding.spec if x.sharding else PartitionSpec() for name, x in zip(names, arrays, strict=True)}
 
 
-_automatic.def_partition(_partition, _infer, sharding_rule=_rule)
-
-
-def _refuse_what_the_compiler_cannot(ctx) -> None:
-    say_how = (
-        "Say how it is cut: by head_axis= and batch_axis= (or sharding_hints), by explicit mesh axes, or by calling it "
-        "inside jax.shard_map"
-    )
+def _cannot_be_asked(ctx) -> str | None:
+    """Why the compiler cannot ask this process how to cut a call, or None."""
     if "tpu" in (ctx.platforms or ctx.module_context.platforms):
-        raise NotImplementedError(
-            "paged_prefill on several TPUs with automatic mesh axes: XLA for TPU cannot ask how to cut it "
-            f"(github.com/jax-ml/jax/issues/38196). {say_how}"
-        )
+        return "on several TPUs with automatic mesh axes: XLA for TPU cannot ask how to cut it (jax-ml/jax#38196)"
     if ctx.module_context.lowering_parameters.for_export:
+        return (
+            "on several devices with automatic mesh axes cannot be exported: the compiler would have to ask this "
+            "process how to cut it"
+        )
+    return None
+
+
+def _refuse_where_it_cannot_be_asked(name, ctx) -> None:
+    if reason := _cannot_be_asked(ctx):
         raise NotImplementedError(
-            "paged_prefill on several devices with automatic mesh axes cannot be exported: the compiler would have to "
-            f"ask this process how to cut it. {say_how}"
+            f"{name} {reason}. Say how it is cut: by head_axis= and batch_axis= (or sharding_hints), by explicit mesh "
+            "axes, or by calling it inside jax.shard_map"
         )
 
 
@@ -224,6 +268,10 @@ def _code_version() -> str:
     return digest.hexdigest()
 
 
-mlir.register_lowering(paged_prefill_p, _lower)
-mlir.register_lowering(typed_paged_prefill_p, _lower)
-compat.require_devices_during_lowering(paged_prefill_p)
+for _operation, _primitive, _typed in (
+    (PREFILL, paged_prefill_p, typed_paged_prefill_p),
+    (APPEND, append_to_pages_p, typed_append_to_pages_p),
+):
+    for _each in (_primitive, _typed):
+        mlir.register_lowering(_each, functools.partial(_lower, _operation))
+    compat.require_devices_during_lowering(_primitive)

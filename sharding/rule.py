@@ -4,36 +4,42 @@ import math
 
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 
+from paged_prefill.primitive.operands import Shapes
 
-def sharding_rule(cache_batch_dims: int, mesh, operands, results) -> SdyShardingRule:
-    """The rule for operands with these (MLIR) types on `mesh`.
+
+def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
+    """The rule for operands of these shapes on `mesh`, read off the table of operands.
 
     Batch dimensions go together, and query heads with the caches' heads: equal, or as (KV head, member of its group).
     They are tied only where Shardy can never put a part of a mesh axis on the caches, since JAX cannot read such a
     sharding back (IndivisibleError). Shardy wants no factor of size 1 in a compound, no explicit size for a factor
     that is a whole dimension somewhere, and the factors that stay whole in order of first appearance.
     """
-    query, key_cache = operands[:2]
-    q_heads, kv_heads = query.shape[-2], key_cache.shape[cache_batch_dims]
-    batch = [f"b{dim}" for dim in range(len(query.shape) - 3)]
     sizes = {}
-    if q_heads == kv_heads:
-        heads = "k"
-    elif kv_heads % math.prod(mesh.shape.values()) == 0:
-        heads, sizes = CompoundFactor("k", "g"), {"g": q_heads // kv_heads}
+    if call.heads == call.kv_heads:
+        heads = "kv_heads"
+    elif call.kv_heads % math.prod(mesh.shape.values()) == 0:
+        heads, sizes = CompoundFactor("kv_heads", "group"), {"group": call.heads // call.kv_heads}
     else:
-        heads = "h"
-    pool = batch[:cache_batch_dims]
+        heads = "q_heads"
+    shared_packs = range(call.cache_batch_dims, len(call.batch)) if call.operation.writes else ()
+    cut = {"kv_heads", "q_heads"} | {f"batch{dim}" for dim in range(len(call.batch)) if dim not in shared_packs}
+    whole = []
+
+    def mapping(row):
+        # A pool that serves all of a batch dimension has a factor of its own.
+        lead = [
+            f"{row.name}{dim}" if size == 1 != call.batch[dim] else f"batch{dim}"
+            for dim, size in enumerate(call.lead(row))
+        ]
+        names = lead + [dim.replace("seqs + 1", "offsets").replace("2", "bounds") for dim in call.dims(row)]
+        whole.extend(name for name in names if name not in cut and name not in whole)
+        return ArrayMapping(*(heads if name == "q_heads" else name for name in names))
+
+    operands = call.operation.table(tuple(call.shapes))
     return SdyShardingRule(
-        operand_mappings=(
-            ArrayMapping(*batch, "t", heads, "d"),
-            ArrayMapping(*pool, "k", "p", "s", "d"),
-            ArrayMapping(*pool, "k", "p", "s", "v"),
-            ArrayMapping(*batch, "q"),
-            ArrayMapping(*batch, "q", "n"),
-            ArrayMapping(*batch, "m"),
-        ),
-        result_mappings=(ArrayMapping(*batch, "t", heads, "v"), ArrayMapping(*batch, "t", heads)),
-        need_replication_factors=("t", "d", "p", "s", "v", "q", "n", "m"),
+        operand_mappings=tuple(map(mapping, operands)),
+        result_mappings=tuple(map(mapping, call.results())),
+        need_replication_factors=tuple(whole),
         **sizes,
     )

@@ -9,8 +9,11 @@ from jaxtyping import Array, Float, Int
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
-from paged_prefill.sharding.partition import on_one_device
+from paged_prefill.primitive.binding import shapes_of
 from paged_prefill.primitive.cut import cut_of_specs
+from paged_prefill.primitive.operands import PREFILL
+from paged_prefill.primitive.prefill import parameters_of
+from paged_prefill.sharding.partition import Call, on_one_device
 
 
 def create_shard_map_wrapper(
@@ -61,23 +64,21 @@ def create_shard_map_wrapper(
     checks.check_mask_value(mask_value)
     names = ("query", "key_cache", "value_cache", "context_lens", "page_indices", "out")
     given = dict(zip(names, (*in_specs, out_specs), strict=True))
-    cut = cut_of_specs(mesh.shape, query, key_cache, given)
-    run = on_one_device(
-        mesh.shape,
-        cut,
-        query,
-        key_cache,
-        dict(
-            softmax_scale=softmax_scale,
-            attn_logits_soft_cap=attn_logits_soft_cap,
-            sliding_window=sliding_window,
-            platform=checks.requested_platform(platform, cfg),
-            config=cfg,
-        ),
-    )
+    operands = checks.abstract_pack_of_one(*call_args)
+    shapes = shapes_of(PREFILL, PREFILL.present(operands), operands.values(), 0)
+    cut = cut_of_specs(mesh.shape, shapes, given)
 
     def local(query, key_cache, value_cache, *indices):
         indices = checks.indices_of_one(query, key_cache, *indices)
+        parameters = parameters_of(
+            dict(query=query),
+            softmax_scale=softmax_scale,
+            attn_logits_soft_cap=attn_logits_soft_cap,
+            sliding_window=sliding_window,
+            platform=platform,
+            config=cfg,
+        )
+        run = on_one_device(mesh.shape, cut, shapes, Call(PREFILL, tuple(shapes.shapes), 0, tuple(parameters.items())))
         out, _ = run(*checks.pack_of_one(query, key_cache, value_cache, *indices))
         return out
 

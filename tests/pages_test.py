@@ -128,8 +128,11 @@ class AppendTest(parameterized.TestCase):
         self.assertEqual(re.findall(r"\{(\d)\}: \((\d), \{\}", aliases), [("1", "0"), ("2", "1")])
         memory = compiled.memory_analysis()
         self.assertEqual(memory.alias_size_in_bytes, sum(size))
-        # On CPUs, the compiler of jaxlib 0.10 scatters bfloat16 in a float32 copy; that of 0.12 does not.
-        if not (dtype == "bfloat16" and jax.version.__version_info__ < (0, 11)):
+        # On CPUs, jaxlib 0.10 scatters no bfloat16 in place: one copy of each cache is the least that it takes.
+        if dtype == "bfloat16" and jax.version.__version_info__ < (0, 11):
+            append = jax.jit(append_to_pages, donate_argnums=(0, 1)).lower(*pack[1:3], *new, *pack[3:]).compile()
+            self.assertLess(append.memory_analysis().temp_size_in_bytes, 1.01 * sum(size))
+        else:
             self.assertLess(memory.temp_size_in_bytes, min(size) / 4)
             shape = ",".join(map(str, pack.key_cache.shape))
             copies = rf"\w+\[{shape}\]\S* (?:copy|convert|transpose|concatenate|pad)\("

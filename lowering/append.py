@@ -1,0 +1,109 @@
+"""`append_to_pages` in plain XLA operations: one scatter a cache, in place where the cache is donated.
+
+A scatter goes to slots [.., page, slot] of one KV head; the pools of *C and the heads are batch dimensions of it. What
+is stored is the token, or its quantised form.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.interpreters import mlir
+import jax.numpy as jnp
+
+from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.primitive.quantised import quantised, scale_of
+
+
+def append(*operands, present, cache_batch_dims, as_bits):
+    """Runs `local_append_to_pages_p` on one device; `as_bits(dtype)` says what is scattered as integers."""
+    named = dict(zip(present, operands, strict=True))
+    write = functools.partial(_append_to_pool, as_bits)
+    for _ in range(cache_batch_dims):
+        write = jax.vmap(write)
+    return write(named)
+
+
+def _append_to_pool(as_bits, named):
+    """Writes the packs [*B] of one pool; returns what was written, in the order of the table."""
+    num_pages, page_size = named["key_cache"].shape[-3:-1]
+    key = named["key"]
+    locate = functools.partial(slots, tokens=key.shape[-3], num_pages=num_pages, page_size=page_size)
+    for _ in range(key.ndim - 3):
+        locate = jax.vmap(locate)
+    page, slot = locate(named["context_lens"], named["page_indices"], named["query_offsets"])
+    at = [page, slot]
+    if "layer" in named:
+        layer = jnp.clip(named["layer"], 0, named["key_cache"].shape[0] - 1)
+        at.insert(0, jnp.broadcast_to(jnp.expand_dims(layer, -1), page.shape))
+    at = [x.reshape(-1) for x in at]
+    caches, scales = [], []
+    for name in ("key", "value"):
+        if name not in named:
+            continue
+        cache, scale = named[f"{name}_cache"], named.get(f"{name}_scale")
+        new = jnp.moveaxis(named[name].reshape(-1, *named[name].shape[-2:]), 1, 0)  # [kv_heads, tokens, features]
+        per_slot = scale is not None and scale.ndim == cache.ndim - 1
+        if cache.dtype != new.dtype:
+            own = scale_of(new, cache.dtype) if per_slot else _given_scale(scale, at, "layer" in named)
+            new = quantised(new, own, cache.dtype)
+            if per_slot:
+                scales.append(_scatter(scale, own, at, as_bits))
+        caches.append(_scatter(cache, new, at, as_bits))
+    return [*caches, *scales]
+
+
+def _given_scale(scale, at, layered):
+    """The scale of each head and token that is written, [kv_heads or 1, tokens or 1]."""
+    if scale is None:
+        return jnp.ones((1, 1), jnp.float32)
+    by_token = jnp.moveaxis(scale.at[at[0]].get(mode="clip"), 0, -1) if layered else scale[..., None]
+    return by_token.reshape(-1, by_token.shape[-1])
+
+
+def _scatter(cache, new, at, as_bits):
+    """`cache` [(layers,) kv_heads, num_pages, page_size, ...] with `new` [kv_heads, tokens, ...] at each head's slots."""
+    dtype = cache.dtype
+    if as_bits(dtype):
+        cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
+    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop.
+    heads_axis, by_head = len(at) - 2, [jnp.broadcast_to(x, new.shape[:2]) for x in at]
+
+    def write(cache, new, *at):
+        return cache.at[tuple(at)].set(new, mode="drop")
+
+    written = jax.vmap(write, (heads_axis, *[0] * (1 + len(at))), heads_axis)(cache, new, *by_head)
+    return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
+
+
+def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
+    """The page and slot of each token of one pack; page `num_pages`, which does not exist, for those without one."""
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    seqs, pages_per_seq = page_indices.shape
+    if 0 in (seqs, pages_per_seq):
+        return jnp.full_like(token, num_pages), jnp.zeros_like(token)
+    offsets = lax.cummax(jnp.clip(query_offsets, 0, tokens))
+    seq = jnp.sum(offsets[:, None] <= token[None, :], axis=0, dtype=jnp.int32) - 1  # the last that begins before it
+    owned = (seq >= 0) & (seq < seqs)
+    seq = jnp.clip(seq, 0, seqs - 1)
+    position = context_lens[seq] - offsets[seq + 1] + token
+    column = lax.div(position, jnp.int32(page_size))
+    exists = owned & (position >= 0) & (column < pages_per_seq)
+    page = page_indices[seq, jnp.clip(column, 0, pages_per_seq - 1)]
+    exists &= (0 <= page) & (page < num_pages)
+    return jnp.where(exists, page, num_pages), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
+
+
+def _converted_on_cpu(dtype) -> bool:
+    """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
+    return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))
+
+
+def _lower(ctx, *operands, as_bits=lambda dtype: False, **parameters):
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    rule = mlir.lower_fun(functools.partial(append, as_bits=as_bits, **parameters))
+    return rule(ctx.replace(avals_in=plain), *operands)
+
+
+mlir.register_lowering(local_append_to_pages_p, _lower)
+mlir.register_lowering(local_append_to_pages_p, functools.partial(_lower, as_bits=_converted_on_cpu), platform="cpu")
