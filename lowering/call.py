@@ -1,0 +1,249 @@
+"""The one form in which every kernel is given its work, and the way there from the operands of the primitive.
+
+Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row, and start ascends. Its row i
+stands at position p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W,
+and only where the page table has a page for it. Query head h attends to KV head kv_head_start + h // (q_heads //
+num_kv_heads). `flatten` has made the indices harmless, so a kernel needs no bounds check on them: every page index lies
+inside the pool, every row inside the query.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import export
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
+
+from paged_prefill.primitive.attention import Attention
+
+# A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
+MAX_CONTEXT = 2**30
+
+# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a
+# reduction, or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
+FEW_SEQUENCES = 8
+
+# What a call may have and not every kernel takes, as users know it.
+FEATURES = {
+    "key_ranges": "key_ranges",
+    "latent": "a latent cache (value_cache=None)",
+    "scales": "quantised caches (key_scale, value_scale)",
+    "sinks": "sinks",
+    "tree_mask": "tree_mask",
+}
+
+
+class Sequences(NamedTuple):
+    """The sequences of a flat pack, all int32; see the module's docstring for what they mean."""
+
+    start: Int[Array, " seqs"]
+    length: Int[Array, " seqs"]
+    context_len: Int[Array, " seqs"]
+    pool: Int[Array, " seqs"]
+    page_indices: Int[Array, "seqs pages_per_seq"]
+
+
+class Device(NamedTuple):
+    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known."""
+
+    platform: str
+    kind: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether this says enough to build for the device and no other."""
+        return self.kind is not None and (self.platform != "cuda" or self.compute_capability is not None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything static about a call: hashable, and enough to choose a kernel and a configuration.
+
+    Attributes:
+      dtype, cache_dtype: those of the query and the caches, by name.
+      features: which of `FEATURES` the call has, sorted.
+    """
+
+    tokens: int
+    q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    pools: int
+    cache_kv_heads: int
+    num_pages: int
+    page_size: int
+    seqs: int
+    pages_per_seq: int
+    dtype: str
+    cache_dtype: str
+    attention: Attention
+    features: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.q_heads // self.num_kv_heads
+
+    @property
+    def capacity(self) -> int:
+        """Keys that one row of the page table can hold."""
+        return self.pages_per_seq * self.page_size
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether a size is a variable, as jax.export allows."""
+        return any(map(export.is_symbolic_dim, vars(self).values()))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row can see a key, whatever the index arrays hold."""
+        return 0 in (self.tokens, self.seqs, self.pages_per_seq, self.pools, self.num_pages)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arrays that a kernel is given, a pytree; made by `Call.of`. What is None, this call does without.
+
+    Attributes:
+      query: the rows of all packs, back to back.
+      value_pages: None where the values are the first problem.value_dim features of the keys.
+      kv_head_start: the KV head of the caches that the first query head attends to, a scalar.
+      problem: all that is static about the call.
+      ranges: the keys lo <= j < hi that each row sees, in place of those that causality and a window leave.
+      tree: bit k % 32 of word k // 32 says whether a row sees token k of its own chunk.
+      sinks: a logit of each query head that has no value.
+      key_scale, value_scale: what the numbers in the caches are multiplied by.
+    """
+
+    query: Float[Array, "tokens q_heads head_dim"]
+    key_pages: Array  # [pools, kv_heads, num_pages, page_size, head_dim]
+    value_pages: Array | None  # [pools, kv_heads, num_pages, page_size, value_dim]
+    sequences: Sequences
+    kv_head_start: Int[Array, ""]
+    problem: Problem = dataclasses.field(metadata=dict(static=True))
+    ranges: Int[Array, "tokens 2"] | None = None
+    tree: UInt[Array, "tokens words"] | None = None
+    sinks: Float[Array, " q_heads"] | None = None
+    key_scale: Float[Array, "..."] | None = None
+    value_scale: Float[Array, "..."] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query,
+        key_pages,
+        value_pages,
+        sequences: Sequences,
+        kv_head_start,
+        *,
+        num_kv_heads: int,
+        attention: Attention,
+        value_dim: int | None = None,
+        **optional,
+    ) -> "Call":
+        """A call with its problem, from arrays or their shapes. `value_dim` is told for a latent cache.
+
+        `optional` are the fields of `Call` that may be None.
+        """
+        there = {name for name, array in optional.items() if array is not None}
+        features = {
+            "key_ranges": "ranges" in there,
+            "latent": value_pages is None,
+            "scales": bool(there & {"key_scale", "value_scale"}),
+            "sinks": "sinks" in there,
+            "tree_mask": "tree" in there,
+        }
+        tokens, q_heads, head_dim = query.shape
+        pools, cache_kv_heads, num_pages, page_size, _ = key_pages.shape
+        seqs, pages_per_seq = sequences.page_indices.shape
+        problem = Problem(
+            tokens=tokens,
+            q_heads=q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim if value_pages is None else value_pages.shape[-1],
+            pools=pools,
+            cache_kv_heads=cache_kv_heads,
+            num_pages=num_pages,
+            page_size=page_size,
+            seqs=seqs,
+            pages_per_seq=pages_per_seq,
+            dtype=query.dtype.name,
+            cache_dtype=key_pages.dtype.name,
+            attention=attention,
+            features=tuple(sorted(name for name, has in features.items() if has)),
+        )
+        return cls(query, key_pages, value_pages, sequences, kv_head_start, problem, **optional)
+
+
+def flatten(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    page_indices,
+    query_offsets,
+    kv_head_start,
+    *,
+    cache_batch_dims: int,
+    num_kv_heads: int,
+    attention: Attention,
+) -> Call:
+    """Folds *C and *B into one pack over a number of pools, and makes the index arrays harmless.
+
+    Runs on one device, where folding costs nothing.
+    """
+    lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
+    packs, pools = math.prod(lead), math.prod(lead[:cache_batch_dims])
+    seqs, pages_per_seq = page_indices.shape[-2:]
+    num_pages = key_cache.shape[-3]
+
+    def pages(cache):
+        return cache.reshape(pools, *cache.shape[cache_batch_dims:])
+
+    def per_sequence(array):
+        return array.reshape(packs * seqs, *array.shape[len(lead) + 1 :])
+
+    offsets = jnp.clip(query_offsets, 0, tokens)
+    if seqs <= FEW_SEQUENCES:
+        offsets = jnp.stack(list(itertools.accumulate(jnp.unstack(offsets, axis=-1), jnp.maximum)), axis=-1)
+    else:
+        offsets = jax.lax.cummax(offsets, axis=offsets.ndim - 1)
+    pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
+    start = offsets[..., :-1].reshape(packs, seqs) + pack * tokens
+    sequences = Sequences(
+        start=start.reshape(-1),
+        length=per_sequence(jnp.diff(offsets)),
+        context_len=jnp.clip(per_sequence(context_lens), 0, MAX_CONTEXT),
+        pool=(pack // (packs // max(pools, 1)) if packs else pack).reshape(-1),
+        page_indices=jnp.clip(per_sequence(page_indices), 0, max(num_pages - 1, 0)),
+    )
+    if attention.sliding_window is not None and attention.sliding_window >= MAX_CONTEXT:
+        attention = dataclasses.replace(attention, sliding_window=None)  # wider than any context
+    return Call.of(
+        query.reshape(packs * tokens, q_heads, head_dim),
+        pages(key_cache),
+        pages(value_cache),
+        sequences,
+        kv_head_start,
+        num_kv_heads=num_kv_heads,
+        attention=attention,
+    )
+
+
+def nothing_seen(problem: Problem):
+    """The results of rows that see no key."""
+    out = jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), problem.dtype)
+    return out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
+
+
+def unflatten(out, lse, query_shape):
+    """Gives the flat results of a kernel the leading dimensions of the query they answer."""
+    return out.reshape(*query_shape[:-1], out.shape[-1]), lse.reshape(query_shape[:-1])
