@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from paged_prefill import append_to_pages, lowering, ragged_paged_prefill
-from paged_prefill.lowering import contract
+from paged_prefill import append_to_pages, ragged_paged_prefill
+from paged_prefill.lowering.call import Call, Sequences
+from paged_prefill.lowering.choose import choose, default_platform, device_of
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.checks import PLATFORMS
 
 README = Path(__file__).with_name("README.md")
@@ -197,20 +199,19 @@ def decode(step, weights, caches, table, context_len, token, count):
 
 def kernel_and_why(model: Model, tokens: int, table: PageTable, page_indices, platform: str) -> str:
     """Which kernel runs a chunk of `tokens`, and why that one. Raises ValueError where the one asked for cannot."""
-    device = lowering.device_of(lowering.default_platform())
+    device = device_of(default_platform())
     cache = jax.ShapeDtypeStruct((1, model.kv_heads, table.num_pages, table.page_size, model.head_dim), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    problem = contract.problem_of(
+    call = Call.of(
         jax.ShapeDtypeStruct((tokens, model.q_heads, model.head_dim), jnp.float32),
         cache,
         cache,
-        contract.Sequences(one, one, one, one, page_indices[None]),
+        Sequences(one, one, one, one, page_indices[None]),
+        jax.ShapeDtypeStruct((), jnp.int32),
         num_kv_heads=model.kv_heads,
-        softmax_scale=model.head_dim**-0.5,
-        attn_logits_soft_cap=None,
-        sliding_window=None,
+        attention=Attention(model.head_dim**-0.5),
     )
-    name, passed_over = lowering.choose(problem, device, platform)
+    name, passed_over = choose(call.problem, device, platform)
     if platform != "auto":
         return f"{name}, as --platform {platform} asks"
     reasons = "".join(f"; {other} cannot: {reason}" for other, reason in passed_over.items())
@@ -271,7 +272,7 @@ def describe(model: Model, table: PageTable, prompt, chunk: int, options) -> Non
     prefill_kernel, decode_kernel = (
         kernel_and_why(model, tokens, table, no_pages, options.platform) for tokens in (chunk, 1)
     )
-    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({lowering.default_platform()})"
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({default_platform()})"
     heads = f"{model.q_heads} query and {model.kv_heads} KV heads of {model.head_dim}"
     say("machine", f"{devices}, JAX {jax.__version__}, Python {python_platform.python_version()}")
     say("prompt", f"{len(prompt)} tokens, the bytes of {options.text.name}")

@@ -12,29 +12,30 @@ import sys
 
 import jax
 
-from paged_prefill import lowering
 from paged_prefill.lowering import tables, timing, tuning
-from paged_prefill.lowering.contract import Device, Problem
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.choose import KERNELS, choose, default_platform, device_of
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.checks import ATTENTION_DTYPES, PLATFORMS
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status, 1 where a shape could not be tuned."""
     arguments = _parser().parse_args(argv)
-    device = lowering.device_of(lowering.default_platform())
+    device = device_of(default_platform())
     print(f"device: {device.kind} ({device.platform}), JAX {jax.__version__}")
     failures = 0
     for problem in _problems(arguments):
         print(f"\n{_describe(problem)}")
         try:
-            name, passed_over = lowering.choose(problem, device, arguments.platform)
+            name, passed_over = choose(problem, device, arguments.platform)
         except ValueError as error:
             print(f"  {error}")
             failures += 1
             continue
         for other, reason in passed_over.items():
             print(f"  passed over {other}: {reason}")
-        kernel = lowering.KERNELS[device.platform][name]
+        kernel = KERNELS[device.platform][name]
         if arguments.show:
             choice = tuning.resolve(name, kernel, problem, device, None)
             print(f"  {name} with {choice.config.sizes()}: {choice.source}")
@@ -62,7 +63,7 @@ def sizes(config) -> str:
 
 
 def _describe(p: Problem) -> str:
-    window = "" if p.sliding_window is None else f", window {p.sliding_window}"
+    window = "" if p.attention.sliding_window is None else f", window {p.attention.sliding_window}"
     return (
         f"{p.seqs} x {p.tokens // p.seqs} tokens at {p.capacity}, {p.q_heads}/{p.num_kv_heads} heads, "
         f"head_dim {p.head_dim}, page_size {p.page_size}, {p.dtype}{window}"
@@ -104,9 +105,8 @@ def problem_of_shape(
         seqs=seqs,
         pages_per_seq=pages_per_seq,
         dtype=dtype,
-        softmax_scale=head_dim**-0.5,
-        attn_logits_soft_cap=soft_cap,
-        sliding_window=window,
+        cache_dtype=dtype,
+        attention=Attention(head_dim**-0.5, soft_cap, window),
     )
 
 

@@ -44,31 +44,33 @@ CHUNK_TOKENS, CONTEXT = 2048, 16384
 def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=None, block_kv=None):
     import jax.numpy as jnp
 
-    from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
+    from paged_prefill.lowering.call import Device, flatten
+    from paged_prefill.lowering.mosaic_tpu import schedule
+    from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
+    from paged_prefill.primitive.attention import Attention
     from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
+    kernel = MosaicTpu()
     pages = CONTEXT // page_size
-    parameters = dict(
-        num_kv_heads=kv_heads, softmax_scale=head_dim**-0.5, attn_logits_soft_cap=None, sliding_window=None
-    )
+    parameters = dict(num_kv_heads=kv_heads, attention=Attention(head_dim**-0.5))
     cache = ((kv_heads, pages, page_size, head_dim), "bfloat16")
     operands = [((CHUNK_TOKENS, q_heads, head_dim), "bfloat16"), cache, cache]
     operands += [((1,), "int32"), ((1, pages), "int32"), ((2,), "int32")]
     about = {}
 
     def attend(*operands):
-        flat = contract.flatten(*operands, cache_batch_dims=0)
-        problem = contract.problem_of(*flat, **parameters)
+        call = flatten(*operands, jnp.int32(0), cache_batch_dims=0, **parameters)
+        problem = call.problem
         config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
-        config = config.over(mosaic_tpu.heuristic_config(problem, contract.Device("tpu", device.device_kind)))
-        found = mosaic_tpu_schedule.sizes_of(config, problem.group, page_size, "bfloat16")
+        config = config.over(kernel.heuristic(problem, Device("tpu", device.device_kind)))
+        found = schedule.sizes_of(config, problem.group, page_size, "bfloat16")
         about.update(
             # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
             macs=found.heads_at_once(kv_heads) * problem.group * found.block_q * found.chunk * 2 * head_dim,
             inner_loops=(found.chunks_per_block,) if found.chunks_per_block > 1 else (),
             tile=(found.block_q, found.chunk * found.chunks_per_block),
         )
-        return mosaic_tpu.attend(*flat, jnp.int32(0), **parameters, config=config)
+        return kernel.attend(call, config)
 
     return attend, operands, about
 

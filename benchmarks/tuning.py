@@ -16,9 +16,9 @@ import time
 
 import jax
 
-from paged_prefill import lowering
 from paged_prefill.benchmarks import gpu
 from paged_prefill.lowering import tables, timing, tuning
+from paged_prefill.lowering.choose import KERNELS, choose, default_platform, device_of
 from paged_prefill.tune import problem_of_shape, sizes
 
 SHAPES = [(case, 16) for case in gpu.CASES if "cap" not in case] + [("2048@16384", 128), ("16x1@32768", 128)]
@@ -27,8 +27,8 @@ SHAPES = [(case, 16) for case in gpu.CASES if "cap" not in case] + [("2048@16384
 def measure(case, page_size, platform, device, out) -> dict:
     """One row: times in milliseconds. The choice goes into the table in `out`."""
     problem = problem_of_shape(*gpu.CASES[case], page_size=page_size)
-    name, _ = lowering.choose(problem, device, platform)
-    kernel = lowering.KERNELS[device.platform][name]
+    name, _ = choose(problem, device, platform)
+    kernel = KERNELS[device.platform][name]
     start = time.monotonic()
     timings, chosen = timing.compare(name, kernel, problem, device)
     row = {"case": case, "page": page_size, "seconds": round(time.monotonic() - start, 1)}
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--platform", default="cuda", choices=("cuda", "triton"))
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the table goes")
     arguments = parser.parse_args()
-    device = lowering.device_of(lowering.default_platform())
+    device = device_of(default_platform())
     print(json.dumps(dict(jax=jax.__version__, device=device.kind, platform=arguments.platform)), flush=True)
     rows = []
     for case, page_size in SHAPES:

@@ -20,8 +20,8 @@ from absl import logging
 from filelock import FileLock, Timeout
 import platformdirs
 
+from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Device, Problem
 
 FORMAT = 1
 LOCK_TIMEOUT_SECONDS = 10.0
@@ -32,7 +32,7 @@ Table = dict[str, Entry]  # by the key as canonical JSON
 
 def key_of(name: str, version: int, problem: Problem, device: Device) -> dict[str, Any]:
     """What a configuration depends on. Sizes that vary from call to call are rounded up to powers of two."""
-    window = problem.sliding_window
+    window = problem.attention.sliding_window
     return {
         "device": device.kind,
         "kernel": name,

@@ -1,6 +1,5 @@
-"""How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first; and split keys."""
+"""How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first."""
 
-import functools
 import itertools
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.contract import FEW_SEQUENCES, Sequences
+from paged_prefill.lowering.call import FEW_SEQUENCES, Sequences
 
 
 class Tiles(NamedTuple):
@@ -41,7 +40,7 @@ def schedule(
     place in it.
 
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
-    `sequences` ascend in the pack, as `contract.flatten` lays them.
+    `sequences` ascend in the pack, as `call.flatten` lays them.
     """
     seqs = sequences.start.shape[0]
     few = seqs <= FEW_SEQUENCES
@@ -125,18 +124,3 @@ def _stretches(starts, lengths, tokens, block_q):
     counts = lax.div(size + (block_q - 1), jnp.int32(block_q))
     ends = jnp.cumsum(counts)
     return begin, size, ends - counts, ends
-
-
-def merge_splits(out, lse, dtype):
-    """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
-
-    A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
-    what users bring, drops it with the part.
-    """
-    largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
-    total = jnp.sum(weights, axis=0)
-    seen = jnp.where(total > 0, total, 1.0)
-    # Written out: XLA fuses sums, where every reduction is one more kernel.
-    merged = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)]) / seen[..., None]
-    return merged.astype(dtype), jnp.where(total > 0, largest + jnp.log(seen), -jnp.inf)

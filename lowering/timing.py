@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from paged_prefill.lowering import contract, xla
+from paged_prefill.lowering.call import Call, Problem, Sequences
+from paged_prefill.lowering.choose import XLA
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 BUDGET_SECONDS = 30.0
@@ -49,7 +50,7 @@ class Comparison(NamedTuple):
 
 
 def compare(name, kernel, problem, device, *, budget_seconds: float = BUDGET_SECONDS) -> Comparison:
-    """Times kernel.candidate_configs(problem, device), as many and as often as the budget (seconds) allows.
+    """Times kernel.candidates(problem, device), as many and as often as the budget (seconds) allows.
 
     Candidates that fail, compute wrong values or are not reached carry the reason instead of a time.
     """
@@ -59,7 +60,7 @@ def compare(name, kernel, problem, device, *, budget_seconds: float = BUDGET_SEC
 
 def _compare(name, kernel, problem, device, budget_seconds):
     end = time.monotonic() + budget_seconds
-    candidates = kernel.candidate_configs(problem, device)
+    candidates = kernel.candidates(problem, device)
     calls, reasons = _checked_calls(name, kernel, problem, device, candidates, end)
     times = _median_milliseconds(calls, ROUNDS, end)
     finalists = dict.fromkeys([candidates[0], *sorted(times, key=times.get)[:FINALISTS]])
@@ -76,11 +77,11 @@ def _compare(name, kernel, problem, device, budget_seconds):
 
 def _checked_calls(name, kernel, problem, device, candidates, end):
     """Calls of the candidates that give right values, and the reasons against the others."""
-    operands = sample_operands(problem, jax.devices(device.platform)[0])
+    call = sample_call(problem, jax.devices(device.platform)[0])
     calls, reasons = {}, {}
     with futures.ThreadPoolExecutor(COMPILERS) as compilers:
-        compiled = functools.partial(compilers.submit, _compiled, problem=problem, operands=operands)
-        reference = compiled(xla, config=xla.heuristic_config(problem, device))
+        compiled = functools.partial(compilers.submit, _compiled, call=call)
+        reference = compiled(XLA, config=XLA.heuristic(problem, device))
         compiling = {config: compiled(kernel, config=config) for config in candidates}
         expected = reference.result()()
         for config, future in tqdm(compiling.items(), desc=f"timing {name}", leave=False):
@@ -88,25 +89,18 @@ def _checked_calls(name, kernel, problem, device, candidates, end):
                 future.cancel()
                 reasons[config] = "not reached within the budget"
                 continue
-            call, reason = _checked(future, expected, TOLERANCE[problem.dtype])
+            run, reason = _checked(future, expected, TOLERANCE[problem.dtype])
             if reason is None:
-                calls[config] = call
+                calls[config] = run
             else:
                 reasons[config] = reason
                 logging.warning("paged_prefill discards %s with %s: %s", name, config.chosen(), reason)
     return calls, reasons
 
 
-def _compiled(kernel, *, problem, config, operands):
-    attend = functools.partial(
-        kernel.attend,
-        num_kv_heads=problem.num_kv_heads,
-        softmax_scale=problem.softmax_scale,
-        attn_logits_soft_cap=problem.attn_logits_soft_cap,
-        sliding_window=problem.sliding_window,
-        config=config,
-    )
-    return functools.partial(jax.jit(attend).lower(*operands).compile(), *operands)
+def _compiled(kernel, *, config, call):
+    attend = functools.partial(kernel.attend, config=config)
+    return functools.partial(jax.jit(attend).lower(call).compile(), call)
 
 
 def _checked(future, expected, tolerance):
@@ -149,8 +143,8 @@ def _distance(got, want):
     return jnp.sqrt(jnp.sum((got - want) ** 2) / jnp.maximum(jnp.sum(want**2), 1e-30))
 
 
-def sample_operands(problem: contract.Problem, device):
-    """Random operands for a kernel: full contexts, the tokens spread evenly, pages in random order.
+def sample_call(problem: Problem, device) -> Call:
+    """A call with random arrays for a kernel: full contexts, the tokens spread evenly, pages in random order.
 
     The pool is as large as the sequences need, up to a bound: a kernel's time does not depend on what it does not read.
     """
@@ -162,7 +156,7 @@ def sample_operands(problem: contract.Problem, device):
     pages = np.resize(rng.permutation(num_pages), columns).reshape(problem.seqs, problem.pages_per_seq)
     start = np.linspace(0, problem.tokens, problem.seqs + 1).astype(np.int32)
     length = np.minimum(np.diff(start), problem.capacity)
-    sequences = contract.Sequences(
+    sequences = Sequences(
         start=start[:-1],
         length=length,
         context_len=np.full(problem.seqs, problem.capacity),
@@ -179,5 +173,11 @@ def sample_operands(problem: contract.Problem, device):
             (*cache, problem.value_dim),
         )
         arrays = [jax.random.normal(k, shape, problem.dtype) for k, shape in zip(keys, shapes, strict=True)]
-        operands = (*arrays, contract.Sequences(*map(as_int32, sequences)), jnp.int32(0))
-    return jax.device_put(operands, device)  # and stay there, whatever another thread's default device is
+        call = Call.of(
+            *arrays,
+            Sequences(*map(as_int32, sequences)),
+            jnp.int32(0),
+            num_kv_heads=problem.num_kv_heads,
+            attention=problem.attention,
+        )
+    return jax.device_put(call, device)  # and stay there, whatever another thread's default device is

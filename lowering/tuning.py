@@ -21,8 +21,8 @@ from absl import logging
 import jax
 
 from paged_prefill.lowering import tables, timing
+from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Device, Problem
 from paged_prefill.primitive.context import POLICY_VARIABLE, current_policy, overlay, policy, with_overlay
 
 
@@ -35,14 +35,14 @@ class Choice(NamedTuple):
 
 def resolve(name: str, kernel, problem: Problem, device: Device, asked: PrefillPageAttentionConfig | None) -> Choice:
     """The configuration for a kernel's call, by the order above. `asked` is `cfg=` or the overlay, or both."""
-    heuristic = kernel.heuristic_config(problem, device)
+    heuristic = kernel.heuristic(problem, device)
     if asked is not None and asked.sizes():
         return Choice(asked.over(heuristic), "cfg or overlay")
     in_force = current_policy()
     # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
     if in_force == "off" or device.kind is None or problem.symbolic:
         return Choice(heuristic, "heuristic")
-    key = tables.key_of(name, kernel.VERSION, problem, device)
+    key = tables.key_of(name, kernel.version, problem, device)
     alone = jax.process_count() == 1
     if alone and (found := tables.find(tables.read(tables.user_path(device.kind)), key)):
         config, source = found
@@ -72,5 +72,5 @@ def remember(name: str, kernel, problem: Problem, device: Device, best: timing.T
 
 def entry_of(name: str, kernel, problem: Problem, device: Device, best: timing.Timing) -> tables.Entry:
     """A timing as a row of a table."""
-    key = tables.key_of(name, kernel.VERSION, problem, device)
+    key = tables.key_of(name, kernel.version, problem, device)
     return tables.entry_of(key, best.config, milliseconds=round(best.milliseconds, 4), source="timed")

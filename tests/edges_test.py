@@ -110,6 +110,14 @@ class EdgesTest(parameterized.TestCase):
         want = jnp.einsum("tkgj,kjd->tkgd", jax.nn.softmax(logits), keys).reshape(20, 4, 16)
         np.testing.assert_allclose(out[:20], want, atol=1e-5)
 
+    def test_a_row_that_sees_nan_says_so_in_both_results(self):
+        """An lse of -inf says that no key was seen: a merge would drop such a row."""
+        pack = self.plain_pack()
+        broken = pack._replace(key_cache=pack.key_cache.at[:, pack.page_indices[1, 0], 0, 0].set(np.nan))
+        out, lse = attend(broken)
+        np.testing.assert_array_equal(np.isnan(out).all(-1), np.isnan(lse))
+        self.assertTrue(np.isnan(lse[9:18]).all())
+
     def test_mask_value_changes_nothing(self):
         pack = cases.Case("mask_value", SEQUENCES, room=cases.ROOM, page_size=4, head_dim=16).pack()
         chex.assert_trees_all_equal(attend(pack, mask_value=-1e9), attend(pack), attend(pack, mask_value=-np.inf))

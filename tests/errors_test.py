@@ -18,8 +18,9 @@ from paged_prefill import (
     ragged_paged_prefill,
     validate,
 )
-from paged_prefill import lowering
-from paged_prefill.lowering import contract
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.choose import KERNELS, choose
+from paged_prefill.tests.problems import problem
 
 OPERANDS = dict(
     query=jax.ShapeDtypeStruct((10, 4, 16), jnp.float32),
@@ -243,8 +244,8 @@ class ChoiceErrorsTest(parameterized.TestCase):
         """A kernel in the registry that refuses: asked for, its reason is the error; under "auto" it is logged once."""
         refusing = mock.Mock(supports=lambda problem, device: "head_dim must be 64, got 16")
         arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
-        kernels = {"cpu": {"triton": refusing, **lowering.KERNELS["cpu"]}}
-        with mock.patch.dict(lowering.KERNELS, kernels), mock.patch.object(logging, "info") as info:
+        kernels = {"cpu": {"triton": refusing, **KERNELS["cpu"]}}
+        with mock.patch.dict(KERNELS, kernels), mock.patch.object(logging, "info") as info:
             message = r"platform='triton' cannot run this call on cpu: triton: head_dim must be 64, got 16"
             with self.assertRaisesRegex(ValueError, message):
                 ragged_paged_prefill(*arrays, platform="triton")
@@ -255,14 +256,10 @@ class ChoiceErrorsTest(parameterized.TestCase):
                              "on cpu: xla runs, since triton cannot: head_dim must be 64, got 16")
 
     def test_choose_answers_for_devices_that_are_not_here(self):
-        flat = jax.eval_shape(lambda *p: contract.flatten(*p, cache_batch_dims=0), *operands())
-        problem = contract.problem_of(
-            *flat, num_kv_heads=2, softmax_scale=0.25, attn_logits_soft_cap=None, sliding_window=None
-        )
-        for platform in lowering.KERNELS:
-            name, _ = lowering.choose(problem, contract.Device(platform))
-            self.assertIn(name, lowering.KERNELS[platform])
-            self.assertEqual(lowering.choose(problem, contract.Device(platform), "xla"), ("xla", {}))
+        for platform in KERNELS:
+            name, _ = choose(problem(), Device(platform))
+            self.assertIn(name, KERNELS[platform])
+            self.assertEqual(choose(problem(), Device(platform), "xla"), ("xla", {}))
 
 
 class PagesErrorsTest(parameterized.TestCase):

@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, lowering, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering import contract, xla
+from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
+from paged_prefill.lowering.call import FEW_SEQUENCES, MAX_CONTEXT, Device, flatten
+from paged_prefill.lowering.choose import XLA
+from paged_prefill.lowering.splits import merge_splits
+from paged_prefill.lowering.xla import host, kernel
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.tests import cases, packs
+from paged_prefill.tests.problems import problem
 
 
 def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
@@ -101,7 +106,7 @@ class XlaTest(parameterized.TestCase):
     def test_bfloat16_is_right_in_the_products_of_either_kind_of_cpu(self, multiplies, dtype):
         pack = cases.Case("products", ((70, 133), (1, 40), (3, 9)), dtype="bfloat16").pack()
         call = jax.jit(lambda *p: ragged_paged_prefill(*p, return_lse=True, cfg=cases.SMALL_TILES))
-        with mock.patch.object(xla, "_cpu_multiplies_bfloat16", return_value=multiplies):
+        with mock.patch.object(host, "_cpu_multiplies_bfloat16", return_value=multiplies):
             lowered = call.lower(*pack)
         self.assertEqual(set(re.findall(r"dot_general .*: \(tensor<\S*x(\w+)>", lowered.as_text())), {dtype})
         packs.assert_matches_reference(pack, *lowered.compile()(*pack))
@@ -112,7 +117,7 @@ class XlaTest(parameterized.TestCase):
         ("processor : 0\nFeatures\t: fp asimd\n", False),
     )
     def test_the_cpu_is_asked_what_it_multiplies(self, cpuinfo, multiplies):
-        ask = xla._cpu_multiplies_bfloat16.__wrapped__
+        ask = host._cpu_multiplies_bfloat16.__wrapped__
         with mock.patch("builtins.open", mock.mock_open(read_data=cpuinfo)):
             self.assertEqual(ask(), multiplies)
         with mock.patch("builtins.open", side_effect=FileNotFoundError):
@@ -121,15 +126,33 @@ class XlaTest(parameterized.TestCase):
     @parameterized.parameters(1, 16, 32, 33, 64, 256)
     def test_tiles_cover_every_length_and_little_more(self, block_q):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
-        counts = {height: np.asarray(n) for height, n in xla._tile_counts(jnp.asarray(lengths), 10**6, block_q)}
+        counts = {height: np.asarray(n) for height, n in kernel._tile_counts(jnp.asarray(lengths), 10**6, block_q)}
         in_vain = sum(height * n for height, n in counts.items()) - lengths
         self.assertEqual(in_vain.min(), 0)
-        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, xla.PART_HEIGHT)))
+        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, kernel.PART_HEIGHT)))
         np.testing.assert_array_equal(in_vain[lengths % block_q == 1], 0)
         for tokens in {1, 2, block_q // 2, block_q // 2 + 1, block_q} - {0}:  # what few tokens do not need is left out
             needed = {height for height, n in counts.items() if n[:tokens].any()}
-            few = xla._tile_counts(jnp.asarray(lengths), tokens, block_q)
+            few = kernel._tile_counts(jnp.asarray(lengths), tokens, block_q)
             self.assertEqual({height for height, _ in few}, needed)
+
+
+class SplitsTest(parameterized.TestCase):
+    def test_merged_parts_are_the_whole_and_nan_stays(self):
+        rng = np.random.default_rng(0)
+        lse, out = rng.normal(size=(3, 5, 2)) * 9, rng.normal(size=(3, 5, 2, 4))
+        lse[:, 3], out[:, 3] = -np.inf, 0  # sees no key
+        lse[0, 2], out[0, 2] = -np.inf, 0  # sees none in one part
+        lse[1, 4, 0], out[1, 4, 0] = np.nan, np.nan
+        merged, merged_lse = merge_splits(jnp.float32(out), jnp.float32(lse), jnp.float32)
+        weights = np.exp(lse)
+        total = weights.sum(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.testing.assert_allclose(merged_lse, np.log(total), rtol=1e-5)
+            want = (weights[..., None] * out).sum(0) / total[..., None]
+        want[3] = 0
+        np.testing.assert_allclose(merged, want, rtol=1e-4, atol=1e-6)
+        self.assertTrue(np.isnan(merged_lse[4, 0]))
 
 
 class ContractTest(parameterized.TestCase):
@@ -143,9 +166,11 @@ class ContractTest(parameterized.TestCase):
         context_lens = jnp.asarray(rng.integers(0, 20, (*lead, 2)), jnp.int32)
         page_indices = jnp.asarray(rng.integers(0, 5, (*lead, 2, 5)), jnp.int32)
         offsets = jnp.asarray(np.sort(rng.integers(0, 11, (*lead, 3))), jnp.int32)
-        flat_query, key_pages, value_pages, sequences = contract.flatten(
-            query, keys, values, context_lens, page_indices, offsets, cache_batch_dims=cache_batch_dims
-        )
+        call = flatten(
+            query, keys, values, context_lens, page_indices, offsets, jnp.int32(0),
+            cache_batch_dims=cache_batch_dims, num_kv_heads=2, attention=Attention(1.0),
+        )  # fmt: skip
+        flat_query, key_pages, value_pages, sequences = call.query, call.key_pages, call.value_pages, call.sequences
         self.assertEqual(flat_query.shape, (60, 4, 8))
         self.assertEqual((key_pages.shape[1:], value_pages.shape[1:]), ((2, 5, 4, 8), (2, 5, 4, 6)))
         for array in sequences:
@@ -159,7 +184,7 @@ class ContractTest(parameterized.TestCase):
                 np.testing.assert_array_equal(sequences.page_indices[i], page_indices[a, b, seq])
                 np.testing.assert_array_equal(key_pages[sequences.pool[i]], keys[(a, b)[:cache_batch_dims]])
 
-    @parameterized.parameters(4, contract.FEW_SEQUENCES + 3)
+    @parameterized.parameters(4, FEW_SEQUENCES + 3)
     def test_flatten_makes_indices_harmless(self, seqs):
         rng = np.random.default_rng(0)
         extremes = [-(2**31), -1, 0, 3, 9, 10, 11, 2**30, 2**31 - 1]
@@ -167,34 +192,24 @@ class ContractTest(parameterized.TestCase):
             shapes = ((seqs,), (seqs, 5), (seqs + 1,))
             lens, pages, offsets = (jnp.asarray(rng.choice(extremes, shape), jnp.int32) for shape in shapes)
             cache = jnp.zeros((2, 7, 4, 8))
-            _, _, _, sequences = contract.flatten(
-                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, cache_batch_dims=0
-            )
-            start, length, context_len, pool, page_indices = map(np.asarray, sequences)
+            call = flatten(
+                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, jnp.int32(0),
+                cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0),
+            )  # fmt: skip
+            start, length, context_len, pool, page_indices = map(np.asarray, call.sequences)
             self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
             self.assertLessEqual(length.sum(), 10)
             bounds = np.maximum.accumulate(np.clip(offsets, 0, 10))
             np.testing.assert_array_equal([start, start + length], [bounds[:-1], bounds[1:]])
-            self.assertTrue(np.all((context_len >= 0) & (context_len <= contract.MAX_CONTEXT)))
+            self.assertTrue(np.all((context_len >= 0) & (context_len <= MAX_CONTEXT)))
             self.assertTrue(np.all((page_indices >= 0) & (page_indices < 7)) and not pool.any())
-
-    def test_every_kernel_has_the_face_of_the_contract(self):
-        for kernels in lowering.KERNELS.values():
-            for kernel in kernels.values():
-                for function in ("attend", "supports", "heuristic_config", "candidate_configs"):
-                    self.assertTrue(callable(getattr(kernel, function)))
 
     @parameterized.product(chunk=(1, 512), dtype=cases.DTYPES)
     def test_candidates_of_the_xla_kernel_are_right(self, chunk, dtype):
-        problem = contract.Problem(
-            tokens=chunk, q_heads=8, num_kv_heads=2, head_dim=64, value_dim=64, pools=1, cache_kv_heads=2, num_pages=64,
-            page_size=16, seqs=1, pages_per_seq=64, dtype=dtype, softmax_scale=0.125, attn_logits_soft_cap=None,
-            sliding_window=None,
-        )
-        device = contract.Device("cpu")
-        self.assertIsNone(xla.supports(problem, device))
-        candidates = xla.candidate_configs(problem, device)
-        self.assertEqual(candidates[0], xla.heuristic_config(problem, device))
+        given, device = problem(tokens=chunk, dtype=dtype), Device("cpu")
+        self.assertIsNone(XLA.supports(given, device))
+        candidates = XLA.candidates(given, device)
+        self.assertEqual(candidates[0], XLA.heuristic(given, device))
         self.assertLen(set(candidates), len(candidates))
         for config in candidates:
             self.assertGreater(config.block_q * config.block_kv, 0)

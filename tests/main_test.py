@@ -78,7 +78,7 @@ class MainJobTest(parameterized.TestCase):
     def test_says_which_kernel_runs_and_why(self, _):
         _, out, _ = run_main("--text", self.text, "--platform", "xla")
         self.assertIn("xla, as --platform xla asks", out)
-        with mock.patch.object(job.lowering, "choose", return_value=("xla", {"triton": "heads are too wide"})):
+        with mock.patch.object(job, "choose", return_value=("xla", {"triton": "heads are too wide"})):
             _, out, _ = run_main("--text", self.text)
         self.assertIn("triton cannot: heads are too wide", out)
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
 
@@ -82,12 +83,11 @@ def collectives(compiled) -> list[tuple[str, str]]:
     return [(match["op"], re.sub(r"\{[^}]*\}", "", match["type"])) for match in found]
 
 
-def dense_kernel(
-    query, key_pages, value_pages, sequences, kv_head_start, *, num_kv_heads, softmax_scale, attn_logits_soft_cap,
-    sliding_window, config,
-):  # fmt: skip
-    """A kernel by lowering/contract.py that compiles fast: dense, each row with a copy of its keys."""
-    assert attn_logits_soft_cap is None and sliding_window is None
+def dense_kernel(call, config):
+    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys."""
+    problem, query, sequences, num_kv_heads = call.problem, call.query, call.sequences, call.problem.num_kv_heads
+    softmax_scale = problem.attention.softmax_scale
+    assert problem.attention == Attention(softmax_scale)
     tokens, q_heads, head_dim = query.shape
     row = jnp.arange(tokens)
     owner = (row[:, None] >= sequences.start) & (row[:, None] < sequences.start + sequences.length)
@@ -95,18 +95,18 @@ def dense_kernel(
     position = sequences.context_len[seq] - sequences.length[seq] + row - sequences.start[seq]
     position = jnp.where(owner.any(axis=1), position, -1)
     pages = sequences.page_indices[seq][:, None]
-    heads = kv_head_start + jnp.arange(num_kv_heads)[:, None]
+    heads = call.kv_head_start + jnp.arange(num_kv_heads)[:, None]
 
     def gather(cache):  # [tokens, num_kv_heads, keys, features]
         gathered = cache[sequences.pool[seq][:, None, None], heads, pages]
         return gathered.reshape(tokens, num_kv_heads, -1, cache.shape[-1])
 
     grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
-    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(key_pages))
+    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages))
     visible = (jnp.arange(logits.shape[-1]) <= position[:, None])[:, None, None]
     weights = jnp.where(visible, jnp.exp(logits), 0.0)
     total = weights.sum(-1)
-    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(value_pages)) / jnp.where(total > 0, total, 1.0)[..., None]
+    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages)) / jnp.where(total > 0, total, 1.0)[..., None]
     return out.reshape(tokens, q_heads, -1), jnp.log(total).reshape(tokens, q_heads)
 
 

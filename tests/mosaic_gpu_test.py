@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
-from paged_prefill.lowering import contract, mosaic_gpu, mosaic_gpu_kernel, tiles
+from paged_prefill.lowering import tiles
+from paged_prefill.lowering.call import Device, Sequences
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import Plan
+from paged_prefill.tests import problems
 
-HOPPER = contract.Device("cuda", "NVIDIA H200", "9.0")
-UNKNOWN = contract.Device("cuda")
+KERNEL = host.MosaicGpu()
+HOPPER = Device("cuda", "NVIDIA H200", "9.0")
+UNKNOWN = Device("cuda")
 
 
 def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=20,
@@ -24,10 +29,8 @@ def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=No
 
 
 def problem(**changes):
-    fields = dict(tokens=100, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2,
-                  num_pages=64, page_size=16, seqs=1, pages_per_seq=20, dtype="bfloat16", softmax_scale=0.1,
-                  attn_logits_soft_cap=None, sliding_window=None)
-    return contract.Problem(**(fields | changes))
+    sizes = dict(tokens=100, q_heads=8, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=20)
+    return problems.problem(**(sizes | changes))
 
 
 class ScheduleTest(parameterized.TestCase):
@@ -38,7 +41,7 @@ class ScheduleTest(parameterized.TestCase):
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = before + sum(lengths) + after
         arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
-        sequences = contract.Sequences(*arrays, np.zeros((6, 40), np.int32))
+        sequences = Sequences(*arrays, np.zeros((6, 40), np.int32))
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
@@ -72,7 +75,7 @@ class ScheduleTest(parameterized.TestCase):
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
-        sequences = contract.Sequences(*arrays, np.zeros((1, 60), np.int32))
+        sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
         schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, None)
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
@@ -86,12 +89,12 @@ class SupportsTest(parameterized.TestCase):
         ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
-        ("ampere", {}, contract.Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
-        ("blackwell", {}, contract.Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
-        ("cpu", {}, contract.Device("cpu"), "NVIDIA GPU"),
+        ("ampere", {}, Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
+        ("blackwell", {}, Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
+        ("cpu", {}, Device("cpu"), "not on cpu"),
     )
     def test_refuses(self, changes, device, reason):
-        self.assertIn(reason, mosaic_gpu.supports(problem(**changes), device))
+        self.assertIn(reason, KERNEL.supports(problem(**changes), device))
 
     @parameterized.product(
         device=(HOPPER, UNKNOWN),
@@ -103,15 +106,15 @@ class SupportsTest(parameterized.TestCase):
         (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
         given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
                         q_heads=2 * group)
-        self.assertIsNone(mosaic_gpu.supports(given, device))
-        configs = mosaic_gpu.candidate_configs(given, device)
-        self.assertEqual(configs[0], mosaic_gpu.heuristic_config(given, device))
+        self.assertIsNone(KERNEL.supports(given, device))
+        configs = KERNEL.candidates(given, device)
+        self.assertEqual(configs[0], KERNEL.heuristic(given, device))
         self.assertLen(set(configs), len(configs))
         for config in configs:
             self.assertEqual(config.block_kv % page_size * (page_size % config.block_kv), 0)
             self.assertGreaterEqual(config.num_stages, 2)
-            self.assertLessEqual(mosaic_gpu.shared_bytes(given, config), mosaic_gpu.SHARED_BYTES)
-            self.assertIsNone(mosaic_gpu.misfit(given, device, config))
+            self.assertLessEqual(host.shared_bytes(given, config), host.SHARED_BYTES)
+            self.assertIsNone(KERNEL.misfit(given, device, config))
 
     @parameterized.named_parameters(
         ("many_tiles", dict(tokens=8192), 16),
@@ -121,8 +124,8 @@ class SupportsTest(parameterized.TestCase):
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
         given = problem(q_heads=32, num_kv_heads=8, **changes)
-        self.assertEqual(mosaic_gpu.heuristic_config(given, HOPPER).num_warps, num_warps)
-        self.assertEqual({c.num_warps for c in mosaic_gpu.candidate_configs(given, HOPPER)}, {12, 16})
+        self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
+        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {12, 16})
 
 
 class PlanTest(parameterized.TestCase):
@@ -130,7 +133,7 @@ class PlanTest(parameterized.TestCase):
         fields = dict(group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3, pages_per_seq=20,
                       keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1,
                       soft_cap=50.0, window=None, dtype="bfloat16")
-        return mosaic_gpu_kernel.Plan(**(fields | changes))
+        return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
     def test_weights_by_the_fixed_maximum_stay_in_range(self, soft_cap):

@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 import paged_prefill
-from paged_prefill.lowering import KERNELS, choose, contract, mosaic_tpu
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.choose import KERNELS, choose
+from paged_prefill.lowering.mosaic_tpu.host import CHIPS, MosaicTpu
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.tests import problems
 
+KERNEL = MosaicTpu()
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 # Small tiles keep the compiler's time short; what the tiling refuses does not depend on them.
@@ -143,11 +147,7 @@ class CompileTest(parameterized.TestCase):
 class SupportsTest(parameterized.TestCase):
     """Refusals are said before the compiler is asked; these need no compiler."""
 
-    PROBLEM = contract.Problem(
-        tokens=64, q_heads=8, num_kv_heads=2, head_dim=128, value_dim=128, pools=1, cache_kv_heads=2, num_pages=9,
-        page_size=16, seqs=1, pages_per_seq=8, dtype="bfloat16", softmax_scale=1.0, attn_logits_soft_cap=None,
-        sliding_window=None,
-    )  # fmt: skip
+    SIZES = dict(tokens=64, q_heads=8, num_kv_heads=2, cache_kv_heads=2, num_pages=9, pages_per_seq=8)
 
     @parameterized.named_parameters(
         ("float16", dict(dtype="float16"), "TPU v5e", "not float16"),
@@ -159,34 +159,33 @@ class SupportsTest(parameterized.TestCase):
         ("sequences_past_smem", dict(seqs=10**5, tokens=10**5), "TPU v5e", "SMEM"),
     )
     def test_reason(self, changes, kind, words):
-        problem = contract.Problem(**{**vars(self.PROBLEM), **changes})
-        self.assertIn(words, mosaic_tpu.supports(problem, contract.Device("tpu", kind)))
-        name, passed_over = choose(problem, contract.Device("tpu", kind))
+        problem = problems.problem(**(self.SIZES | changes))
+        self.assertIn(words, KERNEL.supports(problem, Device("tpu", kind)))
+        name, passed_over = choose(problem, Device("tpu", kind))
         self.assertEqual((name, list(passed_over)), ("xla", ["mosaic_tpu"]))
 
     @parameterized.parameters((dict(block_q=2**16), "block_q 65536 "), (dict(block_kv=2**20), "block_kv 1048576, "))
     def test_sizes_past_the_memories_are_named(self, sizes, words):
-        device = contract.Device("tpu", "TPU v5e")
-        config = PrefillPageAttentionConfig(**sizes).over(mosaic_tpu.heuristic_config(self.PROBLEM, device))
-        self.assertRegex(mosaic_tpu.misfit(self.PROBLEM, device, config), words + ".*bytes of VMEM")
+        device = Device("tpu", "TPU v5e")
+        problem = problems.problem(**self.SIZES)
+        config = PrefillPageAttentionConfig(**sizes).over(KERNEL.heuristic(problem, device))
+        self.assertRegex(KERNEL.misfit(problem, device, config), words + ".*bytes of VMEM")
 
-    @parameterized.parameters(*mosaic_tpu.CHIPS)
+    @parameterized.parameters(*CHIPS)
     def test_configurations_fit(self, kind):
-        device = contract.Device("tpu", kind)
+        device = Device("tpu", kind)
         for q_heads, kv_heads, head_dim in ((32, 8, 128), (64, 64, 256), (1, 1, 64), (64, 2, 192)):
-            problem = contract.Problem(**{
-                **vars(self.PROBLEM), "q_heads": q_heads, "num_kv_heads": kv_heads, "head_dim": head_dim,
-                "tokens": 2048, "pages_per_seq": 1024,
-            })  # fmt: skip
-            self.assertIsNone(mosaic_tpu.supports(problem, device))
-            candidates = mosaic_tpu.candidate_configs(problem, device)
-            self.assertEqual(candidates[0], mosaic_tpu.heuristic_config(problem, device))
+            changes = dict(q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, tokens=2048, pages_per_seq=1024)
+            problem = problems.problem(**(self.SIZES | changes))
+            self.assertIsNone(KERNEL.supports(problem, device))
+            candidates = KERNEL.candidates(problem, device)
+            self.assertEqual(candidates[0], KERNEL.heuristic(problem, device))
             self.assertLen(set(candidates), len(candidates))
-            self.assertEqual({mosaic_tpu.misfit(problem, device, candidate) for candidate in candidates}, {None})
+            self.assertEqual({KERNEL.misfit(problem, device, candidate) for candidate in candidates}, {None})
 
     def test_it_is_the_first_choice(self):
         self.assertEqual(list(KERNELS["tpu"]), ["mosaic_tpu", "xla"])
-        self.assertEqual(choose(self.PROBLEM, contract.Device("tpu", "TPU v6e"))[0], "mosaic_tpu")
+        self.assertEqual(choose(problems.problem(), Device("tpu", "TPU v6e"))[0], "mosaic_tpu")
 
 
 if __name__ == "__main__":

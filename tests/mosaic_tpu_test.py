@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering import contract, mosaic_tpu, mosaic_tpu_schedule
+from paged_prefill.lowering.call import Sequences, flatten, unflatten
+from paged_prefill.lowering.mosaic_tpu import host, schedule
+from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owned_tokens, work_items
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.mosaic_tpu_schedule import max_items, owned_tokens, work_items
 from paged_prefill.tests import packs
 
 SMALL = dict(block_q=16, block_kv=16)
@@ -20,23 +22,20 @@ SMALL = dict(block_q=16, block_kv=16)
 
 def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, **parameters):
     """The kernel's (out, lse), as numpy arrays."""
-    flat = contract.flatten(*pack, cache_batch_dims=cache_batch_dims)
-    defaults = dict(softmax_scale=pack.query.shape[-1] ** -0.5, attn_logits_soft_cap=None, sliding_window=None)
-
-    def attend(*operands):
-        return mosaic_tpu.attend(
-            *operands,
-            jnp.int32(kv_head_start),
-            num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
-            **{**defaults, **parameters},
-            config=PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv),
-        )
+    call = flatten(
+        *pack,
+        jnp.int32(kv_head_start),
+        cache_batch_dims=cache_batch_dims,
+        num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
+        attention=Attention(**{"softmax_scale": pack.query.shape[-1] ** -0.5, **parameters}),
+    )
+    config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
 
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
-    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.object(mosaic_tpu, "_cores", lambda: cores):
-        out, lse = jax.block_until_ready(jax.jit(attend)(*flat))
+    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.object(host, "_cores", lambda: cores):
+        out, lse = jax.block_until_ready(jax.jit(lambda call: host.MosaicTpu().attend(call, config))(call))
     assert not compat.tpu_interpreter_found_races()
-    return contract.unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
+    return unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
 
 
 class MosaicTpuTest(chex.TestCase):
@@ -75,7 +74,7 @@ class MosaicTpuTest(chex.TestCase):
     def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
         # Blocks of three chunks and tiles of two parts, some of them seen whole, some in part, and some skipped.
         pack = packs.make_pack(2, [40, 1, 5], [200, 60, 70], tokens_before=14, sliding_window=window)
-        with mock.patch.multiple(mosaic_tpu_schedule, CHUNK=16, ROWS=32, DEPTH=8):
+        with mock.patch.multiple(schedule, CHUNK=16, ROWS=32, DEPTH=8):
             results = run(pack, block_q=32, block_kv=48, sliding_window=window)
         packs.assert_matches_reference(pack, *results, sliding_window=window)
 
@@ -144,7 +143,7 @@ class ScheduleTest(chex.TestCase):
         offsets = np.sort(rng.integers(0, tokens + 1, seqs + 1)).astype(np.int32)
         start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
         contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
-        sequences = contract.Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
+        sequences = Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
         items, count = work_items(sequences, tokens, 80, block_q, 7)
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]

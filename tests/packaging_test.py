@@ -45,9 +45,9 @@ class WheelTest(absltest.TestCase):
         return run_python(*arguments, folder=self.empty, PYTHONPATH=str(self.installed), XLA_FLAGS="")
 
     def test_holds_the_package_and_its_data(self):
-        expected = {"__init__.py", "__main__.py", "py.typed", "README.md"}
+        expected = {str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")} | {"py.typed", "README.md"}
         for folder in ("primitive", "lowering", "sharding"):
-            expected |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.py")}
+            expected |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "lowering" / "tuned").glob("*.json")}
         self.assertContainsSubset({f"paged_prefill/{name}" for name in expected}, self.names)
         self.assertTrue(any(name.endswith("licenses/LICENSE") for name in self.names))

@@ -16,8 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from paged_prefill import lowering
 from paged_prefill import local_paged_prefill_p, ragged_paged_prefill
+from paged_prefill.lowering.choose import XLA
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
 
@@ -111,7 +111,7 @@ def gspmd():
 class GridTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        self.enter_context(mock.patch.object(lowering.xla, "attend", meshes.dense_kernel))
+        self.enter_context(mock.patch.object(XLA, "attend", meshes.dense_kernel))
 
     def check(self, call, over, cut, given, allowed=(), configurations=None):
         """Compiles `call` for every head configuration in one module; compares the results and the collectives."""

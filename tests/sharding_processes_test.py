@@ -14,11 +14,12 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
 from jax.sharding import AxisType, NamedSharding
 import numpy as np
-from paged_prefill import lowering, ragged_paged_prefill
+from paged_prefill import ragged_paged_prefill
+from paged_prefill.lowering.choose import XLA
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
 
-lowering.xla.attend = meshes.dense_kernel  # compiles fast
+XLA.attend = meshes.dense_kernel  # compiles fast
 assert jax.process_count() == 2 and jax.local_device_count() == 4
 attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
 for kind in (AxisType.Auto, AxisType.Explicit):

@@ -274,6 +274,16 @@ class ExportTest(parameterized.TestCase):
         exported = export.export(jax.jit(jax.vmap(bind)))(*abstract)
         assert_close(exported.call(*stack(all_packs, (0,) * 6)), expected(all_packs))
 
+    def test_symbolic_page_table(self):
+        """Of all sizes of a problem the only one that changes from step to step in serving and is no batch."""
+        pack = CASE.pack()
+        (columns,) = export.symbolic_shape("columns")
+        abstract = pack._replace(page_indices=jax.ShapeDtypeStruct((len(pack.context_lens), columns), jnp.int32))
+        exported = export.export(jax.jit(bind))(*abstract)
+        for more in (0, 3):
+            longer = pack._replace(page_indices=jnp.pad(pack.page_indices, ((0, 0), (0, more))))
+            assert_close(tuple(exported.call(*longer)), bind(*longer))
+
 
 class DifferentiationTest(parameterized.TestCase):
     @parameterized.product(

@@ -114,11 +114,10 @@ def interpret_triton():
     os.environ["TRITON_INTERPRET"] = "1"
     _extend_interpreter()
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=_interpret)
-    from paged_prefill import lowering
-    from paged_prefill.lowering import triton
+    from paged_prefill.lowering.choose import KERNELS
 
+    triton = KERNELS["cpu"]["triton"] = KERNELS["cuda"]["triton"]
     triton.supports = lambda problem, device: None
-    lowering.KERNELS["cpu"]["triton"] = triton
 
 
 def check_interpreted(case, columns=None, kv_head=None):
@@ -146,7 +145,7 @@ def check_interpreted(case, columns=None, kv_head=None):
 def compile_launches(target, problems):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 
-    `target` is the arguments of Triton's GPUTarget and `problems` are (contract.Problem, contract.Device) pairs.
+    `target` is the arguments of Triton's GPUTarget and `problems` are (Problem, Device) pairs.
     Returns for each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how
     often it has NVIDIA's instruction for tanh.
     """
@@ -161,21 +160,21 @@ def compile_launches(target, problems):
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=record)
     import jax
 
-    from paged_prefill.lowering import contract, triton
+    from paged_prefill.lowering.call import Call, Sequences
+    from paged_prefill.lowering.triton.host import Triton
 
     def of_type(shape, dtype="int32"):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    resources = []
+    triton, resources = Triton(), []
     for p, device in problems:
         pages = (p.pools, p.cache_kv_heads, p.num_pages, p.page_size)
-        sequences = contract.Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq)))
+        sequences = Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq)))
         query = of_type((p.tokens, p.q_heads, p.head_dim), p.dtype)
         caches = [of_type((*pages, features), p.dtype) for features in (p.head_dim, p.value_dim)]
-        names = ("num_kv_heads", "softmax_scale", "attn_logits_soft_cap", "sliding_window")
-        parameters = {name: getattr(p, name) for name in names}
-        attend = functools.partial(triton.attend, **parameters, config=triton.heuristic_config(p, device))
-        jax.eval_shape(attend, query, *caches, sequences, of_type(()))
+        static = dict(num_kv_heads=p.num_kv_heads, attention=p.attention)
+        call = Call.of(query, *caches, sequences, of_type(()), **static)
+        jax.eval_shape(functools.partial(triton.attend, config=triton.heuristic(p, device)), call)
         resources.append(_compile(target, *launches[-2 if target[0] == "cuda" else -1]))
     return resources
 

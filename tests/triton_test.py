@@ -11,12 +11,14 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from paged_prefill import PrefillPageAttentionConfig, lowering
-from paged_prefill.lowering import triton
-from paged_prefill.lowering.contract import Device, Problem
-from paged_prefill.tests import cases, triton_stand_ins
+from paged_prefill import PrefillPageAttentionConfig
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.choose import choose
+from paged_prefill.lowering.triton import host
+from paged_prefill.tests import cases, problems, triton_stand_ins
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNEL = host.Triton()
 H200 = Device("cuda", "NVIDIA H200", "9.0")
 
 
@@ -26,10 +28,8 @@ def process(prepare=None):
 
 
 def problem(**changes) -> Problem:
-    sizes = dict(tokens=2048, q_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, pools=1, cache_kv_heads=8,
-                 num_pages=1032, page_size=16, seqs=1, pages_per_seq=1024, dtype="bfloat16", softmax_scale=128**-0.5,
-                 attn_logits_soft_cap=None, sliding_window=None)
-    return Problem(**(sizes | changes))
+    sizes = dict(tokens=2048, num_pages=1032, pages_per_seq=1024, softmax_scale=128**-0.5)
+    return problems.problem(**(sizes | changes))
 
 
 def small(name, **changes) -> cases.Case:
@@ -114,10 +114,10 @@ class CompiledTest(parameterized.TestCase):
                 with self.subTest(str(each)):
                     self.assertEqual(found["spilled"], 0, found)
                     self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
-                    config = triton.heuristic_config(each, device)
-                    self.assertIsNone(triton.misfit(each, device, config))
+                    config = KERNEL.heuristic(each, device)
+                    self.assertIsNone(KERNEL.misfit(each, device, config))
                     if target[0] == "cuda" and each.dtype != "float32":
-                        least = triton.shared_bytes(each, device, config)
+                        least = host.shared_bytes(each, device, config)
                         self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
 
     def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
@@ -142,11 +142,11 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_are_short_windows", dict(tokens=16, sliding_window=512), 1),
     )
     def test_splits(self, changes, splits):
-        self.assertEqual(triton.heuristic_config(problem(**changes), H200).num_splits, splits)
+        self.assertEqual(KERNEL.heuristic(problem(**changes), H200).num_splits, splits)
 
     @parameterized.parameters(4, 5, 6, 7, 8)
     def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):
-        block_q = triton.heuristic_config(problem(q_heads=8 * group), H200).block_q
+        block_q = KERNEL.heuristic(problem(q_heads=8 * group), H200).block_q
         self.assertGreater(block_q * group, 64)
         self.assertLessEqual(block_q * group, 128)
 
@@ -157,8 +157,8 @@ class HeuristicTest(parameterized.TestCase):
         ("more_keys", dict(block_kv=256, num_stages=2), TARGETS["sm_89"][1], 163840, 101376),
     )
     def test_sizes_past_the_shared_memory_are_named(self, sizes, device, needed, capacity):
-        config = PrefillPageAttentionConfig(**sizes).over(triton.heuristic_config(problem(), device))
-        reason = triton.misfit(problem(), device, config)
+        config = PrefillPageAttentionConfig(**sizes).over(KERNEL.heuristic(problem(), device))
+        reason = KERNEL.misfit(problem(), device, config)
         if needed is None:
             self.assertIsNone(reason)
         else:
@@ -167,8 +167,8 @@ class HeuristicTest(parameterized.TestCase):
 
     @parameterized.parameters({}, dict(tokens=16, seqs=16), WIDE, dict(dtype="float32"))
     def test_candidates_start_with_the_heuristic_and_are_its_neighbours(self, **changes):
-        configs = triton.candidate_configs(problem(**changes), H200)
-        self.assertEqual(configs[0], triton.heuristic_config(problem(**changes), H200))
+        configs = KERNEL.candidates(problem(**changes), H200)
+        self.assertEqual(configs[0], KERNEL.heuristic(problem(**changes), H200))
         self.assertBetween(len(set(configs)), 5, 12)
         for config in configs[1:]:
             self.assertIn(config.num_warps, (4, 8))
@@ -187,16 +187,16 @@ class SupportsTest(parameterized.TestCase):
     )
     def test_names_the_reason(self, device, changes, reason):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):
-            self.assertIn(reason, triton.supports(problem(**changes), device))
-            self.assertIsNone(triton.supports(problem(), H200))
+            self.assertIn(reason, KERNEL.supports(problem(**changes), device))
+            self.assertIsNone(KERNEL.supports(problem(), H200))
 
     @parameterized.parameters("triton", "jax_triton")
     def test_where_a_package_is_missing_an_explicit_request_names_the_extra_and_auto_goes_on(self, missing):
         with mock.patch.object(importlib.util, "find_spec", lambda name: None if name == missing else name):
             reason = rf"package {missing} is missing.*pip install .paged_prefill\[cuda\]"
             with self.assertRaisesRegex(ValueError, reason):
-                lowering.choose(problem(), H200, "triton")
-            chosen, passed_over = lowering.choose(problem(head_dim=96), H200)
+                choose(problem(), H200, "triton")
+            chosen, passed_over = choose(problem(head_dim=96), H200)
         self.assertNotEqual(chosen, "triton")
         self.assertIn(missing, passed_over["triton"])
 

@@ -18,36 +18,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttention, lowering, prefill_page_attention, ragged_paged_prefill, tune
-from paged_prefill.lowering import contract, tables, timing, tuning, xla
+from paged_prefill.lowering import tables, timing, tuning
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.choose import KERNELS, XLA, device_of
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
-from paged_prefill.tests import packs
+from paged_prefill.tests import packs, problems
 
-DEVICE = contract.Device("cpu", "Test Chip 9000")
+DEVICE = Device("cpu", "Test Chip 9000")
 HEURISTIC = Config(block_q=16, block_kv=64)
 
 
-def problem(**changes) -> contract.Problem:
+def problem(**changes) -> Problem:
     sizes = dict(
-        tokens=12, q_heads=4, num_kv_heads=2, head_dim=16, value_dim=16, pools=1, cache_kv_heads=2, num_pages=16,
-        page_size=8, seqs=2, pages_per_seq=8, dtype="float32", softmax_scale=0.25, attn_logits_soft_cap=None,
-        sliding_window=None,
+        tokens=12, q_heads=4, num_kv_heads=2, head_dim=16, value_dim=16, cache_kv_heads=2, num_pages=16, page_size=8,
+        seqs=2, pages_per_seq=8, dtype="float32", softmax_scale=0.25,
     )  # fmt: skip
-    return contract.Problem(**(sizes | changes))
+    return problems.problem(**(sizes | changes))
 
 
-def attend_to_nothing(query, *operands, config, **parameters):
+def attend_to_nothing(call, config):
     """Stands in for a kernel's, where only what timing does with it matters: compiles in no time."""
-    return query * 2, query[..., 0].astype(jnp.float32)
+    return call.query * 2, call.query[..., 0].astype(jnp.float32)
 
 
 def kernel(*candidates, attend=attend_to_nothing, version=1):
-    """A kernel module made of parts."""
+    """A kernel made of parts."""
     return types.SimpleNamespace(
-        VERSION=version,
+        version=version,
         attend=attend,
         supports=lambda problem, device: None,
-        heuristic_config=lambda problem, device: HEURISTIC,
-        candidate_configs=lambda problem, device: [HEURISTIC, *candidates],
+        heuristic=lambda problem, device: HEURISTIC,
+        candidates=lambda problem, device: [HEURISTIC, *candidates],
         misfit=lambda problem, device, config: None,
     )
 
@@ -158,7 +159,7 @@ class LookupTest(TuningTestCase):
     def test_unknown_devices_and_symbolic_sizes_take_the_heuristic(self):
         (batch,) = jax.export.symbolic_shape("batch")
         self.assertEqual(self.resolve(tokens=batch).source, "heuristic")
-        choice = tuning.resolve("fake", kernel(), problem(), contract.Device("cuda"), None)
+        choice = tuning.resolve("fake", kernel(), problem(), Device("cuda"), None)
         self.assertEqual(choice.source, "heuristic")
 
     @parameterized.parameters(
@@ -249,14 +250,14 @@ def write_rows(path, first) -> bool:
 class ShippedTest(absltest.TestCase):
     def test_every_shipped_choice_is_one_that_its_kernel_of_today_asks_for(self):
         """A kernel whose version grew forgets its rows; these would then only take room."""
-        kernels = {name: kernel for kernels in lowering.KERNELS.values() for name, kernel in kernels.items()}
+        kernels = {name: kernel for kernels in KERNELS.values() for name, kernel in kernels.items()}
         files = sorted((Path(lowering.__file__).parent / "tuned").glob("*.json"))
         self.assertNotEmpty(files)
         for file in files:
             for key, entry in tables.read(file).items():
                 with self.subTest(f"{file.name} {key}"):
                     self.assertEqual(tables.shipped_path(entry["key"]["device"]).name, file.name)
-                    self.assertEqual(entry["key"]["version"], kernels[entry["key"]["kernel"]].VERSION)
+                    self.assertEqual(entry["key"]["version"], kernels[entry["key"]["kernel"]].version)
                     config, source = tables.find({key: entry}, entry["key"])
                     self.assertIn(source, ("timed", "schedule"))
                     self.assertNotEmpty(config.sizes())
@@ -266,7 +267,7 @@ class TimingTest(TuningTestCase):
     def compare(self, *candidates, **options):
         attend = options.pop("attend", attend_to_nothing)
         options.setdefault("budget_seconds", 600)  # how slow the machine is is not what is tested
-        with mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4), mock.patch.object(timing, "xla", kernel()):
+        with mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4), mock.patch.object(timing, "XLA", kernel()):
             return timing.compare("fake", kernel(*candidates, attend=attend), problem(), DEVICE, **options)
 
     def test_all_candidates_are_timed_and_reported_in_their_order(self):
@@ -310,8 +311,8 @@ class TimingTest(TuningTestCase):
         self.assertEqual(sample.call_count, 4)  # one each to find out how many calls make a sample
 
     def test_a_candidate_with_wrong_values_is_discarded_and_reported(self):
-        def attend(*operands, config, **parameters):
-            out, lse = attend_to_nothing(*operands, config=config, **parameters)
+        def attend(call, config):
+            out, lse = attend_to_nothing(call, config)
             return (out * 1.5, lse) if config.block_q == 4 else (out, lse)
 
         with self.assertLogs(level="WARNING") as logs:
@@ -322,17 +323,17 @@ class TimingTest(TuningTestCase):
         self.assertEqual(chosen.config, HEURISTIC)
 
     def test_a_candidate_that_gives_nan_is_discarded(self):
-        def attend(*operands, config, **parameters):
-            out, lse = attend_to_nothing(*operands, config=config, **parameters)
+        def attend(call, config):
+            out, lse = attend_to_nothing(call, config)
             return out.at[0].set(jnp.nan), lse
 
         self.assertIsNone(self.compare(attend=attend).chosen)
 
     def test_a_candidate_that_fails_does_not_stop_the_others(self):
-        def attend(*operands, config, **parameters):
+        def attend(call, config):
             if config.block_q == 4:
                 raise RuntimeError("does not fit")
-            return attend_to_nothing(*operands, config=config, **parameters)
+            return attend_to_nothing(call, config)
 
         timings, _ = self.compare(Config(block_q=4), Config(block_q=8), attend=attend)
         self.assertIn("does not fit", timings[1].problem)
@@ -344,7 +345,7 @@ class TimingTest(TuningTestCase):
         self.assertIn("not reached", timings[1].problem)
 
     def test_nothing_timed_falls_back_to_the_heuristic(self):
-        def attend(*operands, **parameters):
+        def attend(call, config):
             raise RuntimeError("never")
 
         with tuning.policy("on"), self.assertLogs(level="WARNING"):
@@ -352,26 +353,26 @@ class TimingTest(TuningTestCase):
         self.assertEqual(choice, (HEURISTIC, "heuristic"))
         self.assertEmpty(tables.read(self.path))
 
-    def test_sample_operands_stay_within_the_pool_and_the_query(self):
-        query, key_pages, _, sequences, _ = timing.sample_operands(problem(tokens=13, seqs=3), jax.devices()[0])
-        self.assertLess(int(sequences.page_indices.max()), key_pages.shape[2])
-        self.assertEqual(int(sequences.length.sum()), query.shape[0])
+    def test_a_sample_call_stays_within_the_pool_and_the_query(self):
+        call = timing.sample_call(problem(tokens=13, seqs=3), jax.devices()[0])
+        self.assertLess(int(call.sequences.page_indices.max()), call.key_pages.shape[2])
+        self.assertEqual(int(call.sequences.length.sum()), call.query.shape[0])
 
     def test_under_jit_timing_sees_no_tracer_and_the_jaxpr_is_one_equation(self):
         pack = packs.make_pack(1, [3, 9], [9, 40], q_heads=2, kv_heads=1, head_dim=8)
         seen = []
 
         def candidates(problem, device):
-            return [xla.heuristic_config(problem, device), Config(block_q=4, block_kv=16)]
+            return [XLA.heuristic(problem, device), Config(block_q=4, block_kv=16)]
 
-        def compiled(kernel, *, operands, **parameters):
-            seen.extend(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
-            return real(kernel, operands=operands, **parameters)
+        def compiled(kernel, *, call, config):
+            seen.extend(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(call))
+            return real(kernel, call=call, config=config)
 
         real = timing._compiled
         with (
             tuning.policy("on"),
-            mock.patch.object(xla, "candidate_configs", candidates),
+            mock.patch.object(XLA, "candidates", candidates),
             mock.patch.object(timing, "_compiled", compiled),
             mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4),
         ):
@@ -382,7 +383,7 @@ class TimingTest(TuningTestCase):
         self.assertNotEmpty(seen)
         self.assertFalse(any(seen))
         packs.assert_matches_reference(pack, out)
-        self.assertLen(tables.read(tables.user_path(lowering.device_of("cpu").kind)), 1)
+        self.assertLen(tables.read(tables.user_path(device_of("cpu").kind)), 1)
 
 
 class CommandTest(TuningTestCase):
@@ -392,8 +393,8 @@ class CommandTest(TuningTestCase):
         table = self.folder / "table.json"
         with (
             mock.patch.object(timing, "SAMPLE_SECONDS", 1e-4),
-            mock.patch.object(xla, "attend", attend_to_nothing),
-            mock.patch.object(xla, "candidate_configs", lambda problem, device: [Config(block_q=8, block_kv=32)]),
+            mock.patch.object(XLA, "attend", attend_to_nothing),
+            mock.patch.object(XLA, "candidates", lambda problem, device: [Config(block_q=8, block_kv=32)]),
         ):
             self.assertEqual(tune.main([*self.ARGUMENTS, "--write", str(table)]), 0)
             self.assertEqual(tune.main(self.ARGUMENTS), 0)

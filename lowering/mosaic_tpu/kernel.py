@@ -33,8 +33,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering import mosaic_tpu_schedule as schedule
-from paged_prefill.lowering.mosaic_tpu_schedule import LANES, Items, Sizes, largest_divisor, sublanes
+from paged_prefill.lowering.mosaic_tpu import schedule
+from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, sublanes
 
 COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Sequences
+from paged_prefill.lowering.call import Sequences
 
 LANES = 128
 CHUNK = 512  # keys of one matrix product
@@ -115,7 +115,7 @@ def max_items(tokens: int, seqs: int, block_q: int) -> int:
 
 
 def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, sliding_window: int | None):
-    """Returns (Items, count). Needs sequences in the order of their tokens, which `contract.flatten` gives."""
+    """Returns (Items, count). Needs sequences in the order of their tokens, which `call.flatten` gives."""
     start, length, context_len = sequences.start, sequences.length, sequences.context_len
     first_tile = start // block_q
     per_sequence = jnp.where(length > 0, (start + length - 1) // block_q - first_tile + 1, 0)

@@ -1,4 +1,4 @@
-"""The Triton kernel of triton.py: one program attends with one tile of query rows to the keys it sees.
+"""The Triton kernel: one program attends with one tile of query rows to the keys it sees.
 
 A tile is a run of `ROWS` rows of one sequence and one KV head, where row r is token r // GROUP and head r % GROUP of
 the group that shares the KV head: so a group's heads fill the matrix units together, and each key is loaded once for
@@ -95,7 +95,7 @@ def attend_tile(
     key_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, HEAD_DIM]
     value_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, VALUE_DIM]
     page_indices,  # [seqs, PAGES_PER_SEQ]
-    schedule,  # [5, INTERVALS]: see triton.py
+    schedule,  # [5, INTERVALS]: see host.py
     kv_head_start,  # []
     out,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]
     lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]

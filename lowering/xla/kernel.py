@@ -15,83 +15,21 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill.lowering.call import Call
+from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.lowering.contract import Device, Problem, Sequences
-
-VERSION = 2
 
 # The height of the tiles that a small rest of a sequence is cut into.
 PART_HEIGHT = 32
 
 
-def supports(problem: Problem, device: Device) -> str | None:
-    """This lowering runs every call."""
-    return None
-
-
-def heuristic_config(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-    """The sizes that were best on the whole in benchmarks/results/cpu.md; a block's logits stay within some MiB.
-
-    They depend on nothing that differs between a sequence alone and in a pack, so that its bits do not either.
-    """
-    return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-
-
-def misfit(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
-    """Any sizes will do."""
-    return None
-
-
-def candidate_configs(problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-    """The heuristic sizes and their neighbours."""
-    sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 512), (64, 512)]
-    others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
-    first = heuristic_config(problem, device)
-    return [first, *(config for config in others if config != first)]
-
-
-def attend(query, key_pages, value_pages, sequences: Sequences, kv_head_start, **parameters):
-    """See contract.py. Uses block_q and block_kv."""
-    operands = (query, key_pages, value_pages, sequences, kv_head_start)
-    if query.dtype == jnp.float32:
-        return _attend(*operands, **parameters, product_dtype=jnp.float32)
-    # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
-    on_cpu = query.dtype if query.dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16() else jnp.float32
-    return lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(_attend, **parameters, product_dtype=on_cpu),
-        default=functools.partial(_attend, **parameters, product_dtype=query.dtype),
-    )
-
-
-@functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU of this machine has instructions for it that XLA uses, as far as Linux says."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line for line in lines if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags.split()
-
-
-def _attend(
-    query,
-    key_pages,
-    value_pages,
-    sequences: Sequences,
-    kv_head_start,
-    *,
-    num_kv_heads: int,
-    softmax_scale: float,
-    attn_logits_soft_cap: float | None,
-    sliding_window: int | None,
-    config: PrefillPageAttentionConfig,
-    product_dtype,
-):
-    tokens, q_heads, _ = query.shape
-    dtype, value_dim = query.dtype, value_pages.shape[-1]
-    page_size = key_pages.shape[-2]
+def attend(call: Call, *, config: PrefillPageAttentionConfig, product_dtype):
+    """`Xla.attend`, whose matrix products have operands of this dtype."""
+    problem, query, sequences = call.problem, call.query, call.sequences
+    tokens, q_heads, num_kv_heads, value_dim = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.value_dim
+    dtype, page_size, capacity = query.dtype, problem.page_size, problem.capacity
+    softmax_scale, soft_cap = problem.attention.softmax_scale, problem.attention.attn_logits_soft_cap
+    sliding_window = problem.attention.sliding_window
     # Keys are fetched in runs of `run` slots that lie together: pages, or equal parts of pages above the block size.
     run = _largest_divisor(page_size, config.block_kv)
     runs_per_page, runs_per_block = page_size // run, max(1, config.block_kv // run)
@@ -101,14 +39,14 @@ def _attend(
         pools, heads, num_pages, _, features = pages.shape
         return pages.reshape(pools, heads, num_pages * runs_per_page, run, features)
 
-    key_runs, value_runs = in_runs(key_pages), in_runs(value_pages)
+    key_runs, value_runs = in_runs(call.key_pages), in_runs(call.value_pages)
 
     def fetch(tile, first_run, *pools):  # -> a block of each, [num_kv_heads, keys, features]
         index = first_run + jnp.arange(runs_per_block, dtype=jnp.int32)
         column = _divided(index, runs_per_page)
-        page = _taken(sequences.page_indices, tile.seq, jnp.minimum(column, sequences.page_indices.shape[1] - 1))
+        page = _taken(sequences.page_indices, tile.seq, jnp.minimum(column, problem.pages_per_seq - 1))
         runs = page * runs_per_page + index - column * runs_per_page
-        corner = jnp.stack(jnp.broadcast_arrays(tile.pool, kv_head_start, runs), axis=-1)
+        corner = jnp.stack(jnp.broadcast_arrays(tile.pool, call.kv_head_start, runs), axis=-1)
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
         )
@@ -146,7 +84,7 @@ def _attend(
                     visible &= key > position[:, None] - sliding_window
                 # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
                 values = jnp.where(((key >= tile.first_key) & (key < tile.key_end))[:, None], values, 0)
-            return _attend_block(running, queries, keys, values, visible, scale, attn_logits_soft_cap)
+            return _attend_block(running, queries, keys, values, visible, scale, soft_cap)
 
         # Blocks begin : end are seen whole by every row and need no mask; only tall tiles are worth a loop for them.
         running = _start(queries, value_dim)
@@ -161,7 +99,7 @@ def _attend(
         m, l, acc = lax.fori_loop(
             0, blocks - whole, lambda i, running: step(True, i + jnp.where(i < begin, 0, whole), running), running
         )
-        out, lse = _finish(m, l, acc)
+        out, lse = normalised(acc, l, m)
 
         def rows_first(x):
             x = x.reshape(num_kv_heads, height, -1, *x.shape[2:])
@@ -172,7 +110,6 @@ def _attend(
             for result, x in zip(results, (_bits(out.astype(dtype)), lse), strict=True)
         )
 
-    capacity = sequences.page_indices.shape[1] * page_size
     describe = functools.partial(
         _tile, block_q=config.block_q, capacity=capacity, sliding_window=sliding_window, run=run
     )
@@ -279,15 +216,15 @@ def _start(tile, value_dim):
     return m, jnp.zeros_like(m), jnp.zeros((kv_heads, rows, value_dim), jnp.float32)
 
 
-def _attend_block(running, tile, keys, values, visible, scale, attn_logits_soft_cap):
+def _attend_block(running, tile, keys, values, visible, scale, soft_cap):
     """One step of the online softmax: folds the keys of a block into (m, l, unnormalised output) of a tile's rows.
 
     `visible` [rows, keys] says which rows see which keys; None: all see all.
     """
     m, l, acc = running
     logits = _product("hqd,hkd->hqk", tile, keys) * scale
-    if attn_logits_soft_cap is not None:
-        logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
     m_next = jnp.maximum(m, jnp.max(logits, axis=-1))
@@ -302,11 +239,6 @@ def _product(subscripts, a, b):
     """A product accumulated in float32; of float32 operands in full, where GPUs and TPUs would round them."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _finish(m, l, acc):
-    seen = jnp.where(l > 0, l, 1.0)
-    return acc / seen[..., None], jnp.where(l > 0, m + jnp.log(seen), -jnp.inf)
 
 
 def _largest_divisor(page_size, limit):

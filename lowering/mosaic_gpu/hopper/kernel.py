@@ -12,7 +12,7 @@ The online softmax is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for
 the largest logit. So a block's weights are taken by the maximum so far, and where their sums show that a logit has
 passed it by far, once more by the new one: most blocks look for no maximum, and scale no output. Logits with a soft
 cap are bounded, and bfloat16 has room for weights by one maximum that never changes; and while they are small, a
-polynomial stands for tanh (mosaic_gpu_soft_cap.py).
+polynomial stands for tanh (soft_cap.py).
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.mosaic_gpu_operations import COLUMNS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
-from paged_prefill.lowering.mosaic_gpu_operations import any_in_warp, any_in_warpgroup, moved, settled
-from paged_prefill.lowering.mosaic_gpu_operations import start_products, store_rows
-from paged_prefill.lowering.mosaic_gpu_soft_cap import Polynomial, polynomial
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warp, any_in_warpgroup, moved, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma

@@ -1,0 +1,304 @@
+"""The one form in which every kernel is given its work, and the way there from the operands of the primitive.
+
+Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row, and start ascends. Its row i
+stands at position p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W,
+and only where the page table has a page for it. Query head h attends to KV head kv_head_start + h // (q_heads //
+num_kv_heads). `flatten` has made the indices harmless, so a kernel needs no bounds check on them: every page index lies
+inside the pool, every row inside the query.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from dataclasses import dataclass
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import export
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
+
+from paged_prefill.primitive.attention import Attention
+
+# A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
+MAX_CONTEXT = 2**30
+
+# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a
+# reduction, or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
+FEW_SEQUENCES = 8
+
+# What a call may have and not every kernel takes, as users know it.
+FEATURES = {
+    "key_ranges": "key_ranges",
+    "latent": "a latent cache (value_cache=None)",
+    "pools_apart": "caches of which one has pools of its own and the other serves all (vmap over one of them)",
+    "quantised": "quantised caches",
+    "tree_mask": "tree_mask",
+}
+
+
+class Sequences(NamedTuple):
+    """The sequences of a flat pack, all int32; see the module's docstring for what they mean."""
+
+    start: Int[Array, " seqs"]
+    length: Int[Array, " seqs"]
+    context_len: Int[Array, " seqs"]
+    pool: Int[Array, " seqs"]
+    page_indices: Int[Array, "seqs pages_per_seq"]
+
+
+class Device(NamedTuple):
+    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known."""
+
+    platform: str
+    kind: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether this says enough to build for the device and no other."""
+        return self.kind is not None and (self.platform != "cuda" or self.compute_capability is not None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything static about a call: hashable, and enough to choose a kernel and a configuration.
+
+    Attributes:
+      dtype, cache_dtype: those of the query and the caches, by name.
+      features: which of `FEATURES` the call has, sorted.
+    """
+
+    tokens: int
+    q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    pools: int
+    cache_kv_heads: int
+    num_pages: int
+    page_size: int
+    seqs: int
+    pages_per_seq: int
+    dtype: str
+    cache_dtype: str
+    attention: Attention
+    features: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.q_heads // self.num_kv_heads
+
+    @property
+    def capacity(self) -> int:
+        """Keys that one row of the page table can hold."""
+        return self.pages_per_seq * self.page_size
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether a size is a variable, as jax.export allows."""
+        return any(map(export.is_symbolic_dim, vars(self).values()))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row can see a key, whatever the index arrays hold."""
+        return 0 in (self.tokens, self.seqs, self.pages_per_seq, self.pools, self.num_pages)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arrays that a kernel is given, a pytree; made by `Call.of`. What is None, this call does without.
+
+    Attributes:
+      query: the rows of all packs, back to back.
+      value_pages: None where the values are the first problem.value_dim features of the keys.
+      kv_head_start: the KV head of the caches that the first query head attends to, a scalar.
+      problem: all that is static about the call.
+      ranges: the keys lo <= j < hi that each row sees, in place of those that causality and a window leave.
+      tree: bit k % 32 of word k // 32 says whether a row sees token k of its own chunk.
+      key_scale, value_scale: what the numbers in the caches are multiplied by: one of each pool, of each pool and head,
+        or of each pool, head, page and slot.
+      key_pool, value_pool: the pool of each sequence in a cache that has fewer pools than sequences.pool counts.
+    """
+
+    query: Float[Array, "tokens q_heads head_dim"]
+    key_pages: Array  # [pools, kv_heads, num_pages, page_size, head_dim]
+    value_pages: Array | None  # [pools, kv_heads, num_pages, page_size, value_dim]
+    sequences: Sequences
+    kv_head_start: Int[Array, ""]
+    problem: Problem = dataclasses.field(metadata=dict(static=True))
+    ranges: Int[Array, "tokens 2"] | None = None
+    tree: UInt[Array, "tokens words"] | None = None
+    key_scale: Float[Array, "pools ..."] | None = None
+    value_scale: Float[Array, "pools ..."] | None = None
+    key_pool: Int[Array, " seqs"] | None = None
+    value_pool: Int[Array, " seqs"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query,
+        key_pages,
+        value_pages,
+        sequences: Sequences,
+        kv_head_start,
+        *,
+        num_kv_heads: int,
+        attention: Attention,
+        value_dim: int | None = None,
+        **optional,
+    ) -> "Call":
+        """A call with its problem, from arrays or their shapes. `value_dim` is told for a latent cache.
+
+        `optional` are the fields of `Call` that may be None.
+        """
+        there = {name for name, array in optional.items() if array is not None}
+        features = {
+            "key_ranges": "ranges" in there,
+            "latent": value_pages is None,
+            "pools_apart": bool(there & {"key_pool", "value_pool"}),
+            "quantised": key_pages.dtype != query.dtype,
+            "tree_mask": "tree" in there,
+        }
+        tokens, q_heads, head_dim = query.shape
+        pools, cache_kv_heads, num_pages, page_size, _ = key_pages.shape
+        seqs, pages_per_seq = sequences.page_indices.shape
+        problem = Problem(
+            tokens=tokens,
+            q_heads=q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim if value_pages is None else value_pages.shape[-1],
+            pools=pools,
+            cache_kv_heads=cache_kv_heads,
+            num_pages=num_pages,
+            page_size=page_size,
+            seqs=seqs,
+            pages_per_seq=pages_per_seq,
+            dtype=query.dtype.name,
+            cache_dtype=key_pages.dtype.name,
+            attention=attention,
+            features=tuple(sorted(name for name, has in features.items() if has)),
+        )
+        return cls(query, key_pages, value_pages, sequences, kv_head_start, problem, **optional)
+
+
+def flatten(
+    operands: Mapping[str, jax.Array],
+    *,
+    cache_batch_dims: int,
+    num_kv_heads: int,
+    attention: Attention,
+    value_dim: int | None = None,
+) -> Call:
+    """Folds *C, layers and *B into one pack over a number of pools, and makes the index arrays harmless.
+
+    `operands` are those of `local_paged_prefill_p` by name; sinks stay behind, for `with_sinks`. Runs on one device,
+    where folding costs nothing.
+    """
+    query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
+    lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
+    packs, kv_heads, num_pages = math.prod(lead), *key_cache.shape[-4:-2]
+    seqs = operands["page_indices"].shape[-2]
+    own, layered = lead[:cache_batch_dims], "layer" in operands
+    layers = key_cache.shape[-5] if layered else 1
+    layer = jnp.clip(operands["layer"], 0, layers - 1) if layered else None
+
+    def per_sequence(name):
+        return operands[name].reshape(packs * seqs, *operands[name].shape[len(lead) + 1 :])
+
+    def per_token(name):
+        return None if name not in operands else operands[name].reshape(packs * tokens, operands[name].shape[-1])
+
+    def pages(cache):
+        return None if cache is None else cache.reshape(math.prod(cache.shape[:-4]), *cache.shape[-4:])
+
+    def scale(name):  # one of each pool, and of what else it has
+        if name not in operands:
+            return None
+        rest = operands[name].shape[cache_batch_dims:]
+        return jnp.broadcast_to(operands[name], (*own, *rest)).reshape(math.prod(own) * layers, *rest[layered:])
+
+    def pool_among(sizes):
+        """The pool of each sequence where *C has these sizes; 1 serves all of a dimension."""
+        pool = _pool_of_packs(lead, sizes) if layer is None else _pool_of_packs(lead, sizes) * layers + layer
+        return jnp.broadcast_to(pool.reshape(packs, 1), (packs, seqs)).reshape(-1)
+
+    def pool_apart(cache):
+        """The same for a cache that has fewer pools than the call, or None."""
+        return None if cache is None or cache.shape[: len(own)] == own else pool_among(cache.shape[: len(own)])
+
+    offsets = monotonic(jnp.clip(operands["query_offsets"], 0, tokens))
+    pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
+    sequences = Sequences(
+        start=(offsets[..., :-1].reshape(packs, seqs) + pack * tokens).reshape(-1),
+        length=jnp.diff(offsets).reshape(-1),
+        context_len=jnp.clip(per_sequence("context_lens"), 0, MAX_CONTEXT),
+        pool=pool_among(own),
+        page_indices=jnp.clip(per_sequence("page_indices"), 0, max(num_pages - 1, 0)),
+    )
+    if attention.sliding_window is not None and attention.sliding_window >= MAX_CONTEXT:
+        attention = dataclasses.replace(attention, sliding_window=None)  # wider than any context
+    return Call.of(
+        query.reshape(packs * tokens, q_heads, head_dim),
+        pages(key_cache),
+        pages(value_cache),
+        sequences,
+        jnp.clip(operands["kv_head_start"], 0, kv_heads - num_kv_heads),
+        num_kv_heads=num_kv_heads,
+        attention=attention,
+        value_dim=value_dim,
+        ranges=per_token("key_ranges"),
+        tree=per_token("tree_mask"),
+        key_scale=scale("key_scale"),
+        value_scale=scale("value_scale"),
+        key_pool=pool_apart(key_cache),
+        value_pool=pool_apart(value_cache),
+    )
+
+
+def _pool_of_packs(lead, sizes):
+    """Which of prod(sizes) pools each pack of `lead` reads; the sizes are those of its first dimensions, or 1."""
+    pool = jnp.zeros(lead, jnp.int32)
+    for dim, size in enumerate(sizes):
+        if not (isinstance(size, int) and size == 1):
+            pool = pool * size + jax.lax.broadcasted_iota(jnp.int32, lead, dim)
+    return pool
+
+
+def monotonic(offsets):
+    """Offsets that do not decrease: each is at least all before it."""
+    count = offsets.shape[-1]
+    if isinstance(count, int) and count <= FEW_SEQUENCES + 1:
+        return jnp.stack(list(itertools.accumulate(jnp.unstack(offsets, axis=-1), jnp.maximum)), axis=-1)
+    return jax.lax.cummax(offsets, axis=offsets.ndim - 1)
+
+
+def with_sinks(out, lse, sinks, query_offsets):
+    """Results [*batch, tokens, ...] with a sink's logit [*batch, q_heads] in the softmax of each row.
+
+    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse'). It joins rows
+    that a sequence owns; the others have no softmax.
+    """
+    token = jnp.arange(out.shape[-3], dtype=jnp.int32)
+    offsets = monotonic(jnp.clip(query_offsets, 0, out.shape[-3]))
+    owned = (offsets[..., :1] <= token) & (token < offsets[..., -1:])
+    sinks = jnp.expand_dims(sinks, -2)
+    joined = jnp.logaddexp(lse, sinks)
+    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))
+    joined, share = (jnp.where(owned[..., None], x, y) for x, y in ((joined, lse), (share, 1.0)))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype), joined
+
+
+def nothing_seen(problem: Problem):
+    """The results of rows that see no key."""
+    out = jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), problem.dtype)
+    return out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
+
+
+def unflatten(out, lse, query_shape):
+    """Gives the flat results of a kernel the leading dimensions of the query they answer."""
+    return out.reshape(*query_shape[:-1], out.shape[-1]), lse.reshape(query_shape[:-1])

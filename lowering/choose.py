@@ -1,0 +1,84 @@
+"""Which kernel runs a call: the first of the device's order that can, or the one that the call asks for."""
+
+import functools
+
+from absl import logging
+import jax
+
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
+from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
+from paged_prefill.lowering.triton.host import Triton
+from paged_prefill.lowering.xla.host import Xla
+
+XLA = Xla()  # which runs every call
+
+# The kernels of each platform by their names, the fastest first. A new kernel is one class and its place here.
+_FASTEST_FIRST = (MosaicTpu(), MosaicGpu(), Triton(), XLA)
+KERNELS: dict[str, dict[str, Kernel]] = {
+    platform: {kernel.name: kernel for kernel in _FASTEST_FIRST if platform in kernel.platforms}
+    for platform in XLA.platforms
+}
+
+# What `platform=` asks for, as the kernels that answer to it.
+ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
+
+
+def default_platform() -> str:
+    """The platform of JAX's default device, by its name in `KERNELS`: JAX calls both CUDA and ROCm "gpu"."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def device_of(platform: str) -> Device:
+    """The device that code lowered for `platform` will run on, as far as this process can tell."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform == platform:  # compiling ahead of time
+        return Device(platform, abstract.device_kind)
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError:  # lowering for a machine that is not here
+        return Device(platform)
+    return Device(platform, device.device_kind, getattr(device, "compute_capability", None))
+
+
+def choose(problem: Problem, device: Device, platform: str = "auto") -> tuple[str, dict[str, str]]:
+    """The kernel that runs a problem, and why each one before it in the device's order was passed over.
+
+    `platform` is "auto", or asks for one kernel by a name in `ANSWERS`; ValueError with the reason where it cannot run.
+    """
+    kernels = KERNELS[device.platform]
+    passed_over = {}
+    for name, kernel in kernels.items():
+        if platform != "auto" and name not in ANSWERS[platform]:
+            continue
+        reason = _reason_against(kernel, problem, device, asked_for=platform != "auto")
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    if not passed_over:
+        passed_over = {platform: f"there is no such kernel for {device.platform}, only {', '.join(kernels)}"}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise ValueError(f"platform={platform!r} cannot run this call on {device.platform}: {reasons}")
+
+
+def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_for: bool) -> str | None:
+    if kernel is not XLA and problem.symbolic:
+        return "it is built for sizes that are numbers, and the call has symbolic ones"
+    if kernel is not XLA and not device.known and not asked_for:
+        return "it is built for one kind of device, and which will run this is not known here; ask for it by platform="
+    return kernel.supports(problem, device)
+
+
+def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:
+    """Logs why kernels before the chosen one were passed over, once for each reason."""
+    for name, reason in passed_over.items():
+        _log_once(device, chosen, name, reason)
+
+
+@functools.cache
+def _log_once(device, chosen, name, reason):
+    logging.info("paged_prefill on %s: %s runs, since %s cannot: %s", device.platform, chosen, name, reason)

@@ -1,0 +1,1 @@
+"""The kernels in Pallas Mosaic GPU, for NVIDIA GPUs."""

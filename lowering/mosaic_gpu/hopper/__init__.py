@@ -1,0 +1,1 @@
+"""The Hopper kernel: what a thread block does."""

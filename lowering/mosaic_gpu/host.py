@@ -1,0 +1,200 @@
+"""The Hopper kernel, in Pallas Mosaic GPU: pages by TMA, wgmma, and warpgroups that take turns on the tensor cores.
+
+One launch serves the whole pack; what a thread block does is in hopper/kernel.py. Here is what the rest of lowering/
+calls: which problems it supports, the sizes it runs with, and the call itself.
+"""
+
+from dataclasses import replace
+
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from paged_prefill.lowering.call import Call, Device, Problem
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
+from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.tiles import schedule, tiles_at_most
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+SHARED_BYTES = 227 * 1024
+MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
+ROUNDS = 4  # of tiles over the multiprocessors: from there on the last one, which is not full, costs little
+
+
+class MosaicGpu(Kernel):
+    """Where the device is not known, it is taken to be a Hopper GPU."""
+
+    name = "mosaic_gpu"
+    version = 6
+    platforms = ("cuda",)
+
+    def _reason_against(self, problem: Problem, device: Device) -> str | None:
+        if device.compute_capability not in (None, "9.0"):
+            return f"needs compute capability 9.0 (H100, H200), the device has {device.compute_capability}"
+        if problem.dtype not in ("bfloat16", "float16"):
+            return f"takes bfloat16 and float16, not {problem.dtype}"
+        for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
+            if size % COLUMNS or not 0 < size <= 256:
+                return f"takes a {name} of 64, 128, 192 or 256, not {size}"
+        if _block_kv(problem) is None:
+            return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
+        return None
+
+    def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
+        """Sizes from the shape and the chip; measured in benchmarks/results."""
+        three = _with_three_warpgroups(problem)
+        return three if _keeps_busy(problem, three) else _with_at_most_two(problem)
+
+    def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
+        """The heuristic sizes first, then their neighbours: other stages, heads, splits and warpgroups."""
+        first = self.heuristic(problem, device)
+        rows = _rows(first)
+        changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
+        changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
+        found = [first] + [replace(first, **change) for change in changes]
+        if _tokens_per_seq(problem) >= 3 * WARPGROUP_ROWS:
+            found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
+        return list(dict.fromkeys(c for c in found if self.misfit(problem, device, c) is None))
+
+    def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        if config.num_warps not in (8, 12, 16):
+            return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
+        rows = _rows(config)
+        whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
+        if config.block_q < 8 or rows % config.block_q or not whole:
+            slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
+            return f"cfg.block_q must divide {slabs}, got {config.block_q}"
+        page, block = problem.page_size, config.block_kv
+        if block not in (64, 128) or (page % block and block % page):
+            return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
+        # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
+        if config.num_warps == 16 and problem.value_dim // 2 + block > 128:
+            return (
+                f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
+                f"{problem.value_dim} and cfg.block_kv {block}"
+            )
+        if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
+            return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
+        return None
+
+    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+        """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
+        problem, query = call.problem, call.query
+        plan = _plan(problem, config)
+        tiles, tile_of_token, place_in_tile = schedule(
+            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, plan.window
+        )
+        # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
+        first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head
+        table = table_of(tiles, first_row, call.sequences.page_indices)
+        rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
+        out, lse = launch(plan, table, query, *rows)
+
+        # The kernel leaves logsumexps (and, with split keys, outputs) tile by tile; here each token fetches its own.
+        head = jnp.arange(problem.q_heads)
+        kv_head, in_group = head // plan.group, head % plan.group
+        head_tile = kv_head * plan.head_tiles_per_group + in_group // plan.heads
+        block = tile_of_token[:, None] * plan.head_tiles + head_tile
+        row = in_group % plan.heads * plan.block_q + place_in_tile[:, None]
+        lse = lse[:, block, row]
+        if plan.splits == 1:
+            return out.reshape(problem.tokens, problem.q_heads, problem.value_dim), lse[0]
+        return merge_splits(out[:, block, row], lse, query.dtype)
+
+
+def _plan(problem: Problem, config: PrefillPageAttentionConfig) -> Plan:
+    return Plan(
+        group=problem.group,
+        num_kv_heads=problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        page_size=problem.page_size,
+        tiles=tiles_at_most(problem.tokens, problem.seqs, config.block_q),
+        pages_per_seq=problem.pages_per_seq,
+        keys_per_head=problem.num_pages * problem.page_size,
+        block_q=config.block_q,
+        block_kv=config.block_kv,
+        warpgroups=config.num_warps // 4 - 1,
+        stages=config.num_stages,
+        splits=config.num_splits,
+        softmax_scale=problem.attention.softmax_scale,
+        soft_cap=problem.attention.attn_logits_soft_cap,
+        window=problem.attention.sliding_window,
+        dtype=problem.dtype,
+    )
+
+
+def _block_kv(problem: Problem) -> int | None:
+    """The largest block of keys that is made of whole pages or divides one."""
+    largest = 128 if max(problem.head_dim, problem.value_dim) <= 128 else 64
+    page = problem.page_size
+    fits = [b for b in (64, largest) if page % 8 == 0 and (b % page == 0 or page % b == 0)]
+    return max(fits, default=None)
+
+
+def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
+    tokens_per_seq = _tokens_per_seq(problem)
+    warpgroups = 2
+    if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
+        heads = min(16, pl.next_power_of_2(problem.group))
+        rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
+        warpgroups = 1 if rows <= WARPGROUP_ROWS else 2
+    else:
+        # One head's tokens are a little faster than two heads', but for wide dims, and where more rows stay empty.
+        one = _block_kv(problem) == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
+        heads = 1 if one or problem.group % 2 else 2
+    return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
+
+
+def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
+    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers."""
+    return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
+
+
+def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
+    """A configuration with as many stages as the shared memory has room for, and splits that fill the chip."""
+    stages = MOST_STAGES[warpgroups]
+    config = PrefillPageAttentionConfig(
+        block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=stages
+    )
+    while shared_bytes(problem, config) > SHARED_BYTES:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return replace(config, num_splits=_splits(problem, config))
+
+
+def _tokens_per_seq(problem: Problem) -> int:
+    return -(-problem.tokens // problem.seqs)
+
+
+def _rows(config: PrefillPageAttentionConfig) -> int:
+    """Rows of a tile."""
+    return (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+
+
+def _tiles(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of all heads, were the tokens spread evenly over the sequences."""
+    heads = _rows(config) // config.block_q
+    tiles_of_tokens = problem.seqs * -(-_tokens_per_seq(problem) // config.block_q)
+    return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
+
+
+def _keeps_busy(problem: Problem, three: PrefillPageAttentionConfig) -> bool:
+    """Whether tiles of three warpgroups fill the chip for several rounds, and hardly any of their rows is empty."""
+    if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
+        return False
+    tiles = _tiles(problem, three)
+    used = problem.tokens * problem.q_heads / (tiles * _rows(three))
+    return tiles >= ROUNDS * MULTIPROCESSORS and used >= 0.95
+
+
+def _splits(problem, config):
+    """As many parts as fill the chip's multiprocessors once, of at least four blocks of keys each."""
+    keys = most_keys(problem, config.block_q)
+    return max(1, min(MULTIPROCESSORS // _tiles(problem, config), keys // (4 * config.block_kv), 32))
+
+
+def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
+    ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
+    return 2 * (_rows(config) * problem.head_dim + ring) + 3072

@@ -1,0 +1,1 @@
+"""The TPU kernel, in Pallas Mosaic."""

@@ -1,0 +1,1 @@
+"""The Triton lowering, for NVIDIA and AMD GPUs."""

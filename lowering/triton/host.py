@@ -1,0 +1,264 @@
+"""The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
+
+(Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
+and what goes around it: the schedule of tiles before, and the merge of splits after.
+
+Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
+write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
+"""
+
+from dataclasses import replace
+import functools
+import importlib.util
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paged_prefill.lowering.call import Call, Device, Problem, Sequences
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+MAX_DIM = 256
+INSTALL = 'install it with pip install "paged_prefill[cuda]"'
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a tile: `rows` are query rows, those of all heads of a group together."""
+
+    rows: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+
+# By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
+# are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
+SIZES = {
+    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
+    "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
+}
+DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
+# Shared memory of a thread block, by compute capability.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+MULTIPROCESSORS = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "L40": 142, "4090": 128, "MI300X": 304}
+WARPS = 8  # that keep a multiprocessor busy: tiles of fewer warps share one
+MAX_SPLITS = 16
+KEYS_PER_SPLIT = 1024  # fewer do not repay the merge
+
+
+class Triton(Kernel):
+    """Takes head_dim and value_dim up to 256, where Triton and a GPU that it compiles for are present."""
+
+    name = "triton"
+    version = 2
+    platforms = ("cuda", "rocm")
+
+    def _reason_against(self, problem: Problem, device: Device) -> str | None:
+        for package in ("triton", "jax_triton"):
+            if importlib.util.find_spec(package) is None:
+                return f"the package {package} is missing; {INSTALL}"
+        if device.compute_capability is None:
+            return f"there is no {device.platform} device in this process to compile for"
+        if device.platform == "cuda" and _capability(device) < 80:
+            return f"it needs a GPU of compute capability 8.0 or newer, this one has {device.compute_capability}"
+        if max(problem.head_dim, problem.value_dim) > MAX_DIM:
+            return f"head_dim and value_dim may be at most {MAX_DIM}, got {problem.head_dim} and {problem.value_dim}"
+        if problem.num_pages * problem.page_size >= 2**31:
+            return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
+        return self.misfit(problem, device, self.heuristic(problem, device))
+
+    def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
+        """Sizes by device, head_dim and dtype; splits where the tiles would leave multiprocessors idle."""
+        width = _power_of_2(max(problem.head_dim, problem.value_dim))
+        table = SIZES[_device_class(device)]
+        sizes = table[3] if problem.dtype == "float32" else table[0 if width <= 64 else 1 if width <= 128 else 2]
+        rows_per_seq = -(-problem.tokens // max(problem.seqs, 1)) * problem.group
+        if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and width <= 128:
+            sizes = DECODE
+        rows = min(sizes.rows, _power_of_2(rows_per_seq))
+        if rows < sizes.rows and width <= 128:
+            sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
+        return PrefillPageAttentionConfig(
+            block_q=max(1, rows // problem.group),
+            block_kv=sizes.block_kv,
+            num_warps=sizes.num_warps,
+            num_stages=sizes.num_stages,
+            num_splits=_num_splits(problem, device, rows, sizes.num_warps),
+        )
+
+    def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
+        """The heuristic sizes, then their neighbours that fit; what else does not fit fails to compile."""
+        first = self.heuristic(problem, device)
+        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        for factor in (0.5, 2):
+            tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
+            changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+            changes += [dict(num_splits=int(first.num_splits * factor))]
+        found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
+        sane = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
+        return list(dict.fromkeys(c for c in sane if self.misfit(problem, device, c) is None))
+
+    def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known before."""
+        capacity = SHARED_KIB.get(_capability(device)) if device.platform == "cuda" else None
+        if capacity is None or problem.dtype == "float32":  # in float32 and on AMD, Triton lays it out in other ways
+            return None
+        needed = shared_bytes(problem, device, config)
+        if needed <= capacity * 1024:
+            return None
+        return (
+            f"cfg.block_q {config.block_q} (of {problem.group} heads of a group), block_kv {config.block_kv} and "
+            f"num_stages {config.num_stages} need {needed} bytes of shared memory, more than the {capacity * 1024} of "
+            f"{device.kind}"
+        )
+
+    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+        """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
+        import jax_triton
+
+        from paged_prefill.lowering.triton.kernel import attend_tile
+
+        problem, query = call.problem, call.query
+        rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
+        schedule = _schedule(call.sequences, problem.tokens, problem.group, rows)
+        tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
+        # Splits are kept in float32 until they are merged.
+        out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
+        block_kv = _power_of_2(config.block_kv)
+        launch = functools.partial(
+            jax_triton.triton_call,
+            kernel=attend_tile,
+            out_shape=(
+                jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
+                jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32),
+            ),
+            grid=(tiles * problem.num_kv_heads * splits,),
+            name="paged_prefill",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            INTERVALS=schedule.shape[1],
+            INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
+            ROWS=rows,
+            BLOCK_KV=block_kv,
+            EDGE_KV=_power_of_2(block_kv // 2),
+            NUM_SPLITS=splits,
+            **_constants(problem),
+        )
+        # Which GPU this is compiled for is known only where it is lowered.
+        out, lse = jax.lax.platform_dependent(
+            query,
+            call.key_pages,
+            call.value_pages,
+            call.sequences.page_indices,
+            schedule,
+            call.kv_head_start,
+            cuda=functools.partial(launch, HARDWARE_TANH=True),
+            default=functools.partial(launch, HARDWARE_TANH=False),
+        )
+        return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
+
+
+def _num_splits(problem: Problem, device: Device, rows: int, num_warps: int) -> int:
+    """The fewest splits by which the last wave of programs is nearly as full as any number makes it (FA3's rule)."""
+    tiles = max(-(-problem.tokens * problem.group // rows), min(problem.seqs, problem.tokens))
+    programs = tiles * problem.num_kv_heads
+    most = min(MAX_SPLITS, max(1, most_keys(problem, problem.tokens) // KEYS_PER_SPLIT))
+    multiprocessors = next((n for name, n in MULTIPROCESSORS.items() if name in (device.kind or "")), 108)
+    slots = multiprocessors * (WARPS // num_warps)
+
+    def efficiency(splits):
+        waves = programs * splits / slots
+        return waves / math.ceil(waves)
+
+    if programs >= slots / 2:
+        return 1
+    best = max(map(efficiency, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if efficiency(splits) >= 0.85 * best)
+
+
+def _device_class(device: Device) -> str:
+    if device.platform == "rocm":
+        return "cdna"
+    return {9: "hopper", 10: "blackwell"}.get(_capability(device) // 10, "ampere")
+
+
+def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
+    rows = _power_of_2(config.block_q * problem.group)
+    head_dim, value_dim = _power_of_2(problem.head_dim), _power_of_2(problem.value_dim)
+    # From Hopper on the matrix unit reads keys and values there, so that none of the blocks is in registers.
+    blocks = config.num_stages if _capability(device) >= 90 and rows >= 64 else config.num_stages - 1
+    return 2 * (rows * head_dim + blocks * _power_of_2(config.block_kv) * (head_dim + value_dim))
+
+
+def _constants(problem: Problem) -> dict:
+    """The kernel's compile-time constants that no configuration changes."""
+    attention = problem.attention
+    return dict(
+        TOKENS=problem.tokens,
+        SEQS=problem.seqs,
+        KV_HEADS=problem.num_kv_heads,
+        GROUP=problem.group,
+        CACHE_KV_HEADS=problem.cache_kv_heads,
+        POOL_ROWS=problem.num_pages * problem.page_size,
+        PAGE_SIZE=problem.page_size,
+        PAGES_PER_SEQ=problem.pages_per_seq,
+        HEAD_DIM=problem.head_dim,
+        HEAD_DIM_PADDED=_power_of_2(problem.head_dim),
+        VALUE_DIM=problem.value_dim,
+        VALUE_DIM_PADDED=_power_of_2(problem.value_dim),
+        # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
+        # softmax as one too small to see.
+        SCALE=max(abs(attention.softmax_scale), 1e-30),
+        NEGATE=attention.softmax_scale < 0,
+        SOFT_CAP=attention.attn_logits_soft_cap,
+        WINDOW=attention.sliding_window,
+        # float32 products as six of bfloat16, exact to 24 bits or so; other dtypes have but one way.
+        PRECISION="bf16x6",
+    )
+
+
+def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
+    """int32 [5, 2 * seqs + 1]: first tile, start, length, context_len and pool of the sequences, then of the gaps.
+
+    Tiles are numbered longest context first, so that the last programs to start are short ones. The sequences must be
+    in the order of their rows, as `call.flatten` gives them.
+    """
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
+    gaps = jnp.concatenate([sequences.start, jnp.full(1, tokens, jnp.int32)]) - ends
+    nothing = jnp.zeros_like(gaps)
+    start, length, context_len, pool = (
+        jnp.concatenate(pair)
+        for pair in (
+            (sequences.start, ends),
+            (sequences.length, gaps),
+            (sequences.context_len, nothing),
+            (sequences.pool, nothing),
+        )
+    )
+    number = jnp.arange(len(start))
+    longer = context_len[:, None] < context_len[None, :]
+    before = longer | ((context_len[:, None] == context_len[None, :]) & (number[:, None] > number[None, :]))
+    num_tiles = (length * group + rows - 1) // rows
+    first_tile = jnp.sum(jnp.where(before, num_tiles, 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([first_tile, start, length, context_len, pool])
+
+
+def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
+    """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
+    return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
+
+
+def _capability(device: Device) -> int:
+    major, minor = (device.compute_capability or "8.0").split(".")  # unknown: the class whose sizes fit every GPU
+    return 10 * int(major) + int(minor)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n and at least 16, the smallest side of a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())

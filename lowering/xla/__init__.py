@@ -1,0 +1,1 @@
+"""The streaming lowering, in plain XLA operations, which runs anywhere."""

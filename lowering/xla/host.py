@@ -1,0 +1,64 @@
+"""What the rest of lowering/ calls of the streaming lowering: its sizes, and in which dtype it multiplies."""
+
+import functools
+
+from jax import lax
+import jax.numpy as jnp
+
+from paged_prefill.lowering.call import Call, Device, Problem
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.xla.kernel import attend
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+
+class Xla(Kernel):
+    """Runs every call, anywhere."""
+
+    name = "xla"
+    version = 2
+    platforms = ("cpu", "tpu", "cuda", "rocm")
+
+    def _reason_against(self, problem: Problem, device: Device) -> str | None:
+        return None
+
+    def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
+        """The sizes that were best on the whole in benchmarks/results/cpu.md; a block's logits stay within some MiB.
+
+        They depend on nothing that differs between a sequence alone and in a pack, so that its bits do not either.
+        """
+        return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+
+    def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
+        """The heuristic sizes and their neighbours."""
+        sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 512), (64, 512)]
+        others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
+        first = self.heuristic(problem, device)
+        return [first, *(config for config in others if config != first)]
+
+    def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        """Any sizes will do."""
+        return None
+
+    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+        """Uses block_q and block_kv."""
+        dtype = call.query.dtype
+        if dtype == jnp.float32:
+            return attend(call, config=config, product_dtype=jnp.float32)
+        # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
+        on_cpu = dtype if dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16() else jnp.float32
+        return lax.platform_dependent(
+            call,
+            cpu=functools.partial(attend, config=config, product_dtype=on_cpu),
+            default=functools.partial(attend, config=config, product_dtype=dtype),
+        )
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU of this machine has instructions for it that XLA uses, as far as Linux says."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags.split()
