@@ -200,7 +200,7 @@ class ParameterErrorsTest(parameterized.TestCase):
         jaxpr = jax.make_jaxpr(lambda *p: paged_prefill_p.bind(*p, **parameters))(*operands())
         params = jaxpr.eqns[0].params
         for name, kind in (("softmax_scale", float), ("attn_logits_soft_cap", float), ("sliding_window", int)):
-            self.assertIs(type(params[name]), kind)
+            self.assertIs(type(getattr(params["attention"], name)), kind)
 
 
     def test_bind_config(self):

@@ -161,7 +161,7 @@ class TracingTest(parameterized.TestCase):
             return paged_prefill_p.bind(*operands)
 
         (eqn,) = jax.make_jaxpr(call)(*self.pack).eqns
-        self.assertEqual(eqn.params["softmax_scale"], 8**-0.5)
+        self.assertEqual(eqn.params["attention"].softmax_scale, 8**-0.5)
         packs.assert_matches_reference(self.pack, *jax.jit(call)(*self.pack))
 
     def test_results_of_bind_alone_and_under_jit(self):

@@ -5,9 +5,9 @@ import functools
 from jax import lax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.xla.kernel import attend
+from paged_prefill.lowering.xla.kernel import Streaming
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 
@@ -15,8 +15,9 @@ class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 2
+    version = 3
     platforms = ("cpu", "tpu", "cuda", "rocm")
+    features = frozenset(FEATURES)
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         return None
@@ -43,14 +44,18 @@ class Xla(Kernel):
         """Uses block_q and block_kv."""
         dtype = call.query.dtype
         if dtype == jnp.float32:
-            return attend(call, config=config, product_dtype=jnp.float32)
+            return _attend(jnp.float32, config, call)
         # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
         on_cpu = dtype if dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16() else jnp.float32
         return lax.platform_dependent(
             call,
-            cpu=functools.partial(attend, config=config, product_dtype=on_cpu),
-            default=functools.partial(attend, config=config, product_dtype=dtype),
+            cpu=functools.partial(_attend, on_cpu, config),
+            default=functools.partial(_attend, dtype, config),
         )
+
+
+def _attend(product_dtype, config, call: Call):
+    return Streaming(call, config, product_dtype).attend()
 
 
 @functools.cache
