@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
         def spec(row):
             # A pool that serves all of a dimension is whole along it.
-            lead = [axes if size > 1 else () for axes, size in zip(self.batch, call.lead(row))]
+            lead = [() if size == 1 else axes for axes, size in zip(self.batch, call.lead(row))]
             rest = [axes_of_dim.get(dim, ()) for dim in call.dims(row)]
             return PartitionSpec(*map(entry, lead + rest))
 
