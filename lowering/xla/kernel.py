@@ -28,8 +28,7 @@ def attend(call: Call, *, config: PrefillPageAttentionConfig, product_dtype):
     problem, query, sequences = call.problem, call.query, call.sequences
     tokens, q_heads, num_kv_heads, value_dim = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.value_dim
     dtype, page_size, capacity = query.dtype, problem.page_size, problem.capacity
-    softmax_scale, soft_cap = problem.attention.softmax_scale, problem.attention.attn_logits_soft_cap
-    sliding_window = problem.attention.sliding_window
+    attention, sliding_window = problem.attention, problem.attention.sliding_window
     # Keys are fetched in runs of `run` slots that lie together: pages, or equal parts of pages above the block size.
     run = _largest_divisor(page_size, config.block_kv)
     runs_per_page, runs_per_block = page_size // run, max(1, config.block_kv // run)
@@ -64,10 +63,10 @@ def attend(call: Call, *, config: PrefillPageAttentionConfig, product_dtype):
         queries = _taken(query, token).reshape(height, num_kv_heads, -1, query.shape[-1])
         queries = queries.transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, query.shape[-1]).astype(product_dtype)
         if product_dtype == jnp.float32:
-            queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
+            queries, scale = queries * attention.softmax_scale, 1.0  # once for each query, not for each logit
         else:
-            scale = softmax_scale
-        position = jnp.repeat(tile.position + row, q_heads // num_kv_heads)
+            scale = attention.softmax_scale
+        first, end = attention.visible_keys(jnp.repeat(tile.position + row, problem.group)[:, None])
         origin = tile.first_run * run  # where the first block begins
         blocks = _divided(jnp.maximum(tile.key_end - origin, 0) + block_kv - 1, block_kv)
 
@@ -79,22 +78,23 @@ def attend(call: Call, *, config: PrefillPageAttentionConfig, product_dtype):
             visible = None
             if masked:
                 key = first_run * run + jnp.arange(block_kv, dtype=jnp.int32)
-                visible = (key <= position[:, None]) & (key < tile.key_end)
+                visible = (key < end) & (key < tile.key_end)
                 if sliding_window is not None:
-                    visible &= key > position[:, None] - sliding_window
+                    visible &= key >= first
                 # Slots outside may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
                 values = jnp.where(((key >= tile.first_key) & (key < tile.key_end))[:, None], values, 0)
-            return _attend_block(running, queries, keys, values, visible, scale, soft_cap)
+            return _attend_block(running, queries, keys, values, visible, scale, attention.attn_logits_soft_cap)
 
-        # Blocks begin : end are seen whole by every row and need no mask; only tall tiles are worth a loop for them.
+        # Blocks begin : whole_end are seen whole and need no mask; only tall tiles are worth a loop for them.
         running = _start(queries, value_dim)
         begin = whole = 0
         if height == config.block_q and (sliding_window is None or sliding_window >= height + block_kv):
             if sliding_window is not None:
-                left = tile.position + tile.rows - sliding_window - origin  # of the last row's window
-                begin = _divided(jnp.maximum(left + block_kv - 1, 0), block_kv)
-            end = _divided(jnp.maximum(jnp.minimum(tile.position + 1, capacity) - origin, 0), block_kv)
-            whole = jnp.maximum(end - begin, 0)
+                last_first, _ = attention.visible_keys(tile.position + tile.rows - 1)
+                begin = _divided(jnp.maximum(last_first - origin + block_kv - 1, 0), block_kv)
+            _, first_end = attention.visible_keys(tile.position)
+            whole_end = _divided(jnp.maximum(jnp.minimum(first_end, capacity) - origin, 0), block_kv)
+            whole = jnp.maximum(whole_end - begin, 0)
             running = lax.fori_loop(begin, begin + whole, functools.partial(step, False), running)
         m, l, acc = lax.fori_loop(
             0, blocks - whole, lambda i, running: step(True, i + jnp.where(i < begin, 0, whole), running), running
@@ -110,9 +110,7 @@ def attend(call: Call, *, config: PrefillPageAttentionConfig, product_dtype):
             for result, x in zip(results, (_bits(out.astype(dtype)), lse), strict=True)
         )
 
-    describe = functools.partial(
-        _tile, block_q=config.block_q, capacity=capacity, sliding_window=sliding_window, run=run
-    )
+    describe = functools.partial(_tile, block_q=config.block_q, capacity=capacity, attention=attention, run=run)
     # XLA compiles a kernel for every scalar that a loop's body takes from outside: these are taken together.
     seqs = sequences.length.shape[0]
     packed_sequences = jnp.stack([jnp.arange(seqs, dtype=jnp.int32), *sequences[:4]], axis=1)
@@ -170,15 +168,16 @@ class _Tile(NamedTuple):
     first_run: Int[Array, ""]  # that holds first_key
 
 
-def _tile(seq, start, length, context_len, pool, i, *, height, block_q, capacity, sliding_window, run) -> _Tile:
+def _tile(seq, start, length, context_len, pool, i, *, height, block_q, capacity, attention, run) -> _Tile:
     """A sequence's tile number i of those that have this height."""
     first_row = i * height
     if height < block_q:  # what is left beside whole tiles
         first_row += _divided(length, block_q) * block_q
     rows = jnp.minimum(height, length - first_row)
     position = context_len - length + first_row
-    first_key = jnp.zeros_like(position) if sliding_window is None else jnp.maximum(position - sliding_window + 1, 0)
-    key_end = jnp.minimum(position + rows, capacity)
+    first_key, _ = attention.visible_keys(position)
+    _, key_end = attention.visible_keys(position + rows - 1)
+    key_end = jnp.minimum(key_end, capacity)
     return _Tile(seq, pool, start + first_row, rows, position, first_key, key_end, _divided(first_key, run))
 
 
