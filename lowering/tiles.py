@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import FEW_SEQUENCES, Sequences
+from paged_prefill.primitive.attention import Attention
 
 
 class Tiles(NamedTuple):
@@ -32,7 +33,7 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 
 
 def schedule(
-    sequences: Sequences, tokens: int, capacity: int, block_q: int, block_kv: int, sliding_window: int | None
+    sequences: Sequences, tokens: int, capacity: int, block_q: int, block_kv: int, attention: Attention
 ) -> tuple[Tiles, Int[Array, " tokens"], Int[Array, " tokens"]]:
     """Cuts every token of a pack into tiles.
 
@@ -69,12 +70,11 @@ def schedule(
         length = jnp.where(exists, jnp.minimum(stretch_size - within, block_q), 0)
         position = context_len - stretch_size + within
         end_key = jnp.minimum(context_len, capacity)
-        first_key = seen_from = jnp.zeros_like(position)
-        if sliding_window is not None:
-            first_key = jnp.clip(context_len - stretch_size - sliding_window + 1, 0, end_key)
-            seen_from = jnp.clip(position - sliding_window + 1, 0, end_key)
-        first_block = lax.div(seen_from, jnp.int32(block_kv))
-        end_block = lax.div(jnp.clip(position + length, 0, end_key) + (block_kv - 1), jnp.int32(block_kv))
+        seq_from, _ = attention.visible_keys(context_len - stretch_size)
+        seen_from, _ = attention.visible_keys(position)
+        _, seen_to = attention.visible_keys(position + (length - 1))
+        first_block = lax.div(jnp.minimum(seen_from, end_key), jnp.int32(block_kv))
+        end_block = lax.div(jnp.minimum(seen_to, end_key) + (block_kv - 1), jnp.int32(block_kv))
         return Tiles(
             index=tile,
             start=jnp.where(exists, take(begin, stretch) + within, tokens),
@@ -84,7 +84,7 @@ def schedule(
             end_block=jnp.maximum(end_block, first_block),
             seq=seq,
             pool=take(sequences.pool, seq),
-            first_key=first_key,
+            first_key=jnp.minimum(seq_from, end_key),
             end_key=end_key,
         )
 

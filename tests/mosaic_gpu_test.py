@@ -13,6 +13,7 @@ from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Device, Sequences
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import Plan
+from paged_prefill.primitive.attention import Attention
 from paged_prefill.tests import problems
 
 KERNEL = host.MosaicGpu()
@@ -37,7 +38,7 @@ class ScheduleTest(parameterized.TestCase):
     @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100))
     def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
-        block_kv, capacity = 64, 640
+        block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = before + sum(lengths) + after
         arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
@@ -46,7 +47,7 @@ class ScheduleTest(parameterized.TestCase):
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
         schedule, tile_of_token, place_in_tile = jax.jit(
-            lambda sequences: tiles.schedule(sequences, tokens, capacity, block_q, block_kv, window)
+            lambda sequences: tiles.schedule(sequences, tokens, capacity, block_q, block_kv, attention)
         )(sequences)
         schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
@@ -76,7 +77,7 @@ class ScheduleTest(parameterized.TestCase):
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, None)
+        schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 

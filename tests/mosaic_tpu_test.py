@@ -144,7 +144,7 @@ class ScheduleTest(chex.TestCase):
         start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
         contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
         sequences = Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
-        items, count = work_items(sequences, tokens, 80, block_q, 7)
+        items, count = work_items(sequences, tokens, 80, block_q, Attention(1.0, sliding_window=7))
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]
         owner = np.full(tokens, -1)

@@ -83,7 +83,7 @@ class MosaicGpu(Kernel):
         problem, query = call.problem, call.query
         plan = _plan(problem, config)
         tiles, tile_of_token, place_in_tile = schedule(
-            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, plan.window
+            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention
         )
         # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
         first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head

@@ -114,15 +114,14 @@ class MosaicTpu(Kernel):
         problem, sequences = call.problem, call.sequences
         tokens, q_heads, num_kv_heads, group = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.group
         head_dim, value_dim = problem.head_dim, problem.value_dim
-        softmax_scale = problem.attention.softmax_scale
         sizes = schedule.sizes_of(config, group, problem.page_size, problem.dtype)
-        block_q, window = sizes.block_q, problem.attention.sliding_window
-        items, count = schedule.work_items(sequences, tokens, problem.capacity, block_q, window)
+        block_q, attention = sizes.block_q, problem.attention
+        items, count = schedule.work_items(sequences, tokens, problem.capacity, block_q, attention)
 
         # With a scale that is not positive, the sign goes to the query: the maximum is taken before scaling.
         query = call.query
-        if softmax_scale <= 0:
-            query = query * jnp.sign(softmax_scale).astype(query.dtype)
+        if attention.softmax_scale <= 0:
+            query = query * jnp.sign(attention.softmax_scale).astype(query.dtype)
         tiles = -(-tokens // block_q)
         query = jnp.pad(query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
         query = query.reshape(-1, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
@@ -147,9 +146,9 @@ class MosaicTpu(Kernel):
             functools.partial(
                 kernel,
                 sizes=sizes,
-                softmax_scale=abs(softmax_scale) or 1.0,
-                soft_cap=problem.attention.attn_logits_soft_cap,
-                window=window,
+                softmax_scale=abs(attention.softmax_scale) or 1.0,
+                soft_cap=attention.attn_logits_soft_cap,
+                window=attention.sliding_window,
             ),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1 + len(items),

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.lowering.call import Sequences
+from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 LANES = 128
 CHUNK = 512  # keys of one matrix product
@@ -114,7 +115,7 @@ def max_items(tokens: int, seqs: int, block_q: int) -> int:
     return min(-(-tokens // block_q) + seqs, tokens)
 
 
-def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, sliding_window: int | None):
+def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, attention: Attention):
     """Returns (Items, count). Needs sequences in the order of their tokens, which `call.flatten` gives."""
     start, length, context_len = sequences.start, sequences.length, sequences.context_len
     first_tile = start // block_q
@@ -129,8 +130,9 @@ def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, s
     row_start = jnp.maximum(start[seq] - base, 0)
     row_end = jnp.minimum(start[seq] + length[seq] - base, block_q)
     position = context_len[seq] - length[seq] - (start[seq] - base)
-    key_end = jnp.minimum(position + row_end, capacity)
-    key_start = 0 if sliding_window is None else jnp.maximum(position + row_start - sliding_window + 1, 0)
+    key_start, _ = attention.visible_keys(position + row_start)
+    _, key_end = attention.visible_keys(position + row_end - 1)
+    key_end = jnp.minimum(key_end, capacity)
     sees = exists & (key_end > key_start)
     items = Items(
         tile=tile,
