@@ -58,6 +58,7 @@ def prefill_page_attention(
         argument, what it got, and what it takes.
     """
     checks.check_mask_value(mask_value)
+    checks.check_config("cfg", cfg)
     indices = checks.indices_of_one(query, key_cache, context_len, page_indices)
     parameters = parameters_of(
         dict(query=query),
@@ -146,6 +147,7 @@ def ragged_paged_prefill(
         argument, what it got, and what it takes. Index values are not checked here; see `validate`.
     """
     checks.check_mask_value(mask_value)
+    checks.check_config("cfg", cfg)
     layered = layer is not None
     checks.check_leading("query", query)
     checks.check_cache_rank("key_cache", key_cache, query.shape[:-3], layered)

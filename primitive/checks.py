@@ -79,7 +79,7 @@ def _check_shape(row: Operand, array, lead, present, sizes, writes) -> None:
     dims = row.dims(array.ndim, len(lead), present)
     if dims is None or not _fits(array.shape, lead, dims, sizes, shared=row.lead == POOLS and not writes):
         forms = [dims] if dims else row.all_dims(present)
-        text = " or ".join("[" + ", ".join(str(sizes.get(d, d)) for d in (*lead, *form)) + "]" for form in forms)
+        text = " or ".join(_form(lead, form, sizes) for form in forms)
         raise ValueError(f"{row.name} must have shape {text}, got {array.shape}")
     own = dict(zip(dims, array.shape[len(lead) :], strict=True))
     if empty := [dim for dim in own if dim in NOT_EMPTY and own[dim] == 0]:
@@ -87,6 +87,12 @@ def _check_shape(row: Operand, array, lead, present, sizes, writes) -> None:
     sizes.update(own)
     if "seqs" in own:
         sizes["seqs + 1"] = own["seqs"] + 1
+
+
+def _form(lead, dims, sizes) -> str:
+    """A form with what is known of its sizes, as a message says it."""
+    named = (f"{dim} = {sizes[dim]}" if dim in sizes else dim for dim in dims)
+    return f"[{', '.join([*map(str, lead), *named])}]"
 
 
 def _fits(shape, lead, dims, sizes, *, shared) -> bool:
@@ -176,13 +182,20 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     if abs(softmax_scale) > LARGEST_FACTOR:
-        raise ValueError(f"softmax_scale must be at most {LARGEST_FACTOR:.3g} in float32, got {softmax_scale}")
+        raise ValueError(
+            f"softmax_scale must be at most {LARGEST_FACTOR:.3g} in magnitude, which float32 can compute with, "
+            f"got {softmax_scale}"
+        )
     if attn_logits_soft_cap is not None:
         attn_logits_soft_cap = number("attn_logits_soft_cap", attn_logits_soft_cap)
+        if not 0 < attn_logits_soft_cap < math.inf:
+            raise ValueError(
+                f"attn_logits_soft_cap must be a positive finite number or None, got {attn_logits_soft_cap}"
+            )
         if not 1 / LARGEST_FACTOR <= attn_logits_soft_cap <= LARGEST_FACTOR:
             raise ValueError(
-                "attn_logits_soft_cap must be a positive finite number or None, between "
-                f"{1 / LARGEST_FACTOR:.3g} and {LARGEST_FACTOR:.3g} in float32, got {attn_logits_soft_cap}"
+                f"attn_logits_soft_cap must be between {1 / LARGEST_FACTOR:.3g} and {LARGEST_FACTOR:.3g}, which float32 "
+                f"can compute with, got {attn_logits_soft_cap}"
             )
     if sliding_window is not None:
         if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
@@ -397,10 +410,13 @@ def validate(
         if not np.issubdtype(np.asarray(array).dtype, np.integer):
             raise TypeError(f"{name} must be an array of integers, got {np.asarray(array).dtype.name}")
     lens, pages, offsets = (np.asarray(array).astype(np.int64) for array in named.values())
-    as_int32 = (jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (lens, pages, offsets))
-    check_operands(query, key_cache, value_cache, *as_int32, cache_batch_dims=key_cache.ndim - 4)
-    static_parameters(
-        softmax_scale=None, attn_logits_soft_cap=None, sliding_window=sliding_window, platform="auto"
+    as_int32 = {name: jax.ShapeDtypeStruct(np.shape(x), jnp.int32) for name, x in named.items()}
+    check_leading("query", query)
+    check_cache_rank("key_cache", key_cache, query.shape[:-3])
+    operands = dict(query=query, key_cache=key_cache, value_cache=value_cache) | as_int32
+    check_operands(PREFILL, operands, cache_batch_dims=key_cache.ndim - 4)
+    attention_of(
+        softmax_scale=None, attn_logits_soft_cap=None, sliding_window=sliding_window, head_dim=query.shape[-1]
     )
     num_pages, page_size = key_cache.shape[-3:-1]
     for pack in np.ndindex(lens.shape[:-1]):
