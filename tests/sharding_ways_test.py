@@ -3,7 +3,10 @@
 import concurrent.futures
 import functools
 import importlib.util
+import os
+from pathlib import Path
 import re
+import tempfile
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -23,6 +26,7 @@ from paged_prefill import (
     ragged_paged_prefill,
     sharding_hints,
 )
+from paged_prefill.lowering import tuning
 from paged_prefill.primitive.context import current_policy, policy
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
@@ -470,6 +474,25 @@ class TracingTest(parameterized.TestCase):
         self.assertIn("softmax_scale=0.5", texts[1])
         for text in texts:
             self.assertRegex(text, 'paged_prefill_code = "[0-9a-f]{64}"')
+
+    def test_module_names_the_tables_that_decide_its_sizes(self):
+        """So that a persistent cache gives nobody the executable of another table."""
+        folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}))
+        operands = meshes.put(meshes.mesh(), self.PACK, CUT)
+
+        def reads():
+            text = jax.jit(lambda *operands: attend(*operands)).lower(*operands).as_text()
+            return re.search('paged_prefill_reads = "(.+?)"', text)[1]
+
+        untuned = reads()
+        self.assertEqual(reads(), untuned)
+        table = folder / "paged_prefill" / "cpu.json"
+        table.parent.mkdir()
+        table.write_text('{"format": 2, "entries": []}')
+        self.assertNotEqual(reads(), untuned)
+        table.unlink()
+        self.assertEqual(reads(), untuned)
 
     def test_the_callback_keeps_the_callers_settings(self):
         """The compiler calls from a thread of its own."""
