@@ -49,11 +49,12 @@ class MosaicGpu(Kernel):
         return replace(config, num_splits=self.num_splits(problem, device, config))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-        """The heuristic sizes first, then their neighbours: other stages, heads and warpgroups."""
+        """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
         changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
+        found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
         fitting = [c for c in found if self.misfit(problem, device, c) is None]
