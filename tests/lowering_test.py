@@ -166,10 +166,13 @@ class ContractTest(parameterized.TestCase):
         context_lens = jnp.asarray(rng.integers(0, 20, (*lead, 2)), jnp.int32)
         page_indices = jnp.asarray(rng.integers(0, 5, (*lead, 2, 5)), jnp.int32)
         offsets = jnp.asarray(np.sort(rng.integers(0, 11, (*lead, 3))), jnp.int32)
+        pack = packs.Pack(query, keys, values, context_lens, page_indices, offsets)
         call = flatten(
-            query, keys, values, context_lens, page_indices, offsets, jnp.int32(0),
-            cache_batch_dims=cache_batch_dims, num_kv_heads=2, attention=Attention(1.0),
-        )  # fmt: skip
+            pack._asdict() | dict(kv_head_start=jnp.int32(0)),
+            cache_batch_dims=cache_batch_dims,
+            num_kv_heads=2,
+            attention=Attention(1.0),
+        )
         flat_query, key_pages, value_pages, sequences = call.query, call.key_pages, call.value_pages, call.sequences
         self.assertEqual(flat_query.shape, (60, 4, 8))
         self.assertEqual((key_pages.shape[1:], value_pages.shape[1:]), ((2, 5, 4, 8), (2, 5, 4, 6)))
@@ -192,10 +195,15 @@ class ContractTest(parameterized.TestCase):
             shapes = ((seqs,), (seqs, 5), (seqs + 1,))
             lens, pages, offsets = (jnp.asarray(rng.choice(extremes, shape), jnp.int32) for shape in shapes)
             cache = jnp.zeros((2, 7, 4, 8))
+            pack = packs.Pack(jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets)
+            start = int(rng.choice(extremes))
             call = flatten(
-                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, jnp.int32(0),
-                cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0),
-            )  # fmt: skip
+                pack._asdict() | dict(kv_head_start=jnp.int32(start)),
+                cache_batch_dims=0,
+                num_kv_heads=1,
+                attention=Attention(1.0),
+            )
+            self.assertEqual(call.kv_head_start, np.clip(start, 0, 1))
             start, length, context_len, pool, page_indices = map(np.asarray, call.sequences)
             self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
             self.assertLessEqual(length.sum(), 10)

@@ -23,8 +23,7 @@ SMALL = dict(block_q=16, block_kv=16)
 def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, **parameters):
     """The kernel's (out, lse), as numpy arrays."""
     call = flatten(
-        *pack,
-        jnp.int32(kv_head_start),
+        pack._asdict() | dict(kv_head_start=jnp.int32(kv_head_start)),
         cache_batch_dims=cache_batch_dims,
         num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
         attention=Attention(**{"softmax_scale": pack.query.shape[-1] ** -0.5, **parameters}),
