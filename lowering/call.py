@@ -19,6 +19,7 @@ from jax import export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from paged_prefill.lowering.cores import cores_of
 from paged_prefill.primitive.attention import Attention
 
 # A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
@@ -49,11 +50,20 @@ class Sequences(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known."""
+    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known.
+
+    `core_count` is what a device that is here says itself; kernels ask for `cores`.
+    """
 
     platform: str
     kind: str | None = None
     compute_capability: str | None = None
+    core_count: int | None = None
+
+    @property
+    def cores(self) -> int:
+        """Streaming multiprocessors, compute units or TensorCores: what works at the same time."""
+        return self.core_count or cores_of(self.platform, self.kind)
 
     @property
     def known(self) -> bool:
@@ -90,6 +100,11 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.q_heads // self.num_kv_heads
+
+    @property
+    def tokens_per_seq(self) -> int:
+        """New tokens of each sequence, were they spread evenly."""
+        return -(-self.tokens // max(self.seqs, 1))
 
     @property
     def capacity(self) -> int:

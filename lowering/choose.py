@@ -33,16 +33,22 @@ def default_platform() -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def device_of(platform: str) -> Device:
-    """The device that code lowered for `platform` will run on, as far as this process can tell."""
+def device_of(platform: str, *, elsewhere: bool = False) -> Device:
+    """The device that code lowered for `platform` will run on, as far as this process can tell.
+
+    `elsewhere` says that the devices of this process tell nothing.
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == platform:  # compiling ahead of time
-        return Device(platform, abstract.device_kind)
+        return Device(platform, abstract.device_kind, core_count=abstract.num_cores)
     try:
-        device = jax.devices(platform)[0]
+        device = None if elsewhere else jax.devices(platform)[0]
     except RuntimeError:  # lowering for a machine that is not here
+        device = None
+    if device is None:
         return Device(platform)
-    return Device(platform, device.device_kind, getattr(device, "compute_capability", None))
+    cores = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
+    return Device(platform, device.device_kind, getattr(device, "compute_capability", None), cores)
 
 
 def choose(problem: Problem, device: Device, platform: str = "auto") -> tuple[str, dict[str, str]]:

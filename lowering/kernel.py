@@ -52,6 +52,13 @@ class Kernel(abc.ABC):
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """None, or what is wrong with sizes that someone chose: then they do not get to `attend`."""
 
+    def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int | None:
+        """How many parts the keys of a tile are cut into, for tile sizes that fit; None from a kernel that cuts none.
+
+        It is worked out for each call, so that the chip is full: no table holds it.
+        """
+        return None
+
     @abc.abstractmethod
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Returns out [tokens, q_heads, value_dim] in the query's dtype, and lse [tokens, q_heads] in float32."""

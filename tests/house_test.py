@@ -112,7 +112,7 @@ class Plain(Kernel):
     def misfit(self, problem, device, config):
         return None
 
-    def attend(self, call, config):
+    def attend(self, call, config, device):
         raise NotImplementedError
 
 

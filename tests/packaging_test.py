@@ -48,7 +48,9 @@ class WheelTest(absltest.TestCase):
         expected = {str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")} | {"py.typed", "README.md"}
         for folder in ("primitive", "lowering", "sharding"):
             expected |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
-        expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "lowering" / "tuned").glob("*.json")}
+        tables = {str(path.relative_to(ROOT)) for path in (ROOT / "lowering" / "tuning" / "tuned").glob("*.json")}
+        self.assertNotEmpty(tables)
+        expected |= tables
         self.assertContainsSubset({f"paged_prefill/{name}" for name in expected}, self.names)
         self.assertTrue(any(name.endswith("licenses/LICENSE") for name in self.names))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.primitive.reference import reference
-from paged_prefill.tests import calls, oracle
+from paged_prefill.tests import oracle, poisoned
 
 # Smaller than the sequences: chunks are several tiles and no multiple of one, contexts several blocks.
 SMALL_TILES = PrefillPageAttentionConfig(block_q=8, block_kv=16)
@@ -45,28 +45,28 @@ class AloneTest(parameterized.TestCase):
         ("latent", dict(latent=True)),
     )
     def test_float32(self, operand):
-        operands = calls.make_call(0, **SIZES | operand)
+        operands = poisoned.make_call(0, **SIZES | operand)
         check(operands, **(dict(value_dim=12) if "latent" in operand else {}))
 
     @parameterized.product(dtype=("bfloat16", "float16"), operand=("key_ranges", "latent"))
     def test_half_dtypes(self, dtype, operand):
-        operands = calls.make_call(1, **SIZES, **{operand: True}, dtype=dtype)
+        operands = poisoned.make_call(1, **SIZES, **{operand: True}, dtype=dtype)
         check(operands, **(dict(value_dim=12) if operand == "latent" else {}))
 
     @parameterized.named_parameters(
         (f"{dtype}_of_each_{granularity}_{query}", dtype, granularity, query)
         for i, dtype in enumerate(QUANTISED)
-        for j, granularity in enumerate(calls.GRANULARITIES)
+        for j, granularity in enumerate(poisoned.GRANULARITIES)
         for query in [("float32", "bfloat16", "float16")[(i + j) % 3]]
     )
     def test_quantised_caches(self, dtype, granularity, query):
         """float32 is within 1e-5 of the oracle on the dequantised numbers; both caches' scales are each their own."""
         scales = dict(key_scale=granularity, value_scale=granularity)
-        check(calls.make_call(2, **SIZES, dtype=query, cache_dtype=dtype, **scales), attn_logits_soft_cap=3.0)
+        check(poisoned.make_call(2, **SIZES, dtype=query, cache_dtype=dtype, **scales), attn_logits_soft_cap=3.0)
 
     def test_scales_of_two_granularities_and_one_that_is_absent(self):
         for scales in (dict(key_scale="slot", value_scale="tensor"), dict(value_scale="head")):
-            operands = calls.make_call(3, **SIZES, cache_dtype="int8", **scales)
+            operands = poisoned.make_call(3, **SIZES, cache_dtype="int8", **scales)
             check(operands, softmax_scale=2.0**-12)  # stored numbers are up to 127
 
 
@@ -77,34 +77,34 @@ class CombinedTest(parameterized.TestCase):
         ("float16", dict(dtype="float16", cache_dtype="int8", key_scale="slot", value_scale="head")),
     )
     def test_ranges_tree_sinks_cap_quantised_and_layer(self, kind):
-        operands = calls.make_call(4, **SIZES, key_ranges=True, tree_words=1, sinks=True, layers=2, **kind)
+        operands = poisoned.make_call(4, **SIZES, key_ranges=True, tree_words=1, sinks=True, layers=2, **kind)
         check(operands, attn_logits_soft_cap=2.0, softmax_scale=0.7)
 
     def test_tree_sinks_window_cap_quantised_and_layer(self):
         kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="head", value_scale="tensor")
-        operands = calls.make_call(5, **SIZES, **kind, sliding_window=9)
+        operands = poisoned.make_call(5, **SIZES, **kind, sliding_window=9)
         check(operands, attn_logits_soft_cap=2.0, sliding_window=9)
 
     def test_packs_of_a_batch_with_pools_of_their_own_and_shared(self):
         kind = dict(key_ranges=True, tree_words=1, sinks=True, layers=3, cache_dtype="int8", key_scale="slot", value_scale="head")
-        check(calls.make_call(6, ((9, 14), (1, 20)), **SIZES, **kind, batch=(2, 2), pools=1))
+        check(poisoned.make_call(6, ((9, 14), (1, 20)), **SIZES, **kind, batch=(2, 2), pools=1))
 
     def test_deepseek(self):
         """Keys of 512 + 64 features, whose first 512 are the values, one head of them for all; stored in 8 bits."""
         kind = dict(q_heads=16, kv_heads=1, head_dim=576, value_dim=512, page_size=16, dtype="bfloat16")
         quantised = dict(cache_dtype="float8_e4m3fn", key_scale="slot", layers=2)
-        operands = calls.make_call(7, ((3, 70), (1, 40), (20, 20)), **kind, **quantised, latent=True)
+        operands = poisoned.make_call(7, ((3, 70), (1, 40), (20, 20)), **kind, **quantised, latent=True)
         check(operands, value_dim=512, softmax_scale=192**-0.5)
 
     def test_gemma_4(self):
         """Heads of 512 features and spans of an image that see each other."""
-        operands = calls.make_call(8, ((12, 70), (1, 40)), q_heads=4, kv_heads=2, head_dim=512, page_size=16, key_ranges=True)
+        operands = poisoned.make_call(8, ((12, 70), (1, 40)), q_heads=4, kv_heads=2, head_dim=512, page_size=16, key_ranges=True)
         check(operands, cfg=PrefillPageAttentionConfig(block_q=4, block_kv=32))
 
     def test_heuristic_sizes(self):
         """With no sizes chosen, and a page that is larger than a block of them."""
         kind = dict(page_size=640, key_ranges=True, tree_words=3, sinks=True, cache_dtype="int8", key_scale="slot")
-        check(calls.make_call(9, ((70, 700), (300, 300)), head_dim=8, **kind), cfg=None)
+        check(poisoned.make_call(9, ((70, 700), (300, 300)), head_dim=8, **kind), cfg=None)
 
 
 class RangesTest(parameterized.TestCase):
@@ -113,8 +113,8 @@ class RangesTest(parameterized.TestCase):
     def operands(self, ranges, **kind):
         """A call in which the rows of each sequence have these ranges, in turn."""
         with_ranges = lambda rng, lead, most_keys: np.resize(np.asarray(ranges, np.int32), (*lead, 2))
-        with absltest.mock.patch.object(calls, "random_ranges", with_ranges):
-            return calls.make_call(10, self.SEQUENCES, **SIZES, key_ranges=True, **kind)
+        with absltest.mock.patch.object(poisoned, "random_ranges", with_ranges):
+            return poisoned.make_call(10, self.SEQUENCES, **SIZES, key_ranges=True, **kind)
 
     # One shape for all of these, so one compilation.
     attend = staticmethod(jax.jit(functools.partial(ragged_paged_prefill, cfg=SMALL_TILES, return_lse=True)))
@@ -137,7 +137,7 @@ class RangesTest(parameterized.TestCase):
         oracle.assert_matches(operands, *self.attend(**operands))
 
     def test_causal_ranges_are_causality(self):
-        operands = calls.make_call(11, self.SEQUENCES, **SIZES)
+        operands = poisoned.make_call(11, self.SEQUENCES, **SIZES)
         want = ragged_paged_prefill(**operands, cfg=SMALL_TILES, return_lse=True)
         got = self.attend(**operands, key_ranges=causal_ranges(operands))
         for a, b in zip(got, want):
@@ -152,12 +152,12 @@ class TreeTest(parameterized.TestCase):
         ("more_new_tokens_than_context", ((40, 9), (70, 35)), 2),
     )
     def test_random_bits(self, sequences, words):
-        check(calls.make_call(12, sequences, **SIZES, tree_words=words))
+        check(poisoned.make_call(12, sequences, **SIZES, tree_words=words))
 
     def test_branches_see_their_ancestors_only(self):
         """Two branches of a draft: each row as if the other branch were not there."""
         parents = [-1, 0, 1, 0, 3]
-        operands = calls.make_call(13, ((5, 25),), **SIZES, tree_words=1)
+        operands = poisoned.make_call(13, ((5, 25),), **SIZES, tree_words=1)
         operands = {name: np.nan_to_num(x, posinf=0, neginf=0) if name.endswith("cache") else x for name, x in operands.items()}
         mask = np.zeros_like(operands["tree_mask"])
         for token, parent in enumerate(parents):
@@ -181,7 +181,7 @@ class TreeTest(parameterized.TestCase):
 
 class SinksTest(parameterized.TestCase):
     def test_rows_without_keys_and_tokens_without_sequence(self):
-        operands = calls.make_call(14, **SIZES, sinks=True)
+        operands = poisoned.make_call(14, **SIZES, sinks=True)
         _, lse = ragged_paged_prefill(**operands, cfg=SMALL_TILES, return_lse=True)
         offsets = operands["query_offsets"]
         empty = slice(*offsets[2:4])  # its context is empty
@@ -191,7 +191,7 @@ class SinksTest(parameterized.TestCase):
 
     def test_packs_in_which_nothing_can_be_seen(self):
         """Not a page, or not a column of the page table: still the sink alone."""
-        operands = calls.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=True)
+        operands = poisoned.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=True)
         for changed in (
             dict(page_indices=operands["page_indices"][:, :0]),
             {name: operands[name][:, :0] for name in ("key_cache", "value_cache")},
@@ -200,7 +200,7 @@ class SinksTest(parameterized.TestCase):
 
     @parameterized.parameters(-np.inf, -1e30, 1e30, np.inf)
     def test_of_any_size(self, sink):
-        operands = calls.make_call(16, **SIZES) | dict(sinks=np.full(4, sink, np.float32))
+        operands = poisoned.make_call(16, **SIZES) | dict(sinks=np.full(4, sink, np.float32))
         out, lse = ragged_paged_prefill(**operands, cfg=SMALL_TILES, return_lse=True)
         self.assertFalse(np.isnan(out).any() or np.isnan(lse).any())
         without = ragged_paged_prefill(**operands | dict(sinks=None), cfg=SMALL_TILES, return_lse=True)
@@ -212,7 +212,7 @@ class SinksTest(parameterized.TestCase):
 
 class HarmlessTest(parameterized.TestCase):
     def test_a_layer_that_does_not_exist_is_clamped(self):
-        operands = calls.make_call(17, **SIZES, layers=3)
+        operands = poisoned.make_call(17, **SIZES, layers=3)
         operands = {name: np.nan_to_num(x, posinf=0, neginf=0) if name.endswith("cache") else x for name, x in operands.items()}
         attend = jax.jit(functools.partial(ragged_paged_prefill, cfg=SMALL_TILES))
         for wrong, right in ((-1, 0), (-(2**31), 0), (3, 2), (2**31 - 1, 2)):
@@ -223,9 +223,9 @@ class HarmlessTest(parameterized.TestCase):
         """The same call with other poison: slots, scales, layers, ranges and trees of tokens that nobody owns."""
         kind = dict(key_ranges=True, tree_words=1, sinks=True, layers=2, cache_dtype="float8_e5m2", key_scale="slot", value_scale="slot")
         attend = jax.jit(functools.partial(ragged_paged_prefill, cfg=SMALL_TILES, return_lse=True))
-        operands = calls.make_call(18, **SIZES, **kind)
+        operands = poisoned.make_call(18, **SIZES, **kind)
         other = dict(operands)
-        calls.poison(np.random.default_rng(99), other)
+        poisoned.poison(np.random.default_rng(99), other)
         self.assertFalse(np.array_equal(operands["key_cache"].view(np.int8), other["key_cache"].view(np.int8)))
         for a, b in zip(attend(**operands), attend(**other)):
             np.testing.assert_array_equal(a, b)
@@ -234,7 +234,7 @@ class HarmlessTest(parameterized.TestCase):
 class RandomTest(parameterized.TestCase):
     @parameterized.parameters(range(5))
     def test_calls_of_serving(self, seed):
-        operands, parameters = calls.sample(np.random.default_rng(seed))
+        operands, parameters = poisoned.sample(np.random.default_rng(seed))
         check(operands, **parameters)
 
     # One shape with every operand, so one compilation; what is drawn to be absent has the value that changes nothing.
@@ -258,7 +258,7 @@ class RandomTest(parameterized.TestCase):
         kind = {"layers": 2, "cache_dtype": "float8_e4m3fn", "key_ranges": "key_ranges" not in absent}
         kind |= {"tree_words": int("tree_mask" not in absent), "sinks": "sinks" not in absent}
         kind |= {name: "slot" for name in ("key_scale", "value_scale") if name not in absent}
-        wanted = calls.make_call(seed, sequences, **sizes, **kind)
+        wanted = poisoned.make_call(seed, sequences, **sizes, **kind)
         ones = np.ones(wanted["key_cache"].shape[:-1], np.float32)
         neutral = dict(
             key_ranges=causal_ranges(wanted),
@@ -281,7 +281,7 @@ class ReferenceTest(parameterized.TestCase):
         ("batch", dict(batch=(2, 2), pools=1, layers=2, sinks=True, cache_dtype="float8_e4m3fn", key_scale="tensor", value_scale="slot"), {}),
     )
     def test_agrees_with_numpy(self, kind, parameters):
-        operands = calls.make_call(19, ((9, 14), (3, 1), (1, 20)), **SIZES, **kind)
+        operands = poisoned.make_call(19, ((9, 14), (3, 1), (1, 20)), **SIZES, **kind)
         with jax.enable_x64(True):
             got = reference(**operands, **parameters)
         for a, b in zip(got, oracle.exact(operands, **parameters)):

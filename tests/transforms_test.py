@@ -114,6 +114,21 @@ class VmapTest(parameterized.TestCase):
         temporaries = jax.jit(vmapped).lower(*operands).compile().memory_analysis().temp_size_in_bytes
         self.assertLess(temporaries, pack.key_cache.nbytes / 10)
 
+    @parameterized.parameters(KEYS, VALUES)
+    def test_a_cache_is_not_copied_beside_one_that_is_vmapped(self, mapped):
+        """It serves all elements as it is: a dimension of 1 in the equation, and no buffer of its size."""
+        pack = CASE.pack(spare_pages=10_000)
+        axes = [0 if i == mapped else None for i in range(6)]
+        operands = [jnp.stack([x] * 3) if i == mapped else x for i, x in enumerate(pack)]
+        vmapped = jax.vmap(bind, axes)
+        (eqn,) = [e for e in jax.make_jaxpr(vmapped)(*operands).eqns if e.primitive is paged_prefill_p]
+        self.assertEqual([eqn.invars[i].aval.shape[0] for i in (KEYS, VALUES)], [3 if i == mapped else 1 for i in (KEYS, VALUES)])
+        compiled = jax.jit(vmapped).lower(*operands).compile()
+        self.assertLess(compiled.memory_analysis().temp_size_in_bytes, pack.key_cache.nbytes / 10)
+        want = bind(*pack)
+        for got, one in zip(compiled(*operands), want):
+            np.testing.assert_allclose(got, jnp.stack([one] * 3), atol=1e-6)
+
     def test_a_vmapped_cache_is_not_copied_either(self):
         pack = CASE.pack(spare_pages=10_000)
         operands = [jnp.stack([x] * 2) for x in pack]

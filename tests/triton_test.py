@@ -138,7 +138,7 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_is_one_over_half_full", dict(tokens=320), 1),
         ("few_tiles_fill_the_multiprocessors", dict(tokens=128, pages_per_seq=2048), 4),
         ("tiles_of_4_warps_share_a_multiprocessor", dict(tokens=16, seqs=16, pages_per_seq=2048), 2),
-        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=64), 1),
+        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=32), 1),
         ("nor_are_short_windows", dict(tokens=16, sliding_window=512), 1),
     )
     def test_splits(self, changes, splits):
@@ -169,10 +169,11 @@ class HeuristicTest(parameterized.TestCase):
     def test_candidates_start_with_the_heuristic_and_are_its_neighbours(self, **changes):
         configs = KERNEL.candidates(problem(**changes), H200)
         self.assertEqual(configs[0], KERNEL.heuristic(problem(**changes), H200))
-        self.assertBetween(len(set(configs)), 5, 12)
+        self.assertBetween(len(set(configs)), 4, 12)
         for config in configs[1:]:
             self.assertIn(config.num_warps, (4, 8))
-            self.assertLess(len(set(config.sizes().items()) - set(configs[0].sizes().items())), 3)
+            changed = {name for name, _ in config.sizes().items() - configs[0].sizes().items()}
+            self.assertLess(len(changed - {"num_splits"}), 3)
 
 
 class SupportsTest(parameterized.TestCase):

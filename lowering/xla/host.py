@@ -40,7 +40,7 @@ class Xla(Kernel):
         """Any sizes will do."""
         return None
 
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
         dtype = call.query.dtype
         if dtype == jnp.float32:
