@@ -19,7 +19,7 @@ DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
 LARGEST_FACTOR = 2.0**120
-NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers")
+NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers", "words")
 
 
 def check_operands(
@@ -56,8 +56,15 @@ def check_operands(
         )
 
 
+def check_array(name, array) -> None:
+    """Refuses what has no shape, None before all."""
+    if not hasattr(array, "ndim"):
+        raise TypeError(f"{name} must be an array, got {array!r}")
+
+
 def check_leading(name, array) -> None:
     """Checks that the operand with all leading dimensions has a token, a head and a feature dimension."""
+    check_array(name, array)
     if array.ndim < 3:
         heads = "q_heads" if name == "query" else "kv_heads"
         raise ValueError(f"{name} must have shape [..., tokens, {heads}, head_dim], got {array.shape}")
@@ -67,6 +74,7 @@ def check_leading(name, array) -> None:
 
 def check_cache_rank(name, cache, lead=None, layered=False) -> None:
     """Checks the number of dimensions of a cache, where `lead` are the batch dimensions it may share, if known."""
+    check_array(name, cache)
     least = 4 + layered
     if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
         last = "head_dim" if name == "key_cache" else "value_dim"
@@ -357,7 +365,7 @@ def check_new_tokens(name, tokens, cache, layered) -> None:
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
         raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
-    if tokens.dtype != cache.dtype and cache.dtype.name not in QUANTISED_DTYPES:
+    if tokens.dtype != cache.dtype and cache.dtype.name in ATTENTION_DTYPES:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
 
 

@@ -151,6 +151,8 @@ class Streaming:
             common = jnp.max(jnp.where(row < rows, low, 0)), jnp.min(jnp.where(row < rows, high, end))
         if self.call.tree is not None:
             common = common[0], jnp.minimum(common[1], first_new)
+        if self.call.ranges is not None or self.call.tree is not None:
+            high = jnp.where(row < rows, high, 0)  # rows past the sequence's stand for another's: they see nothing
         numbers = (*hull, *common)
         start_key, end_key, whole_start, whole_end = (jnp.minimum(x, end) for x in numbers)
         tile = _Tile(
