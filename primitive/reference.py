@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from paged_prefill.primitive.attention import normalised
+
 
 def reference(
     query: Float[Array, "*batch tokens q_heads head_dim"],
@@ -91,11 +93,10 @@ def _one_sequence(
     if attn_logits_soft_cap is not None:
         logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
     logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    largest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest)[..., None])
+    total = jnp.sum(weights, axis=-1)
     # A slot that no row sees may hold anything, and 0 * NaN is NaN.
     values = jnp.where(jnp.any(visible, axis=0)[None, :, None], values, 0)
-    out = jnp.einsum("tkgj,kjd->tkgd", weights / jnp.where(total > 0, total, 1), values)
-    lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+    out, lse = normalised(jnp.einsum("tkgj,kjd->tkgd", weights, values), total, largest)
     return out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)

@@ -155,6 +155,11 @@ class SplitsTest(parameterized.TestCase):
         self.assertTrue(np.isnan(merged_lse[4, 0]))
 
 
+def by_name(*operands):
+    """The operands of `local_paged_prefill_p` by name, for all KV heads."""
+    return packs.Pack(*operands)._asdict() | dict(kv_head_start=jnp.int32(0))
+
+
 class ContractTest(parameterized.TestCase):
     @parameterized.parameters(0, 1, 2)
     def test_flatten_is_one_pack_over_pools(self, cache_batch_dims):
@@ -167,9 +172,9 @@ class ContractTest(parameterized.TestCase):
         page_indices = jnp.asarray(rng.integers(0, 5, (*lead, 2, 5)), jnp.int32)
         offsets = jnp.asarray(np.sort(rng.integers(0, 11, (*lead, 3))), jnp.int32)
         call = flatten(
-            query, keys, values, context_lens, page_indices, offsets, jnp.int32(0),
+            by_name(query, keys, values, context_lens, page_indices, offsets),
             cache_batch_dims=cache_batch_dims, num_kv_heads=2, attention=Attention(1.0),
-        )  # fmt: skip
+        )
         flat_query, key_pages, value_pages, sequences = call.query, call.key_pages, call.value_pages, call.sequences
         self.assertEqual(flat_query.shape, (60, 4, 8))
         self.assertEqual((key_pages.shape[1:], value_pages.shape[1:]), ((2, 5, 4, 8), (2, 5, 4, 6)))
@@ -193,9 +198,9 @@ class ContractTest(parameterized.TestCase):
             lens, pages, offsets = (jnp.asarray(rng.choice(extremes, shape), jnp.int32) for shape in shapes)
             cache = jnp.zeros((2, 7, 4, 8))
             call = flatten(
-                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, jnp.int32(0),
+                by_name(jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets),
                 cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0),
-            )  # fmt: skip
+            )
             start, length, context_len, pool, page_indices = map(np.asarray, call.sequences)
             self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
             self.assertLessEqual(length.sum(), 10)

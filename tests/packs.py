@@ -119,9 +119,10 @@ def _definition(pack, rounded, *, rows=None, softmax_scale=None, attn_logits_sof
         largest = logits.max(axis=-1, keepdims=True)
         weights = rounded(np.exp(rounded(logits - np.where(np.isneginf(largest), 0, largest))))
         total = rounded(weights.sum(axis=-1, keepdims=True))
-        seen = np.where(total > 0, total, 1)
-        result = rounded(rounded(weights / seen) @ values)
-        sums = np.where(total > 0, rounded(largest + rounded(np.log(seen))), -np.inf)
+        unseen = total == 0  # and not NaN
+        divisor = np.where(unseen, 1, total)
+        result = rounded(rounded(weights / divisor) @ values)
+        sums = np.where(unseen, -np.inf, rounded(largest + rounded(np.log(divisor))))
         shape = (kv_heads, len(position), group, -1)
         return tuple(x.reshape(shape).transpose(1, 0, 2, 3).reshape(len(position), q_heads, -1) for x in (result, sums))
 
