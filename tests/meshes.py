@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.attention import Attention, normalised
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
 
@@ -105,9 +105,9 @@ def dense_kernel(call, config):
     logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages))
     visible = (jnp.arange(logits.shape[-1]) <= position[:, None])[:, None, None]
     weights = jnp.where(visible, jnp.exp(logits), 0.0)
-    total = weights.sum(-1)
-    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages)) / jnp.where(total > 0, total, 1.0)[..., None]
-    return out.reshape(tokens, q_heads, -1), jnp.log(total).reshape(tokens, q_heads)
+    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages))
+    out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
+    return out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:

@@ -198,6 +198,17 @@ class MergeTest(parameterized.TestCase):
         got = merge(*nothing, *nothing)
         chex.assert_trees_all_equal(got, (jnp.zeros_like(out), nothing[1]))
 
+    @parameterized.parameters(np.nan, np.inf)
+    def test_an_lse_of_nan_or_inf_makes_its_row_nan_and_no_other(self, number):
+        """No number hides it: it says that a row saw NaN, or means an empty row where -inf is meant."""
+        out, lse = jnp.ones((3, 2, 4)), jnp.zeros((3, 2))
+        broken = out, lse.at[1, 0].set(number)
+        for others in ((2 * out, lse), (out * jnp.nan, lse - jnp.inf)):
+            for got in (merge(*broken, *others), merge(*others, *broken)):
+                np.testing.assert_array_equal(np.isnan(got[1]), np.isnan(lse.at[1, 0].set(np.nan)))
+                np.testing.assert_array_equal(np.isnan(got[0]).all(-1), np.isnan(got[1]))
+                np.testing.assert_array_equal(np.isnan(got[0]).any(-1), np.isnan(got[1]))
+
     def test_is_exact_for_any_size_of_lse(self):
         """Weights 1/4 and 3/4 whatever is added to both logarithms, and far beyond what exp can hold."""
         a, b = jnp.full((1, 4), 8.0), jnp.full((1, 4), 16.0)
