@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering.call import FEW_SEQUENCES, MAX_CONTEXT, Device, flatten
+from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel
 from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
 from paged_prefill.tests import cases, compiling, packs
 from paged_prefill.tests.problems import problem
 
