@@ -49,6 +49,8 @@ def check_operands(
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
+    if kv_heads > sizes["kv_heads"]:
+        raise ValueError(f"num_kv_heads must be at most key_cache's {sizes['kv_heads']} KV heads, got {num_kv_heads}")
     if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
         layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
         raise ValueError(
@@ -173,8 +175,6 @@ def check_attention_operands(
     key_cache = operands["key_cache"]
     if operands.get("value_cache") is None:
         check_value_dim(value_dim, key_cache.shape[-1])
-    if num_kv_heads is not None and num_kv_heads > key_cache.shape[-4]:
-        raise ValueError(f"num_kv_heads must be at most key_cache's {key_cache.shape[-4]} KV heads, got {num_kv_heads}")
     if operands.get("key_ranges") is not None and attention.sliding_window is not None:
         raise ValueError(
             "key_ranges stands in place of causality and window: give it alone (masks.causal takes a window), got "
@@ -294,7 +294,7 @@ def number(name, value) -> float:
     try:
         return float(value)
     except OverflowError:  # a Python integer past the largest float
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def int32_indices(**arrays) -> dict[str, jax.Array]:
