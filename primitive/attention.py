@@ -41,7 +41,11 @@ def normalised(
 
     A total of 0, and nothing else, says that no key was seen: output 0 and lse -inf. NaN in a row goes through to both.
     """
+    factor, lse = factor_and_lse(total, largest)
+    return jnp.where((total == 0)[..., None], 0.0, unnormalised * factor[..., None]), lse
+
+
+def factor_and_lse(total, largest):
+    """The same for kernels, which hold rows in layouts of their own: what to multiply an output with, and the lse."""
     unseen = total == 0
-    divisor = jnp.where(unseen, 1.0, total)
-    out = jnp.where(unseen[..., None], 0.0, unnormalised / divisor[..., None])
-    return out, jnp.where(unseen, -jnp.inf, largest + jnp.log(divisor))
+    return jnp.where(unseen, 0.0, 1.0 / total), jnp.where(unseen, -jnp.inf, largest + jnp.log(total))

@@ -1,4 +1,4 @@
-"""Every error a caller can see: one function each for shapes, parameters and concrete values."""
+"""The errors of a call that is traced: one function each for shapes, dtypes and parameters. Values are in validate.py."""
 
 from collections.abc import Mapping
 import math
@@ -8,10 +8,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.primitive.operands import ATTENTION_DTYPES, PREFILL, POOLS, QUANTISED_DTYPES, Operand, Operation
+from paged_prefill.primitive.operands import ATTENTION_DTYPES, POOLS, QUANTISED_DTYPES, Operand, Operation
 
 Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 PLATFORMS = get_args(Platform)
@@ -50,10 +49,31 @@ def check_operands(
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
-    if "q_heads" in sizes and sizes["q_heads"] % kv_heads:
+    if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
+        layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
         raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {sizes['q_heads']} query heads"
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {q_heads} query heads{layout}"
         )
+
+
+def _other_layout(name, cache, fits) -> str:
+    """What a message adds where heads fit another dimension of a cache: peers lay theirs in other orders."""
+    last = _features(name)
+    layouts = {-2: f"[num_pages, page_size, kv_heads, {last}]", -3: f"[num_pages, kv_heads, page_size, {last}]"}
+    likely = [dim for dim in layouts if isinstance(size := cache.shape[dim], int) and size and fits(size)]
+    if not likely:
+        return ""
+    shape = ", ".join(map(str, cache.shape[-4:]))
+    return (
+        f": {name} must be laid out as [kv_heads, num_pages, page_size, {last}], and [{shape}] looks like "
+        f"{' or '.join(layouts[dim] for dim in likely)}, which "
+        f"{' or '.join(f'jnp.moveaxis({name}, {dim}, -4)' for dim in likely)} puts in order"
+    )
+
+
+def _features(name) -> str:
+    """The name of a cache's last dimension."""
+    return "head_dim" if name == "key_cache" else "value_dim"
 
 
 def check_array(name, array) -> None:
@@ -77,8 +97,7 @@ def check_cache_rank(name, cache, lead=None, layered=False) -> None:
     check_array(name, cache)
     least = 4 + layered
     if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
-        last = "head_dim" if name == "key_cache" else "value_dim"
-        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", last]
+        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", _features(name)]
         raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {cache.shape}")
 
 
@@ -364,7 +383,11 @@ def check_new_tokens(name, tokens, cache, layered) -> None:
     expected = (cache.shape[-4], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
-        raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
+        fits = tokens.ndim >= 3 and tokens.shape[-1] == cache.shape[-1]
+        layout = _other_layout(f"{name}_cache", cache, lambda heads: fits and heads == tokens.shape[-2])
+        raise ValueError(
+            f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}{layout}"
+        )
     if tokens.dtype != cache.dtype and cache.dtype.name in ATTENTION_DTYPES:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
 
@@ -387,86 +410,3 @@ def check_partial(name, shape, expected) -> None:
     """Checks a shape of `merge` against the one that `out_a` asks for."""
     if shape != expected:
         raise ValueError(f"{name} must have shape {expected} to go with out_a, got {shape}")
-
-
-def validate(
-    query: Float[Array, "*batch tokens q_heads head_dim"],
-    key_cache: Float[Array, "*pools kv_heads num_pages page_size head_dim"],
-    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"],
-    context_lens: Int[Array, "*batch seqs"],
-    page_indices: Int[Array, "*batch seqs pages_per_seq"],
-    query_offsets: Int[Array, "*batch seqs_plus_1"],
-    *,
-    sliding_window: int | None = None,
-) -> None:
-    """Checks concrete inputs of `ragged_paged_prefill`, values included, which jitted code cannot.
-
-    The shapes are those of `ragged_paged_prefill`. Index values are in tokens (`context_lens`, `query_offsets`) and
-    pages (`page_indices`). Costs a copy of the index arrays to the host; the caches are not read.
-
-    Raises:
-      ValueError: a shape does not fit, or a value would be made harmless silently under jit: a context that is
-        negative, shorter than its chunk or longer than its row of the page table; offsets that decrease or leave
-        [0, tokens]; a page that some row of the chunk needs outside [0, num_pages). Names the argument, the
-        sequence and the value.
-      TypeError: a dtype does not fit, or an argument is traced.
-    """
-    named = dict(context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets)
-    for name, array in named.items():
-        if isinstance(array, jax.core.Tracer):
-            raise TypeError(f"validate needs concrete arrays, but {name} is traced; call it outside jit")
-        if not np.issubdtype(np.asarray(array).dtype, np.integer):
-            raise TypeError(f"{name} must be an array of integers, got {np.asarray(array).dtype.name}")
-    lens, pages, offsets = (np.asarray(array).astype(np.int64) for array in named.values())
-    as_int32 = {name: jax.ShapeDtypeStruct(np.shape(x), jnp.int32) for name, x in named.items()}
-    check_leading("query", query)
-    check_cache_rank("key_cache", key_cache, query.shape[:-3])
-    operands = dict(query=query, key_cache=key_cache, value_cache=value_cache) | as_int32
-    check_operands(PREFILL, operands, cache_batch_dims=key_cache.ndim - 4)
-    attention_of(
-        softmax_scale=None, attn_logits_soft_cap=None, sliding_window=sliding_window, head_dim=query.shape[-1]
-    )
-    num_pages, page_size = key_cache.shape[-3:-1]
-    for pack in np.ndindex(lens.shape[:-1]):
-        _validate_offsets(pack, offsets[pack], query.shape[-3])
-        for seq in range(lens.shape[-1]):
-            length = offsets[pack][seq + 1] - offsets[pack][seq]
-            _validate_sequence(
-                (*pack, seq), lens[pack][seq], length, pages[pack][seq], num_pages, page_size, sliding_window
-            )
-
-
-def _validate_offsets(pack, offsets, tokens) -> None:
-    where = f" of pack {pack}" if pack else ""
-    for seq, offset in enumerate(offsets):
-        if not 0 <= offset <= tokens:
-            raise ValueError(f"query_offsets[{seq}]{where} must be between 0 and the {tokens} tokens of query, got {offset}")
-        if seq and offset < offsets[seq - 1]:
-            raise ValueError(
-                f"query_offsets{where} must not decrease, got {offset} after {offsets[seq - 1]} (sequence {seq - 1})"
-            )
-
-
-def _validate_sequence(seq, context_len, length, pages, num_pages, page_size, sliding_window) -> None:
-    name = seq[0] if len(seq) == 1 else seq
-    if context_len < 0:
-        raise ValueError(f"context_lens of sequence {name} must not be negative, got {context_len}")
-    if context_len < length:
-        raise ValueError(
-            f"context_lens of sequence {name} must count its {length} new tokens too, got {context_len}"
-        )
-    capacity = len(pages) * page_size
-    if length and context_len > capacity:
-        raise ValueError(
-            f"page_indices of sequence {name} holds {len(pages)} pages of {page_size} slots, too few for its "
-            f"context_lens of {context_len}"
-        )
-    if not length:
-        return
-    first_key = 0 if sliding_window is None else max(0, context_len - length - sliding_window + 1)
-    for slot in range(first_key // page_size, -(-context_len // page_size)):
-        if not 0 <= pages[slot] < num_pages:
-            raise ValueError(
-                f"page_indices of sequence {name} must lie in [0, {num_pages}) where its keys are, "
-                f"got {pages[slot]} in column {slot}"
-            )

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering.call import FEW_SEQUENCES, MAX_CONTEXT, Device, flatten
+from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.tests import cases, packs
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
+from paged_prefill.tests import cases, compiling, packs
 from paged_prefill.tests.problems import problem
 
 
@@ -24,7 +25,9 @@ def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float
     cache = jax.ShapeDtypeStruct((2, num_pages, 16, 64), dtype)
     indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
     call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
-    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile()
+    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile(
+        compiler_options=compiling.AS_USERS_DO
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -69,7 +72,7 @@ class CostTest(parameterized.TestCase):
         query = jnp.asarray(rng.standard_normal((chunk, 4, 64)), jnp.float32)
         keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
         pages = jnp.asarray(rng.integers(0, 64, pages_per_seq), jnp.int32)
-        jitted = jax.jit(lambda *p: prefill_page_attention(*p, **parameters))
+        jitted = jax.jit(lambda *p: prefill_page_attention(*p, **parameters), compiler_options=compiling.AS_USERS_DO)
         return lambda: jitted(query, keys, values, jnp.asarray([context], jnp.int32), pages)
 
     def test_a_long_page_table_costs_nothing(self):
@@ -91,7 +94,7 @@ class CostTest(parameterized.TestCase):
         keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
         query = jnp.asarray(rng.standard_normal((256 + 63, 4, 64)), jnp.float32)
         pages = jnp.asarray(rng.integers(0, 64, (64, 256)), jnp.int32)
-        jitted = jax.jit(ragged_paged_prefill)
+        jitted = jax.jit(ragged_paged_prefill, compiler_options=compiling.AS_USERS_DO)
 
         def pack(short_lens, short_tokens):
             context_lens = jnp.asarray([4096] + [short_lens] * 63, jnp.int32)
@@ -166,10 +169,13 @@ class ContractTest(parameterized.TestCase):
         context_lens = jnp.asarray(rng.integers(0, 20, (*lead, 2)), jnp.int32)
         page_indices = jnp.asarray(rng.integers(0, 5, (*lead, 2, 5)), jnp.int32)
         offsets = jnp.asarray(np.sort(rng.integers(0, 11, (*lead, 3))), jnp.int32)
+        pack = packs.Pack(query, keys, values, context_lens, page_indices, offsets)
         call = flatten(
-            query, keys, values, context_lens, page_indices, offsets, jnp.int32(0),
-            cache_batch_dims=cache_batch_dims, num_kv_heads=2, attention=Attention(1.0),
-        )  # fmt: skip
+            pack._asdict() | dict(kv_head_start=jnp.int32(0)),
+            cache_batch_dims=cache_batch_dims,
+            num_kv_heads=2,
+            attention=Attention(1.0),
+        )
         flat_query, key_pages, value_pages, sequences = call.query, call.key_pages, call.value_pages, call.sequences
         self.assertEqual(flat_query.shape, (60, 4, 8))
         self.assertEqual((key_pages.shape[1:], value_pages.shape[1:]), ((2, 5, 4, 8), (2, 5, 4, 6)))
@@ -192,10 +198,15 @@ class ContractTest(parameterized.TestCase):
             shapes = ((seqs,), (seqs, 5), (seqs + 1,))
             lens, pages, offsets = (jnp.asarray(rng.choice(extremes, shape), jnp.int32) for shape in shapes)
             cache = jnp.zeros((2, 7, 4, 8))
+            pack = packs.Pack(jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets)
+            start = int(rng.choice(extremes))
             call = flatten(
-                jnp.zeros((10, 4, 8)), cache, cache, lens, pages, offsets, jnp.int32(0),
-                cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0),
-            )  # fmt: skip
+                pack._asdict() | dict(kv_head_start=jnp.int32(start)),
+                cache_batch_dims=0,
+                num_kv_heads=1,
+                attention=Attention(1.0),
+            )
+            self.assertEqual(call.kv_head_start, np.clip(start, 0, 1))
             start, length, context_len, pool, page_indices = map(np.asarray, call.sequences)
             self.assertTrue(np.all(length >= 0) and np.all(start >= 0) and np.all(start + length <= 10))
             self.assertLessEqual(length.sum(), 10)
