@@ -30,7 +30,7 @@ import jax
 
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.tuning import resolve, tables, timing
-from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import SIZES, PrefillPageAttentionConfig
 from paged_prefill.tune import problem_of_shape, sizes
 
 PAGE_SIZE = 16
@@ -142,7 +142,7 @@ def splits(kernel, problem, device) -> dict:
 def before(kernel, problem, device, old) -> dict:
     """What a call uses now against the sizes it had."""
     config, source = resolve.resolve(kernel, problem, device, None, under="cache")
-    old = PrefillPageAttentionConfig(*old)
+    old = PrefillPageAttentionConfig(**dict(zip(SIZES, old)))
     times = timing.race(kernel, problem, device, [old, config], turn=_turn)
     row = {"old": sizes(old), "now": sizes(config), "source": source, "ms": [round(times[c][0], 5) for c in times]}
     return row | {"ratio": round(timing.relative(times, config, old), 4)}

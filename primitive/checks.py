@@ -1,4 +1,4 @@
-"""The errors of a call that is traced: one function each for shapes, dtypes and parameters. Values are in validate.py."""
+"""The errors of a call where it is traced: one function each for shapes, dtypes and parameters."""
 
 from collections.abc import Mapping
 import math
@@ -22,6 +22,7 @@ from paged_prefill.primitive.operands import (
 
 Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 PLATFORMS = get_args(Platform)
+EJKERNEL_PLATFORMS = ("tilelang", "cute")  # that it has beside these
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
@@ -275,10 +276,11 @@ def index_arrays(**arrays) -> dict[str, jax.Array]:
     return named
 
 
-def check_platform(platform) -> str:
+def check_platform(platform, name="platform") -> str:
     """`platform`, None as "auto"."""
     if platform is not None and platform not in PLATFORMS:
-        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+        hint = ", which is a kernel of ejKernel's: \"auto\" takes the fastest here" * (platform in EJKERNEL_PLATFORMS)
+        raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {platform!r}{hint}")
     return platform or "auto"
 
 
