@@ -49,10 +49,31 @@ def check_operands(
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
-    if "q_heads" in sizes and sizes["q_heads"] % kv_heads:
+    if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
+        layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
         raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {sizes['q_heads']} query heads"
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {q_heads} query heads{layout}"
         )
+
+
+def _other_layout(name, cache, fits) -> str:
+    """What a message adds where heads fit another dimension of a cache: peers lay theirs in other orders."""
+    last = _features(name)
+    layouts = {-2: f"[num_pages, page_size, kv_heads, {last}]", -3: f"[num_pages, kv_heads, page_size, {last}]"}
+    likely = [dim for dim in layouts if isinstance(size := cache.shape[dim], int) and size and fits(size)]
+    if not likely:
+        return ""
+    shape = ", ".join(map(str, cache.shape[-4:]))
+    return (
+        f": {name} must be laid out as [kv_heads, num_pages, page_size, {last}], and [{shape}] looks like "
+        f"{' or '.join(layouts[dim] for dim in likely)}, which "
+        f"{' or '.join(f'jnp.moveaxis({name}, {dim}, -4)' for dim in likely)} puts in order"
+    )
+
+
+def _features(name) -> str:
+    """The name of a cache's last dimension."""
+    return "head_dim" if name == "key_cache" else "value_dim"
 
 
 def check_array(name, array) -> None:
@@ -76,8 +97,7 @@ def check_cache_rank(name, cache, lead=None, layered=False) -> None:
     check_array(name, cache)
     least = 4 + layered
     if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
-        last = "head_dim" if name == "key_cache" else "value_dim"
-        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", last]
+        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", _features(name)]
         raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {cache.shape}")
 
 
@@ -363,7 +383,11 @@ def check_new_tokens(name, tokens, cache, layered) -> None:
     expected = (cache.shape[-4], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
-        raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
+        fits = tokens.ndim >= 3 and tokens.shape[-1] == cache.shape[-1]
+        layout = _other_layout(f"{name}_cache", cache, lambda heads: fits and heads == tokens.shape[-2])
+        raise ValueError(
+            f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}{layout}"
+        )
     if tokens.dtype != cache.dtype and cache.dtype.name in ATTENTION_DTYPES:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
 

@@ -126,6 +126,46 @@ class OperandErrorsTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"query must have a multiple of key_cache's 2 KV heads, got 3"):
             call(*operands(query=(10, 3, 16)), jax.ShapeDtypeStruct((), jnp.int32))
 
+    @parameterized.named_parameters(
+        ("pages_slots_heads", (64, 16, 2, 128), -2, r"\[num_pages, page_size, kv_heads, head_dim\]"),
+        ("pages_heads_slots", (64, 2, 16, 128), -3, r"\[num_pages, kv_heads, page_size, head_dim\]"),
+        ("of_layers", (3, 64, 16, 1, 128), -2, r"\[num_pages, page_size, kv_heads, head_dim\]"),
+    )
+    def test_caches_laid_out_as_peers_do(self, shape, dim, layout):
+        """The error says which layout is wanted and which this looks like, and what it says to do is right."""
+        layer = dict(layer=0) if len(shape) == 5 else {}
+        cache, query, key = jnp.zeros(shape), jnp.zeros((10, 8, 128)), jnp.zeros((10, shape[dim], 128))
+        pack = [jnp.array([10]), jnp.zeros((1, 5), jnp.int32), jnp.array([0, 10])]
+        wanted = rf"key_cache must be laid out as \[kv_heads, num_pages, page_size, head_dim\], and \[{', '.join(map(str, shape[-4:]))}\]"
+        message = rf"{wanted} looks like {layout}, which jnp\.moveaxis\(key_cache, {dim}, -4\) puts in order$"
+        calls = [
+            lambda cache: ragged_paged_prefill(query, cache, cache, *pack, **layer),
+            lambda cache: append_to_pages(cache, cache, key, key, *pack, **layer),
+        ]
+        if not layer:
+            calls.append(lambda cache: prefill_page_attention(query, cache, cache, pack[0], pack[1][0]))
+        for call in calls:
+            with self.assertRaisesRegex(ValueError, message):
+                jax.eval_shape(call, cache)
+            jax.eval_shape(call, jnp.moveaxis(cache, dim, -4))
+
+    def test_a_layout_that_fits_two_ways_is_said_so(self):
+        cache = jnp.zeros((64, 4, 2, 128))
+        call = jnp.zeros((10, 8, 128)), cache, cache, jnp.array([10]), jnp.zeros((1, 5), jnp.int32), jnp.array([0, 10])
+        with self.assertRaisesRegex(ValueError, r"looks like \[num_pages, page_size, .*\] or \[num_pages, kv_heads, "):
+            jax.eval_shape(ragged_paged_prefill, *call)
+
+    def test_a_query_in_another_float_dtype_is_told_how_to_cast(self):
+        changed = operands(key_cache="bfloat16", value_cache="bfloat16")
+        message = r"got bfloat16: cast query with query\.astype\(key_cache\.dtype\)$"
+        for call in (ragged_paged_prefill, paged_prefill_p.bind):
+            with self.assertRaisesRegex(TypeError, message):
+                jax.eval_shape(call, *changed)
+        one = [*changed[:3], jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)]
+        with self.assertRaisesRegex(TypeError, message):
+            jax.eval_shape(prefill_page_attention, *one)
+        jax.eval_shape(lambda query, *others: ragged_paged_prefill(query.astype(others[0].dtype), *others), *changed)
+
     def test_wrong_calls_fail_before_anything_runs(self):
         with self.assertRaisesRegex(ValueError, "query must have a multiple"):
             jax.jit(ragged_paged_prefill).lower(*operands(query=(10, 5, 16)))

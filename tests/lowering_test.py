@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering.call import FEW_SEQUENCES, MAX_CONTEXT, Device, flatten
+from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.tests import cases, packs
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
+from paged_prefill.tests import cases, compiling, packs
 from paged_prefill.tests.problems import problem
 
 
@@ -24,7 +25,9 @@ def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float
     cache = jax.ShapeDtypeStruct((2, num_pages, 16, 64), dtype)
     indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
     call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
-    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile()
+    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile(
+        compiler_options=compiling.AS_USERS_DO
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -69,7 +72,7 @@ class CostTest(parameterized.TestCase):
         query = jnp.asarray(rng.standard_normal((chunk, 4, 64)), jnp.float32)
         keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
         pages = jnp.asarray(rng.integers(0, 64, pages_per_seq), jnp.int32)
-        jitted = jax.jit(lambda *p: prefill_page_attention(*p, **parameters))
+        jitted = jax.jit(lambda *p: prefill_page_attention(*p, **parameters), compiler_options=compiling.AS_USERS_DO)
         return lambda: jitted(query, keys, values, jnp.asarray([context], jnp.int32), pages)
 
     def test_a_long_page_table_costs_nothing(self):
@@ -91,7 +94,7 @@ class CostTest(parameterized.TestCase):
         keys, values = (jnp.asarray(rng.standard_normal((2, 64, 16, 64)), jnp.float32) for _ in range(2))
         query = jnp.asarray(rng.standard_normal((256 + 63, 4, 64)), jnp.float32)
         pages = jnp.asarray(rng.integers(0, 64, (64, 256)), jnp.int32)
-        jitted = jax.jit(ragged_paged_prefill)
+        jitted = jax.jit(ragged_paged_prefill, compiler_options=compiling.AS_USERS_DO)
 
         def pack(short_lens, short_tokens):
             context_lens = jnp.asarray([4096] + [short_lens] * 63, jnp.int32)

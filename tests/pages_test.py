@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import append_to_pages, merge, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.tests import cases, packs
+from paged_prefill.tests import cases, compiling, packs
 
 SEQUENCES = ((9, 20), (0, 7), (5, 2), (1, 1), (1, 30))
 CASE = cases.Case("append", SEQUENCES, page_size=4, head_dim=16, value_dim=8, tokens_before=2, spare_columns=0)
@@ -121,9 +121,8 @@ class AppendTest(parameterized.TestCase):
 
         want = step(*pack[1:3], pack.query, *new, *pack[3:])
         size = pack.key_cache.nbytes, pack.value_cache.nbytes
-        compiled = (
-            jax.jit(step, donate_argnums=(0, 1)).lower(*pack[1:3], pack.query, *new, *pack[3:]).compile()
-        )
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*pack[1:3], pack.query, *new, *pack[3:])
+        compiled = lowered.compile(compiler_options=compiling.AS_USERS_DO)
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", compiled.as_text()).group(1)
         self.assertEqual(re.findall(r"\{(\d)\}: \((\d), \{\}", aliases), [("1", "0"), ("2", "1")])
         memory = compiled.memory_analysis()

@@ -1,5 +1,6 @@
 """Sharding where one process does not see it all: several processes at once, and one after the other with a cache."""
 
+import os
 import socket
 import tempfile
 
@@ -80,8 +81,8 @@ class TwoProcessesTest(absltest.TestCase):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        processes = [meshes.run_python(TWO_PROCESSES, str(number), port, **flags) for number in range(2)]
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last one counts
+        processes = [meshes.run_python(TWO_PROCESSES, str(number), port, XLA_FLAGS=flags) for number in range(2)]
         for output in map(finish, processes):
             self.assertEqual(output.count("RIGHT"), 8, output)
 

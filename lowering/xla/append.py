@@ -12,6 +12,7 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 
 from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
 
@@ -78,18 +79,14 @@ def _scatter(cache, new, at, as_bits):
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
     """The page and slot of each token of one pack; page `num_pages`, which does not exist, for those without one."""
-    token = jnp.arange(tokens, dtype=jnp.int32)
     seqs, pages_per_seq = page_indices.shape
     if 0 in (seqs, pages_per_seq):
-        return jnp.full_like(token, num_pages), jnp.zeros_like(token)
-    offsets = lax.cummax(jnp.clip(query_offsets, 0, tokens))
-    seq = jnp.sum(offsets[:, None] <= token[None, :], axis=0, dtype=jnp.int32) - 1  # the last that begins before it
-    owned = (seq >= 0) & (seq < seqs)
-    seq = jnp.clip(seq, 0, seqs - 1)
-    position = context_lens[seq] - offsets[seq + 1] + token
+        return jnp.full(tokens, num_pages, jnp.int32), jnp.zeros(tokens, jnp.int32)
+    owners = Owners(query_offsets, tokens)
+    position = owners.positions(context_lens)
     column = lax.div(position, jnp.int32(page_size))
-    exists = owned & (position >= 0) & (column < pages_per_seq)
-    page = page_indices[seq, jnp.clip(column, 0, pages_per_seq - 1)]
+    exists = owners.owned & (position >= 0) & (column < pages_per_seq)
+    page = page_indices[owners.seq, jnp.clip(column, 0, pages_per_seq - 1)]
     exists &= (0 <= page) & (page < num_pages)
     return jnp.where(exists, page, num_pages), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
