@@ -11,6 +11,7 @@ from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.lowering.triton.host import Triton
 from paged_prefill.lowering.xla.host import Xla
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 XLA = Xla()  # which runs every call
@@ -80,6 +81,14 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
     if not kernel.invariant and current_policy() == "invariant":
         return 'its sizes follow the pack, and the policy is "invariant"'
     return kernel.supports(problem, device)
+
+
+def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig | None) -> None:
+    """Refuses a kernel that is not for the backend that a configuration names; XLA's is for each."""
+    backend = config.backend if config is not None else None
+    here = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    if name != XLA.name and backend not in (None, "any", here):
+        raise ValueError(f"cfg.backend={backend!r} asks for a kernel of that backend, but {name} would run on {here}")
 
 
 def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:

@@ -67,13 +67,20 @@ def _scatter(cache, new, at, as_bits):
     dtype = cache.dtype
     if as_bits(dtype):
         cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
-    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop.
-    heads_axis, by_head = len(at) - 2, [jnp.broadcast_to(x, new.shape[:2]) for x in at]
-
-    def write(cache, new, *at):
-        return cache.at[tuple(at)].set(new, mode="drop")
-
-    written = jax.vmap(write, (heads_axis, *[0] * (1 + len(at))), heads_axis)(cache, new, *by_head)
+    heads, tokens = new.shape[:2]
+    heads_axis = len(at) - 2
+    places = tuple(axis for axis in range(heads_axis + 3) if axis != heads_axis)  # (layer,) page, slot
+    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
+    # vmap would bring the heads before the layers, which copies it too.
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=places,
+        scatter_dims_to_operand_dims=places,
+        operand_batching_dims=(heads_axis,),
+        scatter_indices_batching_dims=(0,),
+    )
+    indices = jnp.broadcast_to(jnp.stack(at, axis=-1), (heads, tokens, len(at)))
+    written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
 
 
