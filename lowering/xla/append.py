@@ -11,6 +11,7 @@ from jax import lax
 from jax.interpreters import mlir
 import jax.numpy as jnp
 
+from paged_prefill.lowering.call import last_index
 from paged_prefill.primitive.append import local_append_to_pages_p
 from paged_prefill.primitive.quantised import quantised, scale_of
 
@@ -70,28 +71,30 @@ def _scatter(cache, new, at, as_bits):
     heads_axis, by_head = len(at) - 2, [jnp.broadcast_to(x, new.shape[:2]) for x in at]
 
     def write(cache, new, *at):
-        return cache.at[tuple(at)].set(new, mode="drop")
+        return cache.at[tuple(at)].set(new, mode="drop", wrap_negative_indices=False)
 
     written = jax.vmap(write, (heads_axis, *[0] * (1 + len(at))), heads_axis)(cache, new, *by_head)
     return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
 
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
-    """The page and slot of each token of one pack; page `num_pages`, which does not exist, for those without one."""
+    """The page and slot of each token of one pack; page -1 for those without one."""
     token = jnp.arange(tokens, dtype=jnp.int32)
     seqs, pages_per_seq = page_indices.shape
     if 0 in (seqs, pages_per_seq):
-        return jnp.full_like(token, num_pages), jnp.zeros_like(token)
+        return jnp.full_like(token, -1), jnp.zeros_like(token)
     offsets = lax.cummax(jnp.clip(query_offsets, 0, tokens))
     seq = jnp.sum(offsets[:, None] <= token[None, :], axis=0, dtype=jnp.int32) - 1  # the last that begins before it
     owned = (seq >= 0) & (seq < seqs)
     seq = jnp.clip(seq, 0, seqs - 1)
     position = context_lens[seq] - offsets[seq + 1] + token
     column = lax.div(position, jnp.int32(page_size))
-    exists = owned & (position >= 0) & (column < pages_per_seq)
-    page = page_indices[seq, jnp.clip(column, 0, pages_per_seq - 1)]
-    exists &= (0 <= page) & (page < num_pages)
-    return jnp.where(exists, page, num_pages), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
+    last_column = last_index(pages_per_seq)
+    exists = owned & (position >= 0) & (column <= last_column)
+    at = seq, jnp.clip(column, 0, last_column)
+    page = page_indices.at[at].get(mode="clip", wrap_negative_indices=False)
+    exists &= (0 <= page) & (page <= last_index(num_pages))
+    return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
 
 def _converted_on_cpu(dtype) -> bool:
