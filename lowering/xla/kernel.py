@@ -183,7 +183,7 @@ class Streaming:
         index = first_run + jnp.arange(self.runs_per_block, dtype=jnp.int32)
         column = _divided(index, self.runs_per_page)
         page = _taken(
-            self.call.sequences.page_indices, tile.seq, jnp.minimum(column, self.problem.pages_per_seq - 1)
+            self.call.sequences.page_indices, tile.seq, jnp.minimum(column, self.problem.columns - 1)
         )
         runs = page * self.runs_per_page + index - column * self.runs_per_page
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
