@@ -12,6 +12,7 @@ from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.lowering.triton.host import Triton
 from paged_prefill.lowering.xla.host import Xla
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 XLA = Xla()  # which runs every call
 
@@ -77,6 +78,8 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
         return "it is built for sizes that are numbers, and the call has symbolic ones"
     if kernel is not XLA and not device.known and not asked_for:
         return "it is built for one kind of device, and which will run this is not known here; ask for it by platform="
+    if not kernel.invariant and current_policy() == "invariant":
+        return 'its sizes follow the pack, and the policy is "invariant"'
     return kernel.supports(problem, device)
 
 

@@ -21,12 +21,15 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
+      invariant: whether its heuristic follows the dims, group, page size, dtype and window of a call alone, so that a
+        sequence's bits are the same in any pack, batch and cut over heads. The policy "invariant" takes no other.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
+    invariant: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         """None, or the reason why it cannot run a call, in words that a user can act on."""

@@ -24,14 +24,21 @@ class Attention:
     sliding_window: int | None = None
 
     def visible_keys(self, position: Int[Array, "*rows"]) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
-        """The interval of keys, first to end, that rows at these positions see; empty for a row before key 0.
+        """The interval of keys, first to end, that rows at these positions see; see the function."""
+        return visible_keys(position, self.sliding_window)
 
-        Both grow with the position. The end is not cut at the context, which no position passes.
-        """
-        end = jnp.maximum(position + 1, 0)
-        if self.sliding_window is None:
-            return jnp.zeros_like(end), end
-        return jnp.maximum(position - (self.sliding_window - 1), 0), end
+
+def visible_keys(
+    position: Int[Array, "*rows"], sliding_window: int | Int[Array, ""] | None
+) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
+    """The interval of keys, first to end, that rows at these positions see; empty for a row before key 0.
+
+    Both grow with the position. The end is not cut at the context, which no position passes.
+    """
+    end = jnp.maximum(position + 1, 0)
+    if sliding_window is None:
+        return jnp.zeros_like(end), end
+    return jnp.maximum(position - (sliding_window - 1), 0), end
 
 
 def normalised(
@@ -41,7 +48,11 @@ def normalised(
 
     A total of 0, and nothing else, says that no key was seen: output 0 and lse -inf. NaN in a row goes through to both.
     """
+    factor, lse = factor_and_lse(total, largest)
+    return jnp.where((total == 0)[..., None], 0.0, unnormalised * factor[..., None]), lse
+
+
+def factor_and_lse(total, largest):
+    """The same for kernels, which hold rows in layouts of their own: what to multiply an output with, and the lse."""
     unseen = total == 0
-    divisor = jnp.where(unseen, 1.0, total)
-    out = jnp.where(unseen[..., None], 0.0, unnormalised / divisor[..., None])
-    return out, jnp.where(unseen, -jnp.inf, largest + jnp.log(divisor))
+    return jnp.where(unseen, 0.0, 1.0 / total), jnp.where(unseen, -jnp.inf, largest + jnp.log(total))

@@ -104,6 +104,43 @@ def in_all_dtypes(*cases) -> list[Case]:
 SMALL_TILES = PrefillPageAttentionConfig(block_q=16, block_kv=32)
 ROOM = (48, 6, 14, 48)
 
+BROKEN = Case("broken", ((1, 30), (9, 20), (2, 9), (13, 29), (7, 34), (1, 17)), cfg=SMALL_TILES)
+
+
+def check_broken(attend, case=BROKEN, numbers=(np.nan, np.inf, -np.inf)) -> None:
+    """Holds `attend(pack)` to what NaN and Inf may do. Of the case's sequences, which are those of `BROKEN`, a query of
+    number 1 is broken, a key of number 3 and a value of number 4, each in the middle of the chunk.
+
+    They never reach another sequence, on any bit. A row that sees NaN says so in its lse: -inf is for rows that saw no
+    key. A value reaches the rows that see its key; those before them in the chunk may get NaN too, in its feature.
+    """
+    pack = case.pack()
+    offsets, clean = np.asarray(pack.query_offsets), [np.asarray(x, np.float32) for x in attend(pack)]
+    token, key, value = ((offsets[seq] + offsets[seq + 1]) // 2 for seq in (1, 3, 4))
+
+    def slot(seq, token):  # where the key of this token is
+        position = pack.context_lens[seq] - (offsets[seq + 1] - token)
+        return pack.page_indices[seq, position // case.page_size], position % case.page_size
+
+    for number in numbers:
+        broken = pack._replace(
+            query=pack.query.at[token, :, 0].set(number),
+            key_cache=pack.key_cache.at[:, *slot(3, key), 0].set(number),
+            value_cache=pack.value_cache.at[:, *slot(4, value), 0].set(number),
+        )
+        out, lse = (np.asarray(x, np.float32) for x in attend(broken))
+        logit = np.asarray(pack.query, np.float32)[key : offsets[4], :, 0] * number * (case.softmax_scale or 1)
+        sees_nan = np.zeros(lse.shape, bool)
+        sees_nan[token] = True
+        sees_nan[key : offsets[4]] = ~(logit < 0)  # a logit of -inf weighs nothing
+        np.testing.assert_array_equal(np.isnan(lse), sees_nan)
+        np.testing.assert_array_equal(np.isnan(out).all(-1), sees_nan)
+        same = np.ones(out.shape, bool)  # all bits, but for the sequences of query and key, and the value's feature
+        same[offsets[1] : offsets[2]] = same[offsets[3] : offsets[4]] = same[offsets[4] : offsets[5], :, 0] = False
+        np.testing.assert_array_equal(out[same], clean[0][same])
+        np.testing.assert_array_equal(lse[same[..., 1]], clean[1][same[..., 1]])
+        assert not np.isfinite(out[value : offsets[5], :, 0]).any()
+
 
 def _edge(name, *sequences, **changes) -> Case:
     return Case(name, sequences, **(dict(room=ROOM, page_size=4, head_dim=16, cfg=SMALL_TILES) | changes))

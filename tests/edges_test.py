@@ -1,5 +1,8 @@
 """The edges of the operation: each is right, and nothing outside what a row sees has an effect on any bit."""
 
+from dataclasses import replace
+import functools
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -110,13 +113,17 @@ class EdgesTest(parameterized.TestCase):
         want = jnp.einsum("tkgj,kjd->tkgd", jax.nn.softmax(logits), keys).reshape(20, 4, 16)
         np.testing.assert_allclose(out[:20], want, atol=1e-5)
 
-    def test_a_row_that_sees_nan_says_so_in_both_results(self):
-        """An lse of -inf says that no key was seen: a merge would drop such a row."""
-        pack = self.plain_pack()
-        broken = pack._replace(key_cache=pack.key_cache.at[:, pack.page_indices[1, 0], 0, 0].set(np.nan))
-        out, lse = attend(broken)
-        np.testing.assert_array_equal(np.isnan(out).all(-1), np.isnan(lse))
-        self.assertTrue(np.isnan(lse[9:18]).all())
+    @parameterized.parameters(*cases.DTYPES)
+    def test_broken_numbers_stay_in_their_sequence(self, dtype):
+        cases.check_broken(jax.jit(attend), replace(cases.BROKEN, dtype=dtype))
+
+    def test_a_soft_cap_hides_no_nan(self):
+        cases.check_broken(jax.jit(functools.partial(attend, attn_logits_soft_cap=30.0)), numbers=[np.nan])
+
+    def test_the_reference_says_so_too(self):
+        cases.check_broken(lambda pack: jitted_reference(*pack))
+        with np.errstate(invalid="ignore"):
+            cases.check_broken(packs.exact)
 
     def test_mask_value_changes_nothing(self):
         pack = cases.Case("mask_value", SEQUENCES, room=cases.ROOM, page_size=4, head_dim=16).pack()

@@ -196,6 +196,19 @@ class GpuTest(parameterized.TestCase):
         for result in results[1:]:
             chex.assert_trees_all_equal(result, results[0])
 
+    @product(platform=PLATFORMS, head_dim=(64, 128, 256), num_splits=(1, 3), softmax_scale=(None, -0.3),
+             soft_cap=(None, 15.0, 50.0, 70.0))
+    def test_broken_numbers_stay_in_their_sequence(self, platform, head_dim, num_splits, softmax_scale, soft_cap):
+        """NaN and Inf in a query, a key and a value, among blocks that need a mask and blocks that need none."""
+        self.need(platform)
+        sequences = (1, 900), (150, 700), (2, 9), (200, 800), (90, 500), (1, 170)
+        cfg = PrefillPageAttentionConfig(num_splits=num_splits)
+        case = cases.Case("broken", sequences, 4, 2, head_dim, page_size=16, dtype="bfloat16", cfg=cfg,
+                          softmax_scale=softmax_scale, attn_logits_soft_cap=soft_cap)
+        run = functools.partial(attend, platform=platform, cfg=cfg, **case.parameters)
+        # A soft cap makes a finite number of an infinite logit.
+        cases.check_broken(run, case, (np.nan, np.inf, -np.inf) if soft_cap is None else (np.nan,))
+
     @product(platform=PLATFORMS)
     def test_bits_do_not_depend_on_the_pack(self, platform):
         self.need(platform)

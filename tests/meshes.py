@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.attention import Attention, normalised
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
 
@@ -22,10 +22,6 @@ COLLECTIVE = re.compile(
     r"= (?P<type>.*?) (?P<op>all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
     r"(-start)?\("
 )
-
-
-# For programs that run once.
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def mesh(shape=(2, 4), kind=AxisType.Auto, names=("data", "model")):
@@ -105,15 +101,15 @@ def dense_kernel(call, config):
     logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages))
     visible = (jnp.arange(logits.shape[-1]) <= position[:, None])[:, None, None]
     weights = jnp.where(visible, jnp.exp(logits), 0.0)
-    total = weights.sum(-1)
-    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages)) / jnp.where(total > 0, total, 1.0)[..., None]
-    return out.reshape(tokens, q_heads, -1), jnp.log(total).reshape(tokens, q_heads)
+    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages))
+    out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
+    return out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts another Python process on `code`, with the same packages, and 8 CPU devices unless XLA_FLAGS is given."""
-    defaults = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    env = os.environ | defaults | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
+    """Starts another Python process on `code`, with the same packages and devices, the CPU's, unless told otherwise."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -124,9 +124,10 @@ def _definition(
         largest = logits.max(axis=-1, keepdims=True, initial=-np.inf)
         weights = rounded(np.exp(rounded(logits - np.where(np.isneginf(largest), 0, largest))))
         total = rounded(weights.sum(axis=-1, keepdims=True))
-        seen = np.where(total > 0, total, 1)
+        unseen = total == 0  # and not NaN
+        seen = np.where(unseen, 1, total)
         result = rounded(rounded(weights / seen) @ values)
-        sums = np.where(total > 0, rounded(largest + rounded(np.log(seen))), -np.inf)
+        sums = np.where(unseen, -np.inf, rounded(largest + rounded(np.log(seen))))
         shape = (kv_heads, len(visible), group, -1)
         return tuple(x.reshape(shape).transpose(1, 0, 2, 3).reshape(len(visible), q_heads, -1) for x in (result, sums))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import append_to_pages, merge, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.tests import cases, packs
+from paged_prefill.tests import cases, compiling, packs
 
 SEQUENCES = ((9, 20), (0, 7), (5, 2), (1, 1), (1, 30))
 CASE = cases.Case("append", SEQUENCES, page_size=4, head_dim=16, value_dim=8, tokens_before=2, spare_columns=0)
@@ -121,9 +121,8 @@ class AppendTest(parameterized.TestCase):
 
         want = step(*pack[1:3], pack.query, *new, *pack[3:])
         size = pack.key_cache.nbytes, pack.value_cache.nbytes
-        compiled = (
-            jax.jit(step, donate_argnums=(0, 1)).lower(*pack[1:3], pack.query, *new, *pack[3:]).compile()
-        )
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*pack[1:3], pack.query, *new, *pack[3:])
+        compiled = lowered.compile(compiler_options=compiling.AS_USERS_DO)
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", compiled.as_text()).group(1)
         self.assertEqual(re.findall(r"\{(\d)\}: \((\d), \{\}", aliases), [("1", "0"), ("2", "1")])
         memory = compiled.memory_analysis()
@@ -197,6 +196,31 @@ class MergeTest(parameterized.TestCase):
             chex.assert_trees_all_equal(got, (out, lse))
         got = merge(*nothing, *nothing)
         chex.assert_trees_all_equal(got, (jnp.zeros_like(out), nothing[1]))
+
+    @parameterized.parameters(np.nan, np.inf)
+    def test_an_lse_of_nan_or_inf_makes_its_row_nan_and_no_other(self, number):
+        """No number hides it: it says that a row saw NaN, or means an empty row where -inf is meant."""
+        out, lse = jnp.ones((3, 2, 4)), jnp.zeros((3, 2))
+        broken = out, lse.at[1, 0].set(number)
+        for others in ((2 * out, lse), (out * jnp.nan, lse - jnp.inf)):
+            for got in (merge(*broken, *others), merge(*others, *broken)):
+                np.testing.assert_array_equal(np.isnan(got[1]), np.isnan(lse.at[1, 0].set(np.nan)))
+                np.testing.assert_array_equal(np.isnan(got[0]).all(-1), np.isnan(got[1]))
+                np.testing.assert_array_equal(np.isnan(got[0]).any(-1), np.isnan(got[1]))
+
+    def test_nan_and_inf_are_not_empty_rows(self):
+        """Only -inf says that a side saw no key. NaN stays, and so it does of +inf, FlashAttention-2's mark of no key."""
+        a, b = jnp.full((4, 3), 7.0), jnp.full((4, 3), 3.0)
+        lse_a, lse_b = jnp.asarray([jnp.inf, jnp.nan, 0.5, -jnp.inf]), jnp.asarray([0.5, 0.5, 0.5, 0.5])
+        for one, other in (((a, lse_a), (b, lse_b)), ((b, lse_b), (a, lse_a))):
+            out, lse = merge(*one, *other)
+            np.testing.assert_array_equal(np.isnan(lse), [True, True, False, False])
+            np.testing.assert_array_equal(np.isnan(out).all(-1), [True, True, False, False])
+            np.testing.assert_allclose(out[2:], jnp.asarray([[5.0] * 3, [3.0] * 3]), rtol=1e-6)
+        # NaN in an output whose weight is too small to see.
+        out, lse = merge(a * jnp.nan, jnp.full(4, -1e4), b, jnp.zeros(4))
+        self.assertTrue(np.isnan(out).all())
+        np.testing.assert_array_equal(lse, 0)
 
     def test_is_exact_for_any_size_of_lse(self):
         """Weights 1/4 and 3/4 whatever is added to both logarithms, and far beyond what exp can hold."""

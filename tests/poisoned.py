@@ -33,6 +33,7 @@ def make_call(
     tree_words: int = 0,
     sinks: bool = False,
     sliding_window: int | None = None,
+    poison: bool = True,
     **of_pack,
 ) -> dict[str, np.ndarray]:
     """A call on random packs [*batch] of these sequences, pairs (new tokens, context).
@@ -41,7 +42,7 @@ def make_call(
     With `layers`, each pack reads a layer of its own. `key_scale` and `value_scale` are one of GRANULARITIES. A latent
     cache takes its `value_dim` as a parameter of the call too. Other arguments are those of `packs.make_pack`.
 
-    Whatever no row sees is poison: NaN, infinities or the largest numbers, in slots and in their scales, in the layers
+    Unless told otherwise, whatever no row sees is poison: NaN, infinities or the largest numbers, in slots and in their scales, in the layers
     and heads' scales that nobody reads, in ranges and trees of tokens that no sequence owns.
     """
     rng = np.random.default_rng(seed)
@@ -83,7 +84,8 @@ def make_call(
             shape = shape[: dict(tensor=-4, head=-3, slot=-1)[granularity]]
             scale = rng.uniform(0.5, 2.0, shape) / largest_number(np.dtype(cache_dtype)) * 3
             operands[f"{name}_scale"] = scale.astype(np.float32)
-    poison(rng, operands, sliding_window)
+    if poison:
+        poison_unseen(rng, operands, sliding_window)
     return operands
 
 
@@ -112,7 +114,7 @@ def random_ranges(rng, lead, most_keys) -> np.ndarray:
     return np.choose(chosen[..., None], [np.stack(kind, -1) for kind in kinds]).astype(np.int32)
 
 
-def poison(rng, operands, sliding_window=None) -> None:
+def poison_unseen(rng, operands, sliding_window=None) -> None:
     """Puts poison wherever no row of any pack looks, in place."""
     arrays = [name for name in ("key_cache", "value_cache", "key_scale", "value_scale") if operands.get(name) is not None]
     slots = {name: operands[name].shape[:-1] if name.endswith("cache") else operands[name].shape for name in arrays}

@@ -142,6 +142,17 @@ def check_interpreted(case, columns=None, kv_head=None):
     packs.assert_matches_reference(pack, *results, **case.parameters)
 
 
+def check_broken_interpreted(case, numbers):
+    """`cases.check_broken`, in a process prepared by `interpret_triton`."""
+    from paged_prefill import ragged_paged_prefill
+    from paged_prefill.tests import cases
+
+    def attend(pack):
+        return ragged_paged_prefill(*pack, **case.parameters, cfg=case.cfg, platform="triton", return_lse=True)
+
+    cases.check_broken(attend, case, numbers)
+
+
 def compile_launches(target, problems):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 

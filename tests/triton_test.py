@@ -10,6 +10,7 @@ import multiprocessing
 from unittest import mock
 
 from absl.testing import absltest, parameterized
+import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.lowering.call import Device, Problem
@@ -83,6 +84,16 @@ class InterpretedTest(parameterized.TestCase):
     def test_a_device_attends_to_its_own_heads_of_a_whole_cache(self):
         case = cases.Case("second_head", ((5, 40),), head_dim=16, cfg=SPLIT)
         self.interpreter.submit(triton_stand_ins.check_interpreted, case, kv_head=1).result()
+
+    @parameterized.named_parameters(
+        ("float32", dict(cfg=ONE_ROW), (np.nan, np.inf, -np.inf)),
+        ("splits_of_bfloat16", dict(cfg=SPLIT, dtype="bfloat16"), (np.nan, np.inf, -np.inf)),
+        ("negative_scale", dict(cfg=ONE_ROW, softmax_scale=-0.5), (np.inf, -np.inf)),
+        ("soft_cap", dict(cfg=ONE_ROW, attn_logits_soft_cap=30.0), (np.nan,)),
+    )
+    def test_broken_numbers_stay_in_their_sequence(self, changes, numbers):
+        case = replace(cases.BROKEN, head_dim=16, **changes)
+        self.interpreter.submit(triton_stand_ins.check_broken_interpreted, case, numbers).result()
 
 
 TARGETS = {

@@ -67,7 +67,7 @@ class LookupTest(TuningTestCase):
         with tuning.overlay(Config(block_q=32, platform="triton")):
             self.assertEqual(context.with_overlay(None, "xla"), Config(block_q=32))
 
-    @parameterized.parameters("off", "cache", "on")
+    @parameterized.parameters("off", "cache", "on", "invariant")
     def test_cfg_wins_under_every_policy(self, policy):
         tables.write(self.path, [entry(Config(block_kv=128))])
         with tuning.policy(policy):
@@ -85,7 +85,7 @@ class LookupTest(TuningTestCase):
         with tuning.policy("cache"):
             self.assertIn("user's table", self.resolve().source)
         os.environ[tuning.POLICY_VARIABLE] = "sometimes"
-        with self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, got 'sometimes'"):
+        with self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, invariant, got 'sometimes'"):
             self.resolve()
 
     def test_policy_on_times_once_and_remembers(self):

@@ -13,13 +13,13 @@ from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import WARPGROUP_ROWS, Plan, launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
-MAX_SPLITS = 64
+BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
 
@@ -82,9 +82,11 @@ class MosaicGpu(Kernel):
         return None
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
-        """As many parts as fill the chip's cores once, of at least four blocks of keys each."""
-        keys = most_keys(problem, config.block_q)
-        return max(1, min(device.cores // programs(problem, config), keys // (4 * config.block_kv), MAX_SPLITS))
+        """The best by an estimate of their time; a core has room for one thread block."""
+        most = most_keys(problem, config.block_q) // (BLOCKS_PER_SPLIT * config.block_kv)
+        unsplit = programs(problem, config)
+        rows = unsplit * _rows(config)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""

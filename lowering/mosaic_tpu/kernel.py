@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_tpu import schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, sublanes
+from paged_prefill.primitive.attention import factor_and_lse
 
 COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 
@@ -376,11 +377,10 @@ def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
     def _(head):
         l = jnp.sum(l_ref[head, rows.at], axis=1, keepdims=True)
         l = jnp.broadcast_to(l, (l.shape[0], LANES))
-        seen = jnp.where(l > 0, l, 1.0)
-        out = (acc_ref[head, rows.at] * _widen(1.0 / seen, value_dim)).astype(out_ref.dtype)
+        factor, head_lse = factor_and_lse(l, m_ref[head, rows.at] * scale)
+        out = (acc_ref[head, rows.at] * _widen(factor, value_dim)).astype(out_ref.dtype)
         out = out.reshape(group, rows.count, value_dim)
         out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
-        head_lse = jnp.where(l > 0, m_ref[head, rows.at] * scale + jnp.log(seen), -jnp.inf)
         head_lse = _widen(head_lse, lse_ref.shape[1]).reshape(group, rows.count, -1)
         lse = lse_ref[rows.slice]
         for i in range(group):

@@ -11,6 +11,8 @@ The policy is the environment variable PAGED_PREFILL_AUTOTUNE, read when used, o
     off     neither tables nor timing: `cfg`, overlay, heuristic
     cache   tables, else the heuristic (the default)
     on      tables, else timing, whose winner goes into the user's table
+    invariant  `cfg`, overlay, heuristic, of kernels whose heuristic does not follow the pack: a sequence's bits are the
+               same in any pack, batch and cut over heads
 
 With several processes all must compile the same program, so what only one machine knows (the user's table, timing) is
 left out there. An exported module is for machines that are not here, so nothing of this one's is in it: "off".
@@ -65,7 +67,7 @@ def resolve(
     heuristic = Choice(completed(kernel, problem, device), "heuristic")
     under = under or current_policy()
     # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
-    if under == "off" or device.kind is None or problem.symbolic:
+    if under in ("off", "invariant") or device.kind is None or problem.symbolic:
         return heuristic
     if found := _look_up(kernel, problem, device):
         return found

@@ -18,6 +18,7 @@ class Xla(Kernel):
     version = 3
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
+    invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         return None

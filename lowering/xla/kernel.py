@@ -49,9 +49,9 @@ class Streaming:
         }
 
     def _in_runs(self, pages):
-        """[pools, kv_heads, num_pages, page_size, features] with the slots of a page in runs."""
-        pools, heads, num_pages, _, features = pages.shape
-        return pages.reshape(pools, heads, num_pages * self.runs_per_page, self.run, features)
+        """[pools, kv_heads, num_pages, page_size, ...] with the slots of a page in runs."""
+        pools, heads, num_pages = pages.shape[:3]
+        return pages.reshape(pools, heads, num_pages * self.runs_per_page, self.run, *pages.shape[4:])
 
     def attend(self):
         """The results of the whole call, tile by tile."""
@@ -189,15 +189,15 @@ class Streaming:
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
         heads = self.problem.num_kv_heads
 
-        def gather(name, array):  # [num_kv_heads, keys, features]
+        def gather(name, array):  # [num_kv_heads, keys, ...]
             corner = jnp.broadcast_arrays(pools.get(name, tile.pool), self.call.kv_head_start, runs)
             dimensions = lax.GatherDimensionNumbers(
-                offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
+                offset_dims=(0, *range(2, array.ndim - 1)), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
             )
-            sizes = (1, heads, 1, *array.shape[-2:])
+            sizes = (1, heads, 1, *array.shape[3:])
             mode = lax.GatherScatterMode.CLIP
             gathered = lax.gather(array, jnp.stack(corner, axis=-1), dimensions, sizes, mode=mode)
-            return gathered.reshape(heads, self.block_kv, array.shape[-1])
+            return gathered.reshape(heads, self.block_kv, *array.shape[4:])
 
         gathered = {name: gather(name, array) for name, array in zip(self.pages, pages, strict=True)}
         keys = gathered["keys"].astype(self.product_dtype)
@@ -209,10 +209,8 @@ class Streaming:
 
     def _scale(self, tile: "_Tile", scale, of_each_slot):
         """A block's scales, [kv_heads or 1, keys or 1], or None."""
-        if of_each_slot is not None:
-            return of_each_slot[..., 0]
-        if scale is None:
-            return None
+        if of_each_slot is not None or scale is None:
+            return of_each_slot
         here = _taken(scale, tile.pool)
         if here.ndim:
             here = lax.dynamic_slice_in_dim(here, self.call.kv_head_start, self.problem.num_kv_heads)
@@ -220,8 +218,8 @@ class Streaming:
 
 
 def _of_each_slot(scale):
-    """Scales of slots as pages of one feature; None for others."""
-    return None if scale is None or scale.ndim < 4 else scale[..., None]
+    """Scales of slots, which are pages too; None for others."""
+    return None if scale is None or scale.ndim < 4 else scale
 
 
 class _Sequence(NamedTuple):
@@ -292,7 +290,7 @@ def _tile_counts(length, tokens, block_q):
     most_in_parts = block_q // 2 if PART_HEIGHT < block_q else 1
     parts = _divided(rest + PART_HEIGHT - 1, PART_HEIGHT)
     counts = [  # height, the fewest tokens that need it, count
-        (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts)),
+        (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts).astype(jnp.int32)),
         (PART_HEIGHT, 2, jnp.where((rest > 1) & (rest <= most_in_parts), parts, 0)),
         (1, 1, (rest == 1).astype(jnp.int32)),
     ]

@@ -32,6 +32,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warp, any
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Tiles
+from paged_prefill.primitive.attention import factor_and_lse
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 # Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
@@ -545,10 +546,9 @@ def _compute(
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(values_free.at[slot_of(steps - 1)])
-        l = l.sum(axis=1)
-        acc *= lax.broadcast_in_dim(jnp.where(l > 0, 1 / l, 0.0), acc.shape, [0])
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
-        return acc, jnp.where(l > 0, m * to_natural + jnp.log(l), -jnp.inf)
+        factor, row_lse = factor_and_lse(l.sum(axis=1), m * to_natural)
+        return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), row_lse
 
     # Blocks that every row sees whole need no mask: from block `edge` on, and up to block `clear`.
     whole = lax.div(jnp.minimum(tile.position + 1, tile.end_key), plan.block_kv)
