@@ -55,7 +55,8 @@ class MosaicGpu(Kernel):
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
-        changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
+        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
