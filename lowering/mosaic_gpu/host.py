@@ -20,6 +20,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
+STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
 
@@ -49,7 +50,8 @@ class MosaicGpu(Kernel):
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         three = _with_three_warpgroups(problem)
         config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
-        return replace(config, num_splits=self.num_splits(problem, device, config))
+        config = replace(config, num_splits=self.num_splits(problem, device, config))
+        return replace(config, num_stages=STAGES_OF_A_PART) if config.num_splits > 1 else config
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
