@@ -1,7 +1,7 @@
 """Tunes a GPU, and measures what came of it: python -m paged_prefill.benchmarks.tuning --out FOLDER [--seconds 500].
 
-For each shape and kernel, times the heuristic's sizes beside the kernel's candidates as `paged_prefill.tune` does. Where
-another choice is clearly faster, and again when the two are timed anew (`again`), a row goes into the table
+For each shape and kernel, times the heuristic's sizes beside the kernel's candidates as `paged_prefill.tune` does.
+Where another choice is clearly faster, and again when the two are timed anew (`again`), a row goes into the table
 FOLDER/paged_prefill/DEVICE.json, which can be shipped. Then times what a call uses with that table against the
 heuristic: once more on those shapes, and on shapes between them, which no row was timed for; how good the number of
 splits is, which no table holds; and calls that tables before format 2 gave other shapes' sizes, with those sizes

@@ -92,11 +92,16 @@ def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig 
 
 
 def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:
-    """Logs why kernels before the chosen one were passed over, once for each reason."""
-    for name, reason in passed_over.items():
-        _log_once(device, chosen, name, reason)
+    """Logs why kernels before the chosen one were passed over, once for each set of reasons.
+
+    A warning where only XLA is left: it runs anywhere, and far slower than a kernel that is built for the device.
+    """
+    if passed_over:
+        level = logging.WARNING if chosen == XLA.name else logging.INFO
+        _log_once(level, device, chosen, "; ".join(f"{name}: {reason}" for name, reason in passed_over.items()))
 
 
 @functools.cache
-def _log_once(device, chosen, name, reason):
-    logging.info("paged_prefill on %s: %s runs, since %s cannot: %s", device.platform, chosen, name, reason)
+def _log_once(level, device, chosen, reasons):
+    where = device.kind or f"a {device.platform} device"
+    logging.log(level, "paged_prefill runs this call by %s on %s. Faster kernels cannot: %s", chosen, where, reasons)

@@ -38,7 +38,7 @@ def best_splits(
     with its longest piece, or when memory has delivered all keys; the merge follows, of as many `rows` from each split.
     Where half of the slots have work as it is, the merge costs more than the others would save.
     """
-    if unsplit >= slots / 2:
+    if most < 2 or unsplit >= slots / 2:
         return 1
     keys = most_keys(problem, config.block_q)
     mean_keys = max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
@@ -54,7 +54,7 @@ def best_splits(
         merge = splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
         return max(last / ALONE, all_keys / device.cores) + merge
 
-    costs = [cost(splits) for splits in range(1, max(1, min(most, MAX_SPLITS)) + 1)]
+    costs = [cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)]
     return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 

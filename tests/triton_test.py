@@ -81,6 +81,9 @@ class InterpretedTest(parameterized.TestCase):
         case = cases.Case("past_the_table", ((20, 80),), head_dim=16, page_size=4, cfg=SPLIT)
         self.interpreter.submit(triton_stand_ins.check_interpreted, case, columns=14).result()
 
+    def test_a_page_table_of_more_slots_than_int32_counts(self):
+        self.interpreter.submit(triton_stand_ins.check_interpreted, replace(cases.ENDLESS, cfg=SPLIT)).result()
+
     def test_a_device_attends_to_its_own_heads_of_a_whole_cache(self):
         case = cases.Case("second_head", ((5, 40),), head_dim=16, cfg=SPLIT)
         self.interpreter.submit(triton_stand_ins.check_interpreted, case, kv_head=1).result()
@@ -114,32 +117,41 @@ MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
 class CompiledTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.compiler = process()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.compiler.shutdown()
+        super().tearDownClass()
+
+    def resources(self, target, device, problems):
+        """What the machine code of each problem takes."""
+        launches = [(each, device) for each in problems]
+        return self.compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
+
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling(self, name):
         target, device, shared_kib = TARGETS[name]
         problems = PROBLEMS + (MORE_PROBLEMS if name in ("sm_90", "gfx942") else ())
-        with process() as compiler:
-            launches = [(each, device) for each in problems]
-            resources = compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-            for each, found in zip(problems, resources, strict=True):
-                with self.subTest(str(each)):
-                    self.assertEqual(found["spilled"], 0, found)
-                    self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
-                    config = KERNEL.heuristic(each, device)
-                    self.assertIsNone(KERNEL.misfit(each, device, config))
-                    if target[0] == "cuda" and each.dtype != "float32":
-                        least = host.shared_bytes(each, device, config)
-                        self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
+        for each, found in zip(problems, self.resources(target, device, problems), strict=True):
+            with self.subTest(str(each)):
+                self.assertEqual(found["spilled"], 0, found)
+                self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
+                config = KERNEL.heuristic(each, device)
+                self.assertIsNone(KERNEL.misfit(each, device, config))
+                if target[0] == "cuda" and each.dtype != "float32":
+                    least = host.shared_bytes(each, device, config)
+                    self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
 
     def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
         capped = [problem(attn_logits_soft_cap=50.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
-        with process() as compiler:
-            counts = []
-            for name in ("sm_80", "gfx942"):
-                target, device, _ = TARGETS[name]
-                launches = [(each, device) for each in capped]
-                resources = compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-                counts += [found["tanh_instructions"] > 0 for found in resources]
+        counts = []
+        for name in ("sm_80", "gfx942"):
+            target, device, _ = TARGETS[name]
+            counts += [found["tanh_instructions"] > 0 for found in self.resources(target, device, capped)]
         self.assertEqual(counts, [True, False, False, False])
 
 

@@ -40,6 +40,9 @@ class MosaicGpu(Kernel):
                 return f"takes a {name} of 64, 128, 192 or 256, not {size}"
         if _block_kv(problem) is None:
             return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
+        rows = problem.pools * problem.cache_kv_heads * problem.num_pages * problem.page_size
+        if rows >= 2**31:
+            return f"a cache may have at most {2**31 - 1} rows, a slot of each head and pool, got {rows}"
         return None
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
@@ -52,7 +55,8 @@ class MosaicGpu(Kernel):
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
-        changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
+        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:

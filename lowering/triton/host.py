@@ -202,6 +202,7 @@ def _constants(problem: Problem) -> dict:
         POOL_ROWS=problem.num_pages * problem.page_size,
         PAGE_SIZE=problem.page_size,
         PAGES_PER_SEQ=problem.pages_per_seq,
+        CAPACITY=problem.capacity,
         HEAD_DIM=problem.head_dim,
         HEAD_DIM_PADDED=_power_of_2(problem.head_dim),
         VALUE_DIM=problem.value_dim,

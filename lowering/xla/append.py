@@ -11,6 +11,7 @@ from jax import lax
 from jax.interpreters import mlir
 import jax.numpy as jnp
 
+from paged_prefill.lowering.call import last_index
 from paged_prefill.primitive.append import local_append_to_pages_p
 from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
@@ -85,17 +86,19 @@ def _scatter(cache, new, at, as_bits):
 
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
-    """The page and slot of each token of one pack; page `num_pages`, which does not exist, for those without one."""
+    """The page and slot of each token of one pack; page -1 for those without one."""
     seqs, pages_per_seq = page_indices.shape
     if 0 in (seqs, pages_per_seq):
-        return jnp.full(tokens, num_pages, jnp.int32), jnp.zeros(tokens, jnp.int32)
+        return jnp.full(tokens, -1, jnp.int32), jnp.zeros(tokens, jnp.int32)
     owners = Owners(query_offsets, tokens)
     position = owners.positions(context_lens)
     column = lax.div(position, jnp.int32(page_size))
-    exists = owners.owned & (position >= 0) & (column < pages_per_seq)
-    page = page_indices[owners.seq, jnp.clip(column, 0, pages_per_seq - 1)]
-    exists &= (0 <= page) & (page < num_pages)
-    return jnp.where(exists, page, num_pages), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
+    last_column = last_index(pages_per_seq)
+    exists = owners.owned & (position >= 0) & (column <= last_column)
+    at = owners.seq, jnp.clip(column, 0, last_column)
+    page = page_indices.at[at].get(mode="clip", wrap_negative_indices=False)
+    exists &= (0 <= page) & (page <= last_index(num_pages))
+    return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
 
 def _converted_on_cpu(dtype) -> bool:
