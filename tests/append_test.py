@@ -109,10 +109,10 @@ class WritesTest(parameterized.TestCase):
         check(make_append(3, latent=True, layers=2, **kind))
 
     def test_a_layer_that_does_not_exist_is_clamped(self):
-        call = make_append(4, layers=3)
+        call = make_append(4, layers=3, batch=(2,), pools=1)
         append = jax.jit(append_to_pages)
         for wrong, right in ((-1, 0), (2**31 - 1, 2)):
-            chex.assert_trees_all_equal(*(append(**call | dict(layer=np.int32(n))) for n in (wrong, right)))
+            chex.assert_trees_all_equal(*(append(**call | dict(layer=np.full(2, n, np.int32))) for n in (wrong, right)))
 
     @parameterized.named_parameters(
         ("int8", "int8", [0.5, 1.5, -0.5, -2.5, 126.5, 127.5, 1e9, -1e9, np.inf, -np.inf], [0, 2, 0, -2, 126, 127, 127, -127, 127, -127]),

@@ -222,10 +222,10 @@ class SinksTest(parameterized.TestCase):
 
 class HarmlessTest(parameterized.TestCase):
     def test_a_layer_that_does_not_exist_is_clamped(self):
-        operands = poisoned.make_call(17, **SIZES, layers=3, poison=False)
+        operands = poisoned.make_call(17, **SIZES, layers=3, batch=(2,), pools=1, poison=False)
         attend = jax.jit(functools.partial(ragged_paged_prefill, cfg=SMALL_TILES))
         for wrong, right in ((-1, 0), (-(2**31), 0), (3, 2), (2**31 - 1, 2)):
-            got, want = (attend(**operands | dict(layer=np.int32(layer))) for layer in (wrong, right))
+            got, want = (attend(**operands | dict(layer=np.full(2, layer, np.int32))) for layer in (wrong, right))
             np.testing.assert_array_equal(got, want)
 
     def test_what_no_row_sees_changes_no_bit(self):

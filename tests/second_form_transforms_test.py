@@ -26,7 +26,11 @@ def bind(operands, **parameters):
 
 def variants(count, only, **kind):
     """Calls of one shape without poison, alike in all operands but `only`: what one may see, another need not."""
-    every = [poisoned.make_call(seed, SEQUENCES, **SIZES | EVERYTHING | kind, poison=False) for seed in range(count)]
+    every = [
+        # The first reads layer 0, which no index that is clamped finds by luck.
+        poisoned.make_call(seed, SEQUENCES, **SIZES | EVERYTHING | kind, poison=False) | dict(layer=np.int32(seed % 2))
+        for seed in range(count)
+    ]
     return [{name: (call if name in only else every[0])[name] for name in every[0]} for call in every]
 
 
