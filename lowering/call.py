@@ -293,7 +293,7 @@ def with_sinks(out, lse, sinks, query_offsets):
     The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse'). It joins rows
     that a sequence owns; the others have no softmax.
     """
-    token = jnp.arange(out.shape[-3], dtype=jnp.int32)
+    token = jax.lax.broadcasted_iota(jnp.int32, lse.shape[:-1], lse.ndim - 2)
     offsets = monotonic(jnp.clip(query_offsets, 0, out.shape[-3]))
     owned = (offsets[..., :1] <= token) & (token < offsets[..., -1:])
     sinks = jnp.expand_dims(sinks, -2)

@@ -58,7 +58,7 @@ def _one_pack(query, key_cache, value_cache, context_lens, page_indices, query_o
     offsets = jax.lax.cummax(jnp.clip(query_offsets, 0, tokens))
     out = jnp.zeros((tokens, q_heads, value_cache.shape[-1]), compute_dtype)
     lse = jnp.full((tokens, q_heads), -jnp.inf, compute_dtype)
-    row = jnp.arange(tokens)
+    row = jnp.arange(tokens, dtype=jnp.int32)
 
     def add_sequence(seq, results):
         out, lse = results
@@ -84,10 +84,10 @@ def _one_sequence(
         return cache[:, pages].reshape(kv_heads, -1, cache.shape[-1]).astype(compute_dtype)
 
     keys, values = gather(key_cache), gather(value_cache)
-    j = jnp.arange(keys.shape[1])
-    visible = j <= position[:, None]
+    j, position = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :], position[:, None]
+    visible = j <= position
     if sliding_window is not None:
-        visible &= j > position[:, None] - sliding_window
+        visible &= j > position - sliding_window
     grouped = query.astype(compute_dtype).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
     logits = jnp.einsum("tkgd,kjd->tkgj", grouped, keys) * jnp.asarray(softmax_scale, compute_dtype)
     if attn_logits_soft_cap is not None:

@@ -290,7 +290,7 @@ def _tile_counts(length, tokens, block_q):
     most_in_parts = block_q // 2 if PART_HEIGHT < block_q else 1
     parts = _divided(rest + PART_HEIGHT - 1, PART_HEIGHT)
     counts = [  # height, the fewest tokens that need it, count
-        (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts)),
+        (block_q, min(most_in_parts + 1, block_q), whole + (rest > most_in_parts).astype(jnp.int32)),
         (PART_HEIGHT, 2, jnp.where((rest > 1) & (rest <= most_in_parts), parts, 0)),
         (1, 1, (rest == 1).astype(jnp.int32)),
     ]
