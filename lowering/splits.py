@@ -65,7 +65,7 @@ def merge_splits(out, lse, dtype):
     what users bring, drops it with the part.
     """
     largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest)[None])
     total = jnp.sum(weights, axis=0)
     # Written out: XLA fuses sums, where every reduction is one more kernel.
     summed = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)])

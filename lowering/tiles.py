@@ -59,7 +59,7 @@ def schedule(
         if few:
             stretch = sum((tile >= end).astype(jnp.int32) for end in ends)
         else:
-            stretch = jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32)
+            stretch = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
         exists = stretch <= 2 * seqs
         stretch = jnp.minimum(stretch, 2 * seqs)
         seq = jnp.minimum(lax.div(stretch, jnp.int32(2)), seqs - 1)
@@ -96,13 +96,14 @@ def schedule(
         natural = describe(index)
         blocks = jnp.where(natural.length > 0, natural.end_block - natural.first_block, -1)
         # Comparing all with all is quicker than a sort: tiles are few.
-        before = (blocks > blocks[:, None]) | ((blocks == blocks[:, None]) & (index < index[:, None]))
-        rank = jnp.sum(before, axis=1, dtype=jnp.int32)
-        order = jnp.sum(jnp.where(rank == index[:, None], index, 0), axis=1, dtype=jnp.int32)
+        more, alike = blocks[None, :] > blocks[:, None], blocks[None, :] == blocks[:, None]
+        rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
+        order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
     tiles = describe(order)
-    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-    tile_of_token = jnp.sum(tiles.start <= token, axis=1, dtype=jnp.int32) - 1
-    place_in_tile = token[:, 0] - jnp.max(jnp.where(tiles.start <= token, tiles.start, 0), axis=1)
+    token, start = jnp.arange(tokens, dtype=jnp.int32), tiles.start[None, :]
+    begun = start <= token[:, None]
+    tile_of_token = jnp.sum(begun, axis=1, dtype=jnp.int32) - 1
+    place_in_tile = token - jnp.max(jnp.where(begun, start, 0), axis=1)
     return tiles, tile_of_token, place_in_tile
 
 

@@ -108,15 +108,15 @@ def merge(
     checks.check_partial("out_b", out_b.shape, out_a.shape)
     checks.check_partial("lse_a", lse_a.shape, out_a.shape[:-1])
     checks.check_partial("lse_b", lse_b.shape, out_a.shape[:-1])
-    wide = jnp.promote_types(jnp.promote_types(out_a.dtype, out_b.dtype), jnp.float32)
-    largest = jnp.maximum(lse_a, lse_b)
+    wide = jnp.dtype("float64" if jnp.dtype("float64") in {x.dtype for x in (out_a, lse_a, out_b, lse_b)} else "float32")
+    largest = jnp.maximum(lse_a.astype(wide), lse_b.astype(wide))
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
 
     def part(out, lse):  # nothing of a side that saw no key, whatever its output holds
-        weight = jnp.exp(lse - shift)
-        weighted = weight[..., None].astype(wide) * out.astype(wide)
+        weight = jnp.exp(lse.astype(wide) - shift)
+        weighted = weight[..., None] * out.astype(wide)
         return jnp.where(jnp.isneginf(lse)[..., None], 0.0, weighted), weight
 
     (part_a, weight_a), (part_b, weight_b) = part(out_a, lse_a), part(out_b, lse_b)
-    out, lse = normalised(part_a + part_b, (weight_a + weight_b).astype(wide), shift.astype(wide))
+    out, lse = normalised(part_a + part_b, weight_a + weight_b, shift)
     return out.astype(out_a.dtype), lse.astype(lse_a.dtype)

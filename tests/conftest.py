@@ -11,6 +11,8 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     if metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
         flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+# The library must pass under JAX's strictest flags, and so the tests write their promotions out.
+os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 # libtpu compiles for TPUs that are not here: it must not ask a cloud for them, and each test process loads it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

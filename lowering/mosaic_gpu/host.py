@@ -108,7 +108,7 @@ class MosaicGpu(Kernel):
         out, lse = launch(plan, table, query, *rows)
 
         # The kernel leaves logsumexps (and, with split keys, outputs) tile by tile; here each token fetches its own.
-        head = jnp.arange(problem.q_heads)
+        head = jnp.arange(problem.q_heads, dtype=jnp.int32)[None, :]
         kv_head, in_group = head // plan.group, head % plan.group
         head_tile = kv_head * plan.head_tiles_per_group + in_group // plan.heads
         block = tile_of_token[:, None] * plan.head_tiles + head_tile

@@ -240,7 +240,7 @@ def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
     longer = context_len[:, None] < context_len[None, :]
     before = longer | ((context_len[:, None] == context_len[None, :]) & (number[:, None] > number[None, :]))
     num_tiles = (length * group + rows - 1) // rows
-    first_tile = jnp.sum(jnp.where(before, num_tiles, 0), axis=1, dtype=jnp.int32)
+    first_tile = jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
     return jnp.stack([first_tile, start, length, context_len, pool])
 
 

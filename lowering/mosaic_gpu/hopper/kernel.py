@@ -304,8 +304,8 @@ def _load(
     offsets = range(0, plan.block_kv, plan.run)
     half = -(-len(offsets) // 2)
 
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-    def _():
+    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+    def each_warp():
         warp = lax.axis_index("warp")
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
@@ -314,6 +314,8 @@ def _load(
                 copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free, before)
                 pl.when(warp == 2 * part)(copy_keys)
                 pl.when(warp == 2 * part + 1)(copy_values)
+
+    each_warp()
 
 
 def _compute(
