@@ -265,13 +265,13 @@ def _sign(results, call: Call) -> None:
 
 @functools.cache
 def _code_version() -> str:
-    """A digest of this package's code and tables."""
+    """A digest of the code and tables that decide what the compiler would run."""
     package = pathlib.Path(__file__).parents[1]
+    files = [path for folder in ("primitive", "lowering", "sharding") for path in sorted((package / folder).rglob("*"))]
     digest = hashlib.sha256()
-    for folder in ("primitive", "lowering", "sharding"):
-        for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".json", ".cu"):
-                digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for path in (package / "compat.py", *files):
+        if path.suffix in (".py", ".json", ".cu"):
+            digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
