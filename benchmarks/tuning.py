@@ -1,15 +1,17 @@
 """Tunes a GPU, and measures what came of it: python -m paged_prefill.benchmarks.tuning --out FOLDER [--seconds 500].
 
-For each shape and kernel, times the heuristic's sizes beside the kernel's candidates as `paged_prefill.tune` does. Where
-another choice is clearly faster, a row goes into the table FOLDER/paged_prefill/DEVICE.json, which can be shipped. Then
-times what a call uses with that table against the heuristic: once more on those shapes, and on shapes between them,
-which no row was timed for; how good the number of splits is, which no table holds; and calls that tables before format
-2 gave other shapes' sizes, with those sizes (`before`). Prints a line as each is done, and at last what they come to:
+For each shape and kernel, times the heuristic's sizes beside the kernel's candidates as `paged_prefill.tune` does.
+Where another choice is clearly faster, and again when the two are timed anew (`again`), a row goes into the table
+FOLDER/paged_prefill/DEVICE.json, which can be shipped. Then times what a call uses with that table against the
+heuristic: once more on those shapes, and on shapes between them, which no row was timed for; how good the number of
+splits is, which no table holds; and calls that tables before format 2 gave other shapes' sizes, with those sizes
+(`before`). Prints a line as each is done, and at last what they come to:
 
     tuned / heuristic             at most 1.02 on the shapes, 1.03 between them, and at most 1.00 in the geometric mean
-    heuristic / best candidate    at most 1.05 on 7 shapes of 8
+    heuristic / best candidate    at most 1.05 on 7 shapes of 8, and so the number of splits
 
-Compiling takes turns on no GPU: it is spread over processes, which share one for timing, one at a time.
+Compiling takes turns on no GPU: it is spread over processes, which share one for timing, one at a time. They leave
+some of the host's cores free, which starts the calls that are timed.
 """
 
 import argparse
@@ -28,10 +30,11 @@ import jax
 
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.tuning import resolve, tables, timing
-from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.config import SIZES, PrefillPageAttentionConfig
 from paged_prefill.tune import problem_of_shape, sizes
 
 PAGE_SIZE = 16
+FREE_CORES = 4  # of the host, for what is timed
 
 # Sequences, new tokens of each on average, and context; then query heads, KV heads and head_dim of one device.
 HEADS = {
@@ -79,10 +82,11 @@ _turn = None  # whose holder may use the GPU
 _deadline = math.inf
 
 
-def start(turn, deadline):
+def start(turn, deadline, compilers):
     global _turn, _deadline  # pylint: disable=global-statement
     _turn, _deadline = turn, deadline
     tables.read_shipped = lambda kind: {}  # what is measured is the new table alone
+    timing.COMPILERS = compilers
 
 
 def run(measure, name, shape, *arguments) -> dict:
@@ -111,7 +115,9 @@ def tune(kernel, problem, device) -> dict:
     row |= {"ms": [round(t.milliseconds, 5) for t in (heuristic, best, chosen)]}
     row |= {"ratio": round(heuristic.milliseconds / best.milliseconds, 4)}
     if settled and chosen is not heuristic:
-        row["entry"] = resolve.entry_of(kernel, problem, device, chosen)
+        row["again"] = _against(kernel, problem, device, chosen.config)["ratio"]
+        if row["again"] <= timing.WORTH_IT:
+            row["entry"] = resolve.entry_of(kernel, problem, device, chosen)
     row["failed"] = {sizes(t.config): t.problem for t in timings if t.problem}
     return row | {"seconds": round(time.monotonic() - began, 1)}
 
@@ -123,19 +129,20 @@ def tuned(kernel, problem, device) -> dict:
 
 
 def splits(kernel, problem, device) -> dict:
-    """Half and twice as many splits against the heuristic's: the faster, where that is not 1 by the shape alone."""
+    """The heuristic's number of splits against the best of half, the same and twice as many."""
     heuristic = resolve.completed(kernel, problem, device)
     others = {max(1, heuristic.num_splits // 2), 2 * heuristic.num_splits} - {heuristic.num_splits}
     configs = [heuristic, *(dataclasses.replace(heuristic, num_splits=n) for n in sorted(others))]
     times = timing.race(kernel, problem, device, configs, turn=_turn)
     ratios = {c.num_splits: round(timing.relative(times, c, heuristic), 4) for c in configs}
-    return {"heuristic": sizes(heuristic), "by splits": ratios, "ratio": min(ratios.values())}
+    row = {"heuristic": sizes(heuristic), "by splits": ratios, "ms": [times[c] for c in configs]}
+    return row | {"ratio": round(1 / min(ratios.values()), 4)}
 
 
 def before(kernel, problem, device, old) -> dict:
     """What a call uses now against the sizes it had."""
     config, source = resolve.resolve(kernel, problem, device, None, under="cache")
-    old = PrefillPageAttentionConfig(*old)
+    old = PrefillPageAttentionConfig(**dict(zip(SIZES, old)))
     times = timing.race(kernel, problem, device, [old, config], turn=_turn)
     row = {"old": sizes(old), "now": sizes(config), "source": source, "ms": [round(times[c][0], 5) for c in times]}
     return row | {"ratio": round(timing.relative(times, config, old), 4)}
@@ -163,9 +170,12 @@ def report(rows) -> bool:
         if not ratios:
             print(f"{kernel} {measure}: nothing of {len(group)} shapes", flush=True)
             continue
-        limit, most_over = {"tune": (1.05, len(group) // 8), "tuned": (1.02, 0), "between": (1.03, 0)}.get(
-            measure, (math.inf, 0)
-        )
+        limit, most_over = {
+            "tune": (1.05, len(group) // 8),
+            "tuned": (1.02, 0),
+            "between": (1.03, 0),
+            "splits": (1.05, len(group) // 8),
+        }.get(measure, (math.inf, 0))
         over = sum(ratio > limit for ratio in ratios)
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         print(
@@ -196,7 +206,8 @@ def main() -> int:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(0.9 / (arguments.processes + 1), 3)),
         # XLA would time products of the XLA lowering on the GPU while a kernel is timed.
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+        " --xla_gpu_force_compilation_parallelism=1",
     }
     device = device_of("cuda")
     table = tables.user_path(device.kind)
@@ -208,12 +219,13 @@ def main() -> int:
     phases += [[(between, k, shape) for shape in BETWEEN for k in kernels]]
     phases += [[(splits, k, shape) for shape in SHAPES for k in kernels]]
     rows = []
+    compilers = max(1, (os.cpu_count() - FREE_CORES) // arguments.processes)
     context = multiprocessing.get_context("spawn")
     # Nothing may be lost where this is stopped from outside, so it stops in time by itself.
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
             futures.ProcessPoolExecutor(
-                arguments.processes, context, initializer=start, initargs=(context.Lock(), deadline)
+                arguments.processes, context, initializer=start, initargs=(context.Lock(), deadline, compilers)
             )
         )
         for phase in phases:

@@ -7,7 +7,7 @@ import jax
 from jax.interpreters import mlir
 
 from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
-from paged_prefill.lowering.choose import KERNELS, choose, device_of, log_passed_over
+from paged_prefill.lowering.choose import KERNELS, check_backend, choose, device_of, log_passed_over
 from paged_prefill.lowering.tuning.resolve import resolve, signature
 from paged_prefill.lowering.xla import append as _append
 from paged_prefill.primitive import context
@@ -30,6 +30,7 @@ def _run_kernel(call, device, exported, platform, config):
     if problem.empty:
         return nothing_seen(problem)
     name, passed_over = choose(problem, device, platform)
+    check_backend(device, name, config)
     log_passed_over(device, name, passed_over)
     kernel = KERNELS[device.platform][name]
     choice = resolve(kernel, problem, device, config, under="off" if exported else None)

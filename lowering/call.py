@@ -100,9 +100,14 @@ class Problem:
         return -(-self.tokens // max(self.seqs, 1))
 
     @property
+    def columns(self) -> int:
+        """Columns of the page table that a context can need."""
+        return jax.core.min_dim(self.pages_per_seq, -(-MAX_CONTEXT // self.page_size))
+
+    @property
     def capacity(self) -> int:
-        """Keys that one row of the page table can hold."""
-        return self.pages_per_seq * self.page_size
+        """Keys that one row of the page table can hold; a number of int32, since no context is longer."""
+        return jax.core.min_dim(self.columns * self.page_size, MAX_CONTEXT)
 
     @property
     def symbolic(self) -> bool:
@@ -246,7 +251,7 @@ def flatten(
         length=jnp.diff(offsets).reshape(-1),
         context_len=harmless_contexts(per_sequence("context_lens")),
         pool=pool_among(own),
-        page_indices=jnp.clip(per_sequence("page_indices"), 0, max(num_pages - 1, 0)),
+        page_indices=jnp.clip(per_sequence("page_indices"), 0, jax.core.max_dim(last_index(num_pages), 0)),
     )
     if attention.sliding_window is not None and attention.sliding_window >= MAX_CONTEXT:
         attention = dataclasses.replace(attention, sliding_window=None)  # wider than any context
@@ -275,6 +280,11 @@ def _pool_of_packs(lead, sizes):
         if not (isinstance(size, int) and size == 1):
             pool = pool * size + jax.lax.broadcasted_iota(jnp.int32, lead, dim)
     return pool
+
+
+def last_index(size: int) -> int:
+    """Of a dimension that may be symbolic, the last index that int32 holds; -1 where there is none."""
+    return jax.core.min_dim(size - 1, 2**31 - 1)
 
 
 def with_sinks(out, lse, sinks, query_offsets):

@@ -11,6 +11,7 @@ from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.lowering.triton.host import Triton
 from paged_prefill.lowering.xla.host import Xla
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 XLA = Xla()  # which runs every call
@@ -82,12 +83,25 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
     return kernel.supports(problem, device)
 
 
+def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig | None) -> None:
+    """Refuses a kernel that is not for the backend that a configuration names; XLA's is for each."""
+    backend = config.backend if config is not None else None
+    here = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    if name != XLA.name and backend not in (None, "any", here):
+        raise ValueError(f"cfg.backend={backend!r} asks for a kernel of that backend, but {name} would run on {here}")
+
+
 def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:
-    """Logs why kernels before the chosen one were passed over, once for each reason."""
-    for name, reason in passed_over.items():
-        _log_once(device, chosen, name, reason)
+    """Logs why kernels before the chosen one were passed over, once for each set of reasons.
+
+    A warning where only XLA is left: it runs anywhere, and far slower than a kernel that is built for the device.
+    """
+    if passed_over:
+        level = logging.WARNING if chosen == XLA.name else logging.INFO
+        _log_once(level, device, chosen, "; ".join(f"{name}: {reason}" for name, reason in passed_over.items()))
 
 
 @functools.cache
-def _log_once(device, chosen, name, reason):
-    logging.info("paged_prefill on %s: %s runs, since %s cannot: %s", device.platform, chosen, name, reason)
+def _log_once(level, device, chosen, reasons):
+    where = device.kind or f"a {device.platform} device"
+    logging.log(level, "paged_prefill runs this call by %s on %s. Faster kernels cannot: %s", chosen, where, reasons)

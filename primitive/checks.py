@@ -1,4 +1,4 @@
-"""The errors of a call that is traced: one function each for shapes, dtypes and parameters. Values are in validate.py."""
+"""The errors of a call where it is traced: one function each for shapes, dtypes and parameters."""
 
 from collections.abc import Mapping
 import math
@@ -6,19 +6,28 @@ import numbers
 from typing import Any, Literal, get_args
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.primitive.operands import ATTENTION_DTYPES, POOLS, QUANTISED_DTYPES, Operand, Operation
+from paged_prefill.primitive.operands import (
+    ATTENTION_DTYPES,
+    BATCH,
+    POOLS,
+    QUANTISED_DTYPES,
+    Operand,
+    Operation,
+)
 
 Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 PLATFORMS = get_args(Platform)
+EJKERNEL_PLATFORMS = ("tilelang", "cute")  # that it has beside these
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
 LARGEST_FACTOR = 2.0**120
-NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers", "words")
+NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1")
 
 
 def check_operands(
@@ -49,6 +58,8 @@ def check_operands(
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
+    if kv_heads > sizes["kv_heads"]:
+        raise ValueError(f"num_kv_heads must be at most key_cache's {sizes['kv_heads']} KV heads, got {num_kv_heads}")
     if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
         layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
         raise ValueError(
@@ -173,8 +184,6 @@ def check_attention_operands(
     key_cache = operands["key_cache"]
     if operands.get("value_cache") is None:
         check_value_dim(value_dim, key_cache.shape[-1])
-    if num_kv_heads is not None and num_kv_heads > key_cache.shape[-4]:
-        raise ValueError(f"num_kv_heads must be at most key_cache's {key_cache.shape[-4]} KV heads, got {num_kv_heads}")
     if operands.get("key_ranges") is not None and attention.sliding_window is not None:
         raise ValueError(
             "key_ranges stands in place of causality and window: give it alone (masks.causal takes a window), got "
@@ -184,11 +193,7 @@ def check_attention_operands(
 
 def check_num_kv_heads(num_kv_heads) -> int:
     """How many KV heads a device attends to."""
-    if not isinstance(num_kv_heads, numbers.Integral) or isinstance(num_kv_heads, bool):
-        raise TypeError(f"num_kv_heads must be an integer, got {num_kv_heads!r}")
-    if num_kv_heads < 1:
-        raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
-    return int(num_kv_heads)
+    return integer("num_kv_heads", num_kv_heads, least=1)
 
 
 def check_value_dim(value_dim, head_dim) -> int:
@@ -225,21 +230,57 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
                 f"can compute with, got {attn_logits_soft_cap}"
             )
     if sliding_window is not None:
-        if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
-            raise TypeError(f"sliding_window must be an integer or None, got {sliding_window!r}")
-        if sliding_window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1 (the keys a row sees, its own included) or None, "
-                f"got {sliding_window}"
-            )
-        sliding_window = int(sliding_window)
+        means = " (the keys a row sees, its own included)"
+        sliding_window = integer("sliding_window", sliding_window, least=1, means=means, other=" or None")
     return Attention(softmax_scale, attn_logits_soft_cap, sliding_window)
 
 
-def check_platform(platform) -> str:
+def integer(name, value, *, least: int, means: str = "", other: str = "") -> int:
+    """`value` as a Python integer of at least `least`; `means` says what that is, and `other` what else it may be."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer{other}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{means}{other}, got {value}")
+    return int(value)
+
+
+def width_of(name, width, largest: int):
+    """A number of keys that a mask is made with, at most `largest`: a Python integer, or an int32 scalar, also traced.
+
+    An array's value cannot be checked, so it is made harmless: below 1 it counts as 1.
+    """
+    if not isinstance(width, (jax.Array, np.ndarray)):
+        return min(integer(name, width, least=1, other=", or an array of one"), largest)
+    check_rank(name, width, "[]", 0)
+    return _int32(name, width).clip(1, largest)
+
+
+def size_of(name, size):
+    """A number of tokens, which may be symbolic."""
+    return size if export.is_symbolic_dim(size) else integer(name, size, least=0)
+
+
+def index_arrays(**arrays) -> dict[str, jax.Array]:
+    """The index arguments of a function of `masks` as int32, each given as (array, names of its own dimensions).
+
+    All have the leading dimensions of the first, whatever they are. Raises what `check_operands` raises.
+    """
+    named = int32_indices(**{name: array for name, (array, _) in arrays.items()})
+    rows = [Operand(name, (dims,), BATCH, "int32") for name, (_, dims) in arrays.items()]
+    (leading, *_), first = rows[0].forms, named[rows[0].name]
+    if first.ndim < len(leading):
+        raise ValueError(f"{rows[0].name} must have shape [..., {', '.join(leading)}], got {first.shape}")
+    lead, sizes = first.shape[: first.ndim - len(leading)], {}
+    for row in rows:
+        _check_shape(row, named[row.name], lead, (), sizes, writes=True)
+    return named
+
+
+def check_platform(platform, name="platform") -> str:
     """`platform`, None as "auto"."""
     if platform is not None and platform not in PLATFORMS:
-        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+        hint = ", which is a kernel of ejKernel's: \"auto\" takes the fastest here" * (platform in EJKERNEL_PLATFORMS)
+        raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {platform!r}{hint}")
     return platform or "auto"
 
 
@@ -294,7 +335,7 @@ def number(name, value) -> float:
     try:
         return float(value)
     except OverflowError:  # a Python integer past the largest float
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def int32_indices(**arrays) -> dict[str, jax.Array]:

@@ -57,7 +57,7 @@ class Owners:
         self.seq = jnp.sum(begun[..., 1:-1, :], axis=-2, dtype=jnp.int32)
 
     def of(self, array: Array) -> Array:
-        """What an array [*batch, seqs, ...] says of each token's sequence, [*batch, tokens, ...]; 0 if there is none."""
+        """What an array [*batch, seqs, ...] says of each token's sequence, [*batch, tokens, ...]; 0 without any."""
         axis = self.seq.ndim - 1
         if array.shape[axis] == 0:
             return jnp.zeros((*self.seq.shape, *array.shape[axis + 1 :]), array.dtype)

@@ -18,7 +18,7 @@ NUMBERS = ("sinks", "key_scale", "value_scale")
 
 
 def validate(*arguments, **parameters) -> None:
-    """Checks a call of `ragged_paged_prefill`, whose arguments these are, values included; call it outside `jax.jit`.
+    """Checks a call of `ragged_paged_prefill`, whose arguments these are, values included; not for traced arrays.
 
     Shapes, dtypes and parameters are held to what the call itself takes, but for what only a kernel or a mesh can tell.
     Index values are in tokens (`context_lens`, `query_offsets`), keys (`key_ranges`) and pages (`page_indices`). Costs a

@@ -264,14 +264,13 @@ def _sign(results, call: Call) -> None:
 
 
 @functools.cache
-def _code_version() -> str:
-    """A digest of the code and tables that decide what the compiler would run."""
-    package = pathlib.Path(__file__).parents[1]
-    files = [path for folder in ("primitive", "lowering", "sharding") for path in sorted((package / folder).rglob("*"))]
+def _code_version(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
+    """A digest of a package's code and tables."""
     digest = hashlib.sha256()
-    for path in (package / "compat.py", *files):
-        if path.suffix in (".py", ".json", ".cu"):
-            digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for folder in ("primitive", "lowering", "sharding"):
+        for path in sorted((package / folder).rglob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -106,6 +106,10 @@ def in_all_dtypes(*cases) -> list[Case]:
 SMALL_TILES = PrefillPageAttentionConfig(block_q=16, block_kv=32)
 ROOM = (48, 6, 14, 48)
 
+# A row of the page table for 2**31 + 2**16 keys, of which a window is seen.
+ENDLESS = Case("endless", ((3, 70_000),), 2, 1, 8, page_size=2**16, sliding_window=50, spare_pages=0,
+               spare_columns=2**15 - 1, cfg=SMALL_TILES)
+
 BROKEN = Case("broken", ((1, 30), (9, 20), (2, 9), (13, 29), (7, 34), (1, 17)), cfg=SMALL_TILES)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import ragged_paged_prefill
+from paged_prefill import append_to_pages, ragged_paged_prefill
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests import cases, packs
 
@@ -124,6 +124,21 @@ class EdgesTest(parameterized.TestCase):
         cases.check_broken(lambda pack: jitted_reference(*pack))
         with np.errstate(invalid="ignore"):
             cases.check_broken(packs.exact)
+
+    def test_a_page_table_of_more_slots_than_int32_counts(self):
+        cases.check(cases.ENDLESS)
+
+    @parameterized.product(
+        run=(ragged_paged_prefill, append_to_pages),
+        sizes=(dict(columns=2**31 + 8), dict(pages=2**31 + 8), dict(page_size=2**30), dict(columns=2**31, pages=2**32)),
+    )
+    def test_sizes_past_int32_lower(self, run, sizes):
+        sizes = dict(columns=5, pages=3, page_size=1) | sizes
+        cache = jax.ShapeDtypeStruct((1, sizes["pages"], sizes["page_size"], 8), jnp.float32)
+        indices = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, sizes["columns"]), (3,))]
+        tokens = [jax.ShapeDtypeStruct((9, heads, 8), jnp.float32) for heads in (2, 1)]
+        first = (tokens[0], cache, cache) if run is ragged_paged_prefill else (cache, cache, tokens[1], tokens[1])
+        jax.jit(run).lower(*first, *indices)
 
     def test_mask_value_changes_nothing(self):
         pack = cases.Case("mask_value", SEQUENCES, room=cases.ROOM, page_size=4, head_dim=16).pack()

@@ -1,6 +1,5 @@
 """What a call costs: memory of the order of a tile, work that follows context and window; and the kernel contract."""
 
-import functools
 import re
 from unittest import mock
 
@@ -9,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
+from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
 from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
-from paged_prefill.tests import cases, compiling, packs, work
+from paged_prefill.tests import cases, compiling, packs
+from paged_prefill.tests.problems import problem
 
 
 def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
@@ -51,57 +51,58 @@ class MemoryTest(parameterized.TestCase):
         self.assertLess(temporaries(2048, 1024), 64 * 2**20)
 
 
-@functools.cache
-def work_counter(seqs, pages_per_seq, sliding_window):
-    """Counts what the XLA lowering writes for packs of this shape; one program for all of them."""
-    device = Device("cpu")
-
-    def attend(*operands):
-        named = packs.Pack(*operands)._asdict() | dict(kv_head_start=jnp.int32(0))
-        attention = Attention(0.125, sliding_window=sliding_window)
-        call = flatten(named, cache_batch_dims=0, num_kv_heads=2, attention=attention)
-        return XLA.attend(call, XLA.heuristic(call.problem, device), device)
-
-    return work.counter(attend, *pack_of_sequences([(0, 0)] * seqs, pages_per_seq))
-
-
-def pack_of_sequences(sequences, pages_per_seq):
-    """A pack of (new tokens, context) over a pool of 64 pages of 16; every entry of the page table is one of them."""
-    lengths, contexts = zip(*sequences)
-    pages = np.random.default_rng(0).integers(0, 64, (len(sequences), pages_per_seq))
-    indices = (jnp.asarray(x, jnp.int32) for x in (contexts, pages, np.cumsum([0, *lengths])))
-    return packs.Pack(jnp.ones((256 + 63, 4, 64)), *jnp.ones((2, 2, 64, 16, 64)), *indices)
-
-
 class CostTest(parameterized.TestCase):
-    """Work, counted: `MemoryTest` holds that XLA adds none by copying."""
+    """How many blocks of keys are fetched: what a call costs, whatever the machine is busy with."""
 
-    def work(self, sequences, pages_per_seq, sliding_window=None):
-        """Elements written for a pack of (new tokens, context)."""
-        count = work_counter(len(sequences), pages_per_seq, sliding_window)
-        return count(*pack_of_sequences(sequences, pages_per_seq))
+    CONFIG = PrefillPageAttentionConfig(block_q=32, block_kv=64)
 
-    def test_a_long_page_table_costs_its_own_entries(self):
-        """Context 1024 in a table for 262144 keys, against one for 65536: no key more is looked at."""
-        more = self.work([(16, 1024)], 16384) - self.work([(16, 1024)], 4096)
-        self.assertLess(more, 10 * 16384)
+    def blocks(self, sequences, pages_per_seq, **parameters) -> int:
+        """Of sequences (new tokens, context), with a table of so many pages of 16 for each."""
+        lengths, context_lens = zip(*sequences)
+        tokens, seqs = sum(lengths), len(sequences)
+        cache = jnp.zeros((2, 64, 16, 8))
+        operands = dict(
+            query=jnp.zeros((tokens, 4, 8)),
+            key_cache=cache,
+            value_cache=cache,
+            context_lens=jnp.asarray(context_lens, jnp.int32),
+            page_indices=jnp.zeros((seqs, pages_per_seq), jnp.int32),
+            query_offsets=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
+            kv_head_start=jnp.int32(0),
+        )
+        attention = Attention(1.0, **parameters)
+        fetched = []
 
-    def test_context_is_what_costs(self):
-        """In the same program, the full table against a block of keys: 128 blocks for one."""
-        self.assertGreater(self.work([(16, 65536)], 4096), 20 * self.work([(16, 512)], 4096))
+        class Counting(kernel.Streaming):
+            def _fetch(self, *arguments):
+                jax.debug.callback(lambda: fetched.append(1))
+                return super()._fetch(*arguments)
 
-    def test_a_window_costs_the_window(self):
-        """65536 keys of context seen through a window of 64, against a context of 64: at most a block more."""
-        far, near = (self.work([(16, context)], 4096, sliding_window=64) for context in (65536, 64))
-        self.assertLessEqual(far, 2 * near)
+        def attend(operands):
+            call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
+            return Counting(call, self.CONFIG, jnp.float32).attend()
 
-    def test_a_pack_costs_what_its_tokens_cost(self):
-        """One long sequence and 63 decode steps of 16 keys: the long one, and 63 blocks seen by a row each."""
-        long, step = (256, 4096), (1, 16)
-        alone, nothing = self.work([long] + [(0, 0)] * 63, 256), self.work([(0, 0)] * 64, 256)
-        steps = self.work([(0, 0)] + [step] * 63, 256)
-        self.assertLess(self.work([long] + [step] * 63, 256), 1.01 * (alone + steps - nothing))
-        self.assertLess(steps - nothing, 63 * 2**19)
+        jax.block_until_ready(jax.jit(attend)(operands))
+        jax.effects_barrier()
+        return len(fetched)
+
+    def test_follows_the_context_and_not_the_table(self):
+        self.assertEqual(self.blocks([(16, 1024)], 64), 16)
+        self.assertEqual(self.blocks([(16, 1024)], 4096), 16)
+        self.assertEqual(self.blocks([(16, 65536)], 4096), 1024)
+
+    def test_follows_the_window(self):
+        """65536 keys of context seen by 16 rows through a window of 64: 79 keys, which may touch three blocks."""
+        self.assertLessEqual(self.blocks([(16, 65536)], 4096, sliding_window=64), 3)
+
+    def test_follows_causality(self):
+        """A chunk that is its own context: each tile stops at its last row."""
+        self.assertEqual(self.blocks([(128, 128)], 8), 1 + 1 + 2 + 2)
+
+    def test_a_pack_costs_what_its_sequences_cost(self):
+        alone = self.blocks([(64, 1024)], 64)
+        self.assertEqual(self.blocks([(64, 1024)] + [(1, 16)] * 63, 64), alone + 63)
+        self.assertEqual(self.blocks([(64, 1024)] + [(0, 16)] * 63, 64), alone)
 
 
 class XlaTest(parameterized.TestCase):
@@ -214,6 +215,11 @@ class ContractTest(parameterized.TestCase):
             np.testing.assert_array_equal([start, start + length], [bounds[:-1], bounds[1:]])
             self.assertTrue(np.all((context_len >= 0) & (context_len <= MAX_CONTEXT)))
             self.assertTrue(np.all((page_indices >= 0) & (page_indices < 7)) and not pool.any())
+
+    def test_every_candidate_of_the_xla_kernel_computes_the_definition(self):
+        pack = cases.Case("candidates", ((300, 600), (1, 40)), head_dim=16).pack()
+        for config in XLA.candidates(problem(dtype="float32"), Device("cpu")):
+            packs.assert_matches_reference(pack, *ragged_paged_prefill(*pack, cfg=config, return_lse=True))
 
     def test_config_over_a_default(self):
         default = PrefillPageAttentionConfig(block_q=64, block_kv=128, num_warps=4)

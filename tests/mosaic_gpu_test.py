@@ -90,6 +90,7 @@ class SupportsTest(parameterized.TestCase):
         ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
+        ("endless_pool", dict(num_pages=2**26), HOPPER, "at most 2147483647 rows"),
         ("ampere", {}, Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
         ("blackwell", {}, Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
         ("cpu", {}, Device("cpu"), "not on cpu"),
@@ -176,6 +177,7 @@ class LoweringTest(parameterized.TestCase):
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("a_page_table_of_more_slots_than_int32_counts", dict(page_size=2**16, pages_per_seq=2**15 + 1), {}),
     )
     def test_lowers_for_cuda_where_there_is_no_gpu(self, operands, parameters):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, **parameters))

@@ -115,6 +115,10 @@ class MosaicTpuTest(chex.TestCase):
         longer = pack._replace(context_lens=jnp.array([43, 16], jnp.int32))
         packs.assert_matches_reference(longer, *run(longer, **SMALL))
 
+    def test_a_page_table_of_more_slots_than_int32_counts(self):
+        pack, parameters = cases.ENDLESS.pack(), cases.ENDLESS.parameters
+        packs.assert_matches_reference(pack, *run(pack, **SMALL, sliding_window=50), **parameters)
+
     def test_two_cores(self):
         pack = packs.make_pack(8, [20, 1], [70, 33], q_heads=8, kv_heads=4)
         packs.assert_matches_reference(pack, *run(pack, **SMALL, cores=2))

@@ -209,6 +209,20 @@ class MergeTest(parameterized.TestCase):
                 np.testing.assert_array_equal(np.isnan(got[0]).all(-1), np.isnan(got[1]))
                 np.testing.assert_array_equal(np.isnan(got[0]).any(-1), np.isnan(got[1]))
 
+    def test_nan_and_inf_are_not_empty_rows(self):
+        """Only -inf says that a side saw no key. NaN stays, and so it does of +inf, FlashAttention-2's mark of no key."""
+        a, b = jnp.full((4, 3), 7.0), jnp.full((4, 3), 3.0)
+        lse_a, lse_b = jnp.asarray([jnp.inf, jnp.nan, 0.5, -jnp.inf]), jnp.asarray([0.5, 0.5, 0.5, 0.5])
+        for one, other in (((a, lse_a), (b, lse_b)), ((b, lse_b), (a, lse_a))):
+            out, lse = merge(*one, *other)
+            np.testing.assert_array_equal(np.isnan(lse), [True, True, False, False])
+            np.testing.assert_array_equal(np.isnan(out).all(-1), [True, True, False, False])
+            np.testing.assert_allclose(out[2:], jnp.asarray([[5.0] * 3, [3.0] * 3]), rtol=1e-6)
+        # NaN in an output whose weight is too small to see.
+        out, lse = merge(a * jnp.nan, jnp.full(4, -1e4), b, jnp.zeros(4))
+        self.assertTrue(np.isnan(out).all())
+        np.testing.assert_array_equal(lse, 0)
+
     def test_is_exact_for_any_size_of_lse(self):
         """Weights 1/4 and 3/4 whatever is added to both logarithms, and far beyond what exp can hold."""
         a, b = jnp.full((1, 4), 8.0), jnp.full((1, 4), 16.0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
+from paged_prefill.lowering.xla import host
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests import oracle, poisoned
 
@@ -68,6 +69,16 @@ class AloneTest(parameterized.TestCase):
         for scales in (dict(key_scale="slot", value_scale="tensor"), dict(value_scale="head")):
             operands = poisoned.make_call(3, **SIZES, cache_dtype="int8", **scales)
             check(operands, softmax_scale=2.0**-12)  # stored numbers are up to 127
+
+
+    @parameterized.product(dtype=("float16", "bfloat16"), granularity=("head", "slot"))
+    def test_small_values_in_products_of_half_dtypes(self, dtype, granularity):
+        """As GPUs and TPUs multiply: a weight times a small scale is no normal number of float16."""
+        operands = poisoned.make_call(20, **SIZES, dtype=dtype, cache_dtype="int8", key_scale=granularity, value_scale=granularity)
+        operands["value_scale"] = operands["value_scale"] * np.float32(2.0**-13)
+        attend = functools.partial(host._attend, jnp.dtype(dtype))
+        with absltest.mock.patch.object(host, "_attend", lambda product_dtype, config, call: attend(config, call)):
+            check(operands)
 
 
 class CombinedTest(parameterized.TestCase):

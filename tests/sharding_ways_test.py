@@ -28,7 +28,6 @@ from paged_prefill import (
 )
 from paged_prefill.lowering import tuning
 from paged_prefill.primitive.context import current_policy, policy
-from paged_prefill.sharding import partition
 from paged_prefill.tests import compiling, meshes
 from paged_prefill.tests.packs import Pack
 
@@ -475,29 +474,6 @@ class TracingTest(parameterized.TestCase):
         self.assertIn("softmax_scale=0.5", texts[1])
         for text in texts:
             self.assertRegex(text, 'paged_prefill_code = "[0-9a-f]{64}"')
-
-    def test_the_code_that_a_module_names_is_all_that_decides_it(self):
-        package = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        names = ("compat.py", "primitive/cut.py", "lowering/xla/kernel.py", "lowering/tuning/tuned/cpu.json", "sharding/rule.py")
-        files = [package / name for name in names]
-
-        def version():
-            with mock.patch.object(partition, "__file__", str(package / "sharding" / "partition.py")):
-                return partition._code_version.__wrapped__()  # once for each process, but here
-
-        for path in files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("first")
-        versions = [version()]
-        for path in files:
-            path.write_text("second")
-            versions.append(version())
-        files[2].rename(files[2].with_name("renamed.py"))
-        versions.append(version())
-        self.assertLen(set(versions), len(versions))
-        (package / "tests").mkdir()
-        (package / "tests" / "a_test.py").touch()
-        self.assertEqual(version(), versions[-1])
 
     def test_module_names_the_tables_that_decide_its_sizes(self):
         """So that a persistent cache gives nobody the executable of another table."""

@@ -91,12 +91,25 @@ class TimingTest(TuningTestCase):
         sampled = []
         with mock.patch.object(timing, "_seconds", lambda call, count: sampled.append(call) or 1.0):
             timing._median_milliseconds({HEURISTIC: "aA", Config(): "b"}, 3, time.monotonic() + 60)
-        self.assertEqual("".join(sampled), "aAb" + 3 * "aAb")
+        self.assertEqual("".join(sampled), 2 * "aAb" + "aAb" + "bAa" + "aAb")
+
+    def test_a_slow_first_call_does_not_shorten_the_samples(self):
+        """It loads the code. Samples of fewer calls would have more of the launch and the wait in each call's share."""
+        counts = {"a": [], "b": []}
+
+        def seconds(call, count):
+            counts[call].append(count)
+            slow = len(counts[call]) == 1
+            return 1.0 if slow else count * {"a": 1e-3, "b": 2e-3}[call]
+
+        with mock.patch.object(timing, "_seconds", seconds):
+            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic() + 60)
+        self.assertEqual(counts, {"a": [1, 1, 5, 5, 5], "b": [1, 1, 5, 5, 5]})
 
     def test_a_spent_budget_leaves_one_sample_each(self):
         with mock.patch.object(timing, "_seconds", return_value=1.0) as sample:
             timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic())
-        self.assertEqual(sample.call_count, 4)  # one each to find out how many calls make a sample
+        self.assertEqual(sample.call_count, 6)  # two each to find out how many calls make a sample
 
     def test_a_candidate_with_wrong_values_is_discarded_and_reported(self):
         def attend(call, config, device):

@@ -81,6 +81,9 @@ class InterpretedTest(parameterized.TestCase):
         case = cases.Case("past_the_table", ((20, 80),), head_dim=16, page_size=4, cfg=SPLIT)
         self.interpreter.submit(triton_stand_ins.check_interpreted, case, columns=14).result()
 
+    def test_a_page_table_of_more_slots_than_int32_counts(self):
+        self.interpreter.submit(triton_stand_ins.check_interpreted, replace(cases.ENDLESS, cfg=SPLIT)).result()
+
     def test_a_device_attends_to_its_own_heads_of_a_whole_cache(self):
         case = cases.Case("second_head", ((5, 40),), head_dim=16, cfg=SPLIT)
         self.interpreter.submit(triton_stand_ins.check_interpreted, case, kv_head=1).result()

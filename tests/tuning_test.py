@@ -8,15 +8,12 @@ import os
 from pathlib import Path
 import stat
 import threading
-import types
 from unittest import mock
 
 from absl.testing import absltest, parameterized
-import chex
 import jax
-import numpy as np
 
-from paged_prefill import PrefillPageAttention, lowering, prefill_page_attention, ragged_paged_prefill
+from paged_prefill import lowering, ragged_paged_prefill
 from paged_prefill.lowering import tuning
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, device_of
@@ -318,72 +315,6 @@ class ShippedTest(absltest.TestCase):
                     config, source = tables.find({key: entry}, entry["key"])
                     self.assertIn(source, ("timed", "schedule"))
                     self.assertNotEmpty(config.sizes())
-
-
-class OperationTest(parameterized.TestCase):
-    """ejKernel's class: code written for it moves over."""
-
-    def setUp(self):
-        super().setUp()
-        pack = packs.make_pack(4, [5], [20], q_heads=2, kv_heads=1, head_dim=8)
-        self.arguments = dict(
-            query=pack.query,
-            key_cache=pack.key_cache,
-            value_cache=pack.value_cache,
-            context_len=pack.context_lens,
-            page_indices=pack.page_indices[0],
-        )
-        self.invocation = types.SimpleNamespace(kwargs=self.arguments)
-        self.operation = PrefillPageAttention()
-        self.expected = prefill_page_attention(*self.arguments.values())
-
-    def test_run_and_get_impl_are_the_operation(self):
-        configuration = self.operation.heuristic_cfg(None)
-        chex.assert_trees_all_equal(self.operation.run(**self.arguments, cfg=configuration), self.expected)
-        chex.assert_trees_all_equal(self.operation.get_impl(configuration)(**self.arguments), self.expected)
-
-    def test_configurations_are_the_kernels(self):
-        heuristic = self.operation.heuristic_cfg(self.invocation)
-        self.assertNotEmpty(heuristic.sizes())
-        self.assertEqual(self.operation.candidate_cfgs(self.invocation)[0], heuristic)
-
-    def test_shard_map_wrapper_is_the_operation(self):
-        mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-        heads = jax.sharding.PartitionSpec(None, "model")
-        whole = jax.sharding.PartitionSpec()
-        function, call_args = self.operation.create_shard_map_wrapper(
-            **self.arguments, mesh=mesh, in_specs=(heads, whole, whole, whole, whole), out_specs=heads
-        )
-        chex.assert_trees_all_close(function(*call_args), self.expected, atol=1e-6)
-
-
-class ConfigTest(parameterized.TestCase):
-    @parameterized.parameters(
-        (dict(block_q=0), "cfg.block_q must be a positive integer or None, got 0"),
-        (dict(num_warps=True), "cfg.num_warps must be a positive integer or None, got True"),
-        (dict(platform="vulkan"), "cfg.platform must be one of auto, xla, .* got 'vulkan'"),
-        (dict(backend="gpu"), "cfg.backend must be one of any or None, got 'gpu'"),
-    )
-    def test_impossible_values_are_named(self, fields, message):
-        with self.assertRaisesRegex(ValueError, message):
-            Config(**fields)
-
-    def test_cfg_of_another_type_is_refused(self):
-        pack = packs.make_pack(0, [3], [9])
-        with self.assertRaisesRegex(TypeError, "cfg must be a PrefillPageAttentionConfig or None, got {'block_q': 8}"):
-            ragged_paged_prefill(*pack, cfg={"block_q": 8})
-
-    def test_cfg_and_argument_that_disagree_are_refused(self):
-        pack = packs.make_pack(0, [3], [9])
-        with self.assertRaisesRegex(ValueError, "platform='xla' and cfg.platform='triton' ask for different kernels"):
-            ragged_paged_prefill(*pack, platform="xla", cfg=Config(platform="triton"))
-
-    def test_cfg_changes_nothing_but_rounding(self):
-        pack = packs.make_pack(3, [12], [50])
-        arguments = (pack.query, pack.key_cache, pack.value_cache, pack.context_lens, pack.page_indices[0])
-        out = prefill_page_attention(*arguments, cfg=Config(block_q=3, block_kv=5))
-        chex.assert_trees_all_close(out, prefill_page_attention(*arguments), atol=1e-5)
-        self.assertFalse(np.isnan(out).any())
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import WARPGROUP_ROWS, Plan, launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
-MAX_SPLITS = 64
+BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
 
@@ -40,6 +40,9 @@ class MosaicGpu(Kernel):
                 return f"takes a {name} of 64, 128, 192 or 256, not {size}"
         if _block_kv(problem) is None:
             return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
+        rows = problem.pools * problem.cache_kv_heads * problem.num_pages * problem.page_size
+        if rows >= 2**31:
+            return f"a cache may have at most {2**31 - 1} rows, a slot of each head and pool, got {rows}"
         return None
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
@@ -52,7 +55,8 @@ class MosaicGpu(Kernel):
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
-        changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
+        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
@@ -82,9 +86,11 @@ class MosaicGpu(Kernel):
         return None
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
-        """As many parts as fill the chip's cores once, of at least four blocks of keys each."""
-        keys = most_keys(problem, config.block_q)
-        return max(1, min(device.cores // programs(problem, config), keys // (4 * config.block_kv), MAX_SPLITS))
+        """The best by an estimate of their time; a core has room for one thread block."""
+        most = most_keys(problem, config.block_q) // (BLOCKS_PER_SPLIT * config.block_kv)
+        unsplit = programs(problem, config)
+        rows = unsplit * _rows(config)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""

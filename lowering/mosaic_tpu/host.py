@@ -5,7 +5,7 @@ the query; what it does with one is in kernel.py. Here is what the rest of lower
 the sizes it runs with, and the call itself.
 
 It reads caches in row-major layout, rows padded to whole registers. A cache in another layout, as XLA prefers where
-the last dimension is no multiple of 128, is copied before the call; the README says how to allocate it.
+the last dimension is no multiple of 128, is copied before the call; docs/serving.md says how to allocate it.
 """
 
 import functools

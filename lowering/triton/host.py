@@ -10,7 +10,6 @@ write 0 and -inf. A launch has as many programs as the most tiles that any pack 
 from dataclasses import replace
 import functools
 import importlib.util
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Device, Problem, Sequences
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 MAX_DIM = 256
@@ -37,7 +36,7 @@ class _Sizes(NamedTuple):
 # By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
-    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "hopper": (_Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
     "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
     "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
     "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
@@ -46,7 +45,6 @@ DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the 
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
-MAX_SPLITS = 64
 KEYS_PER_SPLIT = 512  # fewer do not repay the merge
 
 
@@ -117,19 +115,12 @@ class Triton(Kernel):
         )
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
-        """The fewest by which the last wave of programs is nearly as full as any number makes it (FA3's rule)."""
-        most = min(MAX_SPLITS, max(1, most_keys(problem, config.block_q) // KEYS_PER_SPLIT))
-        unsplit = programs(problem, config)
+        """The best by an estimate of their time."""
         slots = device.cores * max(1, WARPS // config.num_warps)
-
-        def efficiency(splits):
-            waves = unsplit * splits / slots
-            return waves / math.ceil(waves)
-
-        if unsplit >= slots / 2:
-            return 1
-        best = max(map(efficiency, range(1, most + 1)))
-        return next(splits for splits in range(1, most + 1) if efficiency(splits) >= 0.85 * best)
+        rows = problem.tokens * problem.q_heads
+        most = most_keys(problem, config.block_q) // KEYS_PER_SPLIT
+        unsplit = programs(problem, config)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
@@ -211,6 +202,7 @@ def _constants(problem: Problem) -> dict:
         POOL_ROWS=problem.num_pages * problem.page_size,
         PAGE_SIZE=problem.page_size,
         PAGES_PER_SEQ=problem.pages_per_seq,
+        CAPACITY=problem.capacity,
         HEAD_DIM=problem.head_dim,
         HEAD_DIM_PADDED=_power_of_2(problem.head_dim),
         VALUE_DIM=problem.value_dim,

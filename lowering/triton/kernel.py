@@ -109,6 +109,7 @@ def attend_tile(
     POOL_ROWS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_SEQ: tl.constexpr,
+    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -156,8 +157,8 @@ def attend_tile(
     last_position = context_len - length + (tl.minimum(first_row + ROWS, length * GROUP) - 1) // GROUP
 
     # Keys that some row sees, and keys that all rows see.
-    seen_end = tl.minimum(last_position + 1, PAGES_PER_SEQ * PAGE_SIZE)
-    full_end = tl.minimum(first_position + 1, PAGES_PER_SEQ * PAGE_SIZE)
+    seen_end = tl.minimum(last_position + 1, CAPACITY)
+    full_end = tl.minimum(first_position + 1, CAPACITY)
     if WINDOW is None:
         seen_start = 0
         full_start = 0

@@ -80,8 +80,8 @@ def race(kernel, problem, device, configs, *, turn=contextlib.nullcontext()) -> 
     """Milliseconds of configurations, by kinds of packs, without a look at their values: the final of `compare`."""
     with futures.ThreadPoolExecutor(COMPILERS) as compilers:
         compiled = list(compilers.map(lambda config: _compiled(kernel, problem, device, config), configs))
-    packs = sample_packs(problem, jax.devices(device.platform)[0])
     with turn:
+        packs = sample_packs(problem, jax.devices(device.platform)[0])
         calls = {c: _on_packs(call, packs) for c, call in zip(configs, compiled, strict=True)}
         return _median_milliseconds(calls, FINAL_ROUNDS, np.inf)
 
@@ -96,8 +96,8 @@ def _compare(kernel, problem, device, budget_seconds, turn):
     candidates = kernel.candidates(problem, device)
     heuristic = candidates[0]
     functions, reasons = _compiled_in_time(kernel, problem, device, candidates, end)
-    packs = sample_packs(problem, jax.devices(device.platform)[0])
     with turn:
+        packs = sample_packs(problem, jax.devices(device.platform)[0])
         calls = _checked(kernel, functions, reasons, packs, TOLERANCE[problem.dtype])
         times = _median_milliseconds(calls, ROUNDS, end)
         finalists = dict.fromkeys([heuristic, *sorted(times, key=lambda c: sum(times[c]))[:FINALISTS]])
@@ -218,15 +218,22 @@ def _on_packs(function, packs):
 
 
 def _median_milliseconds(calls, rounds, end) -> dict[PrefillPageAttentionConfig, tuple[float, ...]]:
-    """For each configuration, pack by pack, the median of its samples, one a round, until the time `end`."""
+    """For each configuration, pack by pack, the median of its samples, one a round, until the time `end`.
+
+    All samples of a pack repeat their function as often: launching and waiting cost each the same.
+    """
     each = [(config, pack, call) for config, of_packs in calls.items() for pack, call in enumerate(of_packs)]
-    counts = {(c, pack): max(1, round(SAMPLE_SECONDS / _seconds(call, 1))) for c, pack, call in each}
-    samples = {place: [] for place in counts}
+    for *_, call in each:
+        _seconds(call, 1)  # the first call also loads the code
+    once = {(c, pack): _seconds(call, 1) for c, pack, call in each}
+    fastest = {pack: min(once[c, p] for c, p in once if p == pack) for _, pack in once}
+    samples = {place: [] for place in once}
     for taken in range(rounds):
         if taken and time.monotonic() > end:
             break
-        for config, pack, call in each:
-            samples[config, pack].append(1e3 / CALLS * _seconds(call, counts[config, pack]))
+        for config, pack, call in each[:: -1 if taken % 2 else 1]:  # to and fro: nobody always follows the same one
+            count = max(1, round(SAMPLE_SECONDS / fastest[pack]))
+            samples[config, pack].append(1e3 / CALLS * _seconds(call, count))
     return {c: tuple(statistics.median(samples[c, pack]) for pack in range(len(of))) for c, of in calls.items()}
 
 
@@ -260,7 +267,8 @@ def sample_packs(problem: Problem, device) -> list[tuple[list[jax.Array], Call]]
         queries, call = _random_pack(problem)
         kinds = [call.sequences._replace(**_places(length)) for length in _lengths(problem)]
         packs = [(queries, dataclasses.replace(call, sequences=sequences)) for sequences in kinds]
-    return jax.device_put(packs, device)  # and stay there, whatever another thread's default device is
+    # They stay there, whatever another thread's default device is; and no call is timed while they are being made.
+    return jax.block_until_ready(jax.device_put(packs, device))
 
 
 def _lengths(problem) -> list[np.ndarray]:

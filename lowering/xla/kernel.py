@@ -183,7 +183,7 @@ class Streaming:
         index = first_run + jnp.arange(self.runs_per_block, dtype=jnp.int32)
         column = _divided(index, self.runs_per_page)
         page = _taken(
-            self.call.sequences.page_indices, tile.seq, jnp.minimum(column, self.problem.pages_per_seq - 1)
+            self.call.sequences.page_indices, tile.seq, jnp.minimum(column, self.problem.columns - 1)
         )
         runs = page * self.runs_per_page + index - column * self.runs_per_page
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
@@ -359,9 +359,14 @@ def _attend_block(running, queries, block: _Block, visible, scale, soft_cap):
     weights = jnp.exp(logits - shift[..., None])
     l_block = jnp.sum(weights, axis=-1)
     fade = jnp.exp(m - shift)
-    if block.value_scale is not None:
-        weights *= block.value_scale[:, None, :]
+    value_scale = block.value_scale
+    if value_scale is not None and value_scale.shape[-1] > 1:
+        # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
+        share, value_scale = value_scale, jnp.max(jnp.abs(value_scale), axis=-1, keepdims=True)
+        weights *= (share / jnp.where(value_scale == 0, 1.0, value_scale))[:, None, :]
     update = _product("hqk,hkd->hqd", weights.astype(block.values.dtype), block.values)
+    if value_scale is not None:
+        update *= value_scale[..., None]
     return m_next, l * fade + l_block, acc * fade[..., None] + update
 
 
