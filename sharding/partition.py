@@ -265,12 +265,12 @@ def _sign(results, call: Call) -> None:
 
 @functools.cache
 def _code_version(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
-    """A digest of a package's code and tables."""
+    """A digest of a package's code and tables, as far as they decide what is compiled."""
+    files = [path for folder in ("primitive", "lowering", "sharding") for path in (package / folder).rglob("*")]
     digest = hashlib.sha256()
-    for folder in ("primitive", "lowering", "sharding"):
-        for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".json"):
-                digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for path in sorted([package / "compat.py", *files]):
+        if path.suffix in (".py", ".json"):
+            digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,6 +1,8 @@
 """The table of numerical cases that every kernel must pass: the edges of the operation and the grids of the field.
 
-A kernel's own test module runs them with `check(case, functools.partial(ragged_paged_prefill, platform=...))`.
+All of it runs in the XLA lowering (edges_test.py, peers_grid_test.py), and on a GPU in the kernels for GPUs
+(gpu_test.py). Without a GPU or a TPU some of the edges run in interpreters: in the Triton kernel (triton_test.py) and in
+the TPU kernel (mosaic_tpu_test.py). The Hopper kernel has none.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a call costs: memory of the order of a tile, time that follows context and window; and the kernel contract."""
+"""What a call costs: memory of the order of a tile, work that follows context and window; and the kernel contract."""
 
 import re
 from unittest import mock
@@ -215,17 +215,6 @@ class ContractTest(parameterized.TestCase):
             np.testing.assert_array_equal([start, start + length], [bounds[:-1], bounds[1:]])
             self.assertTrue(np.all((context_len >= 0) & (context_len <= MAX_CONTEXT)))
             self.assertTrue(np.all((page_indices >= 0) & (page_indices < 7)) and not pool.any())
-
-    @parameterized.product(chunk=(1, 512), dtype=cases.DTYPES)
-    def test_candidates_of_the_xla_kernel_are_right(self, chunk, dtype):
-        given, device = problem(tokens=chunk, dtype=dtype), Device("cpu")
-        self.assertIsNone(XLA.supports(given, device))
-        candidates = XLA.candidates(given, device)
-        self.assertEqual(candidates[0], XLA.heuristic(given, device))
-        self.assertLen(set(candidates), len(candidates))
-        for config in candidates:
-            self.assertEqual(config.sizes().keys(), {"block_q", "block_kv"})
-            self.assertIsNone(XLA.misfit(given, device, config))
 
     def test_every_candidate_of_the_xla_kernel_computes_the_definition(self):
         pack = cases.Case("candidates", ((300, 600), (1, 40)), head_dim=16).pack()

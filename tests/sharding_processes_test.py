@@ -19,7 +19,6 @@ from jax.sharding import AxisType, NamedSharding
 import numpy as np
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
-from paged_prefill.sharding import partition
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
 
@@ -56,7 +55,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 from paged_prefill import ragged_paged_prefill
-from paged_prefill.sharding import partition
 from paged_prefill.tests import meshes
 
 pack = meshes.batched_pack(q_heads=8, kv_heads=4)
@@ -90,13 +88,14 @@ class CodeVersionTest(absltest.TestCase):
                 (folder / name / path).write_text(text)
             return partition._code_version(folder / name)
 
-        first = {"primitive/a.py": "1", "lowering/tuning/tuned/b.json": "2"}
+        first = {"compat.py": "0", "primitive/a.py": "1", "lowering/tuning/tuned/b.json": "2"}
         versions = [
             version("first", first),
             version("code", first | {"primitive/a.py": "3"}),
+            version("compat", first | {"compat.py": "3"}),
             version("table", first | {"lowering/tuning/tuned/b.json": "3"}),
             version("more", first | {"sharding/c.py": ""}),
-            version("moved", {"primitive/c.py": "1", "lowering/tuning/tuned/b.json": "2"}),
+            version("moved", {"compat.py": "0", "primitive/c.py": "1", "lowering/tuning/tuned/b.json": "2"}),
         ]
         self.assertLen(set(versions), len(versions))
         self.assertEqual(version("same", first | {"tests/a_test.py": "1", "lowering/__pycache__/a.pyc": "1"}), versions[0])

@@ -116,6 +116,39 @@ class TablesDoNoHarmTest(parameterized.TestCase):
             self.assertGreater(self.check(device, problems), len(problems) / 3)
 
 
+class CandidatesTest(parameterized.TestCase):
+    """What tuning times: each candidate fits, and is the heuristic or near it."""
+
+    # How many times the heuristic's sizes; Hopper's tiles also hold one head's tokens instead of a group's.
+    NEAR = dict(block_q=(1 / 4, 2), block_kv=(1 / 2, 2), num_warps=(1 / 2, 2), num_stages=(1 / 2, 2))
+    NEAR_ON_HOPPER = NEAR | dict(block_q=(1 / 4, 16))
+
+    @parameterized.named_parameters(*DEVICES, ("cpu", Device("cpu", "cpu")))
+    def test_candidates_fit_and_are_near_the_heuristic(self, device):
+        rng = np.random.default_rng(3)
+        with PACKAGES:
+            for problem in [calls.random_problem(rng) for _ in range(50)]:
+                for kernel in KERNELS[device.platform].values():
+                    if kernel.supports(problem, device) is None:
+                        with self.subTest(kernel=kernel.name, problem=problem):
+                            self.check(kernel, problem, device)
+
+    def check(self, kernel, problem, device):
+        heuristic, candidates = kernel.heuristic(problem, device), kernel.candidates(problem, device)
+        self.assertEqual(candidates[0], heuristic)
+        self.assertBetween(len(candidates), 2, 9)
+        self.assertLen(set(candidates), len(candidates))
+        near = self.NEAR_ON_HOPPER if kernel.name == "mosaic_gpu" else self.NEAR
+        for config in candidates:
+            self.assertIsNone(kernel.misfit(problem, device, config))
+            self.assertEqual([*config.chosen()], [*heuristic.chosen()])  # what the kernel uses, and nothing else
+            self.assertEqual(config.num_splits, kernel.num_splits(problem, device, config))
+            self.assertEqual(config.block_kv % 8, 0)
+            for name, (least, most) in near.items():
+                if size := getattr(heuristic, name):
+                    self.assertBetween(getattr(config, name), least * size, most * size, name)
+
+
 class FillTest(parameterized.TestCase):
     """Each chip is filled, and by what it is, not by what its name resembles."""
 
