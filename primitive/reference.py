@@ -105,7 +105,7 @@ def _one_pack(operands, *, attention, value_dim, compute_dtype):
     out = jnp.zeros((tokens, q_heads, features), compute_dtype)
     lse = jnp.full((tokens, q_heads), -jnp.inf, compute_dtype)
     offsets = jax.lax.cummax(jnp.clip(offsets, 0, tokens))
-    token = jnp.arange(tokens)
+    token = jnp.arange(tokens, dtype=jnp.int32)
 
     def add_sequence(seq, results):
         out, lse = results
@@ -143,14 +143,14 @@ def _visible(operands, seq, row, length, keys, attention):
     low, high = attention.visible_keys(first_new + row)
     if "key_ranges" in operands:
         low, high = operands["key_ranges"].T
-    j = jnp.arange(keys)
-    visible = (low[:, None] <= j) & (j < jnp.minimum(high, context_len)[:, None])
+    j = jnp.arange(keys, dtype=jnp.int32)
+    visible = (low[:, None] <= j[None, :]) & (j[None, :] < jnp.minimum(high, context_len)[:, None])
     if "tree_mask" in operands:
         k = j - first_new
         in_tree = (0 <= k) & (k < 32 * operands["tree_mask"].shape[1])
         k = jnp.where(in_tree, k, 0)
-        bit = operands["tree_mask"][:, k // 32] >> (k % 32).astype(jnp.uint32) & 1
-        visible &= (bit == 1) | ~in_tree
+        bit = operands["tree_mask"][:, k // 32] >> (k % 32).astype(jnp.uint32)[None, :] & jnp.uint32(1)
+        visible &= (bit == 1) | ~in_tree[None, :]
     return visible
 
 
@@ -165,7 +165,7 @@ def _softmax(query, keys, values, visible, sinks, attention):
     logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
     largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
     if sinks is not None:
-        sinks = sinks.astype(query.dtype).reshape(kv_heads, -1)
+        sinks = sinks.astype(query.dtype).reshape(1, kv_heads, -1)
         largest = jnp.maximum(largest, sinks)
     shift = jnp.where(jnp.isneginf(largest), 0, largest)
     weights = jnp.exp(logits - shift[..., None])
