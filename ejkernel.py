@@ -33,8 +33,16 @@ class PrefillPageAttention:
     op_id = "prefill_page_attention"
 
     def get_impl(self, cfg: PrefillPageAttentionConfig):
-        """The operation with `cfg` settled: a function of the arguments of `run`, all by name."""
-        return functools.partial(self.run, cfg=cfg)
+        """The operation with `cfg` settled: a function of the arguments of `run`, all by name.
+
+        It also takes the sizes block_k (`cfg.block_kv`), num_warps and num_stages, which stand before those of `cfg`.
+        """
+
+        def run(*, block_k=None, num_warps=None, num_stages=None, **arguments):
+            sizes = PrefillPageAttentionConfig(block_k=block_k, num_warps=num_warps, num_stages=num_stages)
+            return self.run(cfg=sizes.over(cfg or PrefillPageAttentionConfig()), **arguments)
+
+        return run
 
     def run(
         self, query, key_cache, value_cache, context_len, page_indices, platform=None, *, cfg=None, **parameters
@@ -56,16 +64,24 @@ class PrefillPageAttention:
         """What the kernel of this machine would run an invocation with; everything left open for None."""
         if invocation is None:
             return PrefillPageAttentionConfig()
-        return self._configurations(invocation)[0]
+        return self._configurations(invocation, default_platform())[0]
 
     def candidate_cfgs(self, invocation) -> list[PrefillPageAttentionConfig]:
         """The configurations worth timing for an invocation, the heuristic one first."""
-        return self._configurations(invocation)[1]
+        return self._configurations(invocation, default_platform())[1]
 
-    def _configurations(self, invocation):
+    def candidate_cfgs_gpu(self, invocation) -> list[PrefillPageAttentionConfig]:
+        """Those for a GPU: of this process, or the one that `jax.sharding.use_abstract_mesh` says; else for any."""
+        return self._configurations(invocation, "rocm" if default_platform() == "rocm" else "cuda")[1]
+
+    def candidate_cfgs_tpu(self, invocation) -> list[PrefillPageAttentionConfig]:
+        """Likewise for a TPU."""
+        return self._configurations(invocation, "tpu")[1]
+
+    def _configurations(self, invocation, platform):
         arguments = invocation.kwargs
         problem = _problem(arguments)
-        device = device_of(default_platform())
+        device = device_of(platform)
         name, _ = choose(problem, device, arguments.get("platform") or "auto")
         kernel = KERNELS[device.platform][name]
         return kernel.heuristic(problem, device), kernel.candidates(problem, device)

@@ -12,20 +12,23 @@ import sys
 
 import jax
 
-from paged_prefill.lowering import tables, timing, tuning
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, choose, default_platform, device_of
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.checks import ATTENTION_DTYPES, PLATFORMS
+from paged_prefill.primitive.context import current_policy
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status, 1 where a shape could not be tuned."""
+    """Runs the command; returns its exit status, 1 where a shape could not be tuned, or none was left to tune."""
     arguments = _parser().parse_args(argv)
     device = device_of(default_platform())
     print(f"device: {device.kind} ({device.platform}), JAX {jax.__version__}")
-    failures = 0
-    for problem in _problems(arguments):
+    problems = list(_problems(arguments))
+    failures = 0 if problems else 1
+    for problem in problems:
         print(f"\n{_describe(problem)}")
         try:
             name, passed_over = choose(problem, device, arguments.platform)
@@ -37,24 +40,32 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  passed over {other}: {reason}")
         kernel = KERNELS[device.platform][name]
         if arguments.show:
-            choice = tuning.resolve(name, kernel, problem, device, None)
-            print(f"  {name} with {choice.config.sizes()}: {choice.source}")
+            print(f"  {name} with {_choice(kernel, problem, device)}")
         else:
-            failures += not _tune(name, kernel, problem, device, arguments)
+            failures += not _tune(kernel, problem, device, arguments)
     return 1 if failures else 0
 
 
-def _tune(name, kernel, problem: Problem, device: Device, arguments) -> bool:
-    timings, best = timing.compare(name, kernel, problem, device, budget_seconds=arguments.budget)
+def _choice(kernel: Kernel, problem: Problem, device: Device) -> str:
+    """What a call would run with, and why; times nothing."""
+    policy = current_policy()
+    choice = resolve.resolve(kernel, problem, device, None, under="cache" if policy == "on" else policy)
+    untimed = policy == "on" and choice.source == "heuristic"
+    return f"{choice.config.sizes()}: {choice.source}{', until a call is timed (the policy is on)' if untimed else ''}"
+
+
+def _tune(kernel: Kernel, problem: Problem, device: Device, arguments) -> bool:
+    timings, best, settled = timing.compare(kernel, problem, device, budget_seconds=arguments.budget)
     for t in timings:
         took = f"{t.milliseconds:10.4f} ms" if t.milliseconds is not None else f"{'-':>13}"
         mark = "chosen" if t is best else t.problem or ""
-        print(f"  {name:<10} {took}  {sizes(t.config):<50} {mark}")
-    if best is None:
+        print(f"  {kernel.name:<10} {took}  {sizes(t.config):<50} {mark}")
+    if best is None or not settled:
+        print(f"  nothing is kept: {'no candidate could be timed' if best is None else 'the budget was too short'}")
         return False
     if arguments.write is None:
-        return tuning.remember(name, kernel, problem, device, best)
-    return tables.write(arguments.write, [tuning.entry_of(name, kernel, problem, device, best)])
+        return resolve.remember(kernel, problem, device, best)
+    return tables.write(arguments.write, [resolve.entry_of(kernel, problem, device, best)])
 
 
 def sizes(config) -> str:
@@ -72,19 +83,21 @@ def _describe(p: Problem) -> str:
 
 def _problems(arguments):
     for tokens, context in itertools.product(arguments.tokens, arguments.context):
-        if tokens <= context:
-            yield problem_of_shape(
-                arguments.seqs,
-                tokens,
-                context,
-                *arguments.heads,
-                arguments.head_dim,
-                arguments.window,
-                arguments.soft_cap,
-                value_dim=arguments.value_dim,
-                page_size=arguments.page_size,
-                dtype=arguments.dtype,
-            )
+        if tokens > context:
+            print(f"skipped: {tokens} new tokens are more than their context of {context}")
+            continue
+        yield problem_of_shape(
+            arguments.seqs,
+            tokens,
+            context,
+            *arguments.heads,
+            arguments.head_dim,
+            arguments.window,
+            arguments.soft_cap,
+            value_dim=arguments.value_dim,
+            page_size=arguments.page_size,
+            dtype=arguments.dtype,
+        )
 
 
 def problem_of_shape(
@@ -120,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=_sizes_list, default=[4096, 16384], help="tokens a context, by commas")
     parser.add_argument("--seqs", type=_positive, default=1, help="sequences of the pack")
     parser.add_argument("--window", type=_positive, help="sliding window, in keys")
-    parser.add_argument("--soft-cap", type=float)
+    parser.add_argument("--soft-cap", type=_positive_number)
     parser.add_argument("--dtype", choices=ATTENTION_DTYPES, default="bfloat16")
     parser.add_argument("--platform", choices=PLATFORMS, default="auto", help="the kernel to tune")
-    parser.add_argument("--budget", type=float, default=timing.BUDGET_SECONDS, help="seconds a shape")
+    parser.add_argument("--budget", type=_positive_number, default=timing.BUDGET_SECONDS, help="seconds a shape")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write this table, not the user's")
     parser.add_argument("--show", action="store_true", help="only say what a call would use, and why")
     return parser
@@ -133,6 +146,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
 
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from paged_prefill import paged_prefill_p, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.lowering import tables, tuning
+from paged_prefill.lowering import tuning
 from paged_prefill.lowering.choose import XLA, device_of
+from paged_prefill.lowering.tuning import resolve, tables
 from paged_prefill.tune import problem_of_shape
 
 ROUNDS = 3000
@@ -65,12 +66,12 @@ def under_jit() -> dict:
         program = plain.lower(*pack).as_text()
     device = device_of("cpu")
     problem = problem_of_shape(1, 4, 16, 2, 1, 8, None, None, page_size=8, dtype="float32")
-    key = tables.key_of("xla", XLA.version, problem, device)
+    key = tables.key_of(XLA, problem, device)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         entry = tables.entry_of(key, XLA.heuristic(problem, device), source="timed")
         tables.write(tables.user_path(device.kind), [entry])
-        assert "user's table" in tuning.resolve("xla", XLA, problem, device, None).source
+        assert "user's table" in resolve.resolve(XLA, problem, device, None).source
         tabled(*pack)
         assert tabled.lower(*pack).as_text() == program
     return {"jit, no table": functools.partial(plain, *pack), "jit, warm table": functools.partial(tabled, *pack)}

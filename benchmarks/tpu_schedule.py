@@ -50,7 +50,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
     from paged_prefill.primitive.attention import Attention
     from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
-    kernel = MosaicTpu()
+    kernel, described = MosaicTpu(), Device("tpu", device.device_kind, core_count=1)
     pages = CONTEXT // page_size
     parameters = dict(num_kv_heads=kv_heads, attention=Attention(head_dim**-0.5))
     cache = ((kv_heads, pages, page_size, head_dim), "bfloat16")
@@ -62,7 +62,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
         call = flatten(*operands, jnp.int32(0), cache_batch_dims=0, **parameters)
         problem = call.problem
         config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
-        config = config.over(kernel.heuristic(problem, Device("tpu", device.device_kind)))
+        config = config.over(kernel.heuristic(problem, described))
         found = schedule.sizes_of(config, problem.group, page_size, "bfloat16")
         about.update(
             # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
@@ -70,7 +70,7 @@ def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=Non
             inner_loops=(found.chunks_per_block,) if found.chunks_per_block > 1 else (),
             tile=(found.block_q, found.chunk * found.chunks_per_block),
         )
-        return kernel.attend(call, config)
+        return kernel.attend(call, config, described)
 
     return attend, operands, about
 

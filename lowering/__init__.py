@@ -6,42 +6,46 @@ import functools
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering import tuning
 from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
-from paged_prefill.lowering.choose import KERNELS, choose, device_of, log_passed_over
+from paged_prefill.lowering.choose import KERNELS, check_backend, choose, device_of, log_passed_over
+from paged_prefill.lowering.tuning.resolve import resolve, signature
 from paged_prefill.lowering.xla import append as _append
 from paged_prefill.primitive import context
-from paged_prefill.primitive.prefill import local_paged_prefill_p
+from paged_prefill.primitive.prefill import local_paged_prefill_p, lowering_reads
 
 
-def run(*operands, device, present, platform, config, **parameters):
-    """Runs `local_paged_prefill_p` on one device."""
+def run(*operands, device, exported=False, present, platform, config, **parameters):
+    """Runs `local_paged_prefill_p` on one device; `exported` says that what comes of it is for other machines."""
     named = dict(zip(present, operands, strict=True))
-    out, lse = unflatten(*_run_kernel(flatten(named, **parameters), device, platform, config), named["query"].shape)
+    call = flatten(named, **parameters)
+    out, lse = unflatten(*_run_kernel(call, device, exported, platform, config), named["query"].shape)
     if "sinks" in named:
         out, lse = with_sinks(out, lse, named["sinks"], named["query_offsets"])
     return out, lse
 
 
-def _run_kernel(call, device, platform, config):
+def _run_kernel(call, device, exported, platform, config):
     """Chooses the kernel and its configuration for a call, and calls it."""
     problem = call.problem
     if problem.empty:
         return nothing_seen(problem)
     name, passed_over = choose(problem, device, platform)
+    check_backend(device, name, config)
     log_passed_over(device, name, passed_over)
     kernel = KERNELS[device.platform][name]
-    choice = tuning.resolve(name, kernel, problem, device, config)
-    if wrong := kernel.misfit(problem, device, choice.config):
-        raise ValueError(f"{name}: {wrong} (sizes from: {choice.source})")
-    return kernel.attend(call, choice.config)
+    choice = resolve(kernel, problem, device, config, under="off" if exported else None)
+    return kernel.attend(call, choice.config, device)
 
 
 def _register(platform):
     def lower(ctx, *operands, matmul_precision=None, policy=None, **params):
         # Kernels are given plain arrays: what the types say about meshes is settled by now.
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        rule = mlir.lower_fun(functools.partial(run, device=device_of(platform), **params))
+        # An exported module is the same wherever it is made: of the devices, tables and timing of this machine it takes
+        # nothing, but the device where the call asks for a kernel that is built for one.
+        exported = ctx.module_context.lowering_parameters.for_export
+        device = device_of(platform, elsewhere=exported and params["platform"] == "auto")
+        rule = mlir.lower_fun(functools.partial(run, device=device, exported=exported, **params))
         # The compiler may call from a thread that lacks the caller's settings.
         policy = context.policy(policy) if policy else contextlib.nullcontext()
         with policy, jax.default_matmul_precision(matmul_precision or jax.config.jax_default_matmul_precision):
@@ -52,3 +56,4 @@ def _register(platform):
 
 for _platform in KERNELS:
     _register(_platform)
+lowering_reads.append(signature)

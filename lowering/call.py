@@ -10,7 +10,6 @@ inside the pool, every row inside the query.
 from collections.abc import Mapping
 import dataclasses
 from dataclasses import dataclass
-import itertools
 import math
 from typing import NamedTuple
 
@@ -19,14 +18,9 @@ from jax import export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from paged_prefill.lowering.cores import cores_of
 from paged_prefill.primitive.attention import Attention
-
-# A context longer than this cannot exist in memory; bounding it keeps sums of positions inside int32.
-MAX_CONTEXT = 2**30
-
-# Up to so many sequences, GPU kernels and `flatten` write out what they do over them: XLA fuses that, where a
-# reduction, or an array that several gathers share, is one more kernel before ours, of 2 us and its launch.
-FEW_SEQUENCES = 8
+from paged_prefill.primitive.packing import MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
 
 # What a call may have and not every kernel takes, as users know it.
 FEATURES = {
@@ -49,11 +43,20 @@ class Sequences(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known."""
+    """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known.
+
+    `core_count` is what a device that is here says itself; kernels ask for `cores`.
+    """
 
     platform: str
     kind: str | None = None
     compute_capability: str | None = None
+    core_count: int | None = None
+
+    @property
+    def cores(self) -> int:
+        """Streaming multiprocessors, compute units or TensorCores: what works at the same time."""
+        return self.core_count or cores_of(self.platform, self.kind)
 
     @property
     def known(self) -> bool:
@@ -90,6 +93,11 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.q_heads // self.num_kv_heads
+
+    @property
+    def tokens_per_seq(self) -> int:
+        """New tokens of each sequence, were they spread evenly."""
+        return -(-self.tokens // max(self.seqs, 1))
 
     @property
     def columns(self) -> int:
@@ -236,12 +244,12 @@ def flatten(
         """The same for a cache that has fewer pools than the call, or None."""
         return None if cache is None or cache.shape[: len(own)] == own else pool_among(cache.shape[: len(own)])
 
-    offsets = monotonic(jnp.clip(operands["query_offsets"], 0, tokens))
+    offsets = harmless_offsets(operands["query_offsets"], tokens)
     pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
     sequences = Sequences(
         start=(offsets[..., :-1].reshape(packs, seqs) + pack * tokens).reshape(-1),
         length=jnp.diff(offsets).reshape(-1),
-        context_len=jnp.clip(per_sequence("context_lens"), 0, MAX_CONTEXT),
+        context_len=harmless_contexts(per_sequence("context_lens")),
         pool=pool_among(own),
         page_indices=jnp.clip(per_sequence("page_indices"), 0, jax.core.max_dim(last_index(num_pages), 0)),
     )
@@ -279,23 +287,13 @@ def last_index(size: int) -> int:
     return jax.core.min_dim(size - 1, 2**31 - 1)
 
 
-def monotonic(offsets):
-    """Offsets that do not decrease: each is at least all before it."""
-    count = offsets.shape[-1]
-    if isinstance(count, int) and count <= FEW_SEQUENCES + 1:
-        return jnp.stack(list(itertools.accumulate(jnp.unstack(offsets, axis=-1), jnp.maximum)), axis=-1)
-    return jax.lax.cummax(offsets, axis=offsets.ndim - 1)
-
-
 def with_sinks(out, lse, sinks, query_offsets):
     """Results [*batch, tokens, ...] with a sink's logit [*batch, q_heads] in the softmax of each row.
 
     The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse'). It joins rows
     that a sequence owns; the others have no softmax.
     """
-    token = jax.lax.broadcasted_iota(jnp.int32, lse.shape[:-1], lse.ndim - 2)
-    offsets = monotonic(jnp.clip(query_offsets, 0, out.shape[-3]))
-    owned = (offsets[..., :1] <= token) & (token < offsets[..., -1:])
+    owned = Owners(query_offsets, out.shape[-3]).owned
     sinks = jnp.expand_dims(sinks, -2)
     joined = jnp.logaddexp(lse, sinks)
     share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))

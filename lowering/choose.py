@@ -11,6 +11,8 @@ from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.lowering.triton.host import Triton
 from paged_prefill.lowering.xla.host import Xla
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 XLA = Xla()  # which runs every call
 
@@ -33,16 +35,22 @@ def default_platform() -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def device_of(platform: str) -> Device:
-    """The device that code lowered for `platform` will run on, as far as this process can tell."""
+def device_of(platform: str, *, elsewhere: bool = False) -> Device:
+    """The device that code lowered for `platform` will run on, as far as this process can tell.
+
+    `elsewhere` says that the devices of this process tell nothing.
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == platform:  # compiling ahead of time
-        return Device(platform, abstract.device_kind)
+        return Device(platform, abstract.device_kind, core_count=abstract.num_cores)
     try:
-        device = jax.devices(platform)[0]
+        device = None if elsewhere else jax.devices(platform)[0]
     except RuntimeError:  # lowering for a machine that is not here
+        device = None
+    if device is None:
         return Device(platform)
-    return Device(platform, device.device_kind, getattr(device, "compute_capability", None))
+    cores = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
+    return Device(platform, device.device_kind, getattr(device, "compute_capability", None), cores)
 
 
 def choose(problem: Problem, device: Device, platform: str = "auto") -> tuple[str, dict[str, str]]:
@@ -70,7 +78,17 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
         return "it is built for sizes that are numbers, and the call has symbolic ones"
     if kernel is not XLA and not device.known and not asked_for:
         return "it is built for one kind of device, and which will run this is not known here; ask for it by platform="
+    if not kernel.invariant and current_policy() == "invariant":
+        return 'its sizes follow the pack, and the policy is "invariant"'
     return kernel.supports(problem, device)
+
+
+def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig | None) -> None:
+    """Refuses a kernel that is not for the backend that a configuration names; XLA's is for each."""
+    backend = config.backend if config is not None else None
+    here = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    if name != XLA.name and backend not in (None, "any", here):
+        raise ValueError(f"cfg.backend={backend!r} asks for a kernel of that backend, but {name} would run on {here}")
 
 
 def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:

@@ -21,12 +21,15 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
+      invariant: whether its heuristic follows the dims, group, page size, dtype and window of a call alone, so that a
+        sequence's bits are the same in any pack, batch and cut over heads. The policy "invariant" takes no other.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
+    invariant: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         """None, or the reason why it cannot run a call, in words that a user can act on."""
@@ -52,6 +55,13 @@ class Kernel(abc.ABC):
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """None, or what is wrong with sizes that someone chose: then they do not get to `attend`."""
 
+    def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int | None:
+        """How many parts the keys of a tile are cut into, for tile sizes that fit; None from a kernel that cuts none.
+
+        It is worked out for each call, so that the chip is full: no table holds it.
+        """
+        return None
+
     @abc.abstractmethod
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Returns out [tokens, q_heads, value_dim] in the query's dtype, and lse [tokens, q_heads] in float32."""

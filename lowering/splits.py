@@ -1,17 +1,61 @@
-"""What kernels have in common that split the keys of a tile: how many keys there are, and the merge of the parts."""
+"""What kernels have in common that split the keys of a tile: into how many parts, and the merge of these."""
 
 import functools
 
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import Problem
+from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+MAX_SPLITS = 64
+# What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
+PIECE_BYTES = 2**16  # to begin and to end one tile's share of the keys
+SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
+ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
+NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
 
 
 def most_keys(problem: Problem, tokens: int) -> int:
     """The most keys that so many neighbouring tokens of a sequence see together."""
     window = problem.attention.sliding_window
     return problem.capacity if window is None else min(problem.capacity, window + tokens)
+
+
+def best_splits(
+    problem: Problem,
+    device: Device,
+    config: PrefillPageAttentionConfig,
+    *,
+    unsplit: int,
+    slots: int,
+    rows: int,
+    most: int,
+) -> int:
+    """The fewest parts, up to `most`, by which a launch takes nearly the least time, by an estimate.
+
+    Pieces, `unsplit` times the splits, go in rounds over `slots`, so many at a time. A launch ends with its last round,
+    with its longest piece, or when memory has delivered all keys; the merge follows, of as many `rows` from each split.
+    Where half of the slots have work as it is, the merge costs more than the others would save.
+    """
+    if most < 2 or unsplit >= slots / 2:
+        return 1
+    keys = most_keys(problem, config.block_q)
+    mean_keys = max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
+    key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    blocks = -(-keys // config.block_kv)
+    all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * mean_keys * key_bytes
+    results = (rows + problem.tokens * problem.q_heads) * problem.value_dim * 4  # written and read, in float32
+
+    def cost(splits):
+        piece = -(-blocks // splits) * config.block_kv * key_bytes
+        rounds = -(-unsplit * splits // slots)
+        last = max(piece + PIECE_BYTES, rounds * (piece * mean_keys / keys + PIECE_BYTES)) * slots / device.cores
+        merge = splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
+        return max(last / ALONE, all_keys / device.cores) + merge
+
+    costs = [cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)]
+    return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 
 def merge_splits(out, lse, dtype):

@@ -7,8 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.call import FEW_SEQUENCES, Sequences
+from paged_prefill.lowering.call import Sequences
 from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.packing import FEW_SEQUENCES
 
 
 class Tiles(NamedTuple):

@@ -45,7 +45,8 @@ def prefill_page_attention(
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before masking.
       sliding_window: how many keys a row sees, its own included.
       platform: "auto" or None takes the fastest kernel that supports the call; "xla", "triton", "pallas" and "cuda" ask
-        for one.
+        for one. Under `jax.export`, "auto" is "xla", which runs anywhere, unless a `jax.sharding.AbstractDevice` says
+        which TPU the module is for; a kernel that is asked for is then built for devices like this process's.
       cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
       head_axis: the mesh axis, or axes, that the heads are cut over; see `ragged_paged_prefill`.
       batch_axis: those that the first dimension added by `jax.vmap` is cut over; a single call has no batch.

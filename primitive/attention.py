@@ -24,14 +24,21 @@ class Attention:
     sliding_window: int | None = None
 
     def visible_keys(self, position: Int[Array, "*rows"]) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
-        """The interval of keys, first to end, that rows at these positions see; empty for a row before key 0.
+        """The interval of keys, first to end, that rows at these positions see; see the function."""
+        return visible_keys(position, self.sliding_window)
 
-        Both grow with the position. The end is not cut at the context, which no position passes.
-        """
-        end = jnp.maximum(position + 1, 0)
-        if self.sliding_window is None:
-            return jnp.zeros_like(end), end
-        return jnp.maximum(position - (self.sliding_window - 1), 0), end
+
+def visible_keys(
+    position: Int[Array, "*rows"], sliding_window: int | Int[Array, ""] | None
+) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
+    """The interval of keys, first to end, that rows at these positions see; empty for a row before key 0.
+
+    Both grow with the position. The end is not cut at the context, which no position passes.
+    """
+    end = jnp.maximum(position + 1, 0)
+    if sliding_window is None:
+        return jnp.zeros_like(end), end
+    return jnp.maximum(position - (sliding_window - 1), 0), end
 
 
 def normalised(

@@ -1,4 +1,4 @@
-"""Every error a caller can see: one function each for shapes, parameters and concrete values."""
+"""The errors of a call where it is traced: one function each for shapes, dtypes and parameters."""
 
 from collections.abc import Mapping
 import math
@@ -6,20 +6,28 @@ import numbers
 from typing import Any, Literal, get_args
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.primitive.operands import ATTENTION_DTYPES, PREFILL, POOLS, QUANTISED_DTYPES, Operand, Operation
+from paged_prefill.primitive.operands import (
+    ATTENTION_DTYPES,
+    BATCH,
+    POOLS,
+    QUANTISED_DTYPES,
+    Operand,
+    Operation,
+)
 
 Platform = Literal["auto", "xla", "triton", "pallas", "cuda"]
 PLATFORMS = get_args(Platform)
+EJKERNEL_PLATFORMS = ("tilelang", "cute")  # that it has beside these
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
 LARGEST_FACTOR = 2.0**120
-NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers")
+NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1")
 
 
 def check_operands(
@@ -50,14 +58,44 @@ def check_operands(
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
-    if "q_heads" in sizes and sizes["q_heads"] % kv_heads:
+    if kv_heads > sizes["kv_heads"]:
+        raise ValueError(f"num_kv_heads must be at most key_cache's {sizes['kv_heads']} KV heads, got {num_kv_heads}")
+    if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
+        layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
         raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {sizes['q_heads']} query heads"
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {q_heads} query heads{layout}"
         )
+
+
+def _other_layout(name, cache, fits) -> str:
+    """What a message adds where heads fit another dimension of a cache: peers lay theirs in other orders."""
+    last = _features(name)
+    layouts = {-2: f"[num_pages, page_size, kv_heads, {last}]", -3: f"[num_pages, kv_heads, page_size, {last}]"}
+    likely = [dim for dim in layouts if isinstance(size := cache.shape[dim], int) and size and fits(size)]
+    if not likely:
+        return ""
+    shape = ", ".join(map(str, cache.shape[-4:]))
+    return (
+        f": {name} must be laid out as [kv_heads, num_pages, page_size, {last}], and [{shape}] looks like "
+        f"{' or '.join(layouts[dim] for dim in likely)}, which "
+        f"{' or '.join(f'jnp.moveaxis({name}, {dim}, -4)' for dim in likely)} puts in order"
+    )
+
+
+def _features(name) -> str:
+    """The name of a cache's last dimension."""
+    return "head_dim" if name == "key_cache" else "value_dim"
+
+
+def check_array(name, array) -> None:
+    """Refuses what has no shape, None before all."""
+    if not hasattr(array, "ndim"):
+        raise TypeError(f"{name} must be an array, got {array!r}")
 
 
 def check_leading(name, array) -> None:
     """Checks that the operand with all leading dimensions has a token, a head and a feature dimension."""
+    check_array(name, array)
     if array.ndim < 3:
         heads = "q_heads" if name == "query" else "kv_heads"
         raise ValueError(f"{name} must have shape [..., tokens, {heads}, head_dim], got {array.shape}")
@@ -67,10 +105,10 @@ def check_leading(name, array) -> None:
 
 def check_cache_rank(name, cache, lead=None, layered=False) -> None:
     """Checks the number of dimensions of a cache, where `lead` are the batch dimensions it may share, if known."""
+    check_array(name, cache)
     least = 4 + layered
     if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
-        last = "head_dim" if name == "key_cache" else "value_dim"
-        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", last]
+        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", _features(name)]
         raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {cache.shape}")
 
 
@@ -146,8 +184,6 @@ def check_attention_operands(
     key_cache = operands["key_cache"]
     if operands.get("value_cache") is None:
         check_value_dim(value_dim, key_cache.shape[-1])
-    if num_kv_heads is not None and num_kv_heads > key_cache.shape[-4]:
-        raise ValueError(f"num_kv_heads must be at most key_cache's {key_cache.shape[-4]} KV heads, got {num_kv_heads}")
     if operands.get("key_ranges") is not None and attention.sliding_window is not None:
         raise ValueError(
             "key_ranges stands in place of causality and window: give it alone (masks.causal takes a window), got "
@@ -157,11 +193,7 @@ def check_attention_operands(
 
 def check_num_kv_heads(num_kv_heads) -> int:
     """How many KV heads a device attends to."""
-    if not isinstance(num_kv_heads, numbers.Integral) or isinstance(num_kv_heads, bool):
-        raise TypeError(f"num_kv_heads must be an integer, got {num_kv_heads!r}")
-    if num_kv_heads < 1:
-        raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
-    return int(num_kv_heads)
+    return integer("num_kv_heads", num_kv_heads, least=1)
 
 
 def check_value_dim(value_dim, head_dim) -> int:
@@ -198,21 +230,57 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
                 f"can compute with, got {attn_logits_soft_cap}"
             )
     if sliding_window is not None:
-        if not isinstance(sliding_window, numbers.Integral) or isinstance(sliding_window, bool):
-            raise TypeError(f"sliding_window must be an integer or None, got {sliding_window!r}")
-        if sliding_window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1 (the keys a row sees, its own included) or None, "
-                f"got {sliding_window}"
-            )
-        sliding_window = int(sliding_window)
+        means = " (the keys a row sees, its own included)"
+        sliding_window = integer("sliding_window", sliding_window, least=1, means=means, other=" or None")
     return Attention(softmax_scale, attn_logits_soft_cap, sliding_window)
 
 
-def check_platform(platform) -> str:
+def integer(name, value, *, least: int, means: str = "", other: str = "") -> int:
+    """`value` as a Python integer of at least `least`; `means` says what that is, and `other` what else it may be."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer{other}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{means}{other}, got {value}")
+    return int(value)
+
+
+def width_of(name, width, largest: int):
+    """A number of keys that a mask is made with, at most `largest`: a Python integer, or an int32 scalar, also traced.
+
+    An array's value cannot be checked, so it is made harmless: below 1 it counts as 1.
+    """
+    if not isinstance(width, (jax.Array, np.ndarray)):
+        return min(integer(name, width, least=1, other=", or an array of one"), largest)
+    check_rank(name, width, "[]", 0)
+    return _int32(name, width).clip(1, largest)
+
+
+def size_of(name, size):
+    """A number of tokens, which may be symbolic."""
+    return size if export.is_symbolic_dim(size) else integer(name, size, least=0)
+
+
+def index_arrays(**arrays) -> dict[str, jax.Array]:
+    """The index arguments of a function of `masks` as int32, each given as (array, names of its own dimensions).
+
+    All have the leading dimensions of the first, whatever they are. Raises what `check_operands` raises.
+    """
+    named = int32_indices(**{name: array for name, (array, _) in arrays.items()})
+    rows = [Operand(name, (dims,), BATCH, "int32") for name, (_, dims) in arrays.items()]
+    (leading, *_), first = rows[0].forms, named[rows[0].name]
+    if first.ndim < len(leading):
+        raise ValueError(f"{rows[0].name} must have shape [..., {', '.join(leading)}], got {first.shape}")
+    lead, sizes = first.shape[: first.ndim - len(leading)], {}
+    for row in rows:
+        _check_shape(row, named[row.name], lead, (), sizes, writes=True)
+    return named
+
+
+def check_platform(platform, name="platform") -> str:
     """`platform`, None as "auto"."""
     if platform is not None and platform not in PLATFORMS:
-        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+        hint = ", which is a kernel of ejKernel's: \"auto\" takes the fastest here" * (platform in EJKERNEL_PLATFORMS)
+        raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {platform!r}{hint}")
     return platform or "auto"
 
 
@@ -267,7 +335,7 @@ def number(name, value) -> float:
     try:
         return float(value)
     except OverflowError:  # a Python integer past the largest float
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def int32_indices(**arrays) -> dict[str, jax.Array]:
@@ -356,8 +424,12 @@ def check_new_tokens(name, tokens, cache, layered) -> None:
     expected = (cache.shape[-4], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
-        raise ValueError(f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}")
-    if tokens.dtype != cache.dtype and cache.dtype.name not in QUANTISED_DTYPES:
+        fits = tokens.ndim >= 3 and tokens.shape[-1] == cache.shape[-1]
+        layout = _other_layout(f"{name}_cache", cache, lambda heads: fits and heads == tokens.shape[-2])
+        raise ValueError(
+            f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}{layout}"
+        )
+    if tokens.dtype != cache.dtype and cache.dtype.name in ATTENTION_DTYPES:
         raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
 
 
@@ -379,86 +451,3 @@ def check_partial(name, shape, expected) -> None:
     """Checks a shape of `merge` against the one that `out_a` asks for."""
     if shape != expected:
         raise ValueError(f"{name} must have shape {expected} to go with out_a, got {shape}")
-
-
-def validate(
-    query: Float[Array, "*batch tokens q_heads head_dim"],
-    key_cache: Float[Array, "*pools kv_heads num_pages page_size head_dim"],
-    value_cache: Float[Array, "*pools kv_heads num_pages page_size value_dim"],
-    context_lens: Int[Array, "*batch seqs"],
-    page_indices: Int[Array, "*batch seqs pages_per_seq"],
-    query_offsets: Int[Array, "*batch seqs_plus_1"],
-    *,
-    sliding_window: int | None = None,
-) -> None:
-    """Checks concrete inputs of `ragged_paged_prefill`, values included, which jitted code cannot.
-
-    The shapes are those of `ragged_paged_prefill`. Index values are in tokens (`context_lens`, `query_offsets`) and
-    pages (`page_indices`). Costs a copy of the index arrays to the host; the caches are not read.
-
-    Raises:
-      ValueError: a shape does not fit, or a value would be made harmless silently under jit: a context that is
-        negative, shorter than its chunk or longer than its row of the page table; offsets that decrease or leave
-        [0, tokens]; a page that some row of the chunk needs outside [0, num_pages). Names the argument, the
-        sequence and the value.
-      TypeError: a dtype does not fit, or an argument is traced.
-    """
-    named = dict(context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets)
-    for name, array in named.items():
-        if isinstance(array, jax.core.Tracer):
-            raise TypeError(f"validate needs concrete arrays, but {name} is traced; call it outside jit")
-        if not np.issubdtype(np.asarray(array).dtype, np.integer):
-            raise TypeError(f"{name} must be an array of integers, got {np.asarray(array).dtype.name}")
-    lens, pages, offsets = (np.asarray(array).astype(np.int64) for array in named.values())
-    as_int32 = {name: jax.ShapeDtypeStruct(np.shape(x), jnp.int32) for name, x in named.items()}
-    check_leading("query", query)
-    check_cache_rank("key_cache", key_cache, query.shape[:-3])
-    operands = dict(query=query, key_cache=key_cache, value_cache=value_cache) | as_int32
-    check_operands(PREFILL, operands, cache_batch_dims=key_cache.ndim - 4)
-    attention_of(
-        softmax_scale=None, attn_logits_soft_cap=None, sliding_window=sliding_window, head_dim=query.shape[-1]
-    )
-    num_pages, page_size = key_cache.shape[-3:-1]
-    for pack in np.ndindex(lens.shape[:-1]):
-        _validate_offsets(pack, offsets[pack], query.shape[-3])
-        for seq in range(lens.shape[-1]):
-            length = offsets[pack][seq + 1] - offsets[pack][seq]
-            _validate_sequence(
-                (*pack, seq), lens[pack][seq], length, pages[pack][seq], num_pages, page_size, sliding_window
-            )
-
-
-def _validate_offsets(pack, offsets, tokens) -> None:
-    where = f" of pack {pack}" if pack else ""
-    for seq, offset in enumerate(offsets):
-        if not 0 <= offset <= tokens:
-            raise ValueError(f"query_offsets[{seq}]{where} must be between 0 and the {tokens} tokens of query, got {offset}")
-        if seq and offset < offsets[seq - 1]:
-            raise ValueError(
-                f"query_offsets{where} must not decrease, got {offset} after {offsets[seq - 1]} (sequence {seq - 1})"
-            )
-
-
-def _validate_sequence(seq, context_len, length, pages, num_pages, page_size, sliding_window) -> None:
-    name = seq[0] if len(seq) == 1 else seq
-    if context_len < 0:
-        raise ValueError(f"context_lens of sequence {name} must not be negative, got {context_len}")
-    if context_len < length:
-        raise ValueError(
-            f"context_lens of sequence {name} must count its {length} new tokens too, got {context_len}"
-        )
-    capacity = len(pages) * page_size
-    if length and context_len > capacity:
-        raise ValueError(
-            f"page_indices of sequence {name} holds {len(pages)} pages of {page_size} slots, too few for its "
-            f"context_lens of {context_len}"
-        )
-    if not length:
-        return
-    first_key = 0 if sliding_window is None else max(0, context_len - length - sliding_window + 1)
-    for slot in range(first_key // page_size, -(-context_len // page_size)):
-        if not 0 <= pages[slot] < num_pages:
-            raise ValueError(
-                f"page_indices of sequence {name} must lie in [0, {num_pages}) where its keys are, "
-                f"got {pages[slot]} in column {slot}"
-            )

@@ -15,7 +15,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.cut import Axes, axes_of
 
 AxisHint = str | tuple[str, ...] | None
-POLICIES = ("off", "cache", "on")
+POLICIES = ("off", "cache", "on", "invariant")
 POLICY_VARIABLE = "PAGED_PREFILL_AUTOTUNE"
 
 _hints = jax.make_user_context((None, None))

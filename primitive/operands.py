@@ -85,6 +85,9 @@ class Operation(NamedTuple):
     writes: bool
     cuts: str
 
+    def __repr__(self):
+        return self.name
+
     def present(self, operands: Mapping[str, object]) -> tuple[str, ...]:
         """The names of the operands that are there, in order."""
         return tuple(x.name for x in self.operands if operands.get(x.name) is not None)

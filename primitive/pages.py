@@ -51,18 +51,19 @@ def append_to_pages(
       head_axis, batch_axis: as in `ragged_paged_prefill`. Packs that write into one pool are whole on every device.
 
     Returns:
-      (key_cache, value_cache) with the tokens written; with a scale of each slot,
+      (key_cache, value_cache) with the tokens written; where either scale is one of each slot,
       (key_cache, value_cache, key_scale, value_scale). What was None is None.
 
     Raises:
       ValueError, TypeError: a shape or dtype does not fit; names the argument.
     """
     layered = layer is not None
+    checks.check_array("key", key)
     checks.check_cache_rank("key_cache", key_cache, layered=layered)
     for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
         if new is not None and cache is not None:
             checks.check_new_tokens(name, new, cache, layered)
-    if key is not None and value is not None:
+    if value is not None:
         checks.check_same_tokens(key, value)
     named = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
@@ -75,9 +76,9 @@ def append_to_pages(
     written = append_to_pages_p.bind(**named, cache_batch_dims=cache_batch_dims, hint=hint)
     present = {name: array for name, array in named.items() if array is not None}
     names = [row.name for row in shapes_of(APPEND, present, present.values(), cache_batch_dims).results()]
-    results = dict(zip(names, written, strict=True))
     wanted = CACHES if {*names} <= {*CACHES} else (*CACHES, "key_scale", "value_scale")
-    return tuple(results.get(name) for name in wanted)
+    results = named | dict(zip(names, written, strict=True))
+    return tuple(results[name] for name in wanted)
 
 
 def merge(

@@ -6,6 +6,7 @@ one more parameter, `num_kv_heads`: the query heads here attend to KV heads kv_h
 `sharding/partition.py` lowers the first to the second.
 """
 
+from collections.abc import Callable
 import operator
 
 import jax.numpy as jnp
@@ -98,6 +99,10 @@ def _results(named, value_dim, specs):
     out = typed_result(query, (*query.shape[:-1], features), query.dtype, specs["out"])
     return out, typed_result(query, query.shape[:-1], jnp.float32, specs["lse"])
 
+
+# Each says, as a text, what the code that `local_paged_prefill_p` becomes depends on beside the code of this package: what
+# lowering/ reads when it runs. Here, since sharding/ needs it for caches of compiled code and knows no lowering.
+lowering_reads: list[Callable[[], str]] = []
 
 define(local_paged_prefill_p, _local_abstract)
 for _primitive in (paged_prefill_p, typed_paged_prefill_p):

@@ -27,7 +27,12 @@ from paged_prefill.primitive.binding import mesh_of
 from paged_prefill.primitive.context import Hint, current_policy
 from paged_prefill.primitive.cut import Cut, check_honoured, check_stays, entry, settle, ways
 from paged_prefill.primitive.operands import APPEND, CACHES, PREFILL, Operation, Shapes
-from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p, typed_paged_prefill_p
+from paged_prefill.primitive.prefill import (
+    local_paged_prefill_p,
+    lowering_reads,
+    paged_prefill_p,
+    typed_paged_prefill_p,
+)
 from paged_prefill.sharding.rule import sharding_rule
 
 
@@ -247,23 +252,24 @@ def _sign(results, call: Call) -> None:
     """Writes what the compiler would run into the module, which else holds only a pointer to the callback.
 
     A persistent cache that leaves the pointer out of its key (jax_remove_custom_partitioning_ptr_from_cache_key) can
-    then not take another call's executable, nor that of older code, for this one.
+    then not take another call's executable, nor that of older code or of other tables, for this one.
     """
     operation = results[0].owner.operation
     attributes = {"paged_prefill": repr(call), "paged_prefill_code": _code_version()}
+    if call.operation is PREFILL:
+        attributes["paged_prefill_reads"] = " ".join(read() for read in lowering_reads)
     operation.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(
         {name: mlir.ir.StringAttr.get(value) for name, value in attributes.items()}
     )
 
 
 @functools.cache
-def _code_version() -> str:
-    """A digest of this package's code and tables."""
-    package = pathlib.Path(__file__).parents[1]
+def _code_version(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
+    """A digest of a package's code and tables."""
     digest = hashlib.sha256()
     for folder in ("primitive", "lowering", "sharding"):
         for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".json", ".cu"):
+            if path.suffix in (".py", ".json"):
                 digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return digest.hexdigest()
 

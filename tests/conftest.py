@@ -1,9 +1,16 @@
 """The machine that tests run on: 8 virtual CPU devices, unless the caller's environment says otherwise. As in BUILD."""
 
+from importlib import metadata
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+flags = ["--xla_force_host_platform_device_count=8"]
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # Compiling is most of what tests cost, and most programs run once; compiling.py has the way of users.
+    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    flags += ["--xla_cpu_parallel_codegen_split_count=1"]
+    if metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
+        flags += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 # The library must pass under JAX's strictest flags, and so the tests write their promotions out.
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 # libtpu compiles for TPUs that are not here: it must not ask a cloud for them, and each test process loads it.

@@ -4,6 +4,7 @@ from unittest import mock
 
 from absl import logging
 from absl.testing import absltest, parameterized
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +97,7 @@ class OperandErrorsTest(parameterized.TestCase):
         with jax.enable_x64(True), self.assertRaisesRegex(error, message):
             jax.eval_shape(ragged_paged_prefill, *operands(**{operand: change}))
 
-    @parameterized.named_parameters([row for row in OPERAND_ERRORS if row[0] != "query_heads"] + FLOAT_INDICES)
+    @parameterized.named_parameters(OPERAND_ERRORS + FLOAT_INDICES)
     def test_validate(self, operand, change, error, message):
         arrays = [np.zeros(x.shape, x.dtype) for x in operands(**{operand: change})]
         with self.assertRaisesRegex(error, message):
@@ -123,8 +124,56 @@ class OperandErrorsTest(parameterized.TestCase):
             call(*operands(), jax.ShapeDtypeStruct((1,), jnp.int32))
         with self.assertRaisesRegex(TypeError, "kv_head_start must be int32, got float32"):
             call(*operands(), jax.ShapeDtypeStruct((), jnp.float32))
+        start = jax.ShapeDtypeStruct((), jnp.int32)
         with self.assertRaisesRegex(ValueError, r"query must have a multiple of key_cache's 2 KV heads, got 3"):
-            call(*operands(query=(10, 3, 16)), jax.ShapeDtypeStruct((), jnp.int32))
+            call(*operands(query=(10, 3, 16)), start)
+        for number, error, message in (
+            (0, ValueError, "num_kv_heads must be at least 1, got 0"),
+            (3, ValueError, "num_kv_heads must be at most key_cache's 2 KV heads, got 3"),
+            (True, TypeError, "num_kv_heads must be an integer, got True"),
+        ):
+            with self.assertRaisesRegex(error, message):
+                jax.eval_shape(lambda *p: local_paged_prefill_p.bind(*p, num_kv_heads=number), *operands(), start)
+
+    @parameterized.named_parameters(
+        ("pages_slots_heads", (64, 16, 2, 128), -2, r"\[num_pages, page_size, kv_heads, head_dim\]"),
+        ("pages_heads_slots", (64, 2, 16, 128), -3, r"\[num_pages, kv_heads, page_size, head_dim\]"),
+        ("of_layers", (3, 64, 16, 1, 128), -2, r"\[num_pages, page_size, kv_heads, head_dim\]"),
+    )
+    def test_caches_laid_out_as_peers_do(self, shape, dim, layout):
+        """The error says which layout is wanted and which this looks like, and what it says to do is right."""
+        layer = dict(layer=0) if len(shape) == 5 else {}
+        cache, query, key = jnp.zeros(shape), jnp.zeros((10, 8, 128)), jnp.zeros((10, shape[dim], 128))
+        pack = [jnp.array([10]), jnp.zeros((1, 5), jnp.int32), jnp.array([0, 10])]
+        wanted = rf"key_cache must be laid out as \[kv_heads, num_pages, page_size, head_dim\], and \[{', '.join(map(str, shape[-4:]))}\]"
+        message = rf"{wanted} looks like {layout}, which jnp\.moveaxis\(key_cache, {dim}, -4\) puts in order$"
+        calls = [
+            lambda cache: ragged_paged_prefill(query, cache, cache, *pack, **layer),
+            lambda cache: append_to_pages(cache, cache, key, key, *pack, **layer),
+        ]
+        if not layer:
+            calls.append(lambda cache: prefill_page_attention(query, cache, cache, pack[0], pack[1][0]))
+        for call in calls:
+            with self.assertRaisesRegex(ValueError, message):
+                jax.eval_shape(call, cache)
+            jax.eval_shape(call, jnp.moveaxis(cache, dim, -4))
+
+    def test_a_layout_that_fits_two_ways_is_said_so(self):
+        cache = jnp.zeros((64, 4, 2, 128))
+        call = jnp.zeros((10, 8, 128)), cache, cache, jnp.array([10]), jnp.zeros((1, 5), jnp.int32), jnp.array([0, 10])
+        with self.assertRaisesRegex(ValueError, r"looks like \[num_pages, page_size, .*\] or \[num_pages, kv_heads, "):
+            jax.eval_shape(ragged_paged_prefill, *call)
+
+    def test_a_query_in_another_float_dtype_is_told_how_to_cast(self):
+        changed = operands(key_cache="bfloat16", value_cache="bfloat16")
+        message = r"got bfloat16: cast query with query\.astype\(key_cache\.dtype\)$"
+        for call in (ragged_paged_prefill, paged_prefill_p.bind):
+            with self.assertRaisesRegex(TypeError, message):
+                jax.eval_shape(call, *changed)
+        one = [*changed[:3], jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)]
+        with self.assertRaisesRegex(TypeError, message):
+            jax.eval_shape(prefill_page_attention, *one)
+        jax.eval_shape(lambda query, *others: ragged_paged_prefill(query.astype(others[0].dtype), *others), *changed)
 
     def test_wrong_calls_fail_before_anything_runs(self):
         with self.assertRaisesRegex(ValueError, "query must have a multiple"):
@@ -135,6 +184,16 @@ PARAMETER_ERRORS = [
     ("scale_nan", dict(softmax_scale=float("nan")), ValueError, r"softmax_scale must be finite, got nan"),
     ("scale_inf", dict(softmax_scale=float("inf")), ValueError, r"softmax_scale must be finite, got inf"),
     ("scale_text", dict(softmax_scale="big"), TypeError, r"softmax_scale must be a number, got 'big'"),
+    ("scale_past_float32", dict(softmax_scale=1e39), ValueError, r"softmax_scale must be at most 1\.33e\+36 in magnitude.*got 1e\+39"),
+    ("scale_past_float64", dict(softmax_scale=10**400), ValueError, r"softmax_scale must be finite, got inf"),
+    ("scale_true", dict(softmax_scale=True), TypeError, r"softmax_scale must be a number, got True"),
+    ("scale_numpy_true", dict(softmax_scale=np.bool_(True)), TypeError, r"softmax_scale must be a number, got .*True"),
+    ("scale_digits", dict(softmax_scale="0.5"), TypeError, r"softmax_scale must be a number, got '0\.5'"),
+    ("scale_array", dict(softmax_scale=np.ones(1)), TypeError, r"softmax_scale must be a number, got array"),
+    ("scale_complex", dict(softmax_scale=1j), TypeError, r"softmax_scale must be a number, got 1j"),
+    ("cap_past_float32", dict(attn_logits_soft_cap=1e39), ValueError, r"attn_logits_soft_cap must be between .*got 1e\+39"),
+    ("cap_below_float32", dict(attn_logits_soft_cap=1e-39), ValueError, r"attn_logits_soft_cap must be between .*got 1e-39"),
+    ("cap_true", dict(attn_logits_soft_cap=True), TypeError, r"attn_logits_soft_cap must be a number, got True"),
     ("cap_zero", dict(attn_logits_soft_cap=0.0), ValueError,
      r"attn_logits_soft_cap must be a positive finite number or None, got 0\.0"),
     ("cap_negative", dict(attn_logits_soft_cap=-30), ValueError, r"attn_logits_soft_cap must be a positive .*got -30"),
@@ -396,6 +455,23 @@ class IndexDtypesTest(parameterized.TestCase):
             want = ragged_paged_prefill(*arrays, *(x.astype(jnp.int32) for x in good))
             got = ragged_paged_prefill(*arrays, *(x.astype(dtype) for x in good))
             np.testing.assert_array_equal(got, want)
+
+    @parameterized.product(
+        form=("int8", "int32", "int64", "uint32", "list"), function=(ragged_paged_prefill, append_to_pages, prefill_page_attention)
+    )
+    def test_numpy_and_python_numbers_mean_the_same_eager_and_closed_over(self, form, function):
+        """Index arguments that a jitted function closes over are constants, not tracers."""
+        rng = np.random.default_rng(0)
+        query, *caches = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
+        new = [jnp.asarray(rng.standard_normal((10, 2, d)), jnp.float32) for d in (16, 24)]
+        indices = [np.abs(np.asarray(x)) for x in ValidateTest.GOOD.values()]
+        arrays = (query, *caches) if function is not append_to_pages else (*caches, *new)
+        if function is prefill_page_attention:
+            indices = [indices[0][1:2], indices[1][1]]
+        given = [x.tolist() if form == "list" else x.astype(form) for x in indices]
+        want = function(*arrays, *(jnp.asarray(x, jnp.int32) for x in indices))
+        chex.assert_trees_all_equal(function(*arrays, *given), want)
+        chex.assert_trees_all_close(jax.jit(lambda *arrays: function(*arrays, *given))(*arrays), want, atol=1e-6)
 
     def test_wide_numpy_values_saturate_without_x64_too(self):
         rng = np.random.default_rng(0)

@@ -4,6 +4,8 @@ that every kernel has.
 
 import ast
 from pathlib import Path
+import re
+import tomllib
 
 from absl.testing import absltest, parameterized
 import jax
@@ -71,7 +73,7 @@ class ImportsTest(parameterized.TestCase):
     def test_only_compat_imports_private_names_of_jax(self):
         found = {
             str(path.relative_to(ROOT))
-            for path in sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
+            for path in sources("primitive", "sharding", "lowering", "tests", "benchmarks")
             for name in imported(path)
             if name.split(".")[0] in ("jax", "jaxlib") and (name.startswith("jaxlib") or "._" in name)
         }
@@ -90,9 +92,40 @@ class ImportsTest(parameterized.TestCase):
             self.assertEqual(imported(ROOT / "primitive" / "new.py"), {name})
 
     def test_no_file_is_too_long_to_read(self):
-        files = sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
+        files = sources("primitive", "sharding", "lowering", "tests", "benchmarks")
         lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
         self.assertEmpty({name: length for name, length in lengths.items() if length > LONGEST})
+
+
+class BazelTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.files = [path for path in (ROOT / "BUILD", *ROOT.glob("*/BUILD")) if not path.parent.is_symlink()]
+        if not self.files:
+            self.skipTest("Bazel runs this, which has read its files by now and shows none of them to a test")
+
+    def test_rules_are_loaded(self):
+        """Bazel 9 has no rules of Python's of its own."""
+        for path in self.files:
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            names = [node.func.id for node in calls if isinstance(node.func, ast.Name)]
+            loads = [node for node in calls if getattr(node.func, "id", "") == "load"]
+            loaded = {arg.value for node in loads for arg in node.args[1:]}
+            self.assertContainsSubset({name for name in names if name.startswith(("py_", "python_"))}, loaded, path)
+
+    def test_labels_lead_somewhere(self):
+        folders = {path.parent for path in self.files}
+        for path in self.files:
+            for folder in re.findall(r'"//(?!visibility:)([^":]*)', path.read_text()):
+                self.assertIn(ROOT / folder, folders, path)
+        for folder in folders - {ROOT}:
+            self.assertNotEmpty([*folder.rglob("*.py")], folder)
+
+    def test_module_is_the_package(self):
+        module = (ROOT / "MODULE.bazel").read_text()
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        self.assertRegex(module, rf'module\(\s*name = "{project["name"]}",\s*version = "{project["version"]}"')
+        self.assertRegex(module, r'bazel_dep\(name = "rules_python"')
 
 
 class Plain(Kernel):
@@ -112,7 +145,7 @@ class Plain(Kernel):
     def misfit(self, problem, device, config):
         return None
 
-    def attend(self, call, config):
+    def attend(self, call, config, device):
         raise NotImplementedError
 
 

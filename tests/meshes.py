@@ -24,10 +24,6 @@ COLLECTIVE = re.compile(
 )
 
 
-# For programs that run once.
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def mesh(shape=(2, 4), kind=AxisType.Auto, names=("data", "model")):
     """A mesh over all 8 devices."""
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
@@ -111,9 +107,9 @@ def dense_kernel(call, config):
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts another Python process on `code`, with the same packages, and 8 CPU devices unless XLA_FLAGS is given."""
-    defaults = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    env = os.environ | defaults | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
+    """Starts another Python process on `code`, with the same packages and devices, the CPU's, unless told otherwise."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -132,9 +132,9 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3, pages_per_seq=20,
-                      keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1,
-                      soft_cap=50.0, window=None, dtype="bfloat16")
+        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3,
+                      pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1,
+                      softmax_scale=0.1, soft_cap=50.0, window=None, dtype="bfloat16")
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)

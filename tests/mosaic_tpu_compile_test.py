@@ -105,7 +105,7 @@ class CompileTest(parameterized.TestCase):
 
     def test_a_cache_in_the_layout_of_jnp_zeros_is_copied_where_head_dim_is_no_multiple_of_128(self):
         # XLA would put the pages on the lanes, 64 features being half of them, and no kernel can fetch a page then. If
-        # this fails, XLA has learned better, and what the README says of it can go.
+        # this fails, XLA has learned better, and what docs/serving.md says of it can go.
         memory = compile_for("v5e", pages=2**13, head_dim=64).memory_analysis()
         self.assertGreater(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 2)
 

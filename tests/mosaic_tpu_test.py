@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.call import Sequences, flatten, unflatten
+from paged_prefill.lowering.call import Device, Sequences, flatten, unflatten
 from paged_prefill.lowering.mosaic_tpu import host, schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owned_tokens, work_items
 from paged_prefill.primitive.attention import Attention
@@ -32,16 +32,16 @@ def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_ba
     config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
 
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
-    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.object(host, "_cores", lambda: cores):
-        out, lse = jax.block_until_ready(_attend(call, config, cores))
+    device = Device("tpu", "TPU v4", core_count=cores)
+    with pltpu.force_tpu_interpret_mode(interpreter):
+        out, lse = jax.block_until_ready(_attend(call, config, device))
     assert not compat.tpu_interpreter_found_races()
     return unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _attend(call, config, cores):
-    del cores  # here so that another number of them is another program
-    return host.MosaicTpu().attend(call, config)
+def _attend(call, config, device):
+    return host.MosaicTpu().attend(call, config, device)
 
 
 class MosaicTpuTest(chex.TestCase):

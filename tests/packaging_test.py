@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 
 from absl.testing import absltest
@@ -21,6 +22,13 @@ def run_python(*arguments, folder, **environment):
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     return done.returncode, done.stdout
+
+
+class DependenciesTest(absltest.TestCase):
+    def test_triton_and_its_bridge_are_a_pair_that_was_run(self):
+        """A newer jax-triton wants a newer Triton, and neither was run on a GPU; `INSTALL` in triton/host.py names the extra."""
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        self.assertContainsSubset({"jax-triton==0.3.1", "triton==3.6.*"}, set(extras["cuda"]))
 
 
 class WheelTest(absltest.TestCase):
@@ -48,7 +56,9 @@ class WheelTest(absltest.TestCase):
         expected = {str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")} | {"py.typed", "README.md"}
         for folder in ("primitive", "lowering", "sharding"):
             expected |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
-        expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "lowering" / "tuned").glob("*.json")}
+        tables = {str(path.relative_to(ROOT)) for path in (ROOT / "lowering" / "tuning" / "tuned").glob("*.json")}
+        self.assertNotEmpty(tables)
+        expected |= tables
         self.assertContainsSubset({f"paged_prefill/{name}" for name in expected}, self.names)
         self.assertTrue(any(name.endswith("licenses/LICENSE") for name in self.names))
 

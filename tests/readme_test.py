@@ -1,34 +1,54 @@
-"""The README's examples run as they stand, in order, and its links lead somewhere."""
+"""The examples of the README and of docs/ run as they stand, in order, and their links lead somewhere."""
 
 from pathlib import Path
 import re
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/operation.md", "docs/sharding.md", "docs/tuning.md", "docs/serving.md")
 
 
-class ReadmeTest(absltest.TestCase):
+def examples(page: str) -> list[tuple[int, str]]:
+    """The Python examples of a page, each with the line it begins in."""
+    text = (ROOT / page).read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
-    def setUp(self):
-        super().setUp()
-        self.text = README.read_text()
 
-    def test_examples_run(self):
-        examples = re.findall(r"^```python\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
-        self.assertGreaterEqual(len(examples), 5)
-        names = {"__name__": "readme"}
-        for number, example in enumerate(examples):
-            with self.subTest(example=number):
-                exec(compile(example, f"README example {number}", "exec"), names)  # noqa: S102
-        self.assertEqual(names["out"].shape[-2:], (8, 128))
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind a # in a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
-    def test_has_one_test_command(self):
-        self.assertLen(re.findall("-m pytest", self.text), 1)
 
-    def test_links_lead_somewhere(self):
-        for target in re.findall(r"\]\(([^)#]+)\)", self.text):
-            self.assertTrue((README.parent / target).exists(), target)
+class PagesTest(parameterized.TestCase):
+
+    @parameterized.parameters(*PAGES)
+    def test_examples_run(self, page):
+        found = examples(page)
+        self.assertNotEmpty(found)
+        self.assertLen(found, (ROOT / page).read_text().count("```python"))
+        names = {"__name__": page}  # one namespace a page
+        for line, example in found:
+            code = "\n" * line + example  # so that a traceback names the page's own line
+            exec(compile(code, str(ROOT / page), "exec"), names)  # noqa: S102
+
+    @parameterized.parameters(*PAGES, "CHANGELOG.md")
+    def test_links_lead_somewhere(self, page):
+        for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", (ROOT / page).read_text()):
+            if target.startswith("https://"):
+                continue
+            path = (ROOT / page).parent / target if target else ROOT / page
+            self.assertTrue(path.exists(), target)
+            if anchor:
+                self.assertIn(anchor.removeprefix("#"), anchors(path), target)
+
+    def test_every_page_is_read(self):
+        self.assertEqual({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}, set(PAGES))
+
+    def test_readme_has_one_test_command(self):
+        self.assertLen(re.findall("-m pytest", (ROOT / "README.md").read_text()), 1)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class GridTest(parameterized.TestCase):
             batch, axes = CUTS[cut]
             wanted = [tuple(NamedSharding(over, P(batch, None, axes)) for _ in range(2))] * len(packs)
         jitted = jax.jit(lambda all_packs: [call(*p) for p in all_packs], out_shardings=wanted)
-        compiled = jitted.lower(packs).compile(compiler_options=meshes.COMPILE_FAST)
+        compiled = jitted.lower(packs).compile()
         for heads, results in zip(configurations, compiled(packs), strict=True):
             with self.subTest(heads=heads):
                 meshes.assert_close(results, case(heads)[1])
@@ -208,7 +208,7 @@ class GridTest(parameterized.TestCase):
                 )  # fmt: skip
             )
         jitted = jax.jit(lambda all_packs: [f(*p) for f, p in zip(mapped, all_packs)])
-        compiled = jitted.lower(packs).compile(compiler_options=meshes.COMPILE_FAST)
+        compiled = jitted.lower(packs).compile()
         for heads, results in zip(configurations, compiled(packs), strict=True):
             with self.subTest(heads=heads):
                 meshes.assert_close(results, case(heads)[1])

@@ -1,19 +1,28 @@
 """The plan by itself: whatever is wished, every device can run its part, and what can stay where it is stays."""
 
 import math
-from types import SimpleNamespace
 
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from paged_prefill.primitive.cut import Cut, plan, wishes_of
+from paged_prefill.primitive.cut import Cut, plan, settle
+from paged_prefill.primitive.operands import PREFILL, Shapes
 
 MESH = {"data": 2, "model": 4}
 
 
-def operands(q_heads, kv_heads, batch=(), pools=()):
-    return SimpleNamespace(shape=(*batch, 5, q_heads, 8)), SimpleNamespace(shape=(*pools, kv_heads, 9, 4, 8))
+def call(q_heads, kv_heads, batch=(), pools=()) -> Shapes:
+    """The shapes of a call's operands."""
+    cache = (*pools, kv_heads, 9, 4, 8)
+    return Shapes(
+        PREFILL,
+        dict(
+            query=(*batch, 5, q_heads, 8), key_cache=cache, value_cache=cache, context_lens=(*batch, 2),
+            page_indices=(*batch, 2, 3), query_offsets=(*batch, 3),
+        ),
+        len(pools),
+    )  # fmt: skip
 
 
 class PlanTest(parameterized.TestCase):
@@ -38,8 +47,7 @@ class PlanTest(parameterized.TestCase):
         ),
     )  # fmt: skip
     def test_heads(self, heads, specs, cut_heads, cut_kv_heads):
-        query, key_cache = operands(*heads)
-        self.assertEqual(plan(MESH, query, key_cache, 0, wishes_of(specs, 0, 0)), Cut((), cut_heads, cut_kv_heads))
+        self.assertEqual(settle(MESH, call(*heads), specs), Cut((), cut_heads, cut_kv_heads))
 
     @parameterized.named_parameters(
         ("query", dict(query=P("data", None, None, "model")), (("data",), ()), ("model",)),
@@ -51,8 +59,7 @@ class PlanTest(parameterized.TestCase):
         ("divides_by_the_first", dict(query=P(("data", "model"))), (("data",), ()), ()),
     )
     def test_batch(self, specs, batch, heads):
-        query, key_cache = operands(8, 8, batch=(2, 6), pools=(2,))
-        cut = plan(MESH, query, key_cache, 1, wishes_of(specs, 2, 1))
+        cut = settle(MESH, call(8, 8, batch=(2, 6), pools=(2,)), specs)
         self.assertEqual((cut.batch, cut.heads), (batch, heads))
 
     def test_any_wishes_give_a_cut_that_runs(self):
@@ -67,9 +74,8 @@ class PlanTest(parameterized.TestCase):
         for _ in range(5000):
             kv_heads, group = rng.integers(1, 13, 2)
             batch = tuple(int(x) for x in rng.integers(1, 13, rng.integers(0, 3)))
-            query, key_cache = operands(int(kv_heads * group), int(kv_heads), batch, batch[:1])
             wishes = [Cut(tuple(axes() for _ in batch), axes(), axes()) for _ in range(3)]
-            cut = plan(mesh, query, key_cache, len(batch[:1]), wishes)
+            cut = plan(mesh, batch, int(kv_heads * group), int(kv_heads), wishes)
             used = [*cut.heads, *(axis for dim in cut.batch for axis in dim)]
             self.assertLen(used, len(set(used)))
             for size, dim in zip(batch, cut.batch, strict=True):

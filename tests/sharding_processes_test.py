@@ -1,10 +1,13 @@
 """Sharding where one process does not see it all: several processes at once, and one after the other with a cache."""
 
+import os
+import pathlib
 import socket
 import tempfile
 
 from absl.testing import absltest, parameterized
 
+from paged_prefill.sharding import partition
 from paged_prefill.tests import meshes
 
 TWO_PROCESSES = """
@@ -16,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 import numpy as np
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
+from paged_prefill.sharding import partition
 from paged_prefill.tests import meshes
 from paged_prefill.tests.packs import Pack
 
@@ -52,6 +56,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 from paged_prefill import ragged_paged_prefill
+from paged_prefill.sharding import partition
 from paged_prefill.tests import meshes
 
 pack = meshes.batched_pack(q_heads=8, kv_heads=4)
@@ -75,13 +80,35 @@ def finish(process) -> str:
     return output
 
 
+class CodeVersionTest(absltest.TestCase):
+    def test_follows_code_and_tables_and_where_they_lie(self):
+        folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+
+        def version(name, files):
+            for path, text in files.items():
+                (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name / path).write_text(text)
+            return partition._code_version(folder / name)
+
+        first = {"primitive/a.py": "1", "lowering/tuning/tuned/b.json": "2"}
+        versions = [
+            version("first", first),
+            version("code", first | {"primitive/a.py": "3"}),
+            version("table", first | {"lowering/tuning/tuned/b.json": "3"}),
+            version("more", first | {"sharding/c.py": ""}),
+            version("moved", {"primitive/c.py": "1", "lowering/tuning/tuned/b.json": "2"}),
+        ]
+        self.assertLen(set(versions), len(versions))
+        self.assertEqual(version("same", first | {"tests/a_test.py": "1", "lowering/__pycache__/a.pyc": "1"}), versions[0])
+
+
 class TwoProcessesTest(absltest.TestCase):
     def test_automatic_and_explicit_eager_and_jitted(self):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        processes = [meshes.run_python(TWO_PROCESSES, str(number), port, **flags) for number in range(2)]
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last one counts
+        processes = [meshes.run_python(TWO_PROCESSES, str(number), port, XLA_FLAGS=flags) for number in range(2)]
         for output in map(finish, processes):
             self.assertEqual(output.count("RIGHT"), 8, output)
 

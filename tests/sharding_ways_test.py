@@ -3,7 +3,10 @@
 import concurrent.futures
 import functools
 import importlib.util
+import os
+from pathlib import Path
 import re
+import tempfile
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -23,7 +26,9 @@ from paged_prefill import (
     ragged_paged_prefill,
     sharding_hints,
 )
-from paged_prefill.tests import meshes
+from paged_prefill.lowering import tuning
+from paged_prefill.primitive.context import current_policy, policy
+from paged_prefill.tests import compiling, meshes
 from paged_prefill.tests.packs import Pack
 
 CUT = meshes.specs("data", "model", "model")
@@ -36,6 +41,11 @@ attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=T
 def attend_by(way):
     """The public call, with the hints of the usual cut where they are the way."""
     return functools.partial(attend, batch_axis="data", head_axis="model") if way == "hint" else attend
+
+
+def append_by(way):
+    """Likewise for writing."""
+    return functools.partial(append_to_pages, head_axis="model") if way == "hint" else append_to_pages
 
 
 def compile_on(mesh, call, pack, cut, **jit):
@@ -128,19 +138,21 @@ class CacheTest(parameterized.TestCase):
         new = [jax.device_put(x, NamedSharding(mesh, P(None, None, "model"))) for x in new]
         return meshes.put(mesh, pack, cut), new, pack, [np.asarray(x) for x in new]
 
-    @parameterized.parameters("automatic", "hint")
-    def test_append_and_prefill_under_one_jit(self, way):
-        mesh = meshes.mesh()
+    @parameterized.product(way=WAYS, whole_tokens=(False, True))
+    def test_append_and_prefill_under_one_jit(self, way, whole_tokens):
+        mesh = meshes.mesh(kind=KINDS[way])
 
         def step(pack, key, value):
-            caches = append_to_pages(*pack[1:3], key, value, *pack[3:])
+            caches = append_by(way)(*pack[1:3], key, value, *pack[3:])
             return functools.partial(attend_by(way), pack.query)(*caches, *pack[3:]), *caches
 
         pack, new, host, host_new = self.arguments(mesh)
+        if whole_tokens:
+            new = [jax.device_put(x, NamedSharding(mesh, P())) for x in host_new]
         caches = NamedSharding(mesh, P("model"))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(None, caches, caches))
         want = jax.jit(append_to_pages)(*host[1:3], *host_new, *host[3:])
-        compiled = jitted.lower(pack, *new).compile()
+        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.AS_USERS_DO)
         results, *written = compiled(pack, *new)
         chex.assert_trees_all_equal(tuple(map(np.asarray, written)), tuple(map(np.asarray, want)))
         meshes.assert_close(results, meshes.expected(host._replace(key_cache=want[0], value_cache=want[1])))
@@ -148,15 +160,15 @@ class CacheTest(parameterized.TestCase):
         self.assertTrue(pack.key_cache.is_deleted() and pack.value_cache.is_deleted())
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, host.key_cache.nbytes // 4 // 2)
 
-    @parameterized.parameters("automatic", "hint")
+    @parameterized.parameters(*WAYS)
     def test_scan_over_layers_with_donated_caches(self, way):
-        mesh, layers = meshes.mesh(), 3
+        mesh, layers = meshes.mesh(kind=KINDS[way]), 3
 
         def model(pack, key, value):
             def layer(carry, number):
                 query, keys, values = carry
                 one = [lax.dynamic_index_in_dim(x, number, keepdims=False) for x in (keys, values)]
-                one = append_to_pages(*one, key * (number + 1), value * (number + 1), *pack[3:])
+                one = append_by(way)(*one, key * (number + 1), value * (number + 1), *pack[3:])
                 head_axis = "model" if way == "hint" else None
                 out, _ = attend(query, *one, *pack[3:], head_axis=head_axis)
                 keys, values = (lax.dynamic_update_index_in_dim(x, y, number, 0) for x, y in zip((keys, values), one))
@@ -168,7 +180,7 @@ class CacheTest(parameterized.TestCase):
         want = jax.jit(model)(Pack(*map(jnp.asarray, host)), *host_new)
         caches = NamedSharding(mesh, P(None, "model"))
         jitted = jax.jit(model, donate_argnums=0, out_shardings=(None, caches, caches))
-        compiled = jitted.lower(pack, *new).compile()
+        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.AS_USERS_DO)
         results = compiled(pack, *new)
         for got, right in zip(results, want):
             np.testing.assert_allclose(got, right, atol=1e-4, rtol=1e-4)
@@ -178,6 +190,48 @@ class CacheTest(parameterized.TestCase):
         # At most a layer at a time is set aside, of the part that one device holds.
         one_layer = (host.key_cache.nbytes + host.value_cache.nbytes) // layers // 4
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 1.5 * one_layer)
+
+
+    @parameterized.parameters(*WAYS)
+    def test_append_to_pools_of_their_own(self, way):
+        """Batch and heads cut: each device writes what it holds, and the types say so."""
+        mesh = meshes.mesh(kind=KINDS[way])
+        pack = meshes.batched_pack(pools=1, batch=(2,), q_heads=8, kv_heads=4, num_pages=64)
+        pages = np.random.default_rng(0).permutation(64)[:12].reshape(2, 2, 3)
+        pack = pack._replace(page_indices=pages.astype(np.int32), context_lens=np.full((2, 2), 7, np.int32))
+        new = [np.random.default_rng(1).standard_normal((2, 5, 4, x.shape[-1]), np.float32) for x in pack[1:3]]
+        want = [append_to_pages(*(x[i] for x in (*pack[1:3], *new, *pack[3:]))) for i in range(2)]
+        cut = meshes.specs("data", "model", "model", pool_axis="data")
+        on_mesh = meshes.put(mesh, pack, cut)
+        new = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model"))) for x in new]
+        call = functools.partial(append_by(way), batch_axis="data") if way == "hint" else append_to_pages
+        compiled = jax.jit(call, donate_argnums=(0, 1)).lower(*on_mesh[1:3], *new, *on_mesh[3:]).compile()
+        if way == "explicit":
+            self.assertEqual(jax.typeof(jax.eval_shape(call, *on_mesh[1:3], *new, *on_mesh[3:])[0]).sharding.spec[:2], ("data", "model"))
+        got = compiled(*on_mesh[1:3], *new, *on_mesh[3:])
+        for side in range(2):
+            np.testing.assert_array_equal(got[side], np.stack([x[side] for x in want]))
+            self.assertEqual(got[side].sharding.spec[:2], ("data", "model"))
+        self.assertEmpty(meshes.collectives(compiled))
+
+    @parameterized.parameters("automatic", "hint")
+    def test_packs_that_write_into_one_pool_are_gathered(self, way):
+        """Every device that holds the pool must see all packs, however they were cut; the pool does not move."""
+        mesh = meshes.mesh(kind=KINDS[way])
+        pack, new, host, host_new = self.arguments(mesh)
+        new = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model"))) for x in host_new]
+        call = functools.partial(append_by(way), batch_axis="data") if way == "hint" else append_to_pages
+        compiled = jax.jit(call).lower(*pack[1:3], *new, *pack[3:]).compile()
+        for got, want in zip(compiled(*pack[1:3], *new, *pack[3:]), append_to_pages(*host[1:3], *host_new, *host[3:])):
+            np.testing.assert_array_equal(got, want)
+        self.assertFalse([kind for _, kind in meshes.collectives(compiled) if "4096" in kind], "a cache moved")
+
+    def test_packs_that_write_into_one_pool_and_are_cut_by_type_are_refused(self):
+        mesh = meshes.mesh(kind=AxisType.Explicit)
+        pack, _, _, host_new = self.arguments(mesh)
+        new = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model"))) for x in host_new]
+        with self.assertRaisesRegex(ValueError, "key is cut as .* append_to_pages cuts heads, and batch dimensions where"):
+            jax.jit(append_to_pages)(*pack[1:3], *new, *pack[3:])
 
 
 class ExportTest(parameterized.TestCase):
@@ -264,6 +318,18 @@ class HintTest(parameterized.TestCase):
     def test_errors(self, hints, error, message):
         operands = meshes.put(meshes.mesh(), self.PACK, CUT)
         with self.assertRaisesRegex(error, message):
+            jax.jit(functools.partial(attend, **hints))(*operands)
+
+
+    @parameterized.named_parameters(
+        ("batch", dict(batch_axis="model"), 3, 8, r"batch_axis='model' cuts into 4 parts, and a batch dimension of 3 cannot"),
+        ("batch_by_both", dict(batch_axis=("data", "model")), 4, 8, r"batch_axis=\('data', 'model'\) cuts into 8 parts"),
+        ("heads", dict(head_axis="model"), 4, 6, r"head_axis='model' cuts into 4 parts, and 6 query heads over 6 KV heads"),
+    )
+    def test_a_hint_that_does_not_divide(self, hints, batch, heads, message):
+        pack = meshes.batched_pack(batch=(batch,), q_heads=heads, kv_heads=heads)
+        operands = meshes.put(meshes.mesh(), pack, meshes.specs())
+        with self.assertRaisesRegex(ValueError, message):
             jax.jit(functools.partial(attend, **hints))(*operands)
 
 
@@ -404,26 +470,46 @@ class TracingTest(parameterized.TestCase):
             jax.jit(functools.partial(attend, **p)).lower(*operands).as_text()
             for p in (dict(softmax_scale=0.25), dict(softmax_scale=0.5))
         ]
-        self.assertIn("'softmax_scale', 0.25", texts[0])
-        self.assertIn("'softmax_scale', 0.5", texts[1])
+        self.assertIn("softmax_scale=0.25", texts[0])
+        self.assertIn("softmax_scale=0.5", texts[1])
         for text in texts:
             self.assertRegex(text, 'paged_prefill_code = "[0-9a-f]{64}"')
+
+    def test_module_names_the_tables_that_decide_its_sizes(self):
+        """So that a persistent cache gives nobody the executable of another table."""
+        folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}))
+        operands = meshes.put(meshes.mesh(), self.PACK, CUT)
+
+        def reads():
+            text = jax.jit(lambda *operands: attend(*operands)).lower(*operands).as_text()
+            return re.search('paged_prefill_reads = "(.+?)"', text)[1]
+
+        untuned = reads()
+        self.assertEqual(reads(), untuned)
+        table = folder / "paged_prefill" / "cpu.json"
+        table.parent.mkdir()
+        table.write_text('{"format": 2, "entries": []}')
+        self.assertNotEqual(reads(), untuned)
+        table.unlink()
+        self.assertEqual(reads(), untuned)
 
     def test_the_callback_keeps_the_callers_settings(self):
         """The compiler calls from a thread of its own."""
         seen = []
 
         def spy(*operands, **parameters):
-            seen.append((jax.config.jax_default_matmul_precision, jax.sharding.get_abstract_mesh().empty))
-            return run_kernel(*operands, **parameters)
+            settings = jax.config.jax_default_matmul_precision, current_policy()
+            seen.append((*settings, jax.sharding.get_abstract_mesh().empty))
+            return run(*operands, **parameters)
 
-        run_kernel, mesh = lowering.run_kernel, meshes.mesh()
+        run, mesh = lowering.run, meshes.mesh()
         operands = meshes.put(mesh, self.PACK, CUT)
-        with mock.patch.object(lowering, "run_kernel", spy):
-            with jax.default_matmul_precision("highest"), jax.set_mesh(mesh):
+        with mock.patch.object(lowering, "run", spy):
+            with jax.default_matmul_precision("highest"), jax.set_mesh(mesh), policy("off"):
                 lowered = jax.jit(attend).lower(*operands)
             lowered.compile()
-        self.assertEqual(seen, [("highest", True)])
+        self.assertEqual(seen, [("highest", "off", True)])
 
     def test_eight_threads_at_once(self):
         mesh = meshes.mesh()

@@ -185,7 +185,7 @@ def compile_launches(target, problems):
         caches = [of_type((*pages, features), p.dtype) for features in (p.head_dim, p.value_dim)]
         static = dict(num_kv_heads=p.num_kv_heads, attention=p.attention)
         call = Call.of(query, *caches, sequences, of_type(()), **static)
-        jax.eval_shape(functools.partial(triton.attend, config=triton.heuristic(p, device)), call)
+        jax.eval_shape(functools.partial(triton.attend, config=triton.heuristic(p, device), device=device), call)
         resources.append(_compile(target, *launches[-2 if target[0] == "cuda" else -1]))
     return resources
 

@@ -117,32 +117,41 @@ MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
 class CompiledTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.compiler = process()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.compiler.shutdown()
+        super().tearDownClass()
+
+    def resources(self, target, device, problems):
+        """What the machine code of each problem takes."""
+        launches = [(each, device) for each in problems]
+        return self.compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
+
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling(self, name):
         target, device, shared_kib = TARGETS[name]
         problems = PROBLEMS + (MORE_PROBLEMS if name in ("sm_90", "gfx942") else ())
-        with process() as compiler:
-            launches = [(each, device) for each in problems]
-            resources = compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-            for each, found in zip(problems, resources, strict=True):
-                with self.subTest(str(each)):
-                    self.assertEqual(found["spilled"], 0, found)
-                    self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
-                    config = KERNEL.heuristic(each, device)
-                    self.assertIsNone(KERNEL.misfit(each, device, config))
-                    if target[0] == "cuda" and each.dtype != "float32":
-                        least = host.shared_bytes(each, device, config)
-                        self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
+        for each, found in zip(problems, self.resources(target, device, problems), strict=True):
+            with self.subTest(str(each)):
+                self.assertEqual(found["spilled"], 0, found)
+                self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
+                config = KERNEL.heuristic(each, device)
+                self.assertIsNone(KERNEL.misfit(each, device, config))
+                if target[0] == "cuda" and each.dtype != "float32":
+                    least = host.shared_bytes(each, device, config)
+                    self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
 
     def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
         capped = [problem(attn_logits_soft_cap=50.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
-        with process() as compiler:
-            counts = []
-            for name in ("sm_80", "gfx942"):
-                target, device, _ = TARGETS[name]
-                launches = [(each, device) for each in capped]
-                resources = compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-                counts += [found["tanh_instructions"] > 0 for found in resources]
+        counts = []
+        for name in ("sm_80", "gfx942"):
+            target, device, _ = TARGETS[name]
+            counts += [found["tanh_instructions"] > 0 for found in self.resources(target, device, capped)]
         self.assertEqual(counts, [True, False, False, False])
 
 
@@ -152,7 +161,7 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_is_one_over_half_full", dict(tokens=320), 1),
         ("few_tiles_fill_the_multiprocessors", dict(tokens=128, pages_per_seq=2048), 4),
         ("tiles_of_4_warps_share_a_multiprocessor", dict(tokens=16, seqs=16, pages_per_seq=2048), 2),
-        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=64), 1),
+        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=32), 1),
         ("nor_are_short_windows", dict(tokens=16, sliding_window=512), 1),
     )
     def test_splits(self, changes, splits):
@@ -183,10 +192,11 @@ class HeuristicTest(parameterized.TestCase):
     def test_candidates_start_with_the_heuristic_and_are_its_neighbours(self, **changes):
         configs = KERNEL.candidates(problem(**changes), H200)
         self.assertEqual(configs[0], KERNEL.heuristic(problem(**changes), H200))
-        self.assertBetween(len(set(configs)), 5, 12)
+        self.assertBetween(len(set(configs)), 4, 12)
         for config in configs[1:]:
             self.assertIn(config.num_warps, (4, 8))
-            self.assertLess(len(set(config.sizes().items()) - set(configs[0].sizes().items())), 3)
+            changed = {name for name, _ in config.sizes().items() - configs[0].sizes().items()}
+            self.assertLess(len(changed - {"num_splits"}), 3)
 
 
 class SupportsTest(parameterized.TestCase):

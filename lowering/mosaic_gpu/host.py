@@ -11,15 +11,17 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.mosaic_gpu.hopper.kernel import MULTIPROCESSORS, WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import WARPGROUP_ROWS, Plan, launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
-ROUNDS = 4  # of tiles over the multiprocessors: from there on the last one, which is not full, costs little
+BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
+STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
+ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
 
 class MosaicGpu(Kernel):
@@ -47,18 +49,22 @@ class MosaicGpu(Kernel):
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         three = _with_three_warpgroups(problem)
-        return three if _keeps_busy(problem, three) else _with_at_most_two(problem)
+        config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
+        config = replace(config, num_splits=self.num_splits(problem, device, config))
+        return replace(config, num_stages=STAGES_OF_A_PART) if config.num_splits > 1 else config
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
-        """The heuristic sizes first, then their neighbours: other stages, heads, splits and warpgroups."""
+        """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
-        changes = [dict(num_stages=first.num_stages - 1), dict(block_q=rows), dict(block_q=rows // 2)]
-        changes += [dict(num_splits=max(1, first.num_splits + more)) for more in (-1, 1)]
+        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
-        if _tokens_per_seq(problem) >= 3 * WARPGROUP_ROWS:
+        found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
+        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
-        return list(dict.fromkeys(c for c in found if self.misfit(problem, device, c) is None))
+        fitting = [c for c in found if self.misfit(problem, device, c) is None]
+        return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if config.num_warps not in (8, 12, 16):
@@ -81,10 +87,17 @@ class MosaicGpu(Kernel):
             return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
         return None
 
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
+        """The best by an estimate of their time; a core has room for one thread block."""
+        most = most_keys(problem, config.block_q) // (BLOCKS_PER_SPLIT * config.block_kv)
+        unsplit = programs(problem, config)
+        rows = unsplit * _rows(config)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
+
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
         problem, query = call.problem, call.query
-        plan = _plan(problem, config)
+        plan = _plan(problem, config, device)
         tiles, tile_of_token, place_in_tile = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention
         )
@@ -106,8 +119,9 @@ class MosaicGpu(Kernel):
         return merge_splits(out[:, block, row], lse, query.dtype)
 
 
-def _plan(problem: Problem, config: PrefillPageAttentionConfig) -> Plan:
+def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     return Plan(
+        cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
         head_dim=problem.head_dim,
@@ -137,7 +151,7 @@ def _block_kv(problem: Problem) -> int | None:
 
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
-    tokens_per_seq = _tokens_per_seq(problem)
+    tokens_per_seq = problem.tokens_per_seq
     warpgroups = 2
     if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -156,18 +170,14 @@ def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
 
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
-    """A configuration with as many stages as the shared memory has room for, and splits that fill the chip."""
+    """Tile sizes with as many stages as the shared memory has room for."""
     stages = MOST_STAGES[warpgroups]
     config = PrefillPageAttentionConfig(
         block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=stages
     )
     while shared_bytes(problem, config) > SHARED_BYTES:
         config = replace(config, num_stages=config.num_stages - 1)
-    return replace(config, num_splits=_splits(problem, config))
-
-
-def _tokens_per_seq(problem: Problem) -> int:
-    return -(-problem.tokens // problem.seqs)
+    return config
 
 
 def _rows(config: PrefillPageAttentionConfig) -> int:
@@ -175,26 +185,20 @@ def _rows(config: PrefillPageAttentionConfig) -> int:
     return (config.num_warps // 4 - 1) * WARPGROUP_ROWS
 
 
-def _tiles(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Tiles of all heads, were the tokens spread evenly over the sequences."""
+def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
     heads = _rows(config) // config.block_q
-    tiles_of_tokens = problem.seqs * -(-_tokens_per_seq(problem) // config.block_q)
+    tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
 
-def _keeps_busy(problem: Problem, three: PrefillPageAttentionConfig) -> bool:
+def _keeps_busy(problem: Problem, device: Device, three: PrefillPageAttentionConfig) -> bool:
     """Whether tiles of three warpgroups fill the chip for several rounds, and hardly any of their rows is empty."""
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
         return False
-    tiles = _tiles(problem, three)
+    tiles = programs(problem, three)
     used = problem.tokens * problem.q_heads / (tiles * _rows(three))
-    return tiles >= ROUNDS * MULTIPROCESSORS and used >= 0.95
-
-
-def _splits(problem, config):
-    """As many parts as fill the chip's multiprocessors once, of at least four blocks of keys each."""
-    keys = most_keys(problem, config.block_q)
-    return max(1, min(MULTIPROCESSORS // _tiles(problem, config), keys // (4 * config.block_kv), 32))
+    return tiles >= ROUNDS * device.cores and used >= 0.95
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:

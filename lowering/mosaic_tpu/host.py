@@ -5,7 +5,7 @@ the query; what it does with one is in kernel.py. Here is what the rest of lower
 the sizes it runs with, and the call itself.
 
 It reads caches in row-major layout, rows padded to whole registers. A cache in another layout, as XLA prefers where
-the last dimension is no multiple of 128, is copied before the call; the README says how to allocate it.
+the last dimension is no multiple of 128, is copied before the call; docs/serving.md says how to allocate it.
 """
 
 import functools
@@ -109,7 +109,7 @@ class MosaicTpu(Kernel):
             )
         return None
 
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
         problem, sequences = call.problem, call.sequences
         tokens, q_heads, num_kv_heads, group = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.group
@@ -132,7 +132,7 @@ class MosaicTpu(Kernel):
             return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
 
         # A chip whose two cores are one device splits the KV heads between them.
-        splits = schedule.largest_divisor(num_kv_heads, _cores())
+        splits = schedule.largest_divisor(num_kv_heads, device.cores)
         heads = num_kv_heads // splits
 
         def tile_of(split, item, head_start, tile, *_):
@@ -231,8 +231,3 @@ def smem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     sizes = schedule.sizes_of(config, problem.group, problem.page_size, problem.dtype)
     items = schedule.max_items(problem.tokens, problem.seqs, sizes.block_q)
     return 4 * (len(schedule.Items._fields) * round_up(items, LANES) + 2 * round_up(problem.pages_per_seq, LANES))
-
-
-def _cores() -> int:
-    """Cores of one device, over which a grid's parallel dimension is spread: 2 in megacore mode (v4, v5p), else 1."""
-    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1

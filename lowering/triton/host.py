@@ -10,7 +10,6 @@ write 0 and -inf. A launch has as many programs as the most tiles that any pack 
 from dataclasses import replace
 import functools
 import importlib.util
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Device, Problem, Sequences
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 MAX_DIM = 256
@@ -37,7 +36,7 @@ class _Sizes(NamedTuple):
 # By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
-    "hopper": (_Sizes(64, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
+    "hopper": (_Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
     "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
     "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
     "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
@@ -45,10 +44,8 @@ SIZES = {
 DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-MULTIPROCESSORS = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "L40": 142, "4090": 128, "MI300X": 304}
-WARPS = 8  # that keep a multiprocessor busy: tiles of fewer warps share one
-MAX_SPLITS = 16
-KEYS_PER_SPLIT = 1024  # fewer do not repay the merge
+WARPS = 8  # that keep a core busy: tiles of fewer warps share one
+KEYS_PER_SPLIT = 512  # fewer do not repay the merge
 
 
 class Triton(Kernel):
@@ -73,23 +70,23 @@ class Triton(Kernel):
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-        """Sizes by device, head_dim and dtype; splits where the tiles would leave multiprocessors idle."""
+        """Sizes by device, head_dim and dtype; splits where the tiles would leave cores idle."""
         width = _power_of_2(max(problem.head_dim, problem.value_dim))
         table = SIZES[_device_class(device)]
         sizes = table[3] if problem.dtype == "float32" else table[0 if width <= 64 else 1 if width <= 128 else 2]
-        rows_per_seq = -(-problem.tokens // max(problem.seqs, 1)) * problem.group
+        rows_per_seq = problem.tokens_per_seq * problem.group
         if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and width <= 128:
             sizes = DECODE
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
-        return PrefillPageAttentionConfig(
+        config = PrefillPageAttentionConfig(
             block_q=max(1, rows // problem.group),
             block_kv=sizes.block_kv,
             num_warps=sizes.num_warps,
             num_stages=sizes.num_stages,
-            num_splits=_num_splits(problem, device, rows, sizes.num_warps),
         )
+        return replace(config, num_splits=self.num_splits(problem, device, config))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes, then their neighbours that fit; what else does not fit fails to compile."""
@@ -98,10 +95,10 @@ class Triton(Kernel):
         for factor in (0.5, 2):
             tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
             changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
-            changes += [dict(num_splits=int(first.num_splits * factor))]
         found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
         sane = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
-        return list(dict.fromkeys(c for c in sane if self.misfit(problem, device, c) is None))
+        fitting = [c for c in sane if self.misfit(problem, device, c) is None]
+        return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known before."""
@@ -117,7 +114,15 @@ class Triton(Kernel):
             f"{device.kind}"
         )
 
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
+        """The best by an estimate of their time."""
+        slots = device.cores * max(1, WARPS // config.num_warps)
+        rows = problem.tokens * problem.q_heads
+        most = most_keys(problem, config.block_q) // KEYS_PER_SPLIT
+        unsplit = programs(problem, config)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
+
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
         import jax_triton
 
@@ -163,22 +168,11 @@ class Triton(Kernel):
         return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
 
 
-def _num_splits(problem: Problem, device: Device, rows: int, num_warps: int) -> int:
-    """The fewest splits by which the last wave of programs is nearly as full as any number makes it (FA3's rule)."""
-    tiles = max(-(-problem.tokens * problem.group // rows), min(problem.seqs, problem.tokens))
-    programs = tiles * problem.num_kv_heads
-    most = min(MAX_SPLITS, max(1, most_keys(problem, problem.tokens) // KEYS_PER_SPLIT))
-    multiprocessors = next((n for name, n in MULTIPROCESSORS.items() if name in (device.kind or "")), 108)
-    slots = multiprocessors * (WARPS // num_warps)
-
-    def efficiency(splits):
-        waves = programs * splits / slots
-        return waves / math.ceil(waves)
-
-    if programs >= slots / 2:
-        return 1
-    best = max(map(efficiency, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if efficiency(splits) >= 0.85 * best)
+def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Programs that have work before keys are split, were the tokens spread evenly over the sequences."""
+    rows = _power_of_2(config.block_q * problem.group)
+    tiles_per_seq = -(-problem.tokens_per_seq * problem.group // rows)
+    return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
 
 
 def _device_class(device: Device) -> str:

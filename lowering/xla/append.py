@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import last_index
 from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
 
@@ -67,31 +68,34 @@ def _scatter(cache, new, at, as_bits):
     dtype = cache.dtype
     if as_bits(dtype):
         cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
-    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop.
-    heads_axis, by_head = len(at) - 2, [jnp.broadcast_to(x, new.shape[:2]) for x in at]
-
-    def write(cache, new, *at):
-        return cache.at[tuple(at)].set(new, mode="drop", wrap_negative_indices=False)
-
-    written = jax.vmap(write, (heads_axis, *[0] * (1 + len(at))), heads_axis)(cache, new, *by_head)
+    heads, tokens = new.shape[:2]
+    heads_axis = len(at) - 2
+    places = tuple(axis for axis in range(heads_axis + 3) if axis != heads_axis)  # (layer,) page, slot
+    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
+    # vmap would bring the heads before the layers, which copies it too.
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=places,
+        scatter_dims_to_operand_dims=places,
+        operand_batching_dims=(heads_axis,),
+        scatter_indices_batching_dims=(0,),
+    )
+    indices = jnp.broadcast_to(jnp.stack(at, axis=-1), (heads, tokens, len(at)))
+    written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
 
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
     """The page and slot of each token of one pack; page -1 for those without one."""
-    token = jnp.arange(tokens, dtype=jnp.int32)
     seqs, pages_per_seq = page_indices.shape
     if 0 in (seqs, pages_per_seq):
-        return jnp.full_like(token, -1), jnp.zeros_like(token)
-    offsets = lax.cummax(jnp.clip(query_offsets, 0, tokens))
-    seq = jnp.sum(offsets[:, None] <= token[None, :], axis=0, dtype=jnp.int32) - 1  # the last that begins before it
-    owned = (seq >= 0) & (seq < seqs)
-    seq = jnp.clip(seq, 0, seqs - 1)
-    position = context_lens[seq] - offsets[seq + 1] + token
+        return jnp.full(tokens, -1, jnp.int32), jnp.zeros(tokens, jnp.int32)
+    owners = Owners(query_offsets, tokens)
+    position = owners.positions(context_lens)
     column = lax.div(position, jnp.int32(page_size))
     last_column = last_index(pages_per_seq)
-    exists = owned & (position >= 0) & (column <= last_column)
-    at = seq, jnp.clip(column, 0, last_column)
+    exists = owners.owned & (position >= 0) & (column <= last_column)
+    at = owners.seq, jnp.clip(column, 0, last_column)
     page = page_indices.at[at].get(mode="clip", wrap_negative_indices=False)
     exists &= (0 <= page) & (page <= last_index(num_pages))
     return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)

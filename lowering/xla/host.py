@@ -18,6 +18,7 @@ class Xla(Kernel):
     version = 3
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
+    invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         return None
@@ -40,7 +41,7 @@ class Xla(Kernel):
         """Any sizes will do."""
         return None
 
-    def attend(self, call: Call, config: PrefillPageAttentionConfig):
+    def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
         dtype = call.query.dtype
         if dtype == jnp.float32:

@@ -49,9 +49,9 @@ class Streaming:
         }
 
     def _in_runs(self, pages):
-        """[pools, kv_heads, num_pages, page_size, features] with the slots of a page in runs."""
-        pools, heads, num_pages, _, features = pages.shape
-        return pages.reshape(pools, heads, num_pages * self.runs_per_page, self.run, features)
+        """[pools, kv_heads, num_pages, page_size, ...] with the slots of a page in runs."""
+        pools, heads, num_pages = pages.shape[:3]
+        return pages.reshape(pools, heads, num_pages * self.runs_per_page, self.run, *pages.shape[4:])
 
     def attend(self):
         """The results of the whole call, tile by tile."""
@@ -151,6 +151,8 @@ class Streaming:
             common = jnp.max(jnp.where(row < rows, low, 0)), jnp.min(jnp.where(row < rows, high, end))
         if self.call.tree is not None:
             common = common[0], jnp.minimum(common[1], first_new)
+        if self.call.ranges is not None or self.call.tree is not None:
+            high = jnp.where(row < rows, high, 0)  # rows past the sequence's stand for another's: they see nothing
         numbers = (*hull, *common)
         start_key, end_key, whole_start, whole_end = (jnp.minimum(x, end) for x in numbers)
         tile = _Tile(
@@ -187,15 +189,15 @@ class Streaming:
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
         heads = self.problem.num_kv_heads
 
-        def gather(name, array):  # [num_kv_heads, keys, features]
+        def gather(name, array):  # [num_kv_heads, keys, ...]
             corner = jnp.broadcast_arrays(pools.get(name, tile.pool), self.call.kv_head_start, runs)
             dimensions = lax.GatherDimensionNumbers(
-                offset_dims=(0, 2, 3), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
+                offset_dims=(0, *range(2, array.ndim - 1)), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
             )
-            sizes = (1, heads, 1, *array.shape[-2:])
+            sizes = (1, heads, 1, *array.shape[3:])
             mode = lax.GatherScatterMode.CLIP
             gathered = lax.gather(array, jnp.stack(corner, axis=-1), dimensions, sizes, mode=mode)
-            return gathered.reshape(heads, self.block_kv, array.shape[-1])
+            return gathered.reshape(heads, self.block_kv, *array.shape[4:])
 
         gathered = {name: gather(name, array) for name, array in zip(self.pages, pages, strict=True)}
         keys = gathered["keys"].astype(self.product_dtype)
@@ -207,10 +209,8 @@ class Streaming:
 
     def _scale(self, tile: "_Tile", scale, of_each_slot):
         """A block's scales, [kv_heads or 1, keys or 1], or None."""
-        if of_each_slot is not None:
-            return of_each_slot[..., 0]
-        if scale is None:
-            return None
+        if of_each_slot is not None or scale is None:
+            return of_each_slot
         here = _taken(scale, tile.pool)
         if here.ndim:
             here = lax.dynamic_slice_in_dim(here, self.call.kv_head_start, self.problem.num_kv_heads)
@@ -218,8 +218,8 @@ class Streaming:
 
 
 def _of_each_slot(scale):
-    """Scales of slots as pages of one feature; None for others."""
-    return None if scale is None or scale.ndim < 4 else scale[..., None]
+    """Scales of slots, which are pages too; None for others."""
+    return None if scale is None or scale.ndim < 4 else scale
 
 
 class _Sequence(NamedTuple):
@@ -359,9 +359,14 @@ def _attend_block(running, queries, block: _Block, visible, scale, soft_cap):
     weights = jnp.exp(logits - shift[..., None])
     l_block = jnp.sum(weights, axis=-1)
     fade = jnp.exp(m - shift)
-    if block.value_scale is not None:
-        weights *= block.value_scale[:, None, :]
+    value_scale = block.value_scale
+    if value_scale is not None and value_scale.shape[-1] > 1:
+        # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
+        share, value_scale = value_scale, jnp.max(jnp.abs(value_scale), axis=-1, keepdims=True)
+        weights *= (share / jnp.where(value_scale == 0, 1.0, value_scale))[:, None, :]
     update = _product("hqk,hkd->hqd", weights.astype(block.values.dtype), block.values)
+    if value_scale is not None:
+        update *= value_scale[..., None]
     return m_next, l * fade + l_block, acc * fade[..., None] + update
 
 

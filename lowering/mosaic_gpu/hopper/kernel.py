@@ -35,7 +35,6 @@ from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.primitive.attention import factor_and_lse
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
-MULTIPROCESSORS = 132  # of an H100 or H200 SXM: any other number is right too, and less balanced
 # Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 TABLE_COLUMNS = len(Tiles._fields) + 1
@@ -51,6 +50,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 class Plan:
     """Everything static about a launch."""
 
+    cores: int  # as many blocks are launched at most: any other number is right too, and less balanced
     group: int  # query heads of a KV head
     num_kv_heads: int
     head_dim: int
@@ -171,7 +171,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows):
         functools.partial(_kernel, plan),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
-        grid=(min(blocks * plan.splits, MULTIPROCESSORS),),
+        grid=(min(blocks * plan.splits, plan.cores),),
         grid_names=("block",),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
@@ -189,7 +189,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, out, lse, **scratch)
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
     pieces = plan.tiles * plan.splits * plan.head_tiles
-    blocks = min(pieces, MULTIPROCESSORS)
+    blocks = min(pieces, plan.cores)
     block = lax.axis_index("block")
 
     def each_piece(do):

@@ -1,0 +1,141 @@
+"""Which configuration a kernel runs with.
+
+In this order: the call's `cfg=`; a `with overlay(...)` around the call; the user's table of this device kind; the
+table shipped with the package; then, by policy, timing or the kernel's heuristic. Only the first two are settled where
+a call is traced (they become the primitive's parameter `config`); the rest where it is lowered, since only then the
+device is known. Tile sizes that do not fit the call are an error where the caller chose them; where a table did, it
+gives way to what comes next, with one warning.
+
+The policy is the environment variable PAGED_PREFILL_AUTOTUNE, read when used, or a `with policy(...)`:
+
+    off     neither tables nor timing: `cfg`, overlay, heuristic
+    cache   tables, else the heuristic (the default)
+    on      tables, else timing, whose winner goes into the user's table
+    invariant  `cfg`, overlay, heuristic, of kernels whose heuristic does not follow the pack: a sequence's bits are the
+               same in any pack, batch and cut over heads
+
+With several processes all must compile the same program, so what only one machine knows (the user's table, timing) is
+left out there. An exported module is for machines that are not here, so nothing of this one's is in it: "off".
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+from absl import logging
+import jax
+
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.tuning import tables, timing
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
+
+# What timing chose in this process, None where it came to nothing: a call that is lowered again is not timed again.
+_timed: dict[str, PrefillPageAttentionConfig | None] = {}
+
+
+class Choice(NamedTuple):
+    """A configuration with every size its kernel uses, and where it came from, for people."""
+
+    config: PrefillPageAttentionConfig
+    source: str
+
+
+def resolve(
+    kernel: Kernel,
+    problem: Problem,
+    device: Device,
+    asked: PrefillPageAttentionConfig | None,
+    *,
+    under: str | None = None,
+) -> Choice:
+    """The configuration for a kernel's call, by the order above.
+
+    Args:
+      asked: `cfg=` or the overlay, or both.
+      under: the policy; the one in force where None.
+
+    Raises:
+      ValueError: `asked` does not fit the call.
+    """
+    if asked is not None and asked.sizes():
+        config = completed(kernel, problem, device, asked)
+        if wrong := kernel.misfit(problem, device, config):
+            raise ValueError(f"{kernel.name}: {wrong} (sizes from: cfg or overlay)")
+        return Choice(config, "cfg or overlay")
+    heuristic = Choice(completed(kernel, problem, device), "heuristic")
+    under = under or current_policy()
+    # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
+    if under in ("off", "invariant") or device.kind is None or problem.symbolic:
+        return heuristic
+    if found := _look_up(kernel, problem, device):
+        return found
+    # Samples have no optional operands, so that calls which have some cannot be timed.
+    timed = under == "on" and jax.process_count() == 1 and not problem.features
+    if timed and (best := _tune(kernel, problem, device)):
+        config = completed(kernel, problem, device, best)
+        if kernel.misfit(problem, device, config) is None:  # else it was timed for a smaller call of the same key
+            return Choice(config, "timed now")
+    return heuristic
+
+
+def completed(
+    kernel: Kernel, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig = PrefillPageAttentionConfig()
+) -> PrefillPageAttentionConfig:
+    """`chosen` with the heuristic's sizes where it leaves them open, and as many splits as those sizes need, if they fit."""
+    config = chosen.over(kernel.heuristic(problem, device))
+    if chosen.num_splits is None and kernel.misfit(problem, device, config) is None:
+        config = dataclasses.replace(config, num_splits=kernel.num_splits(problem, device, config))
+    return config
+
+
+def signature() -> str:
+    """What decides sizes beside the call, the policy and what is shipped; see `prefill.lowering_reads`."""
+    return tables.user_digest() if jax.process_count() == 1 else ""
+
+
+def _look_up(kernel, problem, device) -> Choice | None:
+    """The first row of a table for a call that fits it."""
+    key = tables.key_of(kernel, problem, device)
+    sources = []
+    if jax.process_count() == 1:
+        path = tables.user_path(device.kind)
+        sources.append((tables.read(path), f"user's table {path}"))
+    sources.append((tables.read_shipped(device.kind), f"shipped table {tables.shipped_path(device.kind).name}"))
+    for table, where in sources:
+        if found := tables.find(table, key):
+            config = completed(kernel, problem, device, found[0])
+            if (wrong := kernel.misfit(problem, device, config)) is None:
+                return Choice(config, f"{where}, {found[1]}")
+            _warn(f"paged_prefill passes over a row of the {where}, which does not fit: {kernel.name}: {wrong}")
+    return None
+
+
+@functools.cache  # once for each
+def _warn(message: str) -> None:
+    logging.warning("%s", message)
+
+
+def _tune(kernel, problem, device) -> PrefillPageAttentionConfig | None:
+    """Times the candidates, keeps the best in the user's table, and returns it; None where nothing could be timed."""
+    key = tables.canonical(tables.key_of(kernel, problem, device))
+    if key not in _timed:
+        comparison = timing.compare(kernel, problem, device)
+        _timed[key] = comparison.chosen and tables.tile_sizes(comparison.chosen.config)
+        if comparison.chosen is None:
+            logging.warning("paged_prefill could not time %s on %s; its heuristic is used", kernel.name, device.kind)
+        elif comparison.settled:
+            remember(kernel, problem, device, comparison.chosen)
+    return _timed[key]
+
+
+def remember(kernel: Kernel, problem: Problem, device: Device, best: timing.Timing) -> bool:
+    """Puts a timing into the user's table; False where it cannot be written."""
+    return tables.write(tables.user_path(device.kind), [entry_of(kernel, problem, device, best)])
+
+
+def entry_of(kernel: Kernel, problem: Problem, device: Device, best: timing.Timing) -> tables.Entry:
+    """A timing as a row of a table."""
+    key = tables.key_of(kernel, problem, device)
+    return tables.entry_of(key, best.config, milliseconds=round(best.milliseconds, 4), source="timed")

@@ -1,0 +1,81 @@
+"""Protects the policy "invariant": a sequence's bits are the same alone, in any pack and batch, and on any number of
+devices."""
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from paged_prefill import ragged_paged_prefill
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.choose import choose
+from paged_prefill.primitive.context import policy
+from paged_prefill.tests import cases
+from paged_prefill.tests.problems import problem
+
+# More tokens than a tile holds, a few, and one.
+CASE = cases.Case(
+    "invariant", ((300, 700), (1, 90), (7, 40), (33, 33)), q_heads=8, kv_heads=8, head_dim=16, page_size=16, dtype="bfloat16"
+)
+
+
+def attend(*pack):
+    return ragged_paged_prefill(*pack, return_lse=True)
+
+
+class InvariantTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enter_context(policy("invariant"))
+        self.pack = CASE.pack(poison=0.0)
+        self.want = jax.jit(attend)(*self.pack)
+
+    def assert_same_bits(self, got, rows=slice(None)):
+        for a, b in zip(got, self.want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)[rows])
+
+    def test_alone(self):
+        """Each sequence as a pack of its own, with a table of its own width."""
+        offsets = np.asarray(self.pack.query_offsets)
+        for seq, context in enumerate(np.asarray(self.pack.context_lens)):
+            rows = slice(offsets[seq], offsets[seq + 1])
+            columns = -(-int(context) // CASE.page_size)
+            got = jax.jit(attend)(
+                self.pack.query[rows],
+                *self.pack[1:3],
+                self.pack.context_lens[seq : seq + 1],
+                self.pack.page_indices[seq : seq + 1, :columns],
+                jnp.asarray([0, rows.stop - rows.start]),
+            )
+            self.assert_same_bits(got, rows)
+
+    def test_under_vmap(self):
+        got = jax.jit(jax.vmap(attend, (0, None, None, 0, 0, 0)))(
+            *(x if i in (1, 2) else jnp.stack([x] * 3) for i, x in enumerate(self.pack))
+        )
+        for element in range(3):
+            self.assert_same_bits([x[element] for x in got])
+
+    @parameterized.parameters(2, 4, 8)
+    def test_on_several_devices(self, devices):
+        mesh = jax.make_mesh((devices,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        specs = (P(None, "model"), P("model"), P("model"), P(), P(), P())
+        on_mesh = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(self.pack, specs)]
+        self.assert_same_bits(jax.jit(attend)(*on_mesh))
+
+
+class ChoiceTest(absltest.TestCase):
+    def test_kernels_whose_sizes_follow_the_pack_give_way(self):
+        device = Device("cuda", "NVIDIA H200", "9.0")
+        self.assertEqual(choose(problem(), device)[0], "mosaic_gpu")
+        with policy("invariant"):
+            name, passed_over = choose(problem(), device)
+            self.assertEqual(name, "xla")
+            self.assertIn('the policy is "invariant"', passed_over["mosaic_gpu"])
+            with self.assertRaisesRegex(ValueError, "cannot run this call on cuda: .*invariant"):
+                choose(problem(), device, "cuda")
+
+
+if __name__ == "__main__":
+    absltest.main()

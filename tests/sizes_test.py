@@ -1,0 +1,187 @@
+"""Protects the sizes that calls run with: chips are full, and no table makes a call fail or leaves its chip idle."""
+
+import dataclasses
+import importlib.util
+import os
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import numpy as np
+
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.choose import KERNELS, device_of
+from paged_prefill.lowering.cores import CORES
+from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu
+from paged_prefill.lowering.triton import host as triton
+from paged_prefill.lowering.tuning import resolve, tables, timing
+from paged_prefill.tests import calls
+from paged_prefill.tune import problem_of_shape
+
+DEVICES = (
+    ("h100", Device("cuda", "NVIDIA H100 80GB HBM3", "9.0")),
+    ("h200", Device("cuda", "NVIDIA H200", "9.0")),
+    ("h20", Device("cuda", "NVIDIA H20", "9.0")),
+    ("mi300x", Device("rocm", "AMD Instinct MI300X", "gfx942")),
+    ("v5e", Device("tpu", "TPU v5 lite")),
+    ("v6e", Device("tpu", "TPU v6 lite")),
+    ("7x", Device("tpu", "TPU7x")),
+)
+CALLS = 2000
+GPU_KERNELS = [KERNELS["cuda"]["mosaic_gpu"], KERNELS["cuda"]["triton"]]
+PROGRAMS = {"mosaic_gpu": mosaic_gpu.programs, "triton": triton.programs}
+PACKAGES = mock.patch.object(importlib.util, "find_spec", lambda name: name)  # choosing sizes needs none
+
+
+def kernels_of(problem, device):
+    """Those that run a call, but for the one that runs anywhere and fills no chip by itself."""
+    kernels = KERNELS[device.platform].values()
+    return [kernel for kernel in kernels if kernel.name != "xla" and kernel.supports(problem, device) is None]
+
+
+def filled(kernel, problem, device, config) -> int:
+    """Cores that a launch has work for at the same time; 1 on TPUs, whose cores a grid does not fill."""
+    if device.platform == "tpu":
+        return 1
+    return min(device.cores, PROGRAMS[kernel.name](problem, config) * config.num_splits)
+
+
+def problem_of_key(key) -> Problem:
+    """The largest call that a row of a table is for."""
+    sizes = [key[name] for name in ("sequences", "tokens_per_sequence", "context_capacity", "group", "kv_heads")]
+    seqs, tokens, context, group, kv_heads = sizes
+    others = [key[name] for name in ("head_dim", "sliding_window", "soft_cap")]
+    by_name = {name: key[name] for name in ("value_dim", "page_size", "dtype")}
+    return problem_of_shape(seqs, tokens, context, group * kv_heads, kv_heads, *others, **by_name)
+
+
+def with_heads_and_sequences_of(other, problem) -> Problem:
+    """As many tokens, keys and features, but the KV heads, the sequences and the soft cap of another call."""
+    kv_heads, seqs = other.num_kv_heads, min(other.seqs, problem.tokens)
+    heads = dict(q_heads=problem.group * kv_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads)
+    cap = other.attention.attn_logits_soft_cap
+    attention = dataclasses.replace(problem.attention, attn_logits_soft_cap=cap)
+    return dataclasses.replace(
+        problem, **heads, seqs=seqs, num_pages=seqs * problem.pages_per_seq, attention=attention
+    )
+
+
+class TablesDoNoHarmTest(parameterized.TestCase):
+    """Over random calls: no call fails, or fills less than half of what the heuristic fills, because of a table."""
+
+    def setUp(self):
+        super().setUp()
+        self.enter_context(PACKAGES)
+        no_user = self.enter_context(tempfile.TemporaryDirectory())
+        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": no_user}))
+        self.rng = np.random.default_rng(0)
+
+    def check(self, device, problems):
+        followed = 0
+        for problem in problems:
+            for kernel in kernels_of(problem, device):
+                heuristic = resolve.completed(kernel, problem, device)
+                config, source = resolve.resolve(kernel, problem, device, None, under="cache")
+                followed += source != "heuristic"
+                self.assertIsNone(kernel.misfit(problem, device, config), (source, problem))
+                least = filled(kernel, problem, device, heuristic) / 2
+                self.assertGreaterEqual(filled(kernel, problem, device, config), least, (source, config, problem))
+        return followed
+
+    @parameterized.named_parameters(*DEVICES)
+    def test_what_is_shipped(self, device):
+        problems = [calls.random_problem(self.rng) for _ in range(CALLS)]
+        self.check(device, problems)
+        # Few of those meet a row. These do, the ends of each row's key; and these nearly.
+        for row in tables.read_shipped(device.kind).values():
+            largest = problem_of_key(row["key"])
+            ends = [largest, *timing.ends_of(largest)]
+            self.assertEqual(self.check(device, ends), len(ends), row)
+            self.check(device, [with_heads_and_sequences_of(problem, largest) for problem in problems[:100]])
+
+    @parameterized.named_parameters(DEVICES[0], *DEVICES[2:])
+    def test_whatever_was_chosen_for_other_calls_of_the_same_key(self, device):
+        problems = [calls.random_problem(self.rng) for _ in range(CALLS // 2)]
+        table = {}
+        for problem in problems:
+            for kernel in kernels_of(problem, device):
+                others = [other for other in timing.ends_of(problem) if kernel.supports(other, device) is None]
+                other = others[self.rng.integers(len(others))] if others else problem
+                candidates = kernel.candidates(other, device)
+                config = candidates[self.rng.integers(len(candidates))]
+                key = tables.key_of(kernel, problem, device)
+                table[tables.canonical(key)] = tables.entry_of(key, config, source="timed")
+        with mock.patch.object(tables, "read_shipped", return_value=table):
+            self.assertGreater(self.check(device, problems), len(problems) / 3)
+
+
+class FillTest(parameterized.TestCase):
+    """Each chip is filled, and by what it is, not by what its name resembles."""
+
+    SHAPES = ((1, 16, 32768, 32, 8), (16, 1, 32768, 4, 1), (1, 128, 32768, 4, 1), (4, 1, 65536, 32, 8), (64, 1, 4096, 32, 8))
+
+    @parameterized.parameters(
+        ("NVIDIA H100 80GB HBM3", "9.0", 132), ("NVIDIA H100 PCIe", "9.0", 114), ("NVIDIA H20", "9.0", 78),
+        ("NVIDIA GH200 480GB", "9.0", 132), ("NVIDIA H200", "9.0", 132), ("NVIDIA L4", "8.9", 58),
+        ("NVIDIA L40S", "8.9", 142), ("NVIDIA A100-SXM4-80GB", "8.0", 108), ("NVIDIA B200", "10.0", 148),
+        ("AMD Instinct MI300X", "gfx942", 304), ("AMD Instinct MI355X", "gfx950", 256), ("NVIDIA Unheard Of", "9.0", 148),
+    )  # fmt: skip
+    def test_every_chip_is_filled(self, kind, capability, cores):
+        device = Device("rocm" if "AMD" in kind else "cuda", kind, capability)
+        self.assertEqual(device.cores, cores)
+        for kernel in GPU_KERNELS[capability != "9.0" :]:
+            for seqs, tokens, context, q_heads, kv_heads in self.SHAPES:
+                problem = problem_of_shape(seqs, tokens, context, q_heads, kv_heads, 128, None, None, page_size=16)
+                config = resolve.completed(kernel, problem, device)
+                with self.subTest(f"{kernel.name} {problem}"):
+                    self.assertGreaterEqual(filled(kernel, problem, device, config), 0.7 * cores, config)
+
+    def test_splits_make_no_second_wave_that_is_nearly_empty(self):
+        """Where one wave would do."""
+        for kind in CORES:
+            device = Device("cuda", kind, "9.0")
+            for kernel, tiles_a_core in zip(GPU_KERNELS, (1, 2)):
+                for shape in self.SHAPES[:4]:
+                    problem = problem_of_shape(*shape, 128, None, None, page_size=16)
+                    config = resolve.completed(kernel, problem, device)
+                    waves = PROGRAMS[kernel.name](problem, config) * config.num_splits / (device.cores * tiles_a_core)
+                    with self.subTest(f"{kind} {kernel.name} {shape}"):
+                        self.assertFalse(1 < waves < 1.5, config)
+
+    def test_a_device_says_itself_how_many_cores_it_has(self):
+        self.assertEqual(Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", core_count=66).cores, 66)
+        self.assertEqual(Device("cpu", "cpu").cores, 1)
+        self.assertEqual(Device("tpu", "TPU v4").cores, 2)
+
+    @parameterized.parameters(("core_count", 114), ("num_cores", 2))
+    def test_cores_are_read_off_the_device(self, attribute, cores):
+        here = mock.Mock(spec=["device_kind", "compute_capability", attribute], device_kind="Chip", **{attribute: cores})
+        with mock.patch.object(jax, "devices", return_value=[here]):
+            self.assertEqual(device_of("cuda").cores, cores)
+
+    def test_three_warpgroups_are_for_launches_of_several_rounds_on_this_chip(self):
+        problem = problem_of_shape(1, 3072, 8192, 32, 8, 128, None, None, page_size=16)
+        few, many = (Device("cuda", "H", "9.0", core_count=cores) for cores in (78, 132))
+        self.assertEqual(GPU_KERNELS[0].heuristic(problem, few).num_warps, 16)
+        self.assertEqual(GPU_KERNELS[0].heuristic(problem, many).num_warps, 12)
+
+
+class MemoryTest(parameterized.TestCase):
+    """A row for few KV heads needs less memory than a call of many: it is not for that call."""
+
+    @parameterized.product(kind=("TPU v5 lite", "TPU v6 lite", "TPU7x"), kv_heads=(1, 2, 4, 8, 14, 16, 24, 32), head_dim=(128, 256))
+    def test_shipped_rows_fit_every_number_of_heads(self, kind, kv_heads, head_dim):
+        device = Device("tpu", kind)
+        group = 4 if head_dim == 128 else 2
+        problem = problem_of_shape(1, 2048, 16384, group * kv_heads, kv_heads, head_dim, None, None, page_size=16)
+        [kernel] = kernels_of(problem, device)
+        with self.assertNoLogs(level="WARNING"):
+            config, source = resolve.resolve(kernel, problem, device, None, under="cache")
+        self.assertIsNone(kernel.misfit(problem, device, config))
+        # What is shipped was read off the schedule of 8 heads.
+        self.assertEqual(source, f"shipped table {tables.shipped_path(kind).name}, schedule" if kv_heads == 8 else "heuristic")
+
+
+if __name__ == "__main__":
+    absltest.main()
