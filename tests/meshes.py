@@ -79,19 +79,20 @@ def collectives(compiled) -> list[tuple[str, str]]:
     return [(match["op"], re.sub(r"\{[^}]*\}", "", match["type"])) for match in found]
 
 
-def dense_kernel(call, config):
+def dense_kernel(call, config, device):
     """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys."""
     problem, query, sequences, num_kv_heads = call.problem, call.query, call.sequences, call.problem.num_kv_heads
     softmax_scale = problem.attention.softmax_scale
     assert problem.attention == Attention(softmax_scale)
     tokens, q_heads, head_dim = query.shape
-    row = jnp.arange(tokens)
-    owner = (row[:, None] >= sequences.start) & (row[:, None] < sequences.start + sequences.length)
+    row = jnp.arange(tokens, dtype=jnp.int32)
+    start, end = sequences.start[None], (sequences.start + sequences.length)[None]
+    owner = (row[:, None] >= start) & (row[:, None] < end)
     seq = jnp.argmax(owner, axis=1)
     position = sequences.context_len[seq] - sequences.length[seq] + row - sequences.start[seq]
     position = jnp.where(owner.any(axis=1), position, -1)
     pages = sequences.page_indices[seq][:, None]
-    heads = call.kv_head_start + jnp.arange(num_kv_heads)[:, None]
+    heads = call.kv_head_start + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
 
     def gather(cache):  # [tokens, num_kv_heads, keys, features]
         gathered = cache[sequences.pool[seq][:, None, None], heads, pages]
@@ -99,7 +100,7 @@ def dense_kernel(call, config):
 
     grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
     logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages))
-    visible = (jnp.arange(logits.shape[-1]) <= position[:, None])[:, None, None]
+    visible = (jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] <= position[:, None])[:, None, None]
     weights = jnp.where(visible, jnp.exp(logits), 0.0)
     out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages))
     out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))

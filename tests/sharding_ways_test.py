@@ -168,7 +168,8 @@ class CacheTest(parameterized.TestCase):
             def layer(carry, number):
                 query, keys, values = carry
                 one = [lax.dynamic_index_in_dim(x, number, keepdims=False) for x in (keys, values)]
-                one = append_by(way)(*one, key * (number + 1), value * (number + 1), *pack[3:])
+                factor = (number + 1).astype(key.dtype)
+                one = append_by(way)(*one, key * factor, value * factor, *pack[3:])
                 head_axis = "model" if way == "hint" else None
                 out, _ = attend(query, *one, *pack[3:], head_axis=head_axis)
                 keys, values = (lax.dynamic_update_index_in_dim(x, y, number, 0) for x, y in zip((keys, values), one))
