@@ -98,7 +98,9 @@ def _has(operand, dim, size, cache_batch_dims) -> bool:
 def _one_pack(operands, *, attention, value_dim, compute_dtype):
     query, offsets, layer = (operands.get(name) for name in ("query", "query_offsets", "layer"))
     tokens, q_heads, _ = query.shape
-    pool = {name: operands[name] for name in ("key_cache", "value_cache", "key_scale", "value_scale") if name in operands}
+    pool = {
+        name: operands[name] for name in ("key_cache", "value_cache", "key_scale", "value_scale") if name in operands
+    }
     if layer is not None:
         pool = {name: x[jnp.clip(layer, 0, x.shape[0] - 1)] for name, x in pool.items()}
     features = value_dim if value_dim is not None else pool["value_cache"].shape[-1]
@@ -114,7 +116,9 @@ def _one_pack(operands, *, attention, value_dim, compute_dtype):
         keys, values = _keys_and_values(pool, operands["page_indices"][seq], value_dim, compute_dtype)
         # Rows of other sequences must not look into this one's pages.
         visible = owned[:, None] & _visible(operands, seq, token - start, end - start, keys.shape[1], attention)
-        seq_out, seq_lse = _softmax(query.astype(compute_dtype), keys, values, visible, operands.get("sinks"), attention)
+        seq_out, seq_lse = _softmax(
+            query.astype(compute_dtype), keys, values, visible, operands.get("sinks"), attention
+        )
         return jnp.where(owned[:, None, None], seq_out, out), jnp.where(owned[:, None], seq_lse, lse)
 
     return jax.lax.fori_loop(0, offsets.shape[0] - 1, add_sequence, (out, lse))

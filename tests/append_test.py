@@ -12,7 +12,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, append_to_pages, ragged_paged_prefill
 from paged_prefill.primitive.quantised import largest_number
-from paged_prefill.tests import compiling, oracle, poisoned
+from paged_prefill.tests import cases, compiling, oracle, poisoned
 
 CONFIG = PrefillPageAttentionConfig(block_q=1, block_kv=8)
 SIZES = dict(page_size=4, head_dim=8, value_dim=12, tokens_before=1, tokens_after=1)
@@ -26,7 +26,10 @@ def make_append(seed, sequences=SEQUENCES, *, dtype="float32", latent=False, **k
     call = poisoned.make_call(seed, sequences, poison=False, dtype=dtype, latent=latent, **SIZES | kind)
     rng = np.random.default_rng(seed)
     lead = (*call.pop("query").shape[:-2], call["key_cache"].shape[-4])
-    new = {name: rng.standard_normal((*lead, SIZES[dim])).astype(dtype) for name, dim in dict(key="head_dim", value="value_dim").items()}
+    new = {
+        name: rng.standard_normal((*lead, SIZES[dim])).astype(dtype)
+        for name, dim in dict(key="head_dim", value="value_dim").items()
+    }
     return call | new | (dict(value=None) if latent else {})
 
 
@@ -100,7 +103,9 @@ class WritesTest(parameterized.TestCase):
 
     @parameterized.parameters("float32", "bfloat16", "int8", "float8_e5m2")
     def test_layer_of_each_pack_in_pools_of_their_own_and_shared(self, dtype):
-        kind = dict(cache_dtype=dtype, key_scale="slot", value_scale="head") if dtype in QUANTISED else dict(dtype=dtype)
+        kind = (
+            dict(cache_dtype=dtype, key_scale="slot", value_scale="head") if dtype in QUANTISED else dict(dtype=dtype)
+        )
         check(make_append(2, layers=3, batch=(2, 2), pools=1, **kind))
 
     @parameterized.parameters("float32", "int8")
@@ -131,14 +136,18 @@ class WritesTest(parameterized.TestCase):
         np.testing.assert_array_equal(written[0, 1, 1].astype(jnp.float32), stored)
 
     def test_a_token_of_zeros(self):
-        call = make_append(5, cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="slot") | dict(key=np.zeros((11, 2, 8), np.float32))
+        call = make_append(5, cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="slot") | dict(
+            key=np.zeros((11, 2, 8), np.float32)
+        )
         check(call)
 
 
 class TransformsTest(parameterized.TestCase):
     def test_vmap_over_pools(self):
         """Everything mapped, and scales that are not: each element's own pool, where they would go."""
-        every = [make_append(seed, layers=2, cache_dtype="int8", key_scale="slot", value_scale="tensor") for seed in range(2)]
+        every = [
+            make_append(seed, layers=2, cache_dtype="int8", key_scale="slot", value_scale="tensor") for seed in range(2)
+        ]
         stacked = {name: np.stack([call[name] for call in every]) for name in every[0]}
         shared = stacked | dict(value_scale=every[0]["value_scale"])
         axes = {name: None if name == "value_scale" else 0 for name in stacked}
@@ -179,14 +188,16 @@ class InPlaceTest(parameterized.TestCase):
     LAYERS = 6
 
     def model(self, latent, parameters):
-        """Appends to and attends in each of six layers of stacked caches in turn; the tokens depend on what came before."""
+        """Appends to and attends in each layer of stacked caches in turn; the tokens depend on what came before."""
 
         def run(caches, scales, call):
             def layer(carry, number):
                 query, caches, scales = carry
                 tokens = {name: call[name] + query[..., :1, :1] for name in ("key", "value") if call[name] is not None}
                 indices = {name: call[name] for name in ("context_lens", "page_indices", "query_offsets")}
-                written = append_to_pages(**caches, **tokens | (dict(value=None) if latent else {}), **scales, **indices, layer=number)
+                written = append_to_pages(
+                    **caches, **tokens | (dict(value=None) if latent else {}), **scales, **indices, layer=number
+                )
                 caches, scales = dict(zip(caches, written)), dict(zip(scales, written[2:]))
                 out = ragged_paged_prefill(query, **caches, **scales, **indices, layer=number, cfg=CONFIG, **parameters)
                 return (query + 0.1 * jnp.mean(out, -1, keepdims=True), caches, scales), None
@@ -207,7 +218,11 @@ class InPlaceTest(parameterized.TestCase):
             self.skipTest("jaxlib 0.10 scatters no bfloat16 in place on CPUs")
         latent = kind.get("latent", False)
         call = make_append(8, layers=self.LAYERS, spare_pages=4_000, **kind)
-        call["query"] = np.random.default_rng(0).standard_normal((*call["key"].shape[:1], 4, call["key_cache"].shape[-1])).astype(call["key"].dtype)
+        call["query"] = (
+            np.random.default_rng(0)
+            .standard_normal((*call["key"].shape[:1], 4, call["key_cache"].shape[-1]))
+            .astype(call["key"].dtype)
+        )
         if latent:
             call["key"] = np.concatenate([call["key"]] * 2, -1)
         caches = {name: jnp.asarray(call[name]) + 0 if call[name] is not None else None for name in CACHES[:2]}
@@ -233,10 +248,14 @@ class InPlaceTest(parameterized.TestCase):
 
     @parameterized.parameters("float8_e4m3fn", "float8_e5m2")
     def test_float8_takes_one_copy_on_a_cpu(self, dtype):
-        """XLA's CPU compiler writes no float8 in place; as integers they take a copy of their size, and not of a wider one."""
+        """XLA's CPU compiler writes no float8 in place; as integers they take a copy of their own size."""
         call = make_append(10, cache_dtype=dtype, spare_pages=5_000)
         caches = {name: jnp.asarray(call.pop(name)) for name in CACHES[:2]}
-        compiled = jax.jit(lambda caches, rest: append_to_pages(**caches, **rest), donate_argnums=0).lower(caches, call).compile(compiling.AS_USERS_DO)
+        compiled = (
+            jax.jit(lambda caches, rest: append_to_pages(**caches, **rest), donate_argnums=0)
+            .lower(caches, call)
+            .compile(compiling.AS_USERS_DO)
+        )
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 1.05 * sum(x.nbytes for x in caches.values()))
 
 
@@ -260,6 +279,13 @@ class ErrorTest(parameterized.TestCase):
         context_lens=np.int32([192]), page_indices=np.arange(12, dtype=np.int32)[None], query_offsets=np.int32([0, 192])
     )
 
+    @staticmethod
+    @jax.jit
+    def append_and_attend(query, key, value, cache, **scales):
+        written = append_to_pages(cache, cache, key, value, **ErrorTest.INDICES, **scales)
+        caches = dict(zip(CACHES, written)) | dict(zip(CACHES[2:], written[2:] or scales.values()))
+        return ragged_paged_prefill(query, **caches, **ErrorTest.INDICES, cfg=cases.SMALL_TILES)
+
     @parameterized.parameters(*((*key, *errors) for key, errors in MEASURED.items()))
     def test_of_attention(self, dtype, granularity, *measured):
         rng = np.random.default_rng(0)
@@ -273,11 +299,9 @@ class ErrorTest(parameterized.TestCase):
             largest = np.abs(new).max((0, 2)) / largest_number(jnp.dtype(dtype))
             scales[name] = dict(tensor=largest.max(), head=largest, slot=np.zeros((heads, 12, 16)))[granularity]
         cache = np.zeros((heads, 12, 16, features), dtype)
-        written = append_to_pages(cache, cache, key, value, **self.INDICES, **scales)
-        stored = dict(zip(CACHES, written)) | dict(zip(CACHES[2:], written[2:] or scales.values()))
-        as_they_are = dict(zip(CACHES, append_to_pages(*[np.float32(cache)] * 2, key, value, **self.INDICES)))
         got, want = (
-            np.asarray(ragged_paged_prefill(query, **caches, **self.INDICES)) for caches in (stored, as_they_are)
+            np.asarray(self.append_and_attend(query, key, value, cache, **scales))
+            for cache, scales in ((cache, scales), (np.float32(cache), {}))
         )
         size = lambda x: np.sqrt((x.reshape(tokens, heads, -1) ** 2).mean((0, 2)))
         errors = size(got - want) / size(want)

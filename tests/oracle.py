@@ -31,7 +31,9 @@ class Sequence:
     def __init__(self, operands, pack, seq, *, sliding_window=None):
         self._operands, self._pack, self._window = operands, pack, sliding_window
         tokens = operands["query"].shape[-3]
-        offsets = np.maximum.accumulate(np.clip(np.asarray(operands["query_offsets"])[pack].astype(np.int64), 0, tokens))
+        offsets = np.maximum.accumulate(
+            np.clip(np.asarray(operands["query_offsets"])[pack].astype(np.int64), 0, tokens)
+        )
         self.start, self.end = offsets[seq], offsets[seq + 1]
         self.pool = pool_of(operands, "key_cache", pack)
         num_pages, page_size = operands["key_cache"].shape[-3:-1]
@@ -71,7 +73,7 @@ class Sequence:
 
 
 def pool_of(operands, name, pack):
-    """The index of a pack's pool in a cache or scale: among its leading dimensions, where a 1 serves all, and layers."""
+    """The index of a pack's pool in a cache or scale: in its leading dimensions, where a 1 serves all, and its layers."""
     layer, cache = operands.get("layer"), operands[name]
     cache_batch_dims = operands["key_cache"].ndim - 4 - (layer is not None)
     pool = tuple(0 if size == 1 else i for i, size in zip(pack[:cache_batch_dims], cache.shape))

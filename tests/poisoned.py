@@ -42,8 +42,8 @@ def make_call(
     With `layers`, each pack reads a layer of its own. `key_scale` and `value_scale` are one of GRANULARITIES. A latent
     cache takes its `value_dim` as a parameter of the call too. Other arguments are those of `packs.make_pack`.
 
-    Unless told otherwise, whatever no row sees is poison: NaN, infinities or the largest numbers, in slots and in their scales, in the layers
-    and heads' scales that nobody reads, in ranges and trees of tokens that no sequence owns.
+    Unless told otherwise, whatever no row sees is poison: NaN, infinities or the largest numbers, in slots and in their
+    scales, in the layers and heads' scales that nobody reads, in ranges and trees of tokens that no sequence owns.
     """
     rng = np.random.default_rng(seed)
     lengths, contexts = zip(*sequences)
@@ -51,7 +51,9 @@ def make_call(
     # Every pack with pages of its own, which then come to lie in pools and layers.
     every = [made(rng.integers(2**31), lengths, contexts) for _ in np.ndindex(batch)]
     operands = {
-        name: np.stack([np.asarray(getattr(pack, name)) for pack in every]).reshape(*batch, *getattr(every[0], name).shape)
+        name: np.stack([np.asarray(getattr(pack, name)) for pack in every]).reshape(
+            *batch, *getattr(every[0], name).shape
+        )
         for name in packs.Pack._fields
     }
     own, shared = batch[:pools], batch[pools:]
@@ -116,7 +118,9 @@ def random_ranges(rng, lead, most_keys) -> np.ndarray:
 
 def poison_unseen(rng, operands, sliding_window=None) -> None:
     """Puts poison wherever no row of any pack looks, in place."""
-    arrays = [name for name in ("key_cache", "value_cache", "key_scale", "value_scale") if operands.get(name) is not None]
+    arrays = [
+        name for name in ("key_cache", "value_cache", "key_scale", "value_scale") if operands.get(name) is not None
+    ]
     slots = {name: operands[name].shape[:-1] if name.endswith("cache") else operands[name].shape for name in arrays}
     needed = {name: np.zeros(shape, bool) for name, shape in slots.items()}
     owned = np.zeros(operands["query"].shape[:-2], bool)
@@ -161,11 +165,11 @@ MODELS = {
 
 
 def sample(rng) -> tuple[dict[str, np.ndarray], dict]:
-    """One call of a small model, as (operands, parameters): prefill, chunks, decode, all of these, drafts with trees."""
+    """One call of a small model, as (operands, parameters): prefill, chunks, decode, all of it, drafts with trees."""
     model = dict(MODELS[rng.choice(list(MODELS))])
-    parameters = {
-        name: model.pop(name) for name in ("attn_logits_soft_cap",) if name in model
-    } | {name: model[name] for name in ("sliding_window",) if name in model}
+    parameters = {name: model.pop(name) for name in ("attn_logits_soft_cap",) if name in model} | {
+        name: model[name] for name in ("sliding_window",) if name in model
+    }
     if model.get("latent"):
         parameters["value_dim"] = model["value_dim"]
     kind = rng.choice(["prefill", "chunk", "decode", "mixed", "drafts", "many short"])

@@ -1,4 +1,4 @@
-"""Calls with every operand on 8 devices, cut by heads, batch and both, in all ways: the same numbers, nothing exchanged."""
+"""Calls with every operand on 8 devices, cut by heads, batch and both, in all ways: right, and nothing exchanged."""
 
 import functools
 
@@ -12,7 +12,15 @@ from paged_prefill.tests import meshes, oracle, poisoned
 
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "hint": AxisType.Auto}
 SIZES = dict(page_size=4, head_dim=8, value_dim=12, tokens_before=1, tokens_after=1)
-EVERYTHING = dict(key_ranges=True, tree_words=1, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="head")
+EVERYTHING = dict(
+    key_ranges=True,
+    tree_words=1,
+    sinks=True,
+    layers=2,
+    cache_dtype="float8_e4m3fn",
+    key_scale="slot",
+    value_scale="head",
+)
 SEQUENCES = ((5, 9), (3, 2), (1, 14))
 # What cuts the batch, the query heads and the KV heads, with so many KV heads for 16 query heads.
 CUTS = {
@@ -27,7 +35,11 @@ def specs_of(call, batch, heads, kv_heads, pools=0, layers=1):
     """The spec of each operand."""
     pool = (batch,) * pools + (None,) * layers
     cache = P(*pool, kv_heads)
-    scale = {name: cache if call[name].ndim > len(pool) else P(*pool) for name in ("key_scale", "value_scale") if name in call}
+    scale = {
+        name: cache if call[name].ndim > len(pool) else P(*pool)
+        for name in ("key_scale", "value_scale")
+        if name in call
+    }
     specs = dict(query=P(batch, None, heads), key_cache=cache, value_cache=cache, sinks=P(batch, heads), **scale)
     return {name: specs.get(name, P(batch)) for name in call}
 
@@ -60,7 +72,9 @@ class AttentionTest(parameterized.TestCase):
         call = poisoned.make_call(1, SEQUENCES, batch=(2,), pools=1, q_heads=8, kv_heads=1, **SIZES | kind)
         del call["value_cache"]
         operands = put(meshes.mesh(kind=KINDS[way]), call, specs_of(call, "data", "model", None, pools=1))
-        attend = functools.partial(ragged_paged_prefill, value_cache=None, value_dim=12, cfg=meshes.CONFIG, return_lse=True)
+        attend = functools.partial(
+            ragged_paged_prefill, value_cache=None, value_dim=12, cfg=meshes.CONFIG, return_lse=True
+        )
         attend = functools.partial(attend, **hints(way, "data", "model"))
         compiled = jax.jit(lambda operands: attend(**operands)).lower(operands).compile()
         out, lse = compiled(operands)
@@ -77,7 +91,9 @@ class AppendTest(parameterized.TestCase):
         call = poisoned.make_call(2, SEQUENCES, batch=(2,), pools=1, q_heads=4, kv_heads=4, **SIZES, **kind)
         rng = np.random.default_rng(0)
         lead = call.pop("query").shape[:-1]
-        call |= dict(key=rng.standard_normal((*lead, 8), np.float32), value=rng.standard_normal((*lead, 12), np.float32))
+        call |= dict(
+            key=rng.standard_normal((*lead, 8), np.float32), value=rng.standard_normal((*lead, 12), np.float32)
+        )
         want = jax.jit(append_to_pages)(**call)
         specs = specs_of(call | dict(query=None), "data", "model", "model", pools=1)
         specs |= dict(key=P("data", None, "model"), value=P("data", None, "model"))

@@ -1,4 +1,4 @@
-"""The operands of the second form, alone and combined, against the oracle: what they mean, and that nothing else counts."""
+"""The operands of the second form, alone and combined, against the oracle: what they mean, and what does not count."""
 
 import functools
 
@@ -49,10 +49,9 @@ class AloneTest(parameterized.TestCase):
         operands = poisoned.make_call(0, **SIZES | operand)
         check(operands, **(dict(value_dim=12) if "latent" in operand else {}))
 
-    @parameterized.product(dtype=("bfloat16", "float16"), operand=("key_ranges", "latent"))
-    def test_half_dtypes(self, dtype, operand):
-        operands = poisoned.make_call(1, **SIZES, **{operand: True}, dtype=dtype)
-        check(operands, **(dict(value_dim=12) if operand == "latent" else {}))
+    @parameterized.parameters("bfloat16", "float16")
+    def test_half_dtypes(self, dtype):
+        check(poisoned.make_call(1, **SIZES, key_ranges=True, tree_words=1, latent=True, dtype=dtype), value_dim=12)
 
     @parameterized.named_parameters(
         (f"{dtype}_of_each_{granularity}_{query}", dtype, granularity, query)
@@ -70,13 +69,14 @@ class AloneTest(parameterized.TestCase):
             operands = poisoned.make_call(3, **SIZES, cache_dtype="int8", **scales)
             check(operands, softmax_scale=2.0**-12)  # stored numbers are up to 127
 
-
-    @parameterized.product(dtype=("float16", "bfloat16"), granularity=("head", "slot"))
-    def test_small_values_in_products_of_half_dtypes(self, dtype, granularity):
+    @parameterized.parameters("head", "slot")
+    def test_small_values_in_products_of_float16(self, granularity):
         """As GPUs and TPUs multiply: a weight times a small scale is no normal number of float16."""
-        operands = poisoned.make_call(20, **SIZES, dtype=dtype, cache_dtype="int8", key_scale=granularity, value_scale=granularity)
-        operands["value_scale"] = operands["value_scale"] * np.float32(2.0**-13)
-        attend = functools.partial(host._attend, jnp.dtype(dtype))
+        scales = dict(key_scale=granularity, value_scale=granularity)
+        operands = poisoned.make_call(20, **SIZES, dtype="float16", cache_dtype="int8", **scales)
+        with np.errstate(over="ignore"):  # of what is poison
+            operands["value_scale"] = operands["value_scale"] * np.float32(2.0**-13)
+        attend = functools.partial(host._attend, jnp.float16)
         with absltest.mock.patch.object(host, "_attend", lambda product_dtype, config, call: attend(config, call)):
             check(operands)
 
@@ -92,12 +92,22 @@ class CombinedTest(parameterized.TestCase):
         check(operands, attn_logits_soft_cap=2.0, softmax_scale=0.7)
 
     def test_tree_sinks_window_cap_quantised_and_layer(self):
-        kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="head", value_scale="tensor")
+        kind = dict(
+            tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="head", value_scale="tensor"
+        )
         operands = poisoned.make_call(5, **SIZES, **kind, sliding_window=9)
         check(operands, attn_logits_soft_cap=2.0, sliding_window=9)
 
     def test_packs_of_a_batch_with_pools_of_their_own_and_shared(self):
-        kind = dict(key_ranges=True, tree_words=1, sinks=True, layers=3, cache_dtype="int8", key_scale="slot", value_scale="head")
+        kind = dict(
+            key_ranges=True,
+            tree_words=1,
+            sinks=True,
+            layers=3,
+            cache_dtype="int8",
+            key_scale="slot",
+            value_scale="head",
+        )
         check(poisoned.make_call(6, ((9, 14), (1, 20)), **SIZES, **kind, batch=(2, 2), pools=1))
 
     def test_deepseek(self):
@@ -109,7 +119,9 @@ class CombinedTest(parameterized.TestCase):
 
     def test_gemma_4(self):
         """Heads of 512 features and spans of an image that see each other."""
-        operands = poisoned.make_call(8, ((12, 70), (1, 40)), q_heads=4, kv_heads=2, head_dim=512, page_size=16, key_ranges=True)
+        operands = poisoned.make_call(
+            8, ((12, 70), (1, 40)), q_heads=4, kv_heads=2, head_dim=512, page_size=16, key_ranges=True
+        )
         check(operands, cfg=PrefillPageAttentionConfig(block_q=4, block_kv=32))
 
     def test_heuristic_sizes(self):
@@ -230,7 +242,15 @@ class HarmlessTest(parameterized.TestCase):
 
     def test_what_no_row_sees_changes_no_bit(self):
         """The same call with other poison: slots, scales, layers, ranges and trees of tokens that nobody owns."""
-        kind = dict(key_ranges=True, tree_words=1, sinks=True, layers=2, cache_dtype="float8_e5m2", key_scale="slot", value_scale="slot")
+        kind = dict(
+            key_ranges=True,
+            tree_words=1,
+            sinks=True,
+            layers=2,
+            cache_dtype="float8_e5m2",
+            key_scale="slot",
+            value_scale="slot",
+        )
         attend = jax.jit(functools.partial(ragged_paged_prefill, cfg=SMALL_TILES, return_lse=True))
         operands = poisoned.make_call(18, **SIZES, **kind)
         other = dict(operands)
@@ -241,7 +261,7 @@ class HarmlessTest(parameterized.TestCase):
 
 
 class RandomTest(parameterized.TestCase):
-    @parameterized.parameters(range(5))
+    @parameterized.parameters(range(3))
     def test_calls_of_serving(self, seed):
         operands, parameters = poisoned.sample(np.random.default_rng(seed))
         check(operands, **parameters)
@@ -287,7 +307,19 @@ class ReferenceTest(parameterized.TestCase):
         ("ranges_tree_and_sinks", dict(key_ranges=True, tree_words=1, sinks=True), {}),
         ("tree_and_window", dict(tree_words=2, sliding_window=9), dict(sliding_window=9, attn_logits_soft_cap=1.5)),
         ("latent_of_layers", dict(latent=True, layers=2, cache_dtype="int8", key_scale="head"), dict(value_dim=12)),
-        ("batch", dict(batch=(2, 2), pools=1, layers=2, sinks=True, cache_dtype="float8_e4m3fn", key_scale="tensor", value_scale="slot"), {}),
+        (
+            "batch",
+            dict(
+                batch=(2, 2),
+                pools=1,
+                layers=2,
+                sinks=True,
+                cache_dtype="float8_e4m3fn",
+                key_scale="tensor",
+                value_scale="slot",
+            ),
+            {},
+        ),
     )
     def test_agrees_with_numpy(self, kind, parameters):
         operands = poisoned.make_call(19, ((9, 14), (3, 1), (1, 20)), **SIZES, **kind)
@@ -297,7 +329,7 @@ class ReferenceTest(parameterized.TestCase):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
     def test_one_sequence_by_hand(self):
-        """Three stored keys, scales that make logarithms of them, a sink, and the first of two rows without the second key."""
+        """Three stored keys that a scale makes logarithms of, a sink, and two rows that see two of the keys and all."""
         operands = dict(
             query=jnp.asarray([[[1.0]], [[1.0]]]),
             key_cache=jnp.asarray([[[[[2], [1]], [[3], [-128]]]]], jnp.int8),
