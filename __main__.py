@@ -73,13 +73,14 @@ def init_weights(model: Model, seed: int = 0):
 
 def rms_norm(x, scale):
     """RMSNorm (arXiv 1910.07467)."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale[None, :]
 
 
 def rope(x, position):
     """Rotary position embedding (arXiv 2104.09864) of x [tokens, heads, head_dim]: halves rotated against each other."""
     half = x.shape[-1] // 2
-    angle = position[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    frequency = 10_000.0 ** (-jnp.arange(half, dtype=x.dtype) / half)
+    angle = position.astype(x.dtype)[:, None, None] * frequency[None, None, :]
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate(
         [first * jnp.cos(angle) - second * jnp.sin(angle), second * jnp.cos(angle) + first * jnp.sin(angle)], axis=-1

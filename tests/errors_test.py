@@ -301,19 +301,20 @@ class ChoiceErrorsTest(parameterized.TestCase):
                 ragged_paged_prefill(*arrays, **call)
 
     def test_the_reason_of_a_kernel_that_cannot_run(self):
-        """A kernel in the registry that refuses: asked for, its reason is the error; under "auto" it is logged once."""
+        """A kernel in the registry that refuses: asked for, its reason is the error; under "auto" it is told once."""
         refusing = mock.Mock(supports=lambda problem, device: "head_dim must be 64, got 16")
         arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
         kernels = {"cpu": {"triton": refusing, **KERNELS["cpu"]}}
-        with mock.patch.dict(KERNELS, kernels), mock.patch.object(logging, "info") as info:
+        with mock.patch.dict(KERNELS, kernels), mock.patch.object(logging, "log") as log:
             message = r"platform='triton' cannot run this call on cpu: triton: head_dim must be 64, got 16"
             with self.assertRaisesRegex(ValueError, message):
                 ragged_paged_prefill(*arrays, platform="triton")
             for scale in (0.125, 0.25):  # two programs
                 jax.jit(lambda *p: ragged_paged_prefill(*p, softmax_scale=scale)).lower(*arrays)
-            self.assertEqual(info.call_count, 1)
-            self.assertRegex(info.call_args.args[0] % info.call_args.args[1:],
-                             "on cpu: xla runs, since triton cannot: head_dim must be 64, got 16")
+            self.assertEqual(log.call_count, 1)
+            level, message, *arguments = log.call_args.args
+            self.assertEqual(level, logging.WARNING)
+            self.assertRegex(message % tuple(arguments), "by xla on .*Faster kernels cannot: triton: head_dim must be 64, got 16")
 
     def test_choose_answers_for_devices_that_are_not_here(self):
         for platform in KERNELS:
