@@ -70,7 +70,8 @@ class Walker:
 
         def body(turn, results):
             turn, *arrays = _kept_in_loop(turn, *self.of_tokens.values())
-            group, head_block = (turn, 0) if head_blocks == 1 else (_divided(turn, head_blocks), turn % head_blocks)
+            group = _divided(turn, head_blocks)
+            head_block = turn - group * head_blocks
             number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
             own = (sequences.first_tile[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
             seq = jnp.sum(jnp.where(own, sequences.seq[None, :], 0), axis=1, dtype=jnp.int32)
@@ -186,7 +187,7 @@ class Walker:
             start_key = jnp.min(jnp.where(sees, low, end[:, None]), axis=1)
             end_key = jnp.max(jnp.where(sees, high, 0), axis=1)
         if self.call.ranges is not None or self.call.tree is not None:
-            high = jnp.where(row < rows[:, None], high, 0)  # rows past the sequence's stand for another's: they see nothing
+            high = jnp.where(row < rows[:, None], high, 0)  # rows past the sequence's are another's: they see nothing
         start_key, end_key = jnp.minimum(start_key, end), jnp.where(rows > 0, jnp.minimum(end_key, end), 0)
         tile = _Tile(
             sequence.seq, sequence.pool, sequence.key_pool, sequence.value_pool, start_key, end_key,

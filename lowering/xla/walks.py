@@ -17,6 +17,8 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 PART_HEIGHT = 32
 # The keys of a block that one row walks over: fewer, and a batched product takes longer for each.
 LANE_KEYS = 128
+# The lanes that share the blocks of one row, and those that walk side by side where a row has a single block.
+SPLITS, MOST_LANES = 4, 8
 # What a block of keys, or its logits, may take in one turn of a loop: more does not stay in the cores' caches.
 TURN_BYTES = 2**19
 
@@ -29,7 +31,7 @@ class Walk(NamedTuple):
       run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size.
       runs: how many runs a block has.
       lanes: tiles that walk side by side, for a turn of a loop costs as much as a few hundred keys of one row.
-      splits: lanes that share the blocks of a tile with many; 1 where no tile has so many.
+      splits: lanes that share the blocks of a tile with many; 1 where none are shared.
       heads: KV heads that are taken at a time.
       most_blocks: blocks that a tile can have; None where that is not known.
     """
@@ -54,28 +56,25 @@ def walks(problem: Problem, config: PrefillPageAttentionConfig) -> list[Walk]:
 
 
 def _walk(problem, config, height) -> Walk:
+    """The number of sequences has no say: products of another shape may round differently."""
     alone = height == 1 < config.block_q  # then a sequence has at most one such tile
-    splits = max(1, config.block_kv // LANE_KEYS) if alone else 1
-    block_kv = -(-config.block_kv // splits)
+    block_kv = min(config.block_kv, LANE_KEYS) if alone else config.block_kv
     run = _largest_divisor(problem.page_size, block_kv)
-    runs = -(-block_kv // run) if alone else max(1, block_kv // run)
+    runs = max(1, block_kv // run)
     block_kv = run * runs
-    capacity = problem.capacity if isinstance(problem.capacity, int) else None
-    most_blocks = None if capacity is None else -(-capacity // block_kv)
-    if most_blocks is not None and not shared(most_blocks, splits):
-        splits = 1  # so many blocks has none
-    rows = height * problem.group
-    lanes = splits
-    if alone and splits == 1:
-        bytes_of_lane = problem.num_kv_heads * block_kv * problem.head_dim * 4
-        lanes = max(1, min(TURN_BYTES // bytes_of_lane, problem.seqs if isinstance(problem.seqs, int) else TURN_BYTES))
-    bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, rows)
+    lanes = splits = 1
+    if alone and config.block_kv > LANE_KEYS:
+        lanes = splits = SPLITS
+    elif alone:
+        lanes = max(1, min(MOST_LANES, TURN_BYTES // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
+    bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
     heads = _largest_divisor(problem.num_kv_heads, max(1, TURN_BYTES // bytes_of_head))
+    most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
     return Walk(height, run, runs, lanes, splits, heads, most_blocks)
 
 
 def shared(blocks, splits: int):
-    """Whether the lanes of a walk share the blocks of a tile that has so many: no lane has more than half a tile."""
+    """Whether the lanes of a walk share the blocks of a tile that has so many, which leaves less than half idle."""
     return (2 * blocks > splits) & (splits > 1)
 
 
