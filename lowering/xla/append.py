@@ -8,26 +8,37 @@ import functools
 
 import jax
 from jax import lax
-from jax.interpreters import mlir
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import last_index
-from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.lowering.writer import Writer
 from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
 
-def append(*operands, present, cache_batch_dims, as_bits):
-    """Runs `local_append_to_pages_p` on one device; `as_bits(dtype)` says what is scattered as integers."""
-    named = dict(zip(present, operands, strict=True))
-    write = functools.partial(_append_to_pool, as_bits)
-    for _ in range(cache_batch_dims):
-        write = jax.vmap(write)
-    return write(named)
+class XlaWriter(Writer):
+    """Runs every call, anywhere."""
+
+    name = "xla"
+    platforms = ("cpu", "tpu", "cuda", "rocm")
+    any_call = True
+
+    def _reason_against(self, cache_dtype, device):
+        return None
+
+    def write(self, operands, cache_batch_dims, device):
+        """As it says above."""
+        write = functools.partial(_append_to_pool, _converted_on_cpu if device.platform == "cpu" else lambda dtype: False)
+        for _ in range(cache_batch_dims):
+            write = jax.vmap(write)
+        return write(operands)
 
 
 def _append_to_pool(as_bits, named):
-    """Writes the packs [*B] of one pool; returns what was written, in the order of the table."""
+    """Writes the packs [*B] of one pool; `as_bits(dtype)` says what is scattered as integers.
+
+    Returns what was written, in the order of the table.
+    """
     num_pages, page_size = named["key_cache"].shape[-3:-1]
     key = named["key"]
     locate = functools.partial(slots, tokens=key.shape[-3], num_pages=num_pages, page_size=page_size)
@@ -104,13 +115,3 @@ def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_
 def _converted_on_cpu(dtype) -> bool:
     """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
     return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))
-
-
-def _lower(ctx, *operands, as_bits=lambda dtype: False, **parameters):
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    rule = mlir.lower_fun(functools.partial(append, as_bits=as_bits, **parameters))
-    return rule(ctx.replace(avals_in=plain), *operands)
-
-
-mlir.register_lowering(local_append_to_pages_p, _lower)
-mlir.register_lowering(local_append_to_pages_p, functools.partial(_lower, as_bits=_converted_on_cpu), platform="cpu")
