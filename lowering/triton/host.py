@@ -22,6 +22,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 576, 512
+MOST_VALUES = 256  # features of a value that a program of a tall tile sums up
 
 
 class _Sizes(NamedTuple):
@@ -128,6 +129,8 @@ class Triton(Kernel):
         rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
         schedule = _schedule(call, rows)
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
+        widths = _Widths.of(problem, rows)
+        units = tiles * problem.num_kv_heads * widths.value_parts  # each in `splits` programs
         lse_shape = (problem.tokens, problem.q_heads)
         out_shape = (*lse_shape, problem.value_dim)
         block_kv = _power_of_2(config.block_kv)
@@ -137,14 +140,14 @@ class Triton(Kernel):
             jax.ShapeDtypeStruct(out_shape, query.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
             *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in of_splits),
-            jax.ShapeDtypeStruct((tiles * problem.num_kv_heads if splits > 1 else 1,), jnp.int32),
+            jax.ShapeDtypeStruct((units if splits > 1 else 1,), jnp.int32),
         )
         run = functools.partial(
             launch,
             attend_tile,
             results=results,
             zeroed=(len(results) - 1,) if splits > 1 else (),
-            grid=(tiles * problem.num_kv_heads * splits,),
+            grid=(units * splits,),
             name="paged_prefill",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -154,7 +157,7 @@ class Triton(Kernel):
             BLOCK_KV=block_kv,
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
-            **_constants(call),
+            **_constants(call, widths),
         )
         inputs = [
             query,
@@ -194,8 +197,9 @@ def _device_class(device: Device) -> str:
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
     rows = _power_of_2(config.block_q * problem.group)
-    widths = _Widths.of(problem)
-    head_dim, value_dim = widths.head_main + widths.head_rest, 0 if "latent" in problem.features else widths.value
+    widths = _Widths.of(problem, rows)
+    head_dim = widths.main + widths.other + widths.rest
+    value_dim = 0 if "latent" in problem.features else widths.value
     # From Hopper on the matrix unit reads keys and values there, so that none of the blocks is in registers.
     blocks = config.num_stages if capability(device) >= 90 and rows >= 64 else config.num_stages - 1
     key_bytes = jnp.dtype(problem.cache_dtype).itemsize * (head_dim + value_dim)
@@ -203,28 +207,37 @@ def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionC
 
 
 class _Widths(NamedTuple):
-    """The powers of two that a row's features are laid out in: a head in two parts where one would waste more."""
+    """The powers of two that features are laid out in.
 
-    head_main: int
-    head_rest: int
+    A head is in parts where one power of two would waste more. A tall tile's values are shared out over programs, each of
+    which has MOST_VALUES: its sums have to stay in registers.
+    """
+
+    main: int
+    other: int
+    rest: int
     value: int
+    value_parts: int
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Widths":
+    def of(cls, problem: Problem, rows: int) -> "_Widths":
         latent = "latent" in problem.features
         whole = _power_of_2(problem.head_dim)
-        main = whole // 2
-        rest = _power_of_2(problem.head_dim - main) if problem.head_dim > main >= 16 else whole
-        # The values of a latent cache are the main part of its keys.
-        if main + rest >= whole or (latent and problem.value_dim > main):
+        main, other, rest = whole // 2, 0, _power_of_2(problem.head_dim - whole // 2)
+        # The values of a latent cache are the first part of its keys.
+        if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
             main, rest = whole, 0
-        return cls(main, rest, main if latent else _power_of_2(problem.value_dim))
+        value = main if latent else _power_of_2(problem.value_dim)
+        parts = value // MOST_VALUES if rows > DECODE.rows and value > MOST_VALUES else 1
+        if parts > 1 and latent:
+            main, other = MOST_VALUES, main - MOST_VALUES
+        return cls(main, other, rest, value // parts, parts)
 
 
-def _constants(call: Call) -> dict:
+def _constants(call: Call, widths: _Widths) -> dict:
     """The kernel's compile-time constants that no configuration changes."""
     problem, attention = call.problem, call.problem.attention
-    latent, widths = call.value_pages is None, _Widths.of(call.problem)
+    latent = call.value_pages is None
     return dict(
         TOKENS=problem.tokens,
         SEQS=problem.seqs,
@@ -238,10 +251,12 @@ def _constants(call: Call) -> dict:
         PAGES_PER_SEQ=problem.pages_per_seq,
         CAPACITY=problem.capacity,
         HEAD_DIM=problem.head_dim,
-        HEAD_MAIN=widths.head_main,
-        HEAD_REST=widths.head_rest,
+        HEAD_MAIN=widths.main,
+        HEAD_OTHER=widths.other,
+        HEAD_REST=widths.rest,
         VALUE_DIM=problem.value_dim,
         VALUE_WIDTH=widths.value,
+        VALUE_PARTS=widths.value_parts,
         LATENT=latent,
         KEY_SCALE=_granularity(call.key_scale),
         VALUE_SCALE=_granularity(call.key_scale if latent else call.value_scale),

@@ -52,14 +52,32 @@ def _pool_rows(page_table, block, first_key, last_key, BLOCK_KV: tl.constexpr, P
 
 
 @triton.jit
-def _load_rows(base, rows, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of a [*, SIZE] array of any size (offsets have 64 bits), WIDTH features of them from FIRST; zeros past SIZE."""
-    features = FIRST + tl.arange(0, WIDTH)
+def _load_rows(base, rows, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of a [*, SIZE] array of any size (offsets have 64 bits), WIDTH features of them from `first`.
+
+    They are zeros past SIZE; WHOLE says that none are.
+    """
+    features = first + tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * SIZE + features[None, :]
-    if FIRST + WIDTH <= SIZE:
+    if WHOLE:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(features < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_heads(
+    base, rows, first, DTYPE: tl.constexpr, SIZE: tl.constexpr, MAIN: tl.constexpr, OTHER: tl.constexpr, REST: tl.constexpr
+):
+    """Rows of queries or keys in the parts that their product is summed of; a part of width 0 is the main one again."""
+    main = _load_rows(base, rows, first, SIZE, MAIN, MAIN + OTHER <= SIZE).to(DTYPE)
+    other = main
+    rest = main
+    if OTHER != 0:
+        other = _load_rows(base, rows, MAIN - first, SIZE, OTHER, MAIN + OTHER <= SIZE).to(DTYPE)
+    if REST != 0:
+        rest = _load_rows(base, rows, MAIN + OTHER, SIZE, REST, MAIN + OTHER + REST <= SIZE).to(DTYPE)
+    return main, other, rest
 
 
 @triton.jit
@@ -96,18 +114,22 @@ def _fold_block(
     acc,
     unit,
     tile,
+    tile_other,
     tile_rest,
     key_base,
     value_base,
+    first_feature,
     key_scale,  # of all keys; of each slot, where there is one
     value_scale,
     pool_rows,
     visible,  # None: all rows see all keys
     HEAD_DIM: tl.constexpr,
     HEAD_MAIN: tl.constexpr,
+    HEAD_OTHER: tl.constexpr,
     HEAD_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUES_WHOLE: tl.constexpr,
     LATENT: tl.constexpr,
     KEY_SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr,
@@ -120,14 +142,16 @@ def _fold_block(
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax: folds a block into a tile's running maximum, sum and unnormalised output."""
-    keys = _load_rows(key_base, pool_rows, 0, HEAD_DIM, HEAD_MAIN).to(tile.dtype)
-    keys_rest = keys
-    if HEAD_REST != 0:
-        keys_rest = _load_rows(key_base, pool_rows, HEAD_MAIN, HEAD_DIM, HEAD_REST).to(tile.dtype)
+    # Where keys are values too, their main part is the program's part of those.
+    keys, keys_other, keys_rest = _load_heads(
+        key_base, pool_rows, first_feature if LATENT else 0, tile.dtype, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
+    )
     values = keys
     if not LATENT:
-        values = _load_rows(value_base, pool_rows, 0, VALUE_DIM, VALUE_WIDTH).to(tile.dtype)
+        values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE).to(tile.dtype)
     logits = tl.dot(tile, keys.T, input_precision=PRECISION)
+    if HEAD_OTHER != 0:
+        logits = tl.dot(tile_other, keys_other.T, logits, input_precision=PRECISION)
     if HEAD_REST != 0:
         logits = tl.dot(tile_rest, keys_rest.T, logits, input_precision=PRECISION)
     if KEY_SCALE == "slot":
@@ -162,8 +186,8 @@ def _fold_block(
 
 
 @triton.jit
-def _store(out, lse, row, row_exists, acc, row_lse, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr):
-    features = tl.arange(0, VALUE_WIDTH)
+def _store(out, lse, row, row_exists, first_feature, acc, row_lse, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr):
+    features = first_feature + tl.arange(0, VALUE_WIDTH)
     tl.store(
         out + row[:, None] * VALUE_DIM + features[None, :],
         acc.to(out.dtype.element_ty),
@@ -178,6 +202,7 @@ def _merged(
     part_lse,
     row,
     row_exists,
+    first_feature,
     ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -185,7 +210,7 @@ def _merged(
     NUM_SPLITS: tl.constexpr,
 ):
     """A tile's output and lse from those of its splits, summed in their order."""
-    features = tl.arange(0, VALUE_WIDTH)
+    features = first_feature + tl.arange(0, VALUE_WIDTH)
     is_value = row_exists[:, None] & (features < VALUE_DIM)[None, :]
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     part_row = row
@@ -223,7 +248,7 @@ def attend_tile(
     lse,  # [TOKENS, KV_HEADS * GROUP]
     parts,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]: results of splits
     part_lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
-    done,  # [tiles, KV_HEADS]: how many splits of a tile are done; zeros before
+    done,  # [tiles, KV_HEADS, VALUE_PARTS]: how many splits of a tile are done; zeros before
     TOKENS: tl.constexpr,
     SEQS: tl.constexpr,
     INTERVALS: tl.constexpr,
@@ -238,10 +263,12 @@ def attend_tile(
     PAGES_PER_SEQ: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_MAIN: tl.constexpr,  # a power of two; so are these, and HEAD_REST 0 where the main part is all
+    HEAD_MAIN: tl.constexpr,  # widths of the parts of a head: powers of two, or 0
+    HEAD_OTHER: tl.constexpr,
     HEAD_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,  # of a program's part of the values: registers have no room for all of a wide one
+    VALUE_PARTS: tl.constexpr,
     LATENT: tl.constexpr,  # whether values are the first features of the keys; then VALUE_WIDTH is HEAD_MAIN
     KEY_SCALE: tl.constexpr,  # "one" for none, "tensor", "head" or "slot"
     VALUE_SCALE: tl.constexpr,
@@ -258,7 +285,8 @@ def attend_tile(
     NUM_SPLITS: tl.constexpr,
     HARDWARE_TANH: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0) // VALUE_PARTS
+    first_feature = tl.program_id(0) % VALUE_PARTS * VALUE_WIDTH
     split = program % NUM_SPLITS
     head = program // NUM_SPLITS % KV_HEADS
     tile_number = program // (NUM_SPLITS * KV_HEADS)
@@ -334,10 +362,10 @@ def attend_tile(
     value_scale = _scale(value_scales, pool, pool * CACHE_KV_HEADS + cache_head, POOL_ROWS, VALUE_SCALE)
 
     query_rows = tl.where(row_exists, query_row, 0)
-    tile = _load_rows(query, query_rows, 0, HEAD_DIM, HEAD_MAIN)
-    tile_rest = tile
-    if HEAD_REST != 0:
-        tile_rest = _load_rows(query, query_rows, HEAD_MAIN, HEAD_DIM, HEAD_REST)
+    tile, tile_other, tile_rest = _load_heads(
+        query, query_rows, first_feature if LATENT else 0, query.dtype.element_ty, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
+    )
+    VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
     running_max = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -362,8 +390,9 @@ def attend_tile(
         if TREE_WORDS != 0:
             visible &= _in_tree(tree, token, row_exists, key, first_new, TREE_WORDS)
         running_max, total, acc, unit = _fold_block(
-            running_max, total, acc, unit, tile, tile_rest, key_base, value_base, key_scale, value_scale, pool_rows, visible,
-            HEAD_DIM, HEAD_MAIN, HEAD_REST, VALUE_DIM, VALUE_WIDTH, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
+            running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
+            key_scale, value_scale, pool_rows, visible, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
 
@@ -377,8 +406,9 @@ def attend_tile(
     for block in tl.range(full_low, full_high):
         next_rows = _pool_rows(page_table, tl.minimum(block + 1, last_block), None, None, BLOCK_KV, PAGE_SIZE)
         running_max, total, acc, unit = _fold_block(
-            running_max, total, acc, unit, tile, tile_rest, key_base, value_base, key_scale, value_scale, pool_rows, None,
-            HEAD_DIM, HEAD_MAIN, HEAD_REST, VALUE_DIM, VALUE_WIDTH, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
+            running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
+            key_scale, value_scale, pool_rows, None, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
         pool_rows = next_rows
@@ -392,14 +422,17 @@ def attend_tile(
     acc = acc / tl.where(unseen, 1.0, total)[:, None]
     row_lse = tl.where(unseen, float("-inf"), (running_max + tl.log2(total)) * LN_2)
     if NUM_SPLITS == 1:
-        _store(out, lse, query_row, row_exists, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
+        _store(out, lse, query_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
     else:
         PART: tl.constexpr = TOKENS * KV_HEADS * GROUP
         part_row = query_row + split.to(tl.int64) * PART
-        _store(parts, part_lse, part_row, row_exists, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
+        _store(parts, part_lse, part_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
         # The last of a tile's splits to end merges them: what all threads have stored is there before it is counted.
         tl.debug_barrier()
-        others = tl.atomic_add(done + tile_number * KV_HEADS + head, 1, sem="acq_rel")
+        place = (tile_number * KV_HEADS + head) * VALUE_PARTS + tl.program_id(0) % VALUE_PARTS
+        others = tl.atomic_add(done + place, 1, sem="acq_rel")
         if others == NUM_SPLITS - 1:
-            acc, row_lse = _merged(parts, part_lse, query_row, row_exists, ROWS, VALUE_DIM, VALUE_WIDTH, PART, NUM_SPLITS)
-            _store(out, lse, query_row, row_exists, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
+            acc, row_lse = _merged(
+                parts, part_lse, query_row, row_exists, first_feature, ROWS, VALUE_DIM, VALUE_WIDTH, PART, NUM_SPLITS
+            )
+            _store(out, lse, query_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
