@@ -33,6 +33,10 @@ class Writer(abc.ABC):
             return "it is built for one kind of device, and which will run this is not known here"
         return self._reason_against(jnp.dtype(operands["key_cache"].dtype).name, device)
 
+    def pays(self, operands: Mapping) -> bool:
+        """Whether it is the faster one for a call of this size; then nothing is said of it."""
+        return True
+
     @abc.abstractmethod
     def _reason_against(self, cache_dtype: str, device: Device) -> str | None:
         """What `supports` says of a call whose sizes are numbers, on a device that is known."""
