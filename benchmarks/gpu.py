@@ -1,7 +1,8 @@
 """Times the GPU kernels beside FlashInfer: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages 16,128].
 
 Prints a row for each case and page size: TFLOP/s of this project's kernels, of FlashInfer's FA3 and FA2 over the same
-pages, and the ratios; with a soft cap, how much longer it takes than without. Every number is the median of several
+pages, and the ratios; with a soft cap, how much longer it takes than without; for decode steps, over caches in 8 bits
+too, how much shorter than in bfloat16; for `append_to_pages`, microseconds. Every number is the median of several
 loops of calls that follow one another without a pause, the contenders taking turns in one process. A jitted function
 makes 4 calls with 4 queries, as the layers of a model do: so that the host, which takes about 60 us for a function,
 does not wait longer than the GPU; and XLA works out the schedule that the calls share once, as FlashInfer's plan is
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import ragged_paged_prefill
+from paged_prefill import append_to_pages, ragged_paged_prefill
 
 # name: sequences, new tokens of each, context of each, q_heads, kv_heads, head_dim, window, soft cap
 CASES = {
@@ -33,6 +34,15 @@ CASES = {
     "16x1@32768": (16, 1, 32768, 32, 8, 128, None, None),
     "2048@16384 cap 50": (1, 2048, 16384, 32, 8, 128, None, 50.0),
 }
+# Decode steps, of which caches in 8 bits with a scale a head are timed too: as CASES.
+DECODE = {
+    "8x1@1024": (8, 1, 1024, 32, 8, 128, None, None),
+    "64x1@4096": (64, 1, 4096, 32, 8, 128, None, None),
+    "1x1@131072": (1, 1, 131072, 32, 8, 128, None, None),
+}
+QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
+# name: sequences, new tokens of each, context of each; 8 heads of 128
+APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}
 LOOPS, MILLISECONDS = 7, 30.0
 CALLS = 4
 
@@ -62,13 +72,17 @@ def operands(page_size, seqs, chunk, context, q_heads, kv_heads, head_dim, windo
     )
 
 
-def ours(platform, page_size, case, cfg=None):
-    """Calls of this project's kernel, and what waits for their results."""
+def ours(platform, page_size, case, cfg=None, cache_dtype=None):
+    """Calls of this project's kernel, and what waits for their results; over caches quantised to `cache_dtype`, if given."""
     queries, others = operands(page_size, *case)
+    scales = {}
+    if cache_dtype is not None:
+        others = tuple((32 * cache).astype(cache_dtype) for cache in others[:2]) + others[2:]
+        scales = dict.fromkeys(("key_scale", "value_scale"), jnp.full(case[4], 1 / 32, jnp.float32))
     run = functools.partial(
         ragged_paged_prefill, sliding_window=case[-2], attn_logits_soft_cap=case[-1], platform=platform, cfg=cfg
     )
-    layers = jax.jit(lambda queries, *others: [run(query, *others) for query in queries])
+    layers = jax.jit(lambda queries, *others: [run(query, *others, **scales) for query in queries])
     return lambda: layers(queries, *others), jax.block_until_ready
 
 
@@ -158,9 +172,59 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
     return row | {f"{own}, time / without": round(row[f"{own} ms"] / row[f"{own} without ms"], 3) for own in capped}
 
 
+def measure_decode(name, page_size, platforms) -> dict:
+    """One row: microseconds of each kernel and cache dtype, or why it does not run; how many times shorter than bfloat16's."""
+    contenders, row = {}, dict(case=name, page_size=page_size)
+    for platform in platforms:
+        for dtype in (None, *QUANTISED):
+            label = f"{platform} {dtype or 'bfloat16'}"
+            try:
+                call, wait = ours(platform, page_size, DECODE[name], cache_dtype=dtype)
+                wait(call())  # compiles
+                contenders[label] = call, wait
+            except Exception as error:  # a kernel that cannot run a case is a row of the table too
+                row[label] = f"{type(error).__name__}: {error}"[:200]
+    times = {label: ms / CALLS * 1e3 for label, ms in median_ms(contenders).items()}
+    for label, microseconds in times.items():
+        row[f"{label} us"] = round(microseconds, 2)
+        plain = times.get(f"{label.split()[0]} bfloat16")
+        row[label] = plain and round(plain / microseconds, 3)
+    return row
+
+
+def measure_append(name, page_size) -> dict:
+    """One row: microseconds of an append of keys and values, of some that follow one another into donated caches."""
+    seqs, chunk, context = APPENDS[name]
+    per_seq = -(-context // page_size)
+    num_pages = seqs * per_seq + 8
+    pages = np.random.default_rng(0).permutation(num_pages)[: seqs * per_seq].reshape(seqs, per_seq)
+    pack = (
+        jnp.full(seqs, context, jnp.int32),
+        jnp.asarray(pages, jnp.int32),
+        jnp.arange(seqs + 1, dtype=jnp.int32) * chunk,
+    )
+    new = jax.random.normal(jax.random.key(0), (CALLS, 2, seqs * chunk, 8, 128), jnp.bfloat16)
+    caches = [jnp.zeros((CALLS, 8, num_pages, page_size, 128), jnp.bfloat16) for _ in range(2)]
+
+    def write(caches, new):
+        for layer, tokens in enumerate(new):
+            caches = append_to_pages(*caches, *tokens, *pack, layer=jnp.int32(layer))
+        return caches
+
+    run = jax.jit(write, donate_argnums=0)
+
+    def call():
+        nonlocal caches
+        caches = run(caches, new)
+        return caches
+
+    ms = median_ms({"ours": (call, jax.block_until_ready)})["ours"]
+    return dict(case=name, page_size=page_size, us=round(ms / CALLS * 1e3, 2))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", default=",".join([*CASES, *DECODE, *APPENDS]))
     parser.add_argument("--pages", default="16,128")
     parser.add_argument("--platforms", default="cuda", help="this project's kernels, by commas: cuda, triton, xla")
     parser.add_argument("--peers", default="fa3,fa2", help="FlashInfer backends, by commas; empty for none")
@@ -171,7 +235,13 @@ def main():
     platforms = tuple(arguments.platforms.split(","))
     for page_size in map(int, arguments.pages.split(",")):
         for name in arguments.cases.split(","):
-            print(json.dumps(measure(name, page_size, platforms, peers)), flush=True)
+            if name in APPENDS:
+                row = measure_append(name, page_size)
+            elif name in DECODE:
+                row = measure_decode(name, page_size, platforms)
+            else:
+                row = measure(name, page_size, platforms, peers)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -172,9 +172,11 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_is_one_over_half_full", dict(tokens=320), 1),
         ("few_tiles_fill_the_multiprocessors", dict(tokens=128, pages_per_seq=2048), 4),
         ("tiles_of_4_warps_share_a_multiprocessor", dict(tokens=16, seqs=16, pages_per_seq=2048), 2),
-        ("a_decode_step_of_few_keys_too", dict(tokens=8, seqs=8, pages_per_seq=64), 4),
-        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=16), 1),
-        ("nor_are_short_windows", dict(tokens=16, sliding_window=256), 1),
+        ("a_short_decode_step_is_split_finely", dict(tokens=8, seqs=8, pages_per_seq=64), 8),
+        ("but_not_below_128_keys", dict(tokens=4, seqs=4, pages_per_seq=32), 4),
+        ("nor_into_more_than_the_merge_repays", dict(tokens=1, pages_per_seq=512), 32),
+        ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=8), 1),
+        ("nor_are_short_windows", dict(tokens=16, sliding_window=128), 1),
     )
     def test_splits(self, changes, splits):
         self.assertEqual(KERNEL.heuristic(problem(**changes), H200).num_splits, splits)

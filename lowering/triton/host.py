@@ -57,7 +57,10 @@ DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
-KEYS_PER_SPLIT = 256  # fewer do not repay the merge
+KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+# A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
+# share a core, and the merge of more splits than so many would show.
+SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 
 
 class Triton(Kernel):
@@ -137,10 +140,15 @@ class Triton(Kernel):
         """The best by an estimate of their time; none under the policy "invariant"."""
         if current_policy() == "invariant":
             return 1
-        slots = device.cores * max(1, WARPS // config.num_warps)
-        rows = problem.tokens * problem.q_heads
-        most = most_keys(problem, config.block_q) // KEYS_PER_SPLIT
         unsplit = programs(problem, config)
+        keys = most_keys(problem, config.block_q)
+        warps, most = WARPS, keys // KEYS_PER_SPLIT
+        key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
+        if config.block_q * problem.group <= DECODE.rows and all_keys < SHORT_BYTES * device.cores:
+            warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
+        slots = device.cores * max(1, warps // config.num_warps)
+        rows = problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
