@@ -450,7 +450,7 @@ def check_append_operands(operation: Operation, operands, *, cache_batch_dims) -
 def check_parts(name, tokens, count) -> None:
     """Checks that tokens can be given to so many devices in equal parts."""
     if tokens % count:
-        raise ValueError(f"{name} must have a multiple of {count} tokens to be scattered over {count} devices, got {tokens}")
+        raise ValueError(f"{name} must have a multiple of {count} tokens, which so many devices share, got {tokens}")
 
 
 def check_partial(name, shape, expected) -> None:

@@ -160,9 +160,9 @@ def cut_of_specs(mesh: Mapping[str, int], call: Shapes, specs: Mapping[str, Part
         ndim = max(len(spec), len(wanted[name]))
         if _axes(spec, ndim) != _axes(wanted[name], ndim):
             raise ValueError(
-                f"the spec of {name} must be {wanted[name]} to go with the others, got {spec}: only heads and pages can "
-                f"be cut, the heads of query and output alike and of the caches at most as far, in parts of whole groups "
-                f"or inside one ({call.heads} query heads, {call.kv_heads} KV heads), and the pages of both caches alike"
+                f"the spec of {name} must be {wanted[name]} to go with the others, got {spec}: only heads and pages "
+                "can be cut, heads of query and output alike and of the caches at most as far, in parts of whole groups "
+                f"or inside one ({call.heads} query heads, {call.kv_heads} KV heads), pages of both caches alike"
             )
     return cut
 

@@ -1,9 +1,9 @@
 """Pages cut over devices: what one device holds of a pack, and how partial results become whole.
 
 Of N pages on W devices, page g is on device g // (N / W). Of every sequence, a device holds some columns of the page
-table; these in order are its own page table, and the keys in them its own keys, counted from 0. What a row sees of them
-is an interval again, since of two keys the first is still the first. So a kernel runs as it does on whole caches, and the
-softmaxes of disjoint keys add up by their lse.
+table; these in order are its own page table, and the keys in them its own keys, counted from 0. What a row sees of
+them is an interval again, since keys stay in order. So a kernel runs as it does on whole caches, and the softmaxes of
+disjoint keys add up by their lse.
 """
 
 import functools
@@ -86,9 +86,9 @@ def counted_here(axes, page_indices, key_cache):
 def hold(axes, operands, sliding_window, *, invariant):
     """The operands of a call as one device has them, by name, and the sliding window that is left to them.
 
-    `operands` are whole but for the caches, whose pages are cut over `axes`. A pack of no more tokens than sequences that
-    sees by causality alone has decode steps, of which each sees all keys up to its own: sequences of one token. Others
-    are told what each row sees. `invariant` says that how a pack goes must not depend on its sizes.
+    `operands` are whole but for the caches, whose pages are cut over `axes`. A pack of no more tokens than sequences,
+    in which rows see by causality alone, holds decode steps: each token goes as a sequence that ends with it, and every
+    kernel takes that. Other packs are told what each row sees. `invariant` says that a pack's sizes must not choose.
     """
     query, cache, page_indices = (operands[name] for name in ("query", "key_cache", "page_indices"))
     tokens, (num_pages, page_size) = query.shape[-3], cache.shape[-3:-1]
@@ -111,7 +111,7 @@ def hold(axes, operands, sliding_window, *, invariant):
     else:
         low, high = visible_keys(owners.positions(context_lens), sliding_window)
     held["key_ranges"] = jnp.stack([columns.below(owners.seq, low), columns.below(owners.seq, high)], axis=-1)
-    # As long as if all of the chunk lay here: its first key is where `tree_mask` counts from, and ranges say what is seen.
+    # As if all of the chunk lay here, so that `tree_mask` counts from its first key here; ranges say what is seen.
     seq = lax.broadcasted_iota(jnp.int32, first_new.shape, first_new.ndim - 1)
     held["context_lens"] = jnp.where(first_new < 0, first_new, columns.below(seq, first_new)) + lengths
     held["page_indices"] = columns.table()
@@ -188,8 +188,8 @@ def _tree_here(tree_mask, columns: _Columns, owners: Owners, first_new):
     `first_new` is where each sequence's chunk begins. Tokens before key 0, of a chunk longer than its context, count on
     as they did, and tokens past the mask are seen by their interval alone.
     """
-    words = tree_mask.shape[-1]
-    count, bit = BITS * words, jnp.arange(BITS, dtype=jnp.uint32)
+    count = BITS * tree_mask.shape[-1]
+    bit = lax.broadcasted_iota(jnp.uint32, (*tree_mask.shape, BITS), tree_mask.ndim)
     token = lax.broadcasted_iota(jnp.int32, (*first_new.shape, count), first_new.ndim)
     key = jnp.expand_dims(first_new, -1) + token
     seq = lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 2)
@@ -202,7 +202,7 @@ def _tree_here(tree_mask, columns: _Columns, owners: Owners, first_new):
     every = every.reshape(*tree_mask.shape[:-1], count)
     every = jnp.pad(every, [(0, 0)] * (every.ndim - 1) + [(0, 1)], constant_values=1)
     here = jnp.take_along_axis(every, owners.of(source), axis=-1, mode="clip")
-    return jnp.sum(here.reshape(*tree_mask.shape, BITS) << bit, axis=-1, dtype=jnp.uint32)
+    return jnp.sum(here.reshape(bit.shape) << bit, axis=-1, dtype=jnp.uint32)
 
 
 def merge_over(

@@ -59,6 +59,11 @@ def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **pa
     mesh = mesh_of(*ctx.avals_in)
     if mesh.empty:  # automatic axes do not show in types
         mesh = getattr(where, "abstract_mesh", None) or mesh
+    if hint is not None and {*hint.pages} & {*mesh.manual_axes}:
+        raise ValueError(
+            f"page_axis={entry(hint.pages)!r} inside a shard_map, where {operation.name} is local to a device: there, "
+            "paged_prefill.local_pages and merge_over do what it asks for"
+        )
     explicit = bool(mesh.explicit_axes) and not mesh.auto_axes
     if mesh.manual_axes or (getattr(where, "num_devices", 1) == 1 and not explicit):
         run = on_one_device(mesh.shape, _uncut(shapes), shapes, call)
@@ -129,8 +134,8 @@ def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -
     unknown = {*hint.heads, *hint.pages}.union(*hint.batch) - {*mesh.axis_names}
     if unknown:
         raise ValueError(
-            f"head_axis, batch_axis and page_axis must name axes of the mesh {tuple(mesh.axis_names)}, got {sorted(unknown)}; "
-            "the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
+            f"head_axis, batch_axis and page_axis must name axes of the mesh {tuple(mesh.axis_names)}, "
+            f"got {sorted(unknown)}; the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
         )
     hinted = Cut(hint.batch, hint.heads, hint.heads, hint.pages)
     cut = settle(mesh.shape, shapes, specs, hinted)
@@ -257,8 +262,8 @@ def _cannot_be_asked(ctx) -> str | None:
 def _refuse_where_it_cannot_be_asked(name, ctx) -> None:
     if reason := _cannot_be_asked(ctx):
         raise NotImplementedError(
-            f"{name} {reason}. Say how it is cut: by head_axis=, batch_axis= and page_axis= (or sharding_hints), by explicit "
-            "mesh axes, or by calling it inside jax.shard_map"
+            f"{name} {reason}. Say how it is cut: by head_axis=, batch_axis= and page_axis= (or sharding_hints), by "
+            "explicit mesh axes, or by calling it inside jax.shard_map"
         )
 
 

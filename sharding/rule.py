@@ -10,8 +10,8 @@ from paged_prefill.primitive.operands import Shapes
 def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
     """The rule for operands of these shapes on `mesh`, read off the table of operands.
 
-    Batch dimensions go together, the caches' pages, and query heads with the caches' heads: equal, or as (KV head, member
-    of its group). The results' tokens have a factor of their own: they may be cut, those of the operands not.
+    Batch dimensions go together, the caches' pages, and query heads with the caches' heads: equal, or as (KV head,
+    member of its group). The results' tokens have a factor of their own: they may be cut, those of the operands not.
     They are tied only where Shardy can never put a part of a mesh axis on the caches, since JAX cannot read such a
     sharding back (IndivisibleError). Shardy wants no factor of size 1 in a compound, no explicit size for a factor
     that is a whole dimension somewhere, and the factors that stay whole in order of first appearance.
