@@ -5,17 +5,29 @@ is given: its page table, its contexts, what rows see of its keys.
 """
 
 import functools
+import importlib.util
 import math
 import re
 from unittest import mock
 
 from absl.testing import absltest, parameterized
 import jax
+from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
-from paged_prefill import append_to_pages, local_pages, merge_over, ragged_paged_prefill
+from paged_prefill import (
+    append_to_pages,
+    create_shard_map_wrapper,
+    local_pages,
+    merge_over,
+    prefill_page_attention,
+    ragged_paged_prefill,
+    sharding_hints,
+)
 from paged_prefill.lowering.choose import XLA
+from paged_prefill.primitive.context import policy
+from paged_prefill.sharding import pages
 from paged_prefill.tests import compiling, meshes, oracle, poisoned
 
 KINDS = {
@@ -48,7 +60,7 @@ VARIANTS = {  # sequences, what else the operands have, parameters
 def make_call(seed, sequences, *, share=8, page_size=4, batch=(), **kind):
     """A random call whose number of pages divides by `share`."""
     pages = sum(-(-context // page_size) for _, context in sequences)
-    spare = next(n for n in range(3, 99) if (pages + n) * math.prod(batch) % share == 0)
+    spare = next(n for n in range(3, 3 + share) if (pages + n) * math.prod(batch) % share == 0)
     return poisoned.make_call(seed, sequences, page_size=page_size, batch=batch, spare_pages=spare, **kind)
 
 
@@ -301,6 +313,169 @@ class MergeTest(parameterized.TestCase):
         mapped = jax.shard_map(merge, mesh=meshes.mesh(), in_specs=(P(), P()), out_specs=(P(), P()))
         with self.assertRaisesRegex(ValueError, message):
             jax.eval_shape(mapped, jax.ShapeDtypeStruct(out, "float32"), jax.ShapeDtypeStruct(lse, "float32"))
+
+
+class SurroundingsTest(parameterized.TestCase):
+    """What surrounds a call: types, export, vmap, hints, errors, TPUs that are not here."""
+
+    def setUp(self):
+        super().setUp()
+        self.enter_context(mock.patch.object(XLA, "attend", meshes.dense_kernel))
+        self.call = make_call(6, CHUNKS, q_heads=4, kv_heads=2, head_dim=8)
+
+    def test_explicit_types_say_that_results_are_whole(self):
+        operands = meshes.put_call(meshes.mesh(kind=AxisType.Explicit), self.call, by_pages(self.call))
+        out, lse = jax.eval_shape(lambda call: ragged_paged_prefill(**call, return_lse=True), operands)
+        self.assertEqual((out.sharding.spec, lse.sharding.spec), (P(None, None, None), P(None, None)))
+
+    @parameterized.parameters("explicit", "hint")
+    def test_export(self, way):
+        operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), self.call, by_pages(self.call))
+        hints = dict(page_axis="model") if way == "hint" else {}
+        attend = jax.jit(lambda call: ragged_paged_prefill(**call, platform="xla", return_lse=True, **hints))
+        exported = jax.export.deserialize(jax.export.export(attend, platforms=("cpu", "tpu"))(operands).serialize())
+        self.assertEqual(exported.nr_devices, 8)
+        oracle.assert_matches(self.call, *jax.jit(exported.call)(operands))
+
+    def test_vmap_over_packs(self):
+        """A mapped axis goes before all others, and pages stay cut; with pools mapped too, each has its pages cut."""
+        for pools in (0, 1):
+            call = make_call(7, DECODE, batch=(2,), pools=pools, q_heads=4, kv_heads=2, head_dim=8)
+            cut = meshes.specs_of_call(call, pools=pools, layers=0, pages="model")
+            operands = meshes.put_call(meshes.mesh(), call, cut)
+            axes = {name: 0 if pools or not name.endswith("cache") else None for name in call}
+            for hints in ({}, dict(page_axis="model")):
+                attend = jax.vmap(lambda call: ragged_paged_prefill(**call, **hints, return_lse=True), in_axes=(axes,))
+                compiled = jax.jit(attend).lower(operands).compile()
+                oracle.assert_matches(call, *compiled(operands))
+                self.assertEqual({op for op, _ in sizes_of(compiled)}, {"all-reduce"})
+
+    def test_sharding_hints(self):
+        """For writing too; and a call's own page_axis goes before."""
+        mesh, call = meshes.mesh(), self.call
+        new = dict(key=np.ones((9, 2, 8), np.float32), value=np.ones((9, 2, 8), np.float32))
+
+        def step(call, new):
+            pack = {name: x for name, x in call.items() if name != "query"}
+            keys, values = append_to_pages(**pack, **new)
+            return ragged_paged_prefill(**call | dict(key_cache=keys, value_cache=values), return_lse=True)
+
+        want = jax.jit(step)(call, new)
+        operands = meshes.put_call(mesh, call, by_pages(call)), meshes.put_call(mesh, new, {name: P() for name in new})
+        with sharding_hints(page_axis="model"):
+            lowered = jax.jit(step).lower(*operands)
+            whole = jax.make_jaxpr(lambda call: ragged_paged_prefill(**call, page_axis=()))(call)
+        self.assertEqual(whole.eqns[-1].params["hint"].pages, ())
+        self.assertNotIn("CustomSPMDPartitioning", lowered.as_text())
+        compiled = lowered.compile()
+        meshes.assert_close(compiled(*operands), want)
+        self.assertEqual({op for op, _ in sizes_of(compiled)}, {"all-reduce"})
+
+    def test_ejkernels_wrapper(self):
+        query, keys, values, lens, pages = (
+            self.call[n] for n in ("query", "key_cache", "value_cache", "context_lens", "page_indices")
+        )
+        cache = P("data", "model")
+        for check_vma in (True, False):
+            function, arguments = create_shard_map_wrapper(
+                query[:5], keys, values, lens[:1], pages[0], mesh=meshes.mesh(), check_vma=check_vma,
+                in_specs=(P(None, "data"), cache, cache, P(), P()), out_specs=P(None, "data"),
+            )  # fmt: skip
+            want = prefill_page_attention(*arguments)
+            np.testing.assert_allclose(jax.jit(function)(*arguments), want, atol=1e-5)
+
+    def test_the_policy_invariant_goes_by_no_size(self):
+        """Decode steps are told what they see like all others, so that a pack's sizes choose nothing."""
+        call, mesh = make_call(8, DECODE, q_heads=4, kv_heads=2, head_dim=8), meshes.mesh()
+        operands, seen = meshes.put_call(mesh, call, by_pages(call)), []
+
+        def spy(call, config, device):
+            seen.append("key_ranges" in call.problem.features)
+            return meshes.dense_kernel(call, config, device)
+
+        with mock.patch.object(XLA, "attend", spy), policy("invariant"):
+            oracle.assert_matches(call, *jax.jit(lambda c: ragged_paged_prefill(**c, return_lse=True))(operands))
+        with mock.patch.object(XLA, "attend", spy):
+            oracle.assert_matches(call, *jax.jit(lambda c: ragged_paged_prefill(**c, return_lse=True))(operands))
+        self.assertEqual(seen, [True, False])
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_whole_pages_cost_nothing(self, kind):
+        """Over an axis of one device the operands go to the kernel as they are."""
+        mesh = meshes.mesh((8, 1), kind=kind)
+        operands = meshes.put_call(mesh, self.call, by_pages(self.call))
+        with mock.patch.object(pages, "hold", side_effect=AssertionError):
+            compiled = jax.jit(lambda call: ragged_paged_prefill(**call, return_lse=True)).lower(operands).compile()
+        self.assertEmpty(meshes.collectives(compiled))
+
+    @parameterized.named_parameters(
+        ("does_not_divide", dict(page_axis="model"), 9, "page_axis='model' cuts into 4 parts, and a pool of 9 pages cannot"),
+        ("one_axis_twice", dict(page_axis="data", head_axis="data"), 8, "once, got head_axis='data' and page_axis='data'"),
+        ("unknown", dict(page_axis="pages"), 8, r"page_axis must name axes of the mesh .*got \['pages'\]"),
+    )
+    def test_hints_that_cannot_be_followed(self, hints, num_pages, message):
+        call = self.call | {name: self.call[name][:, :num_pages] for name in ("key_cache", "value_cache")}
+        new = dict(key=np.ones((9, 2, 8), np.float32), value=np.ones((9, 2, 8), np.float32))
+        pack = {name: x for name, x in call.items() if name != "query"}
+        for function, operands in ((ragged_paged_prefill, call), (append_to_pages, pack | new)):
+            operands = meshes.put_call(meshes.mesh(), operands, {name: P() for name in operands})
+            with self.assertRaisesRegex(ValueError, message):
+                jax.jit(functools.partial(function, **hints))(**operands)
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_caches_cut_unlike_are_an_error(self, kind):
+        error = ValueError if kind == AxisType.Explicit else jax.errors.JaxRuntimeError
+        cut = by_pages(self.call) | dict(value_cache=P(None, "data"))
+        operands = meshes.put_call(meshes.mesh(kind=kind), self.call, cut)
+        with self.assertRaisesRegex(error, "value_cache is cut as .*Reshard it"):
+            jax.jit(lambda call: ragged_paged_prefill(**call))(operands)
+
+    def test_page_axis_in_a_shard_map_says_what_to_do(self):
+        attend = functools.partial(ragged_paged_prefill, page_axis="model")
+        mapped = jax.shard_map(
+            lambda call: attend(**call), mesh=meshes.mesh(), in_specs=(by_pages(self.call),), out_specs=P(), check_vma=False
+        )
+        with self.assertRaisesRegex(ValueError, "page_axis='model' inside a shard_map.*local_pages and merge_over"):
+            jax.jit(mapped)(self.call)
+
+
+@absltest.skipIf(importlib.util.find_spec("libtpu") is None, "libtpu, which compiles for TPUs, is not installed")
+class TpuTest(parameterized.TestCase):
+    """Compiled by the real compiler for a v5e 2x2 that is not here."""
+
+    def compile(self, way, function, call):
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+        devices = np.array(topology.devices).reshape(2, 2)
+        mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(KINDS[way],) * 2)
+        cut = dict(query=P(None, "data"), key=P(None, "data"), value=P(None, "data"))
+        cut |= dict.fromkeys(("key_cache", "value_cache"), P("data", "model"))
+        operands = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, cut.get(name, P())))
+            for name, x in call.items()
+        }
+        hints = dict(head_axis="data", page_axis="model") if way == "hint" else {}
+        donated = ("key_cache", "value_cache") if "key" in call else ()
+        jitted = jax.jit(functools.partial(function, **hints), donate_argnames=donated)
+        return jitted.trace(**operands).lower(lowering_platforms=("tpu",)).compile()
+
+    @parameterized.parameters("hint", "explicit")
+    def test_attention(self, way):
+        """Decode steps by the TPU's own kernel, since they need no ranges; and the stated sums, of a part of the heads."""
+        call = make_call(9, ((1, 40), (1, 90), (0, 30)), q_heads=4, kv_heads=2, head_dim=128, page_size=16)
+        attend = functools.partial(ragged_paged_prefill, platform="pallas", return_lse=True)
+        compiled = self.compile(way, attend, call)
+        self.assertEqual({op for op, _ in sizes_of(compiled)}, {"all-reduce"})
+        self.assertLessEqual(max(size for _, size in sizes_of(compiled)), call["query"].size // 2)
+        self.assertEqual(compiled.output_shardings[0].shard_shape((2, 4, 128)), (2, 2, 128))
+
+    @parameterized.parameters("hint", "explicit", "automatic")
+    def test_append(self, way):
+        call = make_call(9, CHUNKS, share=512, q_heads=2, kv_heads=2, head_dim=128, page_size=16)
+        call |= {name: call["query"] for name in ("key", "value")}
+        del call["query"]
+        compiled = self.compile(way, append_to_pages, call)
+        self.assertEmpty(meshes.collectives(compiled))
+        self.assertEqual(compiled.memory_analysis().alias_size_in_bytes, 2 * call["key_cache"].nbytes // 4)
 
 
 if __name__ == "__main__":
