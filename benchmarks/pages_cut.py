@@ -1,9 +1,9 @@
 """One GPU against two, the pages of the caches cut or the heads: python -m paged_prefill.benchmarks.pages_cut.
 
 Prints a row for each case: milliseconds of a call on one GPU, on two with the heads cut, and on two with the pages cut
-(medians of loops that take turns in one process), what is how many times as fast, how far the results lie apart, and the
-collectives of the program that cuts pages. Cases are decode steps of 4 sequences and a chunk of 512 tokens, over so many
-keys in all, with 8 KV heads (which two GPUs can share) and with 1 (which they cannot: each holds and reads them all).
+(medians of loops that take turns in one process), what is how many times as fast, how far the results lie apart, and
+the collectives of the program that cuts pages. Cases are decode steps of 4 sequences and a chunk of 512 tokens, over so
+many keys in all, with 8 KV heads (which two GPUs can share) and with 1 (of which each holds and reads all).
 The last rows time what goes before the kernel where pages are cut: the page tables of 256 sequences with 2048 columns.
 """
 

@@ -79,8 +79,14 @@ def local_pages(
 
 
 def counted_here(axes, page_indices, key_cache):
-    """Page indices of a whole pool, counted in the pages of one device; outside of these for all other pages."""
-    return page_indices - lax.axis_index(axes) * key_cache.shape[-3]
+    """Page indices of a whole pool as one device writes by them: -1 where it does not hold the page."""
+    page, held = _here(axes, page_indices, key_cache.shape[-3])
+    return jnp.where(held, page, -1)
+
+
+def _here(axes, page_indices, num_pages):
+    """Page indices counted in the pages of the device that has them, and whether that is this one."""
+    return page_indices % num_pages, page_indices // num_pages == lax.axis_index(axes)
 
 
 def hold(axes, operands, sliding_window, *, invariant):
@@ -148,10 +154,9 @@ class _Columns:
     before: Int[Array, "*batch seqs columns_plus_1"]
 
     def __init__(self, page_indices: Int[Array, "*batch seqs columns"], axes, num_pages: int, page_size: int):
-        every = lax.axis_size(axes) * num_pages
+        last = jax.core.min_dim(lax.axis_size(axes) * num_pages - 1, 2**31 - 1)
         # An index outside the whole pool counts as the nearest that there is, as everywhere.
-        self._page = jnp.clip(page_indices, 0, every - 1) - lax.axis_index(axes) * num_pages
-        self._held = (0 <= self._page) & (self._page < num_pages)
+        self._page, self._held = _here(axes, jnp.clip(page_indices, 0, last), num_pages)
         held = jnp.cumsum(self._held, axis=-1, dtype=jnp.int32)
         self.before = jnp.pad(held, [(0, 0)] * (held.ndim - 1) + [(1, 0)])
         self._page_size = page_size

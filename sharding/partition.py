@@ -135,7 +135,8 @@ def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -
     if unknown:
         raise ValueError(
             f"head_axis, batch_axis and page_axis must name axes of the mesh {tuple(mesh.axis_names)}, "
-            f"got {sorted(unknown)}; the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
+            f"got {sorted(unknown)}; the mesh comes from jax.set_mesh or from the NamedShardings of the computation's "
+            "arguments"
         )
     hinted = Cut(hint.batch, hint.heads, hint.heads, hint.pages)
     cut = settle(mesh.shape, shapes, specs, hinted)

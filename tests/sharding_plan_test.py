@@ -1,6 +1,7 @@
 """The plan by itself: whatever is wished, every device can run its part, and what can stay where it is stays."""
 
 import math
+import types
 
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
@@ -8,6 +9,7 @@ import numpy as np
 
 from paged_prefill.primitive.cut import Cut, plan, settle
 from paged_prefill.primitive.operands import PREFILL, Shapes
+from paged_prefill.sharding.rule import sharding_rule
 
 MESH = {"data": 2, "model": 4}
 
@@ -83,6 +85,15 @@ class PlanTest(parameterized.TestCase):
         shapes = call(8, 8, tokens=given.pop("tokens", 5), num_pages=given.pop("num_pages", 8))
         cut = settle(MESH, shapes, given)
         self.assertEqual((cut.heads, cut.pages, cut.tokens), (heads, pages, tokens))
+
+    def test_the_rule_asks_for_no_more_than_is_whole(self):
+        """What the compiler is told: pages go together and may be cut, and results' tokens apart from the query's."""
+        rule = sharding_rule(call(16, 8), types.SimpleNamespace(shape=MESH))
+        may_be_cut = ("num_pages", "result_tokens", "kv_heads", "q_heads")
+        self.assertNoCommonElements(rule.need_replication_factors, may_be_cut)
+        query, key_cache, value_cache = rule.operand_mappings[:3]
+        self.assertEqual((key_cache[1], value_cache[1]), ("num_pages", "num_pages"))
+        self.assertEqual([x[0] for x in (query, *rule.result_mappings)], ["tokens", "result_tokens", "result_tokens"])
 
     def test_any_wishes_give_a_cut_that_runs(self):
         """5,000 random wishes: no axis twice, everything divides, parts keep groups, KV heads follow the query's."""
