@@ -352,7 +352,7 @@ class SurroundingsTest(parameterized.TestCase):
         oracle.assert_matches(self.call, *jax.jit(exported.call)(operands))
 
     def test_export_with_symbolic_sizes(self):
-        """One module for any pack. Running one ends the process in JAX 0.10 to 0.12, with heads cut too: none is run."""
+        """One module for any pack; to run one ends the process in JAX 0.10 to 0.12, with heads cut too."""
         mesh, cut = meshes.mesh(), by_pages(self.call)
         tokens, seqs, columns = jax.export.symbolic_shape("tokens, seqs, columns")
         symbolic = dict(context_lens=(seqs,), page_indices=(seqs, columns), query_offsets=(seqs + 1,))
