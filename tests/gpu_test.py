@@ -52,8 +52,13 @@ def attend(pack, platform, **parameters):
     """One call, in memory that is NaN wherever the kernel does not write."""
     for size in (pack.query.size // pack.query.shape[-1] * pack.value_cache.shape[-1], pack.query.size):
         jnp.full(size, jnp.nan, pack.query.dtype).block_until_ready()
-    run = functools.partial(ragged_paged_prefill, platform=platform, return_lse=True, **parameters)
-    return jax.jit(run)(*pack)
+    return compiled(platform, **parameters)(*pack)
+
+
+@functools.cache
+def compiled(platform, **parameters):
+    """The call as a jitted function, the same one each time: tests make several calls of one compilation."""
+    return jax.jit(functools.partial(ragged_paged_prefill, platform=platform, return_lse=True, **parameters))
 
 
 class GpuTest(parameterized.TestCase):
@@ -139,22 +144,40 @@ class GpuTest(parameterized.TestCase):
         packs.assert_matches_reference(pack, *results, **case.parameters)
         chex.assert_trees_all_equal(attend(pack, platform, **case.parameters), results)
 
-    @product(platform=PLATFORMS, soft_cap=(None, 50.0, 70.0), softmax_scale=(None, 1.0, -3.0))
+    @product(platform=PLATFORMS, soft_cap=(None, 15.0, 50.0, 70.0), softmax_scale=(None, 1.0, -3.0))
     def test_a_row_has_the_same_bits_whatever_the_rows_beside_it(self, platform, soft_cap, softmax_scale):
-        """But for Hopper's polynomial: rows of a warpgroup leave it together, and tanh has other errors."""
+        """But for Hopper's polynomial: a sequence's rows leave it together, and tanh has other errors."""
         self.need(platform)
+        if platform == "cuda" and soft_cap == 50.0:
+            self.skipTest("rows of one sequence go over to tanh together; those of others: the test of neighbours")
         case = cases.Case("beside", ((100, 900),), 4, 2, 128, page_size=16, dtype="bfloat16")
         pack = case.pack()
         wild = pack._replace(query=pack.query.at[1::2].multiply(100))
         parameters = dict(attn_logits_soft_cap=soft_cap, softmax_scale=softmax_scale)
         results = [attend(each, platform, **parameters) for each in (pack, wild)]
         self.assertTrue(jnp.any(results[0][0][1::2] != results[1][0][1::2]))
-        kept = [[array[::2] for array in result] for result in results]
-        if (platform, soft_cap) != ("cuda", 50.0):
-            chex.assert_trees_all_equal(*kept)
-        for one, other in zip(*kept):
-            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-            self.assertLess(np.linalg.norm(one - other), 5e-3 * np.linalg.norm(one))
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    @product(platform=PLATFORMS, soft_cap=(None, 15.0, 50.0, 70.0), head_dim=(64, 128, 256), warpgroups=(1, 2, 3))
+    def test_a_sequence_has_the_same_bits_whatever_its_neighbours(self, platform, soft_cap, head_dim, warpgroups):
+        """Queries of every other sequence 40 times as large; tiles hold rows, and heads, that they do not own."""
+        self.need(platform)
+        if warpgroups == 3 and (platform, head_dim) == ("cuda", 256) or warpgroups > 1 and platform == "triton":
+            self.skipTest("it has no registers for that, or no warpgroups")
+        cfg = None
+        if platform == "cuda":
+            block_kv = 64 if warpgroups == 3 or head_dim == 256 else 128
+            cfg = PrefillPageAttentionConfig(block_q=32 * warpgroups if warpgroups < 3 else 64, block_kv=block_kv,
+                                             num_warps=4 * (warpgroups + 1), num_stages=2)
+        sequences = (70, 900), (1, 513), (40, 700), (130, 1130), (9, 400), (3, 1300), (64, 328)
+        case = cases.Case("neighbours", sequences, 6, 2, head_dim, page_size=16, dtype="bfloat16",
+                          attn_logits_soft_cap=soft_cap)
+        pack = case.pack()
+        seq = jnp.repeat(jnp.arange(len(sequences)), jnp.asarray([n for n, _ in sequences]))
+        wild = pack._replace(query=jnp.where((seq % 2 == 1)[:, None, None], pack.query * 40, pack.query))
+        results = [attend(each, platform, cfg=cfg, **case.parameters) for each in (pack, wild)]
+        self.assertTrue(jnp.any(results[0][0][seq % 2 == 1] != results[1][0][seq % 2 == 1]))
+        chex.assert_trees_all_equal(*[[array[seq % 2 == 0] for array in result] for result in results])
 
     @product(platform=PLATFORMS, rows=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200))
     def test_sizes(self, platform, rows, num_splits, page_size, sliding_window):

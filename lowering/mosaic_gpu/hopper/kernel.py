@@ -340,13 +340,21 @@ def _compute(
         return lax.rem(done + i, plan.stages)
 
     def rows():
-        """(head in the tile, token in the tile) of each row."""
-        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS) + warpgroup * WARPGROUP_ROWS
+        """The warpgroup's rows, as rows of the tile."""
+        return plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS) + warpgroup * WARPGROUP_ROWS
+
+    def head_and_token(row):
+        """(head in the tile, token in the tile) of rows of the tile."""
         return lax.div(row, plan.block_q), lax.rem(row, plan.block_q)
+
+    def owns(row):
+        """Whether rows of the tile are there: its tokens and heads may be fewer than it has room for."""
+        head, token = head_and_token(row)
+        return (token < tile.length) & (head < piece.heads_left)
 
     def visible(i):
         # Positions relative to the tile's first token; a key as its column in the block.
-        _, token = rows()
+        _, token = head_and_token(rows())
         key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
         block = (piece.last - i) * plan.block_kv - tile.position
         last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
@@ -458,11 +466,14 @@ def _compute(
         return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
 
     def scale_query(factor):
+        """And rows that the tile does not own become 0: then their logits cast no doubt on those of the others."""
         layout = plgpu.Layout.SMEM_GMEM_COPY((WARPGROUP_ROWS, COLUMNS), dtype, SWIZZLE_BYTES)
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, COLUMNS), 0, layout=layout)
+        owned = owns(row + warpgroup * WARPGROUP_ROWS)
         for part in range(plan.query_parts):
             columns = query_tile.at[warpgroup, part]
             scaled = plgpu.layout_cast(columns[...], layout).astype(jnp.float32) * factor
-            columns[...] = scaled.astype(dtype)
+            columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
     def start():
@@ -511,7 +522,8 @@ def _compute(
         """Steps from block `first` to `end`, or to the first block with logits that are not small; and where it ended.
 
         Whether they are is seen in the weights. So that block is weighed again, by tanh, from logits computed again.
-        All rows of the warpgroup change together, so a row's last bits may depend on the rows beside it.
+        All rows of the warpgroup change together: so a row's last bits may depend on the rows beside it, which are of
+        the same sequence, and of the same KV head.
         """
 
         def one(carry):
@@ -572,9 +584,9 @@ def _compute(
     own_rows = (*own_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
     lse[own_rows] = row_lse
     if plan.splits == 1:
-        head, token = rows()
-        owned = (token < tile.length) & (head < piece.heads_left)
-        store_rows(acc.astype(dtype), jnp.where(owned, (tile.start + token) * q_heads + piece.head + head, -1), out)
+        head, token = head_and_token(rows())
+        place = (tile.start + token) * q_heads + piece.head + head
+        store_rows(acc.astype(dtype), jnp.where(owns(rows()), place, -1), out)
     else:
         out[own_rows] = acc
 
