@@ -64,10 +64,10 @@ def merge_splits(out, lse, dtype):
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
-    largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest)[None])
-    total = jnp.sum(weights, axis=0)
-    # Written out: XLA fuses sums, where every reduction is one more kernel.
+    # Written out: XLA fuses that into one kernel, where every reduction is one more.
+    largest = functools.reduce(jnp.maximum, lse)
+    weights = [jnp.exp(part - jnp.where(jnp.isneginf(largest), 0.0, largest)) for part in lse]
+    total = functools.reduce(jnp.add, weights)
     summed = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)])
     merged, lse = normalised(summed, total, largest)
     return merged.astype(dtype), lse

@@ -15,7 +15,6 @@ from paged_prefill.primitive.packing import FEW_SEQUENCES
 class Tiles(NamedTuple):
     """Arrays of int32, an entry a tile. The keys that a tile's rows see lie in blocks first_block : end_block."""
 
-    index: Int[Array, " tiles"]  # its number in the order of the tokens
     start: Int[Array, " tiles"]  # its first token
     length: Int[Array, " tiles"]  # its tokens; 0 where there is no tile
     position: Int[Array, " tiles"]  # where its first token stands in its sequence; negative before the context
@@ -34,12 +33,16 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 
 
 def schedule(
-    sequences: Sequences, tokens: int, capacity: int, block_q: int, block_kv: int, attention: Attention
-) -> tuple[Tiles, Int[Array, " tokens"], Int[Array, " tokens"]]:
-    """Cuts every token of a pack into tiles.
-
-    Returns them, the longest first and those that do not exist last; and for each token the index of its tile and its
-    place in it.
+    sequences: Sequences,
+    tokens: int,
+    capacity: int,
+    block_q: int,
+    block_kv: int,
+    attention: Attention,
+    *,
+    ordered: bool = True,
+) -> Tiles:
+    """Cuts every token of a pack into tiles: `ordered`, the longest first; those that do not exist are last.
 
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
     `sequences` ascend in the pack, as `call.flatten` lays them.
@@ -77,7 +80,6 @@ def schedule(
         first_block = lax.div(jnp.minimum(seen_from, end_key), jnp.int32(block_kv))
         end_block = lax.div(jnp.minimum(seen_to, end_key) + (block_kv - 1), jnp.int32(block_kv))
         return Tiles(
-            index=tile,
             start=jnp.where(exists, take(begin, stretch) + within, tokens),
             length=length,
             position=position,
@@ -90,7 +92,9 @@ def schedule(
         )
 
     index = jnp.arange(tiles_at_most(tokens, seqs, block_q), dtype=jnp.int32)
-    if seqs == 1:  # the later the tile, the more keys it sees
+    if not ordered:
+        order = index
+    elif seqs == 1:  # the later the tile, the more keys it sees
         order = jnp.where(index < ends[-1], ends[-1] - 1 - index, index)
     else:
         natural = describe(index)
@@ -99,12 +103,7 @@ def schedule(
         more, alike = blocks[None, :] > blocks[:, None], blocks[None, :] == blocks[:, None]
         rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
         order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
-    tiles = describe(order)
-    token, start = jnp.arange(tokens, dtype=jnp.int32), tiles.start[None, :]
-    begun = start <= token[:, None]
-    tile_of_token = jnp.sum(begun, axis=1, dtype=jnp.int32) - 1
-    place_in_tile = token - jnp.max(jnp.where(begun, start, 0), axis=1)
-    return tiles, tile_of_token, place_in_tile
+    return describe(order)
 
 
 def _stretches(starts, lengths, tokens, block_q):

@@ -35,8 +35,8 @@ def problem(**changes):
 
 
 class ScheduleTest(parameterized.TestCase):
-    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100))
-    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences):
+    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences, ordered):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
         block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -46,8 +46,10 @@ class ScheduleTest(parameterized.TestCase):
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
-        schedule, tile_of_token, place_in_tile = jax.jit(
-            lambda sequences: tiles.schedule(sequences, tokens, capacity, block_q, block_kv, attention)
+        schedule = jax.jit(
+            lambda sequences: tiles.schedule(
+                sequences, tokens, capacity, block_q, block_kv, attention, ordered=ordered
+            )
         )(sequences)
         schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
@@ -56,7 +58,6 @@ class ScheduleTest(parameterized.TestCase):
             for row in range(tile.length):
                 token = tile.start + row
                 covered[token] += 1
-                self.assertEqual((tile_of_token[token], place_in_tile[token]), (tile.index, row))
                 if token not in owner:
                     self.assertEqual(tile.end_block, tile.first_block)
                     continue
@@ -72,12 +73,13 @@ class ScheduleTest(parameterized.TestCase):
                     self.assertGreater(tile.end_key, last)
         np.testing.assert_array_equal(covered, 1)
         blocks = np.where(schedule.length > 0, schedule.end_block - schedule.first_block, -1)
-        self.assertTrue(np.all(np.diff(blocks) <= 0), "the longest tile is not first")
+        in_order = np.diff(blocks) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
+        self.assertTrue(np.all(in_order), "the longest tile is not first, or one that does not exist not last")
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
+        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -132,9 +134,9 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3,
-                      pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1,
-                      softmax_scale=0.1, soft_cap=50.0, window=None, dtype="bfloat16")
+        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tokens=100,
+                      tiles=3, pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3,
+                      splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, dtype="bfloat16")
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)

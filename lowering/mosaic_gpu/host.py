@@ -98,25 +98,18 @@ class MosaicGpu(Kernel):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
         problem, query = call.problem, call.query
         plan = _plan(problem, config, device)
-        tiles, tile_of_token, place_in_tile = schedule(
-            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention
-        )
+        tiles = schedule(
+            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
+            ordered=plan.pieces > plan.cores,
+        )  # fmt: skip
         # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
         first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head
         table = table_of(tiles, first_row, call.sequences.page_indices)
         rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
         out, lse = launch(plan, table, query, *rows)
-
-        # The kernel leaves logsumexps (and, with split keys, outputs) tile by tile; here each token fetches its own.
-        head = jnp.arange(problem.q_heads, dtype=jnp.int32)[None, :]
-        kv_head, in_group = head // plan.group, head % plan.group
-        head_tile = kv_head * plan.head_tiles_per_group + in_group // plan.heads
-        block = tile_of_token[:, None] * plan.head_tiles + head_tile
-        row = in_group % plan.heads * plan.block_q + place_in_tile[:, None]
-        lse = lse[:, block, row]
-        if plan.splits == 1:
-            return out.reshape(problem.tokens, problem.q_heads, problem.value_dim), lse[0]
-        return merge_splits(out[:, block, row], lse, query.dtype)
+        lse = lse.reshape(plan.splits, problem.tokens, problem.q_heads)
+        out = out.reshape(*lse.shape, problem.value_dim)
+        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
 
 
 def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) -> Plan:
@@ -127,6 +120,7 @@ def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) 
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
+        tokens=problem.tokens,
         tiles=tiles_at_most(problem.tokens, problem.seqs, config.block_q),
         pages_per_seq=problem.pages_per_seq,
         keys_per_head=problem.num_pages * problem.page_size,

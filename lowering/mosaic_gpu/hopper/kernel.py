@@ -56,6 +56,7 @@ class Plan:
     head_dim: int
     value_dim: int
     page_size: int
+    tokens: int
     tiles: int
     pages_per_seq: int
     keys_per_head: int  # slots of one head of one pool
@@ -85,6 +86,10 @@ class Plan:
     @property
     def head_tiles(self) -> int:
         return self.num_kv_heads * self.head_tiles_per_group
+
+    @property
+    def pieces(self) -> int:
+        return self.tiles * self.splits * self.head_tiles
 
     @property
     def query_parts(self) -> int:
@@ -138,13 +143,11 @@ def table_of(tiles: Tiles, first_row, page_indices):
 
 
 def launch(plan: Plan, table, query, key_rows, value_rows):
-    """Runs the kernel. Returns out and lse [splits, tiles, rows]; split, out has lse's shape and value_dim."""
+    """Runs the kernel. Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse without dim."""
     dtype = jnp.dtype(plan.dtype)
-    blocks = plan.tiles * plan.head_tiles
-    lse_type = jax.ShapeDtypeStruct((plan.splits, blocks, plan.rows), jnp.float32)
-    out_type = jax.ShapeDtypeStruct((query.shape[0] * query.shape[1], plan.value_dim), dtype)
-    if plan.splits > 1:
-        out_type = jax.ShapeDtypeStruct((*lse_type.shape, plan.value_dim), jnp.float32)
+    rows = plan.splits * plan.tokens * query.shape[1]
+    out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
+    lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
     def ring(features):
         return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=TILED)
@@ -171,7 +174,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows):
         functools.partial(_kernel, plan),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
-        grid=(min(blocks * plan.splits, plan.cores),),
+        grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
@@ -188,8 +191,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, out, lse, **scratch)
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    pieces = plan.tiles * plan.splits * plan.head_tiles
-    blocks = min(pieces, plan.cores)
+    pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
     block = lax.axis_index("block")
 
     def each_piece(do):
@@ -580,15 +582,9 @@ def _compute(
     if plan.window is not None:
         running = lax.fori_loop(clear, steps, functools.partial(step, True), running)
     acc, row_lse = finish(running)
-    own_tile = (piece.split, tile.index * plan.head_tiles + piece.head_tile)
-    own_rows = (*own_tile, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS))
-    lse[own_rows] = row_lse
-    if plan.splits == 1:
-        head, token = head_and_token(rows())
-        place = (tile.start + token) * q_heads + piece.head + head
-        store_rows(acc.astype(dtype), jnp.where(owns(rows()), place, -1), out)
-    else:
-        out[own_rows] = acc
+    head, token = head_and_token(rows())
+    place = (piece.split * plan.tokens + tile.start + token) * q_heads + piece.head + head
+    store_rows(acc.astype(out.dtype), row_lse, jnp.where(owns(rows()), place, -1), out, lse)
 
 
 def _fold(combine, array):
