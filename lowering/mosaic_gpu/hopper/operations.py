@@ -165,6 +165,27 @@ def _as_word(pair):
     return vector.extract(vector.bitcast(one, pair), [], [0])
 
 
+def gathered(source, indices, layout):
+    """source[indices]: numbers of 32 bits from a vector in global memory, to registers of that layout."""
+    its_type = plgpu.ShapeDtypeStruct(indices.shape, jnp.int32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=its_type)
+    def gather(_, source, indices):
+        i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
+        start = utils.memref_ptr(source)
+        registers = np.empty_like(indices.registers)
+        for place, register in np.ndenumerate(indices.registers):
+            taken = register
+            for i in range(ir.VectorType(register.type).shape[0]):
+                index = arith.extsi(i64, vector.extract(register, [], [i]))
+                number = llvm.load(i32, utils.getelementptr(start, [index], i32))
+                taken = vector.insert(number, taken, [], [i])
+            registers[place] = taken
+        return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=True)
+
+    return gather(source, indices)
+
+
 def store_rows(array, lse, rows, out, out_lse) -> None:
     """Writes row i of an array, and its lse, to row rows[i] of what is in global memory; nowhere where it is negative."""
 
