@@ -11,6 +11,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 MAX_SPLITS = 64
 # What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
 PIECE_BYTES = 2**16  # to begin and to end one tile's share of the keys
+MERGE_BYTES = 3 * 2**14  # to launch the merge
 SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
 ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
@@ -51,7 +52,7 @@ def best_splits(
         piece = -(-blocks // splits) * config.block_kv * key_bytes
         rounds = -(-unsplit * splits // slots)
         last = max(piece + PIECE_BYTES, rounds * (piece * mean_keys / keys + PIECE_BYTES)) * slots / device.cores
-        merge = splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
+        merge = MERGE_BYTES + splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
         return max(last / ALONE, all_keys / device.cores) + merge
 
     costs = [cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)]

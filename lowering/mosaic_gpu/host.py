@@ -22,7 +22,6 @@ from paged_prefill.primitive.context import current_policy
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
-BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
@@ -98,9 +97,8 @@ class MosaicGpu(Kernel):
         """The best by an estimate of their time; a core has room for one thread block."""
         if current_policy() == "invariant":
             return 1
-        most = most_keys(problem, config.block_q) // (BLOCKS_PER_SPLIT * config.block_kv)
-        unsplit = programs(problem, config)
-        rows = unsplit * _rows(config)
+        most = most_keys(problem, config.block_q) // config.block_kv
+        unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
@@ -117,7 +115,7 @@ class MosaicGpu(Kernel):
         rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
         tree = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         out, lse = launch(plan, table, query, *rows, call.ranges, tree)
-        lse = lse.reshape(plan.splits, problem.tokens, problem.q_heads)
+        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
         out = out.reshape(*lse.shape, problem.value_dim)
         return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
 

@@ -24,9 +24,13 @@ def compute(plan: Plan, piece, done, warpgroup, masks, q_heads, out, lse, **scra
     attention = _Attention(plan, piece, done, warpgroup, masks, **scratch)
     rows, tile = attention.rows, piece.tile
     acc, row_lse = attention.run()
+    owned = rows.owns(rows.rows())
     head, token = rows.head_and_token(rows.rows())
-    place = (piece.split * plan.tokens + tile.start + token) * q_heads + piece.head + head
-    store_rows(acc.astype(out.dtype), row_lse, jnp.where(rows.owns(rows.rows()), place, -1), out, lse)
+    head, token = piece.head + head, tile.start + token
+    # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
+    place = (piece.split * plan.tokens + token) * q_heads + head
+    lse_place = (piece.split * q_heads + head) * plan.tokens + token
+    store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
 
 
 class _Attention:
@@ -49,11 +53,11 @@ class _Attention:
         """Output and lse of the rows."""
         steps, last = self.piece.steps, self.piece.last
         # Blocks that every row sees whole need no mask: from block `edge` on, and up to block `clear`.
-        tile, block_kv = self.piece.tile, self.plan.block_kv
-        edge = jnp.clip(last + 1 - lax.div(tile.whole_end, block_kv), 1, steps)
+        (whole_start, whole_end), block_kv = self.rows.whole(), self.plan.block_kv
+        edge = jnp.clip(last + 1 - lax.div(whole_end, block_kv), 1, steps)
         clear, masked_again = steps, self.plan.window is not None or self.plan.masks_any_block
         if masked_again:
-            clear = jnp.clip(last + 1 - lax.div(tile.whole_start + block_kv - 1, block_kv), edge, steps)
+            clear = jnp.clip(last + 1 - lax.div(whole_start + block_kv - 1, block_kv), edge, steps)
         running = self._start()
         running = lax.fori_loop(1, edge, functools.partial(self._step, True), running)
         if self.plan.polynomial is not None:

@@ -28,13 +28,19 @@ TABLE_COLUMNS = len(Tiles._fields) + 1
 def table_of(tiles: Tiles, first_row, page_indices):
     """All integers that the kernel reads, in one array: a row a tile, its first_row last, and then the page indices.
 
-    One array is one small kernel before this one, where two are two.
+    One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works out
+    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
-    return jnp.concatenate([jnp.stack([*tiles, first_row], axis=1).reshape(-1), page_indices.reshape(-1)])
+    column = jnp.arange(TABLE_COLUMNS, dtype=jnp.int32)
+    rows = sum(jnp.where(column == i, field[:, None], 0) for i, field in enumerate([*tiles, first_row]))
+    return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
 
 
 def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
-    """Runs the kernel; `ranges` and `tree` may be None. Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse without dim."""
+    """Runs the kernel; `ranges` and `tree` may be None.
+
+    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
+    """
     dtype = jnp.dtype(plan.dtype)
     rows = plan.splits * plan.tokens * query.shape[1]
     out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)

@@ -39,6 +39,11 @@ class Rows:
         """The first key of the piece's block i."""
         return (self.piece.last - i) * self.plan.block_kv
 
+    def whole(self):
+        """Every row sees all of the keys from the first to the second of these."""
+        tile = self.tile
+        return tile.whole_start, tile.whole_end if self.tree is None else jnp.minimum(tile.whole_end, tile.first_new)
+
     def visible(self, i):
         """Which of the rows see which keys of block i."""
         shape, tile, start = (WARPGROUP_ROWS, self.plan.block_kv), self.tile, self.first_key_of(i)
@@ -47,8 +52,8 @@ class Rows:
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
         if self.plan.has_ranges:
             place = 2 * (tile.start + here)
-            last = jnp.minimum(gathered(self.ranges, place + 1, ROWS), tile.end_key) - 1 - start
-            before = gathered(self.ranges, place, ROWS) - 1 - start
+            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1 - start
+            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1 - start
         else:  # positions relative to the tile's first token
             block = start - tile.position
             last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
@@ -121,7 +126,8 @@ class Rows:
         tile, window = self.tile, self.plan.window
         if self.plan.has_ranges:
             place = 2 * (tile.start + token)
-            return self.ranges[place] - start, jnp.minimum(self.ranges[place + 1], tile.end_key) - start
+            low, end = jnp.maximum(self.ranges[place], 0), jnp.clip(self.ranges[place + 1], 0, tile.end_key)
+            return low - start, end - start
         position = tile.position + token - start
         low = -start if window is None else position - window + 1
         return low, jnp.minimum(position + 1, tile.end_key - start)

@@ -186,11 +186,14 @@ def gathered(source, indices, layout):
     return gather(source, indices)
 
 
-def store_rows(array, lse, rows, out, out_lse) -> None:
-    """Writes row i of an array, and its lse, to row rows[i] of what is in global memory; nowhere where it is negative."""
+def store_rows(array, lse, rows, places, out, out_lse) -> None:
+    """Writes row i of an array to row rows[i] of a matrix in global memory, and its lse to places[i] of a vector there.
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, plgpu.RefType(), plgpu.RefType()))
-    def store(_, array, lse, rows, out, out_lse):
+    Neither is written where rows[i] is negative.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.RefType(), plgpu.RefType()))
+    def store(_, array, lse, rows, places, out, out_lse):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
         features = ir.MemRefType(out.type).shape[1]
         start, lse_start = utils.memref_ptr(out), utils.memref_ptr(out_lse)
@@ -199,19 +202,18 @@ def store_rows(array, lse, rows, out, out_lse) -> None:
         pairs = array.registers.reshape(-1, 2)
         quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
         first_column = arith.muli(quarter, arith.constant(i32, 2))
-        for half, (row, row_lse) in enumerate(zip(rows.registers.flat, lse.registers.flat)):
-            row, row_lse = (vector.extract(x, [], [0]) for x in (row, row_lse))
+        for half, registers in enumerate(zip(rows.registers.flat, places.registers.flat, lse.registers.flat)):
+            row, place, row_lse = (vector.extract(register, [], [0]) for register in registers)
             owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
             with ir.InsertionPoint(owned.then_block):
-                row = arith.extsi(i64, row)
-                offset = arith.muli(row, arith.constant(i64, features))
+                offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
                 own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
                 for column, pair in enumerate(pairs[:, half]):
                     llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
-                llvm.store(row_lse, utils.getelementptr(lse_start, [row], lse.mlir_dtype))
+                llvm.store(row_lse, utils.getelementptr(lse_start, [arith.extsi(i64, place)], lse.mlir_dtype))
                 scf.yield_([])
 
-    store(array, lse, rows, out, out_lse)
+    store(array, lse, rows, places, out, out_lse)
 
 
 def _same_type(function, array):
