@@ -189,8 +189,9 @@ class GpuTest(parameterized.TestCase):
         kind = dict(key_ranges=operands in ("ranges", "both"), tree_words=0 if operands == "ranges" else 2)
         window = dict(sliding_window=100) if operands == "tree and window" else {}
         sequences = SEQUENCES + ((40, 620), (4, 500), (0, 30))
-        call = poisoned.make_call(5, sequences, q_heads=6, kv_heads=2, head_dim=head_dim, page_size=16, dtype="bfloat16",
-                                  sinks=head_dim == 64, tokens_before=2, tokens_after=3, **kind, **window)
+        call = poisoned.make_call(5, sequences, q_heads=6, kv_heads=2, head_dim=head_dim, page_size=16,
+                                  dtype="bfloat16", sinks=head_dim == 64, tokens_before=2, tokens_after=3,
+                                  **kind, **window)
         cfg = PrefillPageAttentionConfig(num_splits=num_splits)
         self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap, **window)
 

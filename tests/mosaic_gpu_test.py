@@ -78,7 +78,7 @@ class ScheduleTest(parameterized.TestCase):
 
     @parameterized.product(few_sequences=(0, 100), ordered=(True, False))
     def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered):
-        """Of random ranges, and junk for tokens that no sequence owns: what some row of a tile sees, and what all see."""
+        """Of random ranges, and junk for tokens without a sequence: what some row of a tile sees, and what all see."""
         call = poisoned.make_call(3, ((70, 300), (0, 20), (1, 44), (90, 200), (9, 4)), key_ranges=True, tokens_before=3,
                                   tokens_after=20, page_size=16)
         ranges, tokens = call["key_ranges"].copy(), len(call["query"])
@@ -88,7 +88,9 @@ class ScheduleTest(parameterized.TestCase):
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         schedule = jax.jit(
-            lambda *args: tiles.schedule(*args[:1], tokens, 320, 16, 64, Attention(1.0), ranges=args[1], ordered=ordered)
+            lambda sequences, ranges: tiles.schedule(
+                sequences, tokens, 320, 16, 64, Attention(1.0), ranges=ranges, ordered=ordered
+            )
         )(sequences, ranges)
         found = [tiles.Tiles(*map(int, fields)) for fields in zip(*schedule)]
         self.assertEqual(sum(tile.length for tile in found), tokens)

@@ -28,8 +28,8 @@ TABLE_COLUMNS = len(Tiles._fields) + 1
 def table_of(tiles: Tiles, first_row, page_indices):
     """All integers that the kernel reads, in one array: a row a tile, its first_row last, and then the page indices.
 
-    One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works out
-    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
+    One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works
+    out what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
     column = jnp.arange(TABLE_COLUMNS, dtype=jnp.int32)
     rows = sum(jnp.where(column == i, field[:, None], 0) for i, field in enumerate([*tiles, first_row]))
@@ -113,7 +113,8 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
             plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, query.shape[1], out, lse, **scratch))
+        results = (query.shape[1], out, lse)
+        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, *results, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
