@@ -1,13 +1,15 @@
-"""Times the GPU kernels beside others: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages ...] [--peers ...].
+"""Times the GPU kernels beside others: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages ...] [--peers ...]
 
 Prints a row for each case and page size: TFLOP/s of this project's kernels and of peers over the same pages, and the
 ratios; with a soft cap, how much longer it takes than without. Peers are FlashInfer's FA3 and FA2 (`fa3`, `fa2`), its
-decode kernel in a CUDA graph (`fidecode`), and upstream's FA3 by the package flash-attn3-jax (`fa3jax`). Every number is
-the median of several loops of calls that follow one another without a pause, the contenders taking turns in one process. A jitted function
-makes 4 calls with 4 queries, as the layers of a model do: so that the host, which takes about 60 us for a function,
-does not wait longer than the GPU; and XLA works out the schedule that the calls share once, as FlashInfer's plan is
-made once (and not timed). Of single tokens a function makes 32 calls, each with the output of the one before it as its
-query: 32 results of a function are more work for the host than the calls are for the GPU. Peers are optional.
+decode kernel in a CUDA graph (`fidecode`), and upstream's FA3 by the package flash-attn3-jax (`fa3jax`).
+
+Every number is the median of several loops of calls that follow one another without a pause, the contenders taking
+turns in one process. A jitted function makes 4 calls with 4 queries, as the layers of a model do: so that the host,
+which takes about 60 us for a function, does not wait longer than the GPU; and XLA works out the schedule that the calls
+share once, as FlashInfer's plan is made once (and not timed). Of single tokens a function makes 32 calls, each with the
+output of the one before it as its query: 32 results of a function are more work for the host than the calls are for the
+GPU. Peers are optional.
 """
 
 import argparse

@@ -17,6 +17,8 @@ from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, oracle, packs, poisoned
 
 PLATFORMS = ("cuda", "triton")
+# Random ranges of a few rows leave holes: keys between those of a tile that none of its rows sees.
+FEW_ROWS = ((2, 300), (3, 500), (5, 200))
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
 
 
@@ -188,7 +190,7 @@ class GpuTest(parameterized.TestCase):
         head_dim, num_splits, soft_cap = sizes
         kind = dict(key_ranges=operands in ("ranges", "both"), tree_words=0 if operands == "ranges" else 2)
         window = dict(sliding_window=100) if operands == "tree and window" else {}
-        sequences = SEQUENCES + ((40, 620), (4, 500), (0, 30))
+        sequences = SEQUENCES + ((40, 620), (4, 500), (0, 30), *FEW_ROWS)
         call = poisoned.make_call(5, sequences, q_heads=6, kv_heads=2, head_dim=head_dim, page_size=16,
                                   dtype="bfloat16", sinks=head_dim == 64, tokens_before=2, tokens_after=3,
                                   **kind, **window)
@@ -217,8 +219,8 @@ class GpuTest(parameterized.TestCase):
     def test_masks_keep_what_no_row_sees_out_of_every_bit(self, operands, num_splits):
         self.need("cuda")
         words = 2 * (operands == "both")
-        call = poisoned.make_call(7, SEQUENCES, q_heads=4, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16",
-                                  key_ranges=True, tree_words=words)
+        call = poisoned.make_call(7, (*FEW_ROWS, (1, 90), (40, 600)), q_heads=4, kv_heads=2, head_dim=128,
+                                  page_size=16, dtype="bfloat16", key_ranges=True, tree_words=words)
         other = dict(call)
         poisoned.poison_unseen(np.random.default_rng(99), other)
         run = compiled("cuda", cfg=PrefillPageAttentionConfig(num_splits=num_splits))

@@ -99,8 +99,8 @@ class Softmax:
     def _weigh(self, logits, m):
         """Weights by the maximum m, and their sums over every eighth column."""
         if self.unit * self.largest <= 4096:
-            # One fused operation, which errs by 2^-24 of the product: too much where it is huge. The barriers here and in
-            # `step` settle which product is fused, so that a row's bits are the same whichever way its warp goes.
+            # One fused operation, which errs by 2^-24 of the product: too much where it is huge. The barriers here and
+            # in `step` settle which product is fused, so that a row's bits are the same whichever way its warp goes.
             unit = lax.optimization_barrier(m * self.unit)
             exponents = logits * self.unit - lax.broadcast_in_dim(unit, self.shape, [0])
         else:
