@@ -66,24 +66,21 @@ def schedule(
         return values[places]
 
     def describe(tile) -> Tiles:
-        """Tiles by their index."""
+        """Tiles by their index. Those that do not exist lie past the end of the last stretch."""
         if few:
-            stretch = sum((tile >= end).astype(jnp.int32) for end in ends)
+            stretch = sum((tile >= end).astype(jnp.int32) for end in ends[:-1])
         else:
-            stretch = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-        exists = stretch <= 2 * seqs
-        stretch = jnp.minimum(stretch, 2 * seqs)
+            stretch = jnp.sum(tile[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
         seq = jnp.minimum(lax.div(stretch, jnp.int32(2)), seqs - 1)
-        owned = exists & (stretch == 2 * seq + 1)
         stretch_size = take(size, stretch)
         within = (tile - take(firsts, stretch)) * block_q  # first token, in its stretch
 
-        context_len = jnp.where(owned, take(sequences.context_len, seq), 0)
-        length = jnp.where(exists, jnp.minimum(stretch_size - within, block_q), 0)
+        context_len = jnp.where(stretch == 2 * seq + 1, take(sequences.context_len, seq), 0)
+        length = jnp.clip(stretch_size - within, 0, block_q)
         first_new = context_len - stretch_size
         position = first_new + within
         end_key = jnp.minimum(context_len, capacity)
-        start = jnp.where(exists, take(begin, stretch) + within, tokens)
+        start = jnp.minimum(take(begin, stretch) + within, tokens)
         if ranges is None:
             seq_from, _ = attention.visible_keys(first_new)
             seen_from, whole_end = attention.visible_keys(position)
