@@ -13,7 +13,7 @@ import numpy as np
 
 from paged_prefill import compat
 from paged_prefill.lowering.call import Device, Sequences, flatten, unflatten
-from paged_prefill.lowering.mosaic_tpu import host, schedule
+from paged_prefill.lowering.mosaic_tpu import decode, host, schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owned_tokens, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -101,6 +101,23 @@ class MosaicTpuTest(chex.TestCase):
         sizes = {name: shape.pop(name, size) for name, size in SMALL.items()}
         pack = packs.make_pack(1, [21, 1, 4], [150, 50, 4], tokens_before=1, sliding_window=40, **shape)
         packs.assert_matches_reference(pack, *run(pack, **sizes, sliding_window=40), sliding_window=40)
+
+    @parameterized.named_parameters(
+        ("groups_of_4", dict(q_heads=32, kv_heads=8)),
+        ("groups_of_1_with_a_window", dict(q_heads=16, kv_heads=16, sliding_window=70)),
+        ("groups_of_5", dict(q_heads=40, kv_heads=8)),
+        ("group_of_17_and_one_kv_head", dict(q_heads=17, kv_heads=1)),
+        ("two_cores", dict(q_heads=12, kv_heads=4, cores=2)),
+    )
+    def test_decoding(self, shape):
+        # Blocks of two chunks that are seen whole before others that are, and before those that are not, and at the ends
+        # of what is seen; a sequence of more tokens between, one without any, and one that sees nothing.
+        cores, window = shape.pop("cores", 1), dict(sliding_window=shape.get("sliding_window"))
+        lengths, contexts = [1, 1, 1, 0, 1, 2, 1], [64, 200, 96, 33, 0, 20, 70]
+        pack = packs.make_pack(9, lengths, contexts, head_dim=16, tokens_before=1, tokens_after=1, **shape)
+        with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=32):
+            results = run(pack, block_q=16, block_kv=32, cores=cores, **window)
+        packs.assert_matches_reference(pack, *results, **window)
 
     @parameterized.parameters(None, 110)
     def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
@@ -200,8 +217,25 @@ class ScheduleTest(chex.TestCase):
         want = np.full(tokens, -1)
         for seq in range(seqs):
             want[offsets[seq] : offsets[seq + 1]] = seq
-        np.testing.assert_array_equal(owner, want)
         np.testing.assert_array_equal(owned_tokens(sequences, tokens), want >= 0)
+        alone = np.array([seq >= 0 and length[seq] == 1 for seq in want])  # decode.py's
+        np.testing.assert_array_equal(owner, np.where(alone, -1, want))
+
+    @parameterized.parameters(
+        # KV heads, group: tiles, rows, period, and the KV heads of each tile of a period
+        (8, 4, (4, 8, 1), [[0, 1]]),
+        (1, 8, (1, 8, 1), [[0]]),
+        (32, 1, (4, 8, 1), [list(range(8))]),
+        (8, 5, (5, 8, 5), [[0, 1], [1, 2, 3], [3, 4], [4, 5, 6], [6, 7]]),
+        (4, 7, (4, 8, 4), [[0, 1], [1, 2], [2, 3], [3]]),
+        (2, 16, (2, 16, 1), [[0]]),
+        (1, 71, (1, 72, 1), [[0]]),
+        (1, 3, (1, 8, 1), [[0]]),
+    )
+    def test_rows_of_decoding_lie_in_full_tiles(self, kv_heads, group, sizes, heads):
+        row_tiles = decode.RowTiles.of(kv_heads, group)
+        self.assertEqual(row_tiles[:3], sizes)
+        self.assertEqual([list(row_tiles.kv_heads_of(tile)) for tile in range(row_tiles.period)], heads)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from paged_prefill.lowering.call import Sequences
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
-LANES = 128
+LANES, SUBLANES = 128, 8  # of a register of 32 bits
 CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
 LOGIT_ROWS = 256  # rows whose logits one product computes: more would hold up registers that the values need
 DEPTH = 256  # keys whose weighted values one product adds up
+DECODE_KEYS = 4096  # keys that a step of decoding takes, over its KV heads
 PRODUCTS_AT_ONCE = 2  # pairs of products in one step, each with a buffer of its own so that they overlap
 
 
@@ -116,10 +117,10 @@ def max_items(tokens: int, seqs: int, block_q: int) -> int:
 
 
 def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, attention: Attention):
-    """Returns (Items, count). Needs sequences in the order of their tokens, which `call.flatten` gives."""
+    """Returns (Items, count) for sequences of more than one new token. Needs sequences in the order of their tokens, which `call.flatten` gives."""
     start, length, context_len = sequences.start, sequences.length, sequences.context_len
     first_tile = start // block_q
-    per_sequence = jnp.where(length > 0, (start + length - 1) // block_q - first_tile + 1, 0)
+    per_sequence = jnp.where(length > 1, (start + length - 1) // block_q - first_tile + 1, 0)
     ends = jnp.cumsum(per_sequence, dtype=jnp.int32)
 
     item = jnp.arange(max_items(tokens, start.size, block_q), dtype=jnp.int32)
