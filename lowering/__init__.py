@@ -6,10 +6,10 @@ import functools
 import jax
 from jax.interpreters import mlir
 
+from paged_prefill.lowering import append as _append
 from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
 from paged_prefill.lowering.choose import KERNELS, check_backend, choose, device_of, log_passed_over
 from paged_prefill.lowering.tuning.resolve import resolve, signature
-from paged_prefill.lowering.xla import append as _append
 from paged_prefill.primitive import context
 from paged_prefill.primitive.prefill import local_paged_prefill_p, lowering_reads
 

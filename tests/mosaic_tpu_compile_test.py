@@ -2,39 +2,27 @@
 
 import functools
 import importlib.util
-import os
 import unittest
 
 from absl.testing import absltest, parameterized
 import jax
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 import paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import KERNELS, choose
-from paged_prefill.lowering.mosaic_tpu.host import CHIPS, MosaicTpu
+from paged_prefill.lowering.mosaic_tpu.chips import CHIPS
+from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import problems
+from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of
 
 KERNEL = MosaicTpu()
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 # Small tiles keep the compiler's time short; what the tiling refuses does not depend on them.
 SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
-
-
-@functools.cache
-def device_of(generation):
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-
-
-def compiling_for(device):
-    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
 def compile_for(

@@ -9,29 +9,16 @@ the last dimension is no multiple of 128, is copied before the call; docs/servin
 
 import dataclasses
 
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Device, Problem, nothing_seen
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_tpu import decode, fetching, kernel, schedule
+from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, power_of_2, round_up, sublanes
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
-SMEM_BYTES = 3 * 2**18  # of the chip's 1 MiB, what items and page tables may take
-
-CHIPS = {
-    "TPU v4": pltpu.ChipVersion.TPU_V4,
-    "TPU v5e": pltpu.ChipVersion.TPU_V5E,
-    "TPU v5 lite": pltpu.ChipVersion.TPU_V5E,
-    "TPU v5": pltpu.ChipVersion.TPU_V5P,
-    "TPU v5p": pltpu.ChipVersion.TPU_V5P,
-    "TPU v6e": pltpu.ChipVersion.TPU_V6E,
-    "TPU v6 lite": pltpu.ChipVersion.TPU_V6E,
-    "TPU7": pltpu.ChipVersion.TPU_7,
-    "TPU7x": pltpu.ChipVersion.TPU_7X,
-}
 
 
 class MosaicTpu(Kernel):
@@ -42,13 +29,8 @@ class MosaicTpu(Kernel):
     platforms = ("tpu",)
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
-        if device.kind is None:
-            return (
-                "Mosaic must know the TPU that it compiles for, and there is none here: lower within "
-                "jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 1, 'tpu')))"
-            )
-        if device.kind not in CHIPS:
-            return f"it is built for {', '.join(CHIPS)}, not for {device.kind}"
+        if reason := kind_reason(device):
+            return reason
         if problem.dtype not in ("bfloat16", "float32"):
             return f"TPU matrix units take bfloat16 and float32, not {problem.dtype}"
         packing = sublanes(problem.dtype)
@@ -66,7 +48,7 @@ class MosaicTpu(Kernel):
         block_kv = min(max(power_of_2(BYTES_IN_FLIGHT // bytes_per_key), schedule.CHUNK), 4 * schedule.CHUNK)
         block_kv = min(block_kv, round_up(problem.capacity, LANES))
         config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
-        while vmem_bytes(problem, config) > _vmem_budget(device):
+        while vmem_bytes(problem, config) > vmem_budget(device):
             if block_kv > schedule.CHUNK or block_q <= packing < block_kv:
                 block_kv = round_up(block_kv // 2, packing)
             elif block_q > packing:
@@ -92,11 +74,11 @@ class MosaicTpu(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How sizes pass the chip's memories, or None."""
-        if vmem_bytes(problem, config) > _vmem_budget(device):
+        if vmem_bytes(problem, config) > vmem_budget(device):
             return (
                 f"{problem.q_heads} query heads and {problem.num_kv_heads} KV heads of head_dim {problem.head_dim} and "
                 f"value_dim {problem.value_dim}, with block_q {config.block_q} and block_kv {config.block_kv}, need "
-                f"{vmem_bytes(problem, config)} bytes of VMEM, more than the {_vmem_budget(device)} here"
+                f"{vmem_bytes(problem, config)} bytes of VMEM, more than the {vmem_budget(device)} here"
             )
         if smem_bytes(problem, config) > SMEM_BYTES:
             return (
@@ -119,11 +101,6 @@ class MosaicTpu(Kernel):
         out, lse = decode.attend(call, sizes, splits, limit, out, lse)
         owned = schedule.owned_tokens(call.sequences, problem.tokens)  # other rows were not written
         return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)
-
-
-def _vmem_budget(device: Device) -> int:
-    """Bytes of VMEM the kernel may plan with: what JAX reports for one core, less an eighth for the compiler."""
-    return pltpu.get_tpu_info_for_chip(CHIPS[device.kind], 1).vmem_capacity_bytes * 7 // 8
 
 
 def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
