@@ -154,8 +154,6 @@ class InPlaceTest(parameterized.TestCase):
             .standard_normal((*call["key"].shape[:1], 4, call["key_cache"].shape[-1]))
             .astype(call["key"].dtype)
         )
-        if latent:
-            call["key"] = np.concatenate([call["key"]] * 2, -1)
         caches = {name: jnp.asarray(call[name]) + 0 if call[name] is not None else None for name in CACHES[:2]}
         scales = {name: jnp.asarray(call[name]) + 0 for name in CACHES[2:] if name in call}
         rest = {name: x for name, x in call.items() if name not in (*CACHES, "layer")}

@@ -15,8 +15,8 @@ import numpy as np
 
 from paged_prefill import append_to_pages, compat
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.mosaic_tpu import append
-from paged_prefill.lowering.xla import append as xla
+from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
+from paged_prefill.lowering.xla.append import XlaWriter
 from paged_prefill.primitive.operands import APPEND
 from paged_prefill.tests.appends import assert_written, make_append
 from paged_prefill.tests.tpus import compiling_for, device_of
@@ -26,12 +26,13 @@ DEVICE = Device("tpu", "TPU v6e")
 
 def run(call, *, cache_batch_dims=0):
     """The call, and what the kernel wrote; holds its copies to the order that they need."""
-    present = APPEND.present(call)
-    operands = [jnp.asarray(call[name]) for name in present]
-    kernel = functools.partial(append.append, device=DEVICE, present=present, cache_batch_dims=cache_batch_dims)
+    operands = {name: jnp.asarray(call[name]) for name in APPEND.present(call)}
+    writer = MosaicTpuWriter()
+    assert writer.supports(operands, DEVICE) is None
+    write = functools.partial(writer.write, cache_batch_dims=cache_batch_dims, device=DEVICE)
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
     with pltpu.force_tpu_interpret_mode(interpreter):
-        written = jax.block_until_ready(jax.jit(kernel)(*operands))
+        written = jax.block_until_ready(jax.jit(write)(operands))
     assert not compat.tpu_interpreter_found_races()
     if call["value_cache"] is None:
         written.insert(1, None)
@@ -58,8 +59,8 @@ class WritesTest(parameterized.TestCase):
         pages = np.array(call["page_indices"])
         pages[0, 1:3] = -1, 2**31 - 1
         call |= dict(page_indices=pages, context_lens=np.array([30, 8 * pages.shape[1] + 2], np.int32))
-        present = APPEND.present(call)
-        wanted = xla.append(*(jnp.asarray(call[name]) for name in present), present=present, cache_batch_dims=0)
+        operands = {name: jnp.asarray(call[name]) for name in APPEND.present(call)}
+        wanted = XlaWriter().write(operands, 0, DEVICE)
         chex.assert_trees_all_equal(run(call)[1], wanted)
 
     def test_sequences_that_write_into_one_tile(self):

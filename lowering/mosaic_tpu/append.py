@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Int
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, round_up, sublanes
+from paged_prefill.lowering.writer import Writer
 from paged_prefill.lowering.xla import append as xla
 from paged_prefill.primitive.operands import CACHES
 from paged_prefill.primitive.packing import harmless_contexts, harmless_offsets
@@ -48,24 +49,56 @@ class Items(NamedTuple):
     row_end: Int[Array, " items"]
 
 
-def reason_against(named, device: Device) -> str | None:
-    """None, or why the kernel cannot run an append with these operands, of which the shapes will do."""
-    if reason := kind_reason(device):
-        return reason
-    caches = [named[name] for name in CACHES if name in named]
-    if caches[0].dtype != caches[-1].dtype:
-        return f"caches of one dtype, not {caches[0].dtype.name} and {caches[-1].dtype.name}"
-    seqs, tokens = math.prod(named["context_lens"].shape), math.prod(named["key"].shape[:-2])
-    if 0 in (seqs, tokens, *caches[0].shape, *caches[-1].shape, *named["page_indices"].shape):
-        return "there is nothing to write"
-    for cache in caches:
-        if cache.shape[-2] % sublanes(cache.dtype):
-            return f"page_size {cache.shape[-2]} must be a multiple of {sublanes(cache.dtype)} for {cache.dtype.name}"
-    if vmem_bytes(caches, 1) > vmem_budget(device):
-        return f"one tile of {caches[0].shape[-4]} KV heads takes more than the {vmem_budget(device)} bytes of VMEM"
-    if 4 * len(Items._fields) * round_up(_most_items(tokens, seqs, sublanes(caches[0].dtype)), LANES) > SMEM_BYTES:
-        return f"{tokens} tokens of {seqs} sequences are more than fit into SMEM"
-    return None
+class MosaicTpuWriter(Writer):
+    """Takes pages that are whole tiles of the chip, on v4 and later."""
+
+    name = "mosaic_tpu"
+    platforms = ("tpu",)
+
+    def _reason_against(self, operands, device):
+        if reason := kind_reason(device):
+            return reason
+        caches = [operands[name] for name in CACHES if name in operands]
+        dtype, page_size = caches[0].dtype, caches[0].shape[-2]
+        if dtype.name == "float16":
+            return "Mosaic has no float16"
+        if dtype != caches[-1].dtype:
+            return f"it takes caches of one dtype, not {dtype.name} and {caches[-1].dtype.name}"
+        if page_size % sublanes(dtype):
+            return f"page_size {page_size} must be a multiple of {sublanes(dtype)} for {dtype.name}"
+        if vmem_bytes(caches, 1) > vmem_budget(device) // 2:
+            return f"tiles of {caches[0].shape[-4]} KV heads need more than half of the {vmem_budget(device)} bytes of VMEM"
+        seqs, tokens = math.prod(operands["context_lens"].shape), math.prod(operands["key"].shape[:-2])
+        if 4 * len(Items._fields) * round_up(_most_items(tokens, seqs, sublanes(dtype)), LANES) > SMEM_BYTES:
+            return f"the tiles that {tokens} tokens of {seqs} sequences lie in are more than {SMEM_BYTES} bytes of SMEM hold"
+        return None
+
+    def write(self, operands, cache_batch_dims, device):
+        """Leading dimensions are folded on the way in and out. Scales, which are small, are scattered by XLA."""
+        stored = xla.stored(operands, cache_batch_dims)
+        caches = [name for name in stored if name in CACHES]
+        key, key_cache = operands["key"], operands["key_cache"]
+        lead, (tokens, heads) = key.shape[:-3], key.shape[-3:-1]
+        if 0 in (*key.shape, *key_cache.shape, *operands["page_indices"].shape):
+            return [operands[name] for name in stored]
+        pool = lax.broadcasted_iota(jnp.int32, (math.prod(lead[:cache_batch_dims]), math.prod(lead[cache_batch_dims:])), 0)
+        if "layer" in operands:
+            layers = key_cache.shape[cache_batch_dims]
+            pool = pool * layers + jnp.clip(operands["layer"].reshape(pool.shape), 0, layers - 1)
+
+        def of_packs(name):
+            return operands[name].reshape(-1, *operands[name].shape[len(lead) :])
+
+        written = append_to_pools(
+            [x.into.reshape(-1, *x.into.shape[-4:]) for x in map(stored.get, caches)],
+            [jnp.moveaxis(x.new, -3, -2).reshape(-1, tokens, heads, x.new.shape[-1]) for x in map(stored.get, caches)],
+            *map(of_packs, ("context_lens", "page_indices", "query_offsets")),
+            pool.reshape(-1),
+            device,
+        )
+        scales = {name: x for name, x in stored.items() if name not in CACHES}
+        results = [x.reshape(operands[name].shape) for name, x in zip(caches, written, strict=True)]
+        return [*results, *xla.scattered(scales, cache_batch_dims)]
 
 
 def vmem_bytes(caches, ahead: int) -> int:
@@ -75,36 +108,6 @@ def vmem_bytes(caches, ahead: int) -> int:
         rows, heads, features = sublanes(cache.dtype), cache.shape[-4], round_up(cache.shape[-1], LANES)
         total += rows * features * (heads * cache.dtype.itemsize + round_up(heads, SUBLANES) * 4)
     return 2 * ahead * total
-
-
-def append(*operands, device: Device, present, cache_batch_dims):
-    """Runs `local_append_to_pages_p` on one device. Scales, which are small, are scattered by XLA."""
-    named = dict(zip(present, operands, strict=True))
-    stored = xla.stored(operands, present, cache_batch_dims)
-    caches = [name for name in stored if name in CACHES]
-    own = named["key_cache"].shape[:cache_batch_dims]
-    layers = named["key_cache"].shape[cache_batch_dims] if "layer" in named else 1
-    batch, (tokens, heads) = named["key"].shape[:-3], named["key"].shape[-3:-1]
-    pool = jnp.arange(math.prod(own), dtype=jnp.int32).reshape(*own, *[1] * (len(batch) - len(own)))
-    pool = jnp.broadcast_to(pool, batch)
-    if "layer" in named:
-        pool = pool * layers + jnp.clip(named["layer"], 0, layers - 1)
-
-    def of_packs(name, ndim):
-        return named[name].reshape(-1, *named[name].shape[named[name].ndim - ndim :])
-
-    written = append_to_pools(
-        [stored[name].into.reshape(-1, *stored[name].into.shape[-4:]) for name in caches],
-        [jnp.moveaxis(stored[name].new, -3, -2).reshape(-1, tokens, heads, stored[name].new.shape[-1]) for name in caches],
-        of_packs("context_lens", 1),
-        of_packs("page_indices", 2),
-        of_packs("query_offsets", 1),
-        pool.reshape(-1),
-        device,
-    )
-    results = {name: x.reshape(named[name].shape) for name, x in zip(caches, written, strict=True)}
-    scales = {name: x for name, x in stored.items() if name not in CACHES}
-    return [*results.values(), *xla.write(scales, cache_batch_dims)]
 
 
 def append_to_pools(caches, new, context_lens, page_indices, query_offsets, pool, device: Device):

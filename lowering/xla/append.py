@@ -13,13 +13,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import last_index
+from paged_prefill.lowering.writer import Writer
+from paged_prefill.primitive.operands import APPEND
 from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
+RESULTS = tuple(row.name for row in APPEND.results)
 
-def append(*operands, present, cache_batch_dims, as_bits=lambda dtype: False):
-    """Runs `local_append_to_pages_p` on one device; `as_bits(dtype)` says what is scattered as integers."""
-    return write(stored(operands, present, cache_batch_dims), cache_batch_dims, as_bits)
+
+class XlaWriter(Writer):
+    """Runs every call, anywhere."""
+
+    name = "xla"
+    platforms = ("cpu", "tpu", "cuda", "rocm")
+    any_call = True
+
+    def _reason_against(self, operands, device):
+        return None
+
+    def write(self, operands, cache_batch_dims, device):
+        """As it says above."""
+        as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
+        return scattered(stored(operands, cache_batch_dims), cache_batch_dims, as_bits)
 
 
 class Stored(NamedTuple):
@@ -33,18 +48,17 @@ class Stored(NamedTuple):
     at: Int[Array, "*C tokens places"]
 
 
-def stored(operands, present, cache_batch_dims) -> dict[str, Stored]:
+def stored(operands, cache_batch_dims) -> dict[str, Stored]:
     """What goes where, by the name of the operand, in the order of the results; quantised where the cache is."""
-    named = dict(zip(present, operands, strict=True))
     of_pool = _new_of_pool
     for _ in range(cache_batch_dims):
         of_pool = jax.vmap(of_pool)
-    new, at = of_pool(named)
-    return {name: Stored(named[name], new[name], at) for name in sorted(new, key=list(present).index)}
+    new, at = of_pool(dict(operands))
+    return {name: Stored(operands[name], new[name], at) for name in RESULTS if name in new}
 
 
-def write(stored: dict[str, Stored], cache_batch_dims, as_bits=lambda dtype: False) -> list[Array]:
-    """Scatters it."""
+def scattered(stored: dict[str, Stored], cache_batch_dims, as_bits=lambda dtype: False) -> list[Array]:
+    """The operands with it; `as_bits(dtype)` says what is scattered as integers."""
     scatter = functools.partial(_scatter, as_bits)
     for _ in range(cache_batch_dims):
         scatter = jax.vmap(scatter)
@@ -126,6 +140,6 @@ def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_
     return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
 
-def converted_on_cpu(dtype) -> bool:
+def _converted_on_cpu(dtype) -> bool:
     """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
     return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))
