@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.call import Device, Sequences, flatten, unflatten
+from paged_prefill.lowering.call import Call, Device, Sequences, flatten, unflatten
 from paged_prefill.lowering.mosaic_tpu import decode, host, schedule
-from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owned_tokens, work_items
+from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owners, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import cases, packs
@@ -198,12 +198,17 @@ class ScheduleTest(chex.TestCase):
         start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
         contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
         sequences = Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
-        items, count = work_items(sequences, tokens, 80, block_q, Attention(1.0, sliding_window=7))
+        query, pages = jnp.zeros((tokens, 1, 1)), jnp.zeros((1, 1, 10, 8, 1))
+        attention = Attention(1.0, sliding_window=7)
+        call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=attention)
+        items, count = work_items(call, block_q)
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]
         owner = np.full(tokens, -1)
         previous_tile = 0
-        for tile, seq, _, row_start, row_end, position, key_start, key_end in list(zip(*items))[: int(count)]:
+        for number in range(int(count)):
+            item = schedule.Items(*(x[number] for x in items))
+            tile, seq, row_start, row_end = item.tile, item.seq, item.row_start, item.row_end
             self.assertGreaterEqual(tile, previous_tile)
             previous_tile = tile
             self.assertTrue(0 <= row_start < row_end <= block_q)
@@ -211,13 +216,14 @@ class ScheduleTest(chex.TestCase):
             np.testing.assert_array_equal(owner[rows], -1)
             owner[rows] = seq
             positions = int(contexts[seq]) - int(length[seq]) + rows - int(start[seq])
-            np.testing.assert_array_equal(positions, position + np.arange(row_start, row_end))
+            np.testing.assert_array_equal(positions, item.position + np.arange(row_start, row_end))
             seen = {k for p in positions for k in range(max(0, p - 6), min(p + 1, 80))}
-            self.assertEqual((key_start, key_end), (min(seen), max(seen) + 1) if seen else (0, 0))
+            self.assertEqual((item.key_start, item.key_end), (min(seen), max(seen) + 1) if seen else (0, 0))
         want = np.full(tokens, -1)
         for seq in range(seqs):
             want[offsets[seq] : offsets[seq + 1]] = seq
-        np.testing.assert_array_equal(owned_tokens(sequences, tokens), want >= 0)
+        seq, owned = (np.asarray(x) for x in owners(sequences, tokens))
+        np.testing.assert_array_equal(np.where(owned, seq, -1), want)
         alone = np.array([seq >= 0 and length[seq] == 1 for seq in want])  # decode.py's
         np.testing.assert_array_equal(owner, np.where(alone, -1, want))
 

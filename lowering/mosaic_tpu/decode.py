@@ -9,6 +9,7 @@ Fetching is in fetching.py, the mathematics in kernel.py.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,12 +22,10 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Buffers, Fetcher, Pages
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
 from paged_prefill.primitive.attention import factor_and_lse
-
-FEW_PRODUCTS = 8  # of one step
 
 
 class RowTiles(NamedTuple):
@@ -57,15 +56,30 @@ class Items(NamedTuple):
 
     Attributes:
       token: which token of the pack.
-      seq: which sequence; `pool` its pool.
+      seq: which sequence; `pool` its pool, `key_pool` and `value_pool` where these are of their own.
       key_start, key_end: the keys that the token sees; both 0 where there are none.
     """
 
     token: Int[Array, " items"]
     seq: Int[Array, " items"]
     pool: Int[Array, " items"]
+    key_pool: Int[Array, " items"]
+    value_pool: Int[Array, " items"]
     key_start: Int[Array, " items"]
     key_end: Int[Array, " items"]
+
+
+class Static(NamedTuple):
+    """What is static about a launch."""
+
+    sizes: Sizes
+    row_tiles: RowTiles
+    softmax_scale: float
+    soft_cap: float | None
+    value_dim: int
+    latent: bool
+    scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
+    cache_kv_heads: int
 
 
 class Scratch(NamedTuple):
@@ -76,20 +90,25 @@ class Scratch(NamedTuple):
     l: object  # VMEM [tiles, rows, LANES] float32, to be summed over the lanes
 
 
-def kernel(head_start_ref, *refs, sizes: Sizes, row_tiles: RowTiles, softmax_scale, soft_cap):
+def kernel(head_start_ref, *refs, static: Static):
     """One grid step: one item, and the KV heads of one core."""
-    items = Items(*refs[: len(Items._fields)])
-    query_ref, key_pages, value_pages, table, out_ref, lse_ref, *rest = refs[len(Items._fields) :]
-    buffers, scratch = Buffers(*rest[: len(Buffers._fields)]), Scratch(*rest[len(Buffers._fields) :])
-    heads = pl.ds(head_start_ref[0] + pl.program_id(0) * row_tiles.kv_heads, row_tiles.kv_heads)
+    sizes, row_tiles = static.sizes, static.row_tiles
+    refs = iter(refs)
+    items = Items(*itertools.islice(refs, len(Items._fields)))
+    scales = Scales.of(refs, static.scaled, static.cache_kv_heads)
+    query_ref, pages = next(refs), Pages.of(refs, static.latent)
+    out_ref, lse_ref, buffers, scratch = refs
+    first_head = head_start_ref[0] + pl.program_id(0) * row_tiles.kv_heads
     item = pl.program_id(1)
-    pages = Pages(key_pages, value_pages, table)
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, heads, sizes)
+    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, pl.ds(first_head, row_tiles.kv_heads), sizes)
     key_start, key_end, block_kv = items.key_start[item], items.key_end[item], fetcher.block_kv
     step = functools.partial(
-        _attend_step, query_ref=query_ref, scratch=scratch, row_tiles=row_tiles, sizes=sizes,
-        softmax_scale=softmax_scale, soft_cap=soft_cap,
-    )  # fmt: skip
+        _attend_step,
+        query_ref=query_ref,
+        scratch=scratch,
+        static=static,
+        scale_of=functools.partial(scales.of_head, items.pool[item], first_head),
+    )
     at_once = schedule.largest_divisor(row_tiles.tiles // row_tiles.period, _periods_at_once(row_tiles, sizes))
     steps = row_tiles.tiles // row_tiles.period // at_once
 
@@ -102,7 +121,8 @@ def kernel(head_start_ref, *refs, sizes: Sizes, row_tiles: RowTiles, softmax_sca
     def _(block):
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
-        keys_ref, values_ref = buffers.keys.at[slot], buffers.values.at[slot]
+        keys_ref = buffers.keys.at[slot]
+        values_ref = keys_ref if static.latent else buffers.values.at[slot]
         seen_whole = (key_start <= first_key) & (first_key + block_kv <= key_end)
         hot = seen_whole & exists & fetcher.whole(following)
 
@@ -144,7 +164,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, row_tiles: RowTiles, softmax_sca
                 def _(part):
                     step(chunk, part * at_once, at_once, keys_ref, values_ref, interval)
 
-    _write(out_ref, lse_ref, scratch, softmax_scale if soft_cap is None else soft_cap)
+    _write(out_ref, lse_ref, scratch, static.softmax_scale if static.soft_cap is None else static.soft_cap)
 
 
 def _periods_at_once(row_tiles: RowTiles, sizes: Sizes) -> int:
@@ -170,18 +190,20 @@ def _zero_values(values_ref, chunk, interval, sizes: Sizes):
 
 def _attend_step(
     chunk, first_period, periods, keys_ref, values_ref, interval=None, beside=(), *, query_ref, scratch: Scratch,
-    row_tiles: RowTiles, sizes: Sizes, softmax_scale, soft_cap,
+    static: Static, scale_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of some periods of tiles; `interval` is what is seen of it.
 
     `beside` are functions that start copies, spread evenly over the products: the compiler keeps loads and copies in the
-    order of the program, and only what lies between them runs at the same time.
+    order of the program, and only what lies between them runs at the same time. `scale_of` is the scale of "key" or
+    "value" of a KV head, or None.
     """
+    sizes, row_tiles, softmax_scale, soft_cap = static.sizes, static.row_tiles, static.softmax_scale, static.soft_cap
     rows, period = row_tiles.rows, row_tiles.period
     tiles = range(periods * period)
     products = 2 * sum(len(row_tiles.kv_heads_of(tile % period)) for tile in tiles)
-    # Few products are cut in pieces, for copies to lie between them.
-    piece_runs = sizes.runs_per_chunk if products > FEW_PRODUCTS else max(1, schedule.DEPTH // sizes.run)
+    # Products are in pieces, for copies to lie between them.
+    piece_runs = max(1, schedule.DEPTH // sizes.run)
     pieces = range(0, sizes.runs_per_chunk, piece_runs)
     shares = _shares(beside, products * len(pieces))
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
@@ -192,8 +214,8 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def of_each_head(tile, x, ref, contract):
-        """The product of each row with what its KV head has in `ref`."""
+    def of_each_head(tile, x, ref, contract, name):
+        """The product of each row with what its KV head has in `ref`, times the head's scale."""
         result = None
         for head in row_tiles.kv_heads_of(tile % period):
             place = (first_period + tile // period) * (period * rows // row_tiles.group) + head
@@ -201,11 +223,14 @@ def _attend_step(
             for piece in pieces:
                 keys = slice(piece * sizes.run, min(piece + piece_runs, sizes.runs_per_chunk) * sizes.run)
                 y = ref[pl.ds(chunk * sizes.runs_per_chunk + piece, (keys.stop - keys.start) // sizes.run), place]
-                y = y.reshape(-1, y.shape[-1])
+                y = y.astype(query_ref.dtype).reshape(-1, y.shape[-1])
+                y = y[:, : static.value_dim] if contract == 0 else y
                 here.append(product(x[:, keys] if contract == 0 else x, y, contract))
                 for start in next(shares):
                     start()
             here = sum(here) if contract == 0 else jnp.concatenate(here, axis=1)
+            if (scale := scale_of(name, place)) is not None:
+                here = here * scale
             first_row = head * row_tiles.group - tile % period * rows
             result = here if result is None else jnp.where(row >= first_row, here, result)
         return result
@@ -225,13 +250,13 @@ def _attend_step(
         fade = jnp.exp2((m - shift) * to_exponent)
         scratch.m[at] = m_next
         scratch.l[at] = scratch.l[at] * fade + lane_sums(p)
-        return p.astype(values_ref.dtype), fade
+        return p.astype(query_ref.dtype), fade
 
-    logits = [of_each_head(tile, query_ref[first_period * period + tile], keys_ref, 1) for tile in tiles]
+    logits = [of_each_head(tile, query_ref[first_period * period + tile], keys_ref, 1, "key") for tile in tiles]
     weights = [softmax(tile, s) for tile, s in zip(tiles, logits)]
     for tile, (p, fade) in zip(tiles, weights):
         at = first_period * period + tile
-        added = of_each_head(tile, p, values_ref, 0)
+        added = of_each_head(tile, p, values_ref, 0, "value")
         scratch.acc[at] = scratch.acc[at] * widen(fade, added.shape[1]) + added
 
 
@@ -261,11 +286,18 @@ def items_of(call: Call) -> tuple[Items, Int[Array, ""]]:
     ends = jnp.cumsum((sequences.length == 1).astype(jnp.int32), dtype=jnp.int32)
     item = jnp.arange(problem.seqs, dtype=jnp.int32)
     seq = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), problem.seqs - 1)
-    key_start, key_end = problem.attention.visible_keys(sequences.context_len[seq] - 1)
+    token, context_len = jnp.minimum(sequences.start[seq], problem.tokens - 1), sequences.context_len[seq]
+    if call.ranges is None:
+        key_start, key_end = problem.attention.visible_keys(context_len - 1)
+    else:
+        key_start, key_end = jnp.maximum(call.ranges[token, 0], 0), jnp.minimum(call.ranges[token, 1], context_len)
+    if call.tree is not None:  # of the sequence's new tokens there is but its own
+        sees_itself = (call.tree[token, 0] & 1) == 1
+        key_end = jnp.where(sees_itself, key_end, jnp.minimum(key_end, context_len - 1))
     key_end = jnp.minimum(key_end, problem.capacity)
     sees = (item < ends[-1]) & (key_start < key_end)
-    token = jnp.minimum(sequences.start[seq], problem.tokens - 1)
-    return Items(token, seq, sequences.pool[seq], *(jnp.where(sees, x, 0) for x in (key_start, key_end))), ends[-1]
+    seen = dict(key_start=jnp.where(sees, key_start, 0), key_end=jnp.where(sees, key_end, 0))
+    return Items(token, seq, **schedule.pools_of(call, seq), **seen), ends[-1]
 
 
 def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, lse):
@@ -279,17 +311,23 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
     query = jnp.pad(query, ((0, 0), (0, 0), (0, tiles * rows - of_core), (0, 0)))
     query = query.reshape(-1, splits, tiles, rows, head_dim)
     lanes = round_up(tiles * rows, LANES)
-    pages = fetching.pages_of(call, sizes)
+    pages, scales = fetching.pages_of(call, sizes), fetching.scales_of(call)
     ones, ones_lse = pl.pallas_call(
         functools.partial(
             kernel,
-            sizes=sizes,
-            row_tiles=row_tiles,
-            softmax_scale=abs(attention.softmax_scale) or 1.0,
-            soft_cap=attention.attn_logits_soft_cap,
+            static=Static(
+                sizes=sizes,
+                row_tiles=row_tiles,
+                softmax_scale=abs(attention.softmax_scale) or 1.0,
+                soft_cap=attention.attn_logits_soft_cap,
+                value_dim=value_dim,
+                latent=call.value_pages is None,
+                scaled=tuple(scales),
+                cache_kv_heads=problem.cache_kv_heads,
+            ),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1 + len(items),
+            num_scalar_prefetch=1 + len(items) + len(scales),
             grid=(splits, jnp.maximum(count, 1)),
             in_specs=[
                 pl.BlockSpec(
@@ -302,7 +340,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
                 pl.BlockSpec((None, None, tiles, rows, value_dim), lambda split, item, *_: (item, split, 0, 0, 0)),
                 pl.BlockSpec((None, None, 1, lanes), lambda split, item, *_: (item, split, 0, 0)),
             ],
-            scratch_shapes=[*fetching.buffers_of(problem, sizes, heads), *scratch_of(row_tiles, value_dim)],
+            scratch_shapes=[fetching.buffers_of(problem, sizes, heads), scratch_of(row_tiles, value_dim)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((problem.seqs, splits, tiles, rows, value_dim), query.dtype),
@@ -314,7 +352,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
             disable_bounds_checks=True,  # every index was clamped by call.flatten
         ),
         name="paged_decode",
-    )(call.kv_head_start.reshape(1), *items, query, *pages)
+    )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *(x for x in pages if x is not None))
     ones = ones.reshape(problem.seqs, splits, tiles * rows, value_dim)[:, :, :of_core].reshape(problem.seqs, *out.shape[1:])
     ones_lse = ones_lse[:, :, 0, :of_core].reshape(problem.seqs, -1)
     at = jnp.where(jnp.arange(problem.seqs) < count, items.token, problem.tokens)

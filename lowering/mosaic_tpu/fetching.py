@@ -7,12 +7,14 @@ strided copy for all KV heads. The page table stays in HBM, however large: an it
 the item before it computes.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Sizes, round_up
@@ -31,6 +33,29 @@ class Pages(NamedTuple):
     keys: object
     values: object
     table: object
+
+    @classmethod
+    def of(cls, refs: Iterator, latent: bool) -> "Pages":
+        """The next of the references that a kernel is given."""
+        return cls(next(refs), None if latent else next(refs), next(refs))
+
+
+class Scales(NamedTuple):
+    """The scales of keys and of values, None where there are none: SMEM [pools * cache_kv_heads]."""
+
+    key: object
+    value: object
+    cache_kv_heads: int
+
+    @classmethod
+    def of(cls, refs: Iterator, scaled: tuple[str, ...], cache_kv_heads: int) -> "Scales":
+        """The next of the references that a kernel is given, of those that there are."""
+        return cls(*(next(refs) if name in scaled else None for name in ("key", "value")), cache_kv_heads)
+
+    def of_head(self, pool, first_head, name: str, head):
+        """The scale of "key" or "value" of a head counted from the first, or None."""
+        ref = getattr(self, name)
+        return None if ref is None else ref[pool * self.cache_kv_heads + first_head + head]
 
 
 class Buffers(NamedTuple):
@@ -52,7 +77,10 @@ class Block(NamedTuple):
 
 
 class Fetcher:
-    """The copies of one grid step, which works on an item. `items` has each item's seq, pool, key_start and key_end."""
+    """The copies of one grid step, which works on an item.
+
+    `items` has each item's seq, key_pool, value_pool, key_start and key_end.
+    """
 
     def __init__(self, items, item, num_items, pages: Pages, buffers: Buffers, heads, sizes: Sizes):
         self.items, self.item, self.num_items = items, item, num_items
@@ -119,12 +147,10 @@ class Fetcher:
         runs_per_page, sem = self.sizes.runs_per_page, self.buffers.page_sems.at[slot]
         first = block.number * self.sizes.runs_per_block
         table = self._table_slot(block.item)[0]
-        pool = self.items.pool[block.item]
-        streams = [
-            (pages.at[pool, self.heads], buffer.at[slot])
-            for pages, buffer in zip(self.pages[:2], self.buffers[:2])
-            if pages is not None
-        ]
+        streams = [(self.pages.keys, self.buffers.keys, self.items.key_pool)]
+        if self.pages.values is not None:
+            streams.append((self.pages.values, self.buffers.values, self.items.value_pool))
+        streams = [(pages.at[pool[block.item], self.heads], buffer.at[slot]) for pages, buffer, pool in streams]
 
         def start(at, i=0):
             if runs_per_page == 1:
@@ -143,8 +169,8 @@ class Fetcher:
         start, end, whole = self._needed(Block(self.item, block))
 
         def wait(*at):  # a copy of the same size stands for the ones that were started
-            for pages, buffer in zip(self.pages[:2], self.buffers[:2]):
-                if pages is not None:
+            for buffer in (self.buffers.keys, self.buffers.values):
+                if buffer is not None:
                     there = buffer.at[slot, *at]
                     pltpu.make_async_copy(there, there, self.buffers.page_sems.at[slot]).wait()
 
@@ -173,6 +199,8 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
     sequences, width = call.sequences, call.problem.pages_per_seq
 
     def in_runs(pages):
+        if pages is None:
+            return None
         pools, heads, num_pages, _, features = pages.shape
         return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
 
@@ -180,9 +208,20 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
     return Pages(in_runs(call.key_pages), in_runs(call.value_pages), table)
 
 
+def scales_of(call: Call) -> dict[str, Array]:
+    """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are its keys."""
+    scales = dict(key=call.key_scale, value=call.key_scale if call.value_pages is None else call.value_scale)
+
+    def of_heads(scale):
+        by_pool = scale.reshape(scale.shape[0], -1)
+        return jnp.broadcast_to(by_pool, (scale.shape[0], call.problem.cache_kv_heads)).reshape(-1)
+
+    return {name: of_heads(scale) for name, scale in scales.items() if scale is not None}
+
+
 def in_hbm(pages: Pages):
-    """The block specs of `pages`, which a kernel fetches from by itself."""
-    return [pl.BlockSpec(memory_space=pltpu.HBM) for _ in pages]
+    """The block specs of the arrays in `pages`, which a kernel fetches from by itself."""
+    return [pl.BlockSpec(memory_space=pltpu.HBM) for array in pages if array is not None]
 
 
 def buffers_of(problem: Problem, sizes: Sizes, heads: int) -> Buffers:
@@ -193,7 +232,7 @@ def buffers_of(problem: Problem, sizes: Sizes, heads: int) -> Buffers:
 
     return Buffers(
         keys=buffer(problem.head_dim),
-        values=buffer(problem.value_dim),
+        values=None if "latent" in problem.features else buffer(problem.value_dim),
         table=pltpu.SMEM((2 * round_up(problem.pages_per_seq, LANES),), jnp.int32),
         slot=pltpu.SMEM((1,), jnp.int32),
         page_sems=pltpu.SemaphoreType.DMA((2,)),
@@ -203,6 +242,8 @@ def buffers_of(problem: Problem, sizes: Sizes, heads: int) -> Buffers:
 
 def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     """VMEM that the buffers of all KV heads take."""
-    features = round_up(problem.head_dim, LANES) + round_up(problem.value_dim, LANES)
-    keys = problem.num_kv_heads * sizes.run * sizes.runs_per_block
-    return 2 * keys * features * jnp.dtype(problem.cache_dtype).itemsize
+    value_dim = 0 if "latent" in problem.features else problem.value_dim
+    features = round_up(problem.head_dim, LANES) + round_up(value_dim, LANES)
+    itemsize = jnp.dtype(problem.cache_dtype).itemsize
+    run = round_up(sizes.run, 8 if itemsize > 1 else 32)
+    return 2 * problem.num_kv_heads * run * sizes.runs_per_block * features * itemsize

@@ -11,7 +11,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import Call, Device, Problem, nothing_seen
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, nothing_seen
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_tpu import decode, fetching, kernel, schedule
 from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
@@ -27,6 +27,7 @@ class MosaicTpu(Kernel):
     name = "mosaic_tpu"
     version = 3
     platforms = ("tpu",)
+    features = frozenset(FEATURES) - {"slot_scales"}
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if reason := kind_reason(device):
@@ -43,7 +44,7 @@ class MosaicTpu(Kernel):
         packing = sublanes(problem.dtype)
         block_q = 2 * max(power_of_2(schedule.ROWS // problem.group), packing)
         block_q = min(block_q, round_up(problem.tokens, packing))
-        itemsize = jnp.dtype(problem.dtype).itemsize
+        itemsize = jnp.dtype(problem.cache_dtype).itemsize
         bytes_per_key = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * itemsize
         block_kv = min(max(power_of_2(BYTES_IN_FLIGHT // bytes_per_key), schedule.CHUNK), 4 * schedule.CHUNK)
         block_kv = min(block_kv, round_up(problem.capacity, LANES))
@@ -99,7 +100,7 @@ class MosaicTpu(Kernel):
         limit = max(vmem_bytes(problem, config), 16 * 2**20)
         out, lse = kernel.attend(call, sizes, splits, limit) if problem.tokens > 1 else nothing_seen(problem)
         out, lse = decode.attend(call, sizes, splits, limit, out, lse)
-        owned = schedule.owned_tokens(call.sequences, problem.tokens)  # other rows were not written
+        _, owned = schedule.owners(call.sequences, problem.tokens)  # other rows were not written
         return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)
 
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Buffers, Fetcher, Pages
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
@@ -62,19 +62,45 @@ class Rows(NamedTuple):
         return pl.ds(self.first, self.count)
 
 
-def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window):
+class Static(NamedTuple):
+    """What is static about a launch."""
+
+    sizes: Sizes
+    softmax_scale: float
+    soft_cap: float | None
+    window: int | None
+    value_dim: int
+    latent: bool
+    scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
+    cache_kv_heads: int
+    by_row: bool  # whether what rows see is read from arrays
+    tree: bool
+
+
+def kernel(head_start_ref, *refs, static: Static):
     """One grid step: one item, and the KV heads of one core."""
-    items = Items(*refs[: len(Items._fields)])
-    query_ref, key_pages, value_pages, table, out_ref, lse_ref, *rest = refs[len(Items._fields) :]
-    buffers, scratch = Buffers(*rest[: len(Buffers._fields)]), Scratch(*rest[len(Buffers._fields) :])
+    sizes = static.sizes
+    refs = iter(refs)
+    items = Items(*itertools.islice(refs, len(Items._fields)))
+    scales = Scales.of(refs, static.scaled, static.cache_kv_heads)
+    query_ref = next(refs)
+    seen_refs = (next(refs), next(refs)) if static.by_row else None
+    pages = Pages.of(refs, static.latent)
+    out_ref, lse_ref, buffers, scratch = refs
     kv_heads, group = query_ref.shape[:2]
-    heads = pl.ds(head_start_ref[0] + pl.program_id(0) * kv_heads, kv_heads)
+    first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
     item = pl.program_id(1)
-    pages = Pages(key_pages, value_pages, table)
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, heads, sizes)
+    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, pl.ds(first_head, kv_heads), sizes)
     block_kv, position = fetcher.block_kv, items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
     key_start, key_end = items.key_start[item], items.key_end[item]
+    scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
+
+    def mask_of(rows, first_key):
+        if static.by_row:
+            first_new = items.first_new[item] if static.tree else None
+            return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
+        return Mask(first_key, position + rows.first, key_start, key_end, static.window)
 
     def attend_block(block, parts, seen_whole, rows_of, masked_at_once):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
@@ -84,11 +110,10 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
             _attend_step,
             query_ref=query_ref,
             keys_ref=buffers.keys.at[slot],
-            values_ref=buffers.values.at[slot],
+            values_ref=(buffers.keys if static.latent else buffers.values).at[slot],
             scratch=scratch,
-            sizes=sizes,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
+            static=static,
+            scale_of=scale_of,
         )
 
         def unmasked():
@@ -124,7 +149,7 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
                 @pl.loop(*parts)
                 def _(part):
                     rows = rows_of(part)
-                    mask = Mask(first_key + chunk * sizes.chunk, position + rows.first, key_start, key_end, window)
+                    mask = mask_of(rows, first_key + chunk * sizes.chunk)
 
                     @pl.loop(0, kv_heads // at_once)
                     def _(heads):
@@ -149,9 +174,8 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
         all_parts = (parts[0] == 0) & (parts[1] == sizes.parts)
 
         def seen_whole(first_key):
-            end = first_key + block_kv
-            whole = all_parts & (end <= position + row_start + 1) & (end <= key_end)
-            return whole if window is None else whole & (first_key > position + row_end - 1 - window)
+            seen = (items.whole_start[item] <= first_key) & (first_key + block_kv <= items.whole_end[item])
+            return all_parts & seen
 
         attend_rows(parts, seen_whole, part_rows, 1)
 
@@ -176,8 +200,8 @@ def kernel(head_start_ref, *refs, sizes: Sizes, softmax_scale, soft_cap, window)
 
         @pl.loop(*parts)
         def _(part):
-            scale = softmax_scale if soft_cap is None else soft_cap
-            _write(out_ref, lse_ref, running, rows_of(part), row_start, row_end, scale=scale)
+            scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
+            _write(out_ref, lse_ref, running, rows_of(part), row_start, row_end, scale, scale_of)
 
     fetcher.begin()
     few = sublanes(query_ref.dtype)
@@ -215,14 +239,59 @@ class Mask(NamedTuple):
         return jnp.where((key >= self.key_start) & (key < self.key_end), values, 0)
 
 
+class MaskByRow(NamedTuple):
+    """The same where what each row sees is read from arrays: lo and hi of its keys, and the words of its tree.
+
+    Attributes:
+      seen_ref: VMEM [block_q, 2 + words]; `turned_ref` the same with the rows in lanes.
+      rows: those that take part.
+      row_start, row_end: the item's rows in the tile.
+      first_new: where the sequence's first new token stands; None where there is no tree.
+    """
+
+    seen_ref: object
+    turned_ref: object
+    rows: Rows
+    first_key: object
+    row_start: object
+    row_end: object
+    first_new: object
+
+    def hide(self, s, group):
+        """Logits [group * rows, keys] with -inf where a row does not see a key."""
+        seen = jnp.concatenate([self.seen_ref[self.rows.slice]] * group)
+        row = self.rows.first + lax.broadcasted_iota(jnp.int32, (group, self.rows.count, 1), 1).reshape(-1, 1)
+        columns = [seen[:, i : i + 1] for i in range(seen.shape[1])]
+        return jnp.where(self._sees(columns, row, 1, s.shape[1]), s, -jnp.inf)
+
+    def zero(self, values):
+        """Values [keys, value_dim] with zeros for keys that no row of the item sees."""
+        row = lax.broadcasted_iota(jnp.int32, (1, self.turned_ref.shape[1]), 1)
+        columns = [self.turned_ref[i : i + 1] for i in range(self.turned_ref.shape[0])]
+        sees = jnp.where(self._sees(columns, row, 0, values.shape[0]), 1, 0)
+        return jnp.where(jnp.max(sees, axis=1, keepdims=True) > 0, values, 0)
+
+    def _sees(self, columns, row, keys_axis, keys):
+        lo, hi, *words = columns
+        shape = (1, keys) if keys_axis else (keys, 1)
+        key = self.first_key + lax.broadcasted_iota(jnp.int32, shape, keys_axis)
+        sees = (key >= lo) & (key < hi) & (row >= self.row_start) & (row < self.row_end)
+        for number, word in enumerate(words):
+            bit = key - self.first_new - 32 * number
+            there = lax.shift_right_logical(word + jnp.zeros_like(bit), jnp.clip(bit, 0, 31) + jnp.zeros_like(word))
+            sees &= (bit < 0) | (bit > 31) | ((there & 1) == 1)
+        return sees
+
+
 def _attend_step(
-    chunk, products, mask: Mask | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch, sizes: Sizes,
-    softmax_scale, soft_cap,
+    chunk, products, mask: Mask | MaskByRow | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch,
+    static: Static, scale_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
 
-    Neighbours have different buffers.
+    Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, or None.
     """
+    sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
@@ -235,7 +304,7 @@ def _attend_step(
 
     def logits(buffer, head, rows):
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = keys_ref[runs, head].reshape(sizes.chunk, -1)
+        keys = keys_ref[runs, head].astype(query.dtype).reshape(sizes.chunk, -1)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
             scratch.logits[buffer, strip] = product(query[strip], keys, 1)
@@ -243,6 +312,8 @@ def _attend_step(
     def softmax(buffer, head, rows):
         count = group * rows.count
         s = scratch.logits[buffer, :count]
+        if (scale := scale_of("key", head)) is not None:
+            s = s * scale
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
         if mask is not None:
@@ -255,12 +326,12 @@ def _attend_step(
         fade = jnp.exp2((m - shift) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
-        scratch.weights[buffer, :count] = p.astype(values_ref.dtype)
+        scratch.weights[buffer, :count] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
     def add_values(buffer, head, rows):
         count = group * rows.count
-        values = values_ref[runs, head].reshape(sizes.chunk, -1)
+        values = values_ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
         parts = range(scratch.sums.shape[1])
@@ -279,7 +350,7 @@ def _attend_step(
         add_values(*current)
 
 
-def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
+def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, scale, scale_of):
     """Divides, and writes the rows of the item, and no other's."""
     m_ref, l_ref, acc_ref = running
     kv_heads, group, _, value_dim = out_ref.shape
@@ -292,6 +363,8 @@ def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, *, scale):
         l = jnp.sum(l_ref[head, rows.at], axis=1, keepdims=True)
         l = jnp.broadcast_to(l, (l.shape[0], LANES))
         factor, head_lse = factor_and_lse(l, m_ref[head, rows.at] * scale)
+        if (value_scale := scale_of("value", head)) is not None:
+            factor = factor * value_scale
         out = (acc_ref[head, rows.at] * widen(factor, value_dim)).astype(out_ref.dtype)
         out = out.reshape(group, rows.count, value_dim)
         out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
@@ -310,11 +383,13 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     problem, sequences = call.problem, call.sequences
     tokens, q_heads, num_kv_heads, group = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.group
     block_q, attention, heads = sizes.block_q, problem.attention, num_kv_heads // splits
-    items, count = schedule.work_items(sequences, tokens, problem.capacity, block_q, attention)
+    items, count = schedule.work_items(call, block_q)
     tiles = -(-tokens // block_q)
     query = jnp.pad(call.query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
     query = query.reshape(-1, num_kv_heads, group, problem.head_dim).transpose(1, 2, 0, 3)
-    pages = fetching.pages_of(call, sizes)
+    pages, scales = fetching.pages_of(call, sizes), fetching.scales_of(call)
+    by_row = call.ranges is not None or call.tree is not None
+    seen = _seen(call, tiles, block_q) if by_row else []
 
     def tile_of(split, item, head_start, tile, *_):
         return (split, 0, tile[item], 0)
@@ -325,20 +400,32 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     out, lse = pl.pallas_call(
         functools.partial(
             kernel,
-            sizes=sizes,
-            softmax_scale=abs(attention.softmax_scale) or 1.0,
-            soft_cap=attention.attn_logits_soft_cap,
-            window=attention.sliding_window,
+            static=Static(
+                sizes=sizes,
+                softmax_scale=abs(attention.softmax_scale) or 1.0,
+                soft_cap=attention.attn_logits_soft_cap,
+                window=attention.sliding_window,
+                value_dim=problem.value_dim,
+                latent=call.value_pages is None,
+                scaled=tuple(scales),
+                cache_kv_heads=problem.cache_kv_heads,
+                by_row=by_row,
+                tree=call.tree is not None,
+            ),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1 + len(items),
+            num_scalar_prefetch=1 + len(items) + len(scales),
             grid=(splits, jnp.maximum(count, 1)),
-            in_specs=[pl.BlockSpec((heads, group, block_q, problem.head_dim), tile_of), *fetching.in_hbm(pages)],
+            in_specs=[
+                pl.BlockSpec((heads, group, block_q, problem.head_dim), tile_of),
+                *(pl.BlockSpec((None, *x.shape[1:]), lambda split, item, head_start, tile, *_: (tile[item], 0, 0)) for x in seen),
+                *fetching.in_hbm(pages),
+            ],
             out_specs=[
                 pl.BlockSpec((heads, group, block_q, problem.value_dim), tile_of),
                 pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
             ],
-            scratch_shapes=[*fetching.buffers_of(problem, sizes, heads), *scratch_of(problem, sizes, heads)],
+            scratch_shapes=[fetching.buffers_of(problem, sizes, heads), scratch_of(problem, sizes, heads)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, problem.value_dim), query.dtype),
@@ -350,21 +437,29 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
             disable_bounds_checks=True,  # every index was clamped by call.flatten
         ),
         name="paged_prefill",
-    )(call.kv_head_start.reshape(1), *items, query, *pages)
+    )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *seen, *(x for x in pages if x is not None))
     out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
     return out, lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
+
+
+def _seen(call: Call, tiles: int, block_q: int) -> list:
+    """What each row sees, int32 [tiles, block_q, 2 + words], and the same with the rows last."""
+    seen = schedule.seen_by_rows(call)
+    if call.tree is not None:
+        seen = jnp.concatenate([seen, lax.bitcast_convert_type(call.tree, jnp.int32)], axis=1)
+    seen = jnp.pad(seen, ((0, tiles * block_q - len(seen)), (0, 0))).reshape(tiles, block_q, -1)
+    return [seen, seen.swapaxes(1, 2)]
 
 
 def scratch_of(problem: Problem, sizes: Sizes, heads: int) -> Scratch:
     """The scratch for so many KV heads."""
     rows, part_rows = problem.group * sizes.block_q, problem.group * sizes.part
-    cache_dtype = jnp.dtype(problem.cache_dtype)
     return Scratch(
         acc=pltpu.VMEM((heads, rows, problem.value_dim), jnp.float32),
         m=pltpu.VMEM((heads, rows, LANES), jnp.float32),
         l=pltpu.VMEM((heads, rows, LANES), jnp.float32),
         logits=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.float32),
-        weights=pltpu.VMEM((2, part_rows, sizes.chunk), cache_dtype),
+        weights=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.dtype(problem.dtype)),
         fade=pltpu.VMEM((2, part_rows, LANES), jnp.float32),
         sums=pltpu.VMEM((2, -(-sizes.chunk // schedule.DEPTH), part_rows, problem.value_dim), jnp.float32),
     )
