@@ -9,7 +9,7 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.choose import choose
+from paged_prefill.lowering.choose import KERNELS, choose
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases
 from paged_prefill.tests.problems import problem
@@ -75,6 +75,17 @@ class ChoiceTest(absltest.TestCase):
             self.assertIn('the policy is "invariant"', passed_over["mosaic_gpu"])
             with self.assertRaisesRegex(ValueError, "cannot run this call on cuda: .*invariant"):
                 choose(problem(), device, "cuda")
+
+    def test_the_tpu_kernel_takes_one_size_of_chunks(self):
+        """Tokens, table, KV heads of a device and block of queries follow the call, and move no bit."""
+        kernel, device = KERNELS["tpu"]["mosaic_tpu"], Device("tpu", "TPU v6e")
+        for changes in (dict(), dict(tokens=1, pages_per_seq=3), dict(num_kv_heads=1, q_heads=4), dict(seqs=64, tokens=64)):
+            with policy("invariant"):
+                self.assertEqual(choose(problem(**changes), device)[0], "mosaic_tpu")
+                self.assertEqual(kernel.heuristic(problem(**changes), device).block_kv, 512)
+        with policy("invariant"):
+            too_large = problem(num_kv_heads=256, q_heads=256, cache_kv_heads=256, head_dim=512, value_dim=512)
+            self.assertEqual(choose(too_large, Device("tpu", "TPU v4"))[0], "xla")
 
 
 if __name__ == "__main__":

@@ -185,6 +185,21 @@ class MosaicTpuTest(chex.TestCase):
         alone_out, alone_lse = run(alone, **SMALL, sliding_window=33)
         chex.assert_trees_all_equal((out[3:], lse[3:]), (alone_out[:22], alone_lse[:22]))
 
+    def test_bits_are_those_of_a_sequence_alone_in_tiles_of_another_size_and_with_other_heads_beside(self):
+        # What the heuristic may choose by pack and heads under the policy "invariant": all but the chunk.
+        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=24, kv_heads=8, head_dim=16)
+        with mock.patch.multiple(schedule, CHUNK=32, ROWS=24, DEPTH=16, DECODE_KEYS=128):
+            out, lse = run(pack, block_q=32, block_kv=64)
+            heads = pack._replace(query=pack.query[:, :3])
+            got = run(heads, block_q=16, block_kv=32, num_kv_heads=1)
+            for rows, seq in ((slice(0, 1), 0), (slice(1, 34), 1)):
+                offsets = jnp.array([0, rows.stop - rows.start], jnp.int32)
+                alone = dict(context_lens=pack.context_lens[seq : seq + 1], page_indices=pack.page_indices[seq : seq + 1])
+                alone = heads._replace(query=heads.query[rows], query_offsets=offsets, **alone)
+                one = run(alone, block_q=16, block_kv=32, num_kv_heads=1)
+                chex.assert_trees_all_equal(one, (out[rows, :3], lse[rows, :3]))
+        chex.assert_trees_all_equal(got, (out[:, :3], lse[:, :3]))
+
     def test_broken_numbers_stay_in_their_sequence(self):
         cases.check_broken(functools.partial(run, **SMALL))
 

@@ -17,6 +17,7 @@ from paged_prefill.lowering.mosaic_tpu import decode, fetching, kernel, schedule
 from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, power_of_2, round_up, sublanes
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics aim at
 
@@ -28,6 +29,7 @@ class MosaicTpu(Kernel):
     version = 3
     platforms = ("tpu",)
     features = frozenset(FEATURES) - {"slot_scales"}
+    invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if reason := kind_reason(device):
@@ -40,7 +42,11 @@ class MosaicTpu(Kernel):
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-        """Rows enough to keep the matrix unit's weights busy, keys enough to hide the memory's latency, within VMEM."""
+        """Rows enough to keep the matrix unit's weights busy, keys enough to hide the memory's latency, within VMEM.
+
+        Of these, bits depend on the chunks of keys alone. Under the policy "invariant" there is one size of them, and
+        calls for which it is too large are another kernel's.
+        """
         packing = sublanes(problem.dtype)
         block_q = 2 * max(power_of_2(schedule.ROWS // problem.group), packing)
         block_q = min(block_q, round_up(problem.tokens, packing))
@@ -48,9 +54,11 @@ class MosaicTpu(Kernel):
         bytes_per_key = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * itemsize
         block_kv = min(max(power_of_2(BYTES_IN_FLIGHT // bytes_per_key), schedule.CHUNK), 4 * schedule.CHUNK)
         block_kv = min(block_kv, round_up(problem.capacity, LANES))
+        if invariant := current_policy() == "invariant":
+            block_kv = schedule.CHUNK
         config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
         while vmem_bytes(problem, config) > vmem_budget(device):
-            if block_kv > schedule.CHUNK or block_q <= packing < block_kv:
+            if not invariant and (block_kv > schedule.CHUNK or block_q <= packing < block_kv):
                 block_kv = round_up(block_kv // 2, packing)
             elif block_q > packing:
                 block_q = round_up(block_q // 2, packing)
