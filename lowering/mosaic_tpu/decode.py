@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
 from paged_prefill.primitive.attention import factor_and_lse
@@ -158,7 +158,7 @@ def kernel(head_start_ref, *refs, static: Static):
             @pl.loop(low, high)
             def _(chunk):
                 interval = start - chunk * sizes.chunk, end - chunk * sizes.chunk
-                _zero_values(values_ref, chunk, interval, sizes)
+                zero_outside(values_ref, chunk, interval, sizes)
 
                 @pl.loop(0, steps)
                 def _(part):
@@ -171,21 +171,6 @@ def _periods_at_once(row_tiles: RowTiles, sizes: Sizes) -> int:
     """Periods of tiles in one step: enough products for the matrix unit never to wait for a softmax."""
     heads = row_tiles.period * row_tiles.rows / row_tiles.group
     return max(1, int(schedule.DECODE_KEYS / (heads * sizes.chunk)))
-
-
-def _zero_values(values_ref, chunk, interval, sizes: Sizes):
-    """Zeroes the values of a chunk that lie outside an interval of its keys: they may be anything, and 0 * NaN is NaN."""
-    start, end = interval
-
-    @pl.loop(0, sizes.runs_per_chunk)
-    def _(run):
-        first = run * sizes.run
-
-        @pl.when((first < start) | (first + sizes.run > end))
-        def _():
-            at = chunk * sizes.runs_per_chunk + run
-            key = first + lax.broadcasted_iota(jnp.int32, (1, sizes.run, 1), 1)
-            values_ref[at] = jnp.where((key >= start) & (key < end), values_ref[at], 0)
 
 
 def _attend_step(

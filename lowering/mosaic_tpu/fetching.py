@@ -194,6 +194,21 @@ class Fetcher:
         return pltpu.make_async_copy(self.pages.table.at[self.items.seq[item], 0], slot, sem)
 
 
+def zero_outside(values_ref, chunk, interval, sizes: Sizes):
+    """Zeroes the values of a chunk that lie outside an interval of its keys: they may be anything, and 0 * NaN is NaN."""
+    start, end = interval
+
+    @pl.loop(0, sizes.runs_per_chunk)
+    def _(run):
+        first = run * sizes.run
+
+        @pl.when((first < start) | (first + sizes.run > end))
+        def _():
+            at = chunk * sizes.runs_per_chunk + run
+            key = first + lax.broadcasted_iota(jnp.int32, (1, sizes.run, 1), 1)
+            values_ref[at] = jnp.where((key >= start) & (key < end), values_ref[at], 0)
+
+
 def pages_of(call: Call, sizes: Sizes) -> Pages:
     """The arrays that a kernel is given to fetch from."""
     sequences, width = call.sequences, call.problem.pages_per_seq

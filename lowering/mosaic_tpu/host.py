@@ -23,7 +23,7 @@ BYTES_IN_FLIGHT = 4 * 2**20  # keys and values of one block that the heuristics 
 
 
 class MosaicTpu(Kernel):
-    """Takes bfloat16 and float32, and page sizes that are multiples of the chip's tile, on v4 and later."""
+    """Takes bfloat16 and float32, over caches of them or quantised, and pages of whole tiles, on v4 and later."""
 
     name = "mosaic_tpu"
     version = 3

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
@@ -100,69 +100,81 @@ def kernel(head_start_ref, *refs, static: Static):
         if static.by_row:
             first_new = items.first_new[item] if static.tree else None
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
-        return Mask(first_key, position + rows.first, key_start, key_end, static.window)
+        return Mask(first_key, position + rows.first, key_end, static.window)
 
     def attend_block(block, parts, seen_whole, rows_of, masked_at_once):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
+        keys_ref = buffers.keys.at[slot]
+        values_ref = keys_ref if static.latent else buffers.values.at[slot]
         step = functools.partial(
             _attend_step,
             query_ref=query_ref,
-            keys_ref=buffers.keys.at[slot],
-            values_ref=(buffers.keys if static.latent else buffers.values).at[slot],
+            keys_ref=keys_ref,
+            values_ref=values_ref,
             scratch=scratch,
             static=static,
             scale_of=scale_of,
         )
 
-        def unmasked():
-            """Every row of the tile sees every key, and every run of the next block is needed."""
-            fetcher.wait(block, slot)
+        def whole_chunk(chunk, copy=None):
+            """Every row of the tile sees every key; `copy` starts to copy a run of the next block."""
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
-            steps = kv_heads // at_once
-            copy = fetcher.copier(following, 1 - slot)
+            steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
+            for run in range(0 if share or copy is None else sizes.runs_per_chunk):
+                copy(first_run, run)
 
-            @pl.loop(0, sizes.chunks_per_block)
-            def _(chunk):
-                if not share:
-                    for run in range(sizes.runs_per_chunk):
-                        copy(chunk * sizes.runs_per_chunk, run)
+            @pl.loop(0, steps)
+            def _(heads):
+                for run in range(0 if copy is None else share):
+                    copy(first_run + heads * share, run)
+                pairs = itertools.product(range(at_once), tile_parts)
+                step(chunk, [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)])
 
-                @pl.loop(0, steps)
+        def masked_chunk(chunk):
+            first, at_once = first_key + chunk * sizes.chunk, largest_divisor(kv_heads, masked_at_once)
+            if not static.by_row:
+                zero_outside(values_ref, chunk, (key_start - first, key_end - first), sizes)
+
+            @pl.loop(*parts)
+            def _(part):
+                rows = rows_of(part)
+                mask = mask_of(rows, first)
+
+                @pl.loop(0, kv_heads // at_once)
                 def _(heads):
-                    for run in range(share):
-                        copy(chunk * sizes.runs_per_chunk + heads * share, run)
-                    pairs = itertools.product(range(at_once), tile_parts)
-                    step(chunk, [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)])
+                    # If every buffer's number were known when compiling, the compiler would keep the buffers in
+                    # registers, of which there are too few, and spill.
+                    buffers = [lax.rem(part + i, 2) for i in range(at_once)]
+                    step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask)
 
-        def masked():
+        def whole_block():
+            """No chunk needs a mask, and every run of the next block is needed."""
+            fetcher.wait(block, slot)
+            copy = fetcher.copier(following, 1 - slot)
+            pl.loop(0, sizes.chunks_per_block)(lambda chunk: whole_chunk(chunk, copy))
+
+        def any_block():
             pl.when(exists)(lambda: fetcher.start(following, 1 - slot))
             fetcher.wait(block, slot)
-            at_once = largest_divisor(kv_heads, masked_at_once)
             low = lax.div(jnp.maximum(key_start - first_key, 0), sizes.chunk)
             high = jnp.minimum(pl.cdiv(key_end - first_key, sizes.chunk), sizes.chunks_per_block)
 
             @pl.loop(low, high)
             def _(chunk):
-                @pl.loop(*parts)
-                def _(part):
-                    rows = rows_of(part)
-                    mask = mask_of(rows, first_key + chunk * sizes.chunk)
-
-                    @pl.loop(0, kv_heads // at_once)
-                    def _(heads):
-                        # If every buffer's number were known when compiling, the compiler would keep the buffers in
-                        # registers, of which there are too few, and spill.
-                        buffers = [lax.rem(part + i, 2) for i in range(at_once)]
-                        step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask)
+                if seen_whole is None:
+                    return masked_chunk(chunk)
+                whole = seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
+                pl.when(whole)(lambda: whole_chunk(chunk))
+                pl.when(jnp.logical_not(whole))(lambda: masked_chunk(chunk))
 
         if seen_whole is None:
-            return masked()
-        hot = seen_whole(first_key) & exists & fetcher.whole(following)
-        pl.when(hot)(unmasked)
-        pl.when(jnp.logical_not(hot))(masked)
+            return any_block()
+        hot = seen_whole(first_key, block_kv) & exists & fetcher.whole(following)
+        pl.when(hot)(whole_block)
+        pl.when(jnp.logical_not(hot))(any_block)
 
     def part_rows(part):
         first = pl.multiple_of(part * sizes.part, sizes.part)
@@ -173,9 +185,8 @@ def kernel(head_start_ref, *refs, static: Static):
         parts = lax.div(row_start, sizes.part), pl.cdiv(row_end, sizes.part)
         all_parts = (parts[0] == 0) & (parts[1] == sizes.parts)
 
-        def seen_whole(first_key):
-            seen = (items.whole_start[item] <= first_key) & (first_key + block_kv <= items.whole_end[item])
-            return all_parts & seen
+        def seen_whole(first_key, keys):
+            return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
 
         attend_rows(parts, seen_whole, part_rows, 1)
 
@@ -185,7 +196,7 @@ def kernel(head_start_ref, *refs, static: Static):
         attend_rows((0, 1), None, lambda _: rows, schedule.PRODUCTS_AT_ONCE)
 
     def attend_rows(parts, seen_whole, rows_of, masked_at_once):
-        """Attends the rows rows_of(part) for every part in [start, end); `seen_whole` says which blocks need no mask."""
+        """Attends the rows rows_of(part) for every part in [start, end); `seen_whole` says which keys need no mask."""
         running = scratch.m, scratch.l, scratch.acc
 
         @pl.loop(*parts)
@@ -214,11 +225,10 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 class Mask(NamedTuple):
-    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's keys."""
+    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's last key."""
 
     first_key: object
     first_position: object
-    key_start: object
     key_end: object
     window: int | None
 
@@ -234,9 +244,8 @@ class Mask(NamedTuple):
         return jnp.where(visible, s, -jnp.inf)
 
     def zero(self, values):
-        """Values [keys, value_dim] with zeros for keys that no row sees: they may be anything, and 0 * NaN is NaN."""
-        key = self.first_key + lax.broadcasted_iota(jnp.int32, (values.shape[0], 1), 0)
-        return jnp.where((key >= self.key_start) & (key < self.key_end), values, 0)
+        """The values of keys that no row sees, zeroed: already done, where they lie."""
+        return values
 
 
 class MaskByRow(NamedTuple):
