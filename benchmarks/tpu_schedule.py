@@ -79,7 +79,8 @@ def paged_decode(device, *, cache_dtype, **shape):
 
     def attend_and_tell(*operands):
         results = attend(*operands)
-        about.update(chunks=sizes[0].chunks_per_block, blocks=DECODING_CONTEXT // (sizes[0].chunk * sizes[0].chunks_per_block))
+        chunks = sizes[0].chunks_per_block
+        about.update(chunks=chunks, blocks=DECODING_CONTEXT // (sizes[0].chunk * chunks))
         return results
 
     return attend_and_tell, operands, about
@@ -199,6 +200,7 @@ class Loop:
     parent: "Loop | None"
     bundles: int = 0
     products: int = 0
+    copies: int = 0
     spills: int = 0
 
 
@@ -220,6 +222,7 @@ def loops_of(path):
             loop = innermost[depth]
             loop.bundles += 1
             loop.products += len(re.findall(r"= vmatmul", slots))
+            loop.copies += slots.count("dma.hbm_to_vmem")
             loop.spills += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots))
             order.append(loop)
     return loops, order
@@ -229,9 +232,11 @@ def hot_loop(dump, program=""):
     """The hot loop of the kernel in a dump, and the bundles that run around it, by loop, from the inside out."""
     paths = glob.glob(f"{dump}/*{program}*final_bundles.txt")
     programs = [loops_of(path) for path in paths if "schedule-analysis" not in path]
-    # Of the loops with the most matrix products, the unmasked one is the shortest. A kernel for decoding alone has few.
+    # Of the loops with the most matrix products, it is the one that starts copies beside them, or the shortest, which
+    # is the unmasked one. A kernel for decoding alone has few.
     hot, order = min(
-        ((loop, order) for loops, order in programs for loop in loops), key=lambda x: (-x[0].products, x[0].bundles)
+        ((loop, order) for loops, order in programs for loop in loops),
+        key=lambda x: (-x[0].products, not x[0].copies, x[0].bundles),
     )
     # What follows the hot loop up to the next one belongs to it; then comes what runs instead of it.
     seen = []

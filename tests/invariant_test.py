@@ -79,7 +79,8 @@ class ChoiceTest(absltest.TestCase):
     def test_the_tpu_kernel_takes_one_size_of_chunks(self):
         """Tokens, table, KV heads of a device and block of queries follow the call, and move no bit."""
         kernel, device = KERNELS["tpu"]["mosaic_tpu"], Device("tpu", "TPU v6e")
-        for changes in (dict(), dict(tokens=1, pages_per_seq=3), dict(num_kv_heads=1, q_heads=4), dict(seqs=64, tokens=64)):
+        of_pack = (dict(), dict(tokens=1, pages_per_seq=3), dict(seqs=64, tokens=64))
+        for changes in (*of_pack, dict(num_kv_heads=1, q_heads=4)):
             with policy("invariant"):
                 self.assertEqual(choose(problem(**changes), device)[0], "mosaic_tpu")
                 self.assertEqual(kernel.heuristic(problem(**changes), device).block_kv, 512)

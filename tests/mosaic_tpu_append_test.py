@@ -7,10 +7,11 @@ import unittest
 from absl.testing import absltest, parameterized
 import chex
 import jax
+from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 import numpy as np
 
 from paged_prefill import append_to_pages, compat
@@ -19,7 +20,7 @@ from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
 from paged_prefill.lowering.xla.append import XlaWriter
 from paged_prefill.primitive.operands import APPEND
 from paged_prefill.tests.appends import assert_written, make_append
-from paged_prefill.tests.tpus import compiling_for, device_of
+from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of
 
 DEVICE = Device("tpu", "TPU v6e")
 
@@ -83,6 +84,23 @@ class InPlaceTest(parameterized.TestCase):
         memory = compiled.memory_analysis()
         self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 64)
         self.assertGreater(memory.alias_size_in_bytes, memory.argument_size_in_bytes * 15 // 16)
+
+    @parameterized.parameters((None, False), ("model", True))
+    def test_on_several_chips_the_kernel_runs_where_the_cut_is_known(self, head_axis, by_kernel):
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v6e"]).devices
+        mesh = Mesh(np.array(devices), ("model",))
+
+        def of(shape, dtype, *spec):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+        caches = [of((8, 64, 16, 128), "bfloat16", "model")] * 2
+        rest = [of((40, 8, 128), "bfloat16", None, "model")] * 2
+        rest += [of(shape, "int32") for shape in ((9,), (9, 40), (10,))]
+        write = jax.jit(functools.partial(append_to_pages, head_axis=head_axis), donate_argnums=(0, 1))
+        with compiling_for(devices[0]):
+            lowered = write.trace(*caches, *rest).lower(lowering_platforms=("tpu",))
+            self.assertEqual("tpu_custom_call" in lowered.as_text(), by_kernel)
+            self.assertGreater(lowered.compile().memory_analysis().alias_size_in_bytes, 0)
 
     def test_pages_below_a_tile_are_scattered(self):
         self.assertNotIn("tpu_custom_call", compile_append("v6e", page_size=8, mib=1)[1])

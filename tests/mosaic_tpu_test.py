@@ -194,8 +194,12 @@ class MosaicTpuTest(chex.TestCase):
             got = run(heads, block_q=16, block_kv=32, num_kv_heads=1)
             for rows, seq in ((slice(0, 1), 0), (slice(1, 34), 1)):
                 offsets = jnp.array([0, rows.stop - rows.start], jnp.int32)
-                alone = dict(context_lens=pack.context_lens[seq : seq + 1], page_indices=pack.page_indices[seq : seq + 1])
-                alone = heads._replace(query=heads.query[rows], query_offsets=offsets, **alone)
+                alone = heads._replace(
+                    query=heads.query[rows],
+                    query_offsets=offsets,
+                    context_lens=pack.context_lens[seq : seq + 1],
+                    page_indices=pack.page_indices[seq : seq + 1],
+                )
                 one = run(alone, block_q=16, block_kv=32, num_kv_heads=1)
                 chex.assert_trees_all_equal(one, (out[rows, :3], lse[rows, :3]))
         chex.assert_trees_all_equal(got, (out[:, :3], lse[:, :3]))

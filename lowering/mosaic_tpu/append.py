@@ -67,10 +67,10 @@ class MosaicTpuWriter(Writer):
         if page_size % sublanes(dtype):
             return f"page_size {page_size} must be a multiple of {sublanes(dtype)} for {dtype.name}"
         if vmem_bytes(caches, 1) > vmem_budget(device) // 2:
-            return f"tiles of {caches[0].shape[-4]} KV heads need more than half of the {vmem_budget(device)} bytes of VMEM"
+            return f"tiles of {caches[0].shape[-4]} KV heads need more than half of {vmem_budget(device)} bytes of VMEM"
         seqs, tokens = math.prod(operands["context_lens"].shape), math.prod(operands["key"].shape[:-2])
         if 4 * len(Items._fields) * round_up(_most_items(tokens, seqs, sublanes(dtype)), LANES) > SMEM_BYTES:
-            return f"the tiles that {tokens} tokens of {seqs} sequences lie in are more than {SMEM_BYTES} bytes of SMEM hold"
+            return f"the tiles of {tokens} tokens of {seqs} sequences are more than {SMEM_BYTES} bytes of SMEM hold"
         return None
 
     def write(self, operands, cache_batch_dims, device):
@@ -81,7 +81,8 @@ class MosaicTpuWriter(Writer):
         lead, (tokens, heads) = key.shape[:-3], key.shape[-3:-1]
         if 0 in (*key.shape, *key_cache.shape, *operands["page_indices"].shape):
             return [operands[name] for name in stored]
-        pool = lax.broadcasted_iota(jnp.int32, (math.prod(lead[:cache_batch_dims]), math.prod(lead[cache_batch_dims:])), 0)
+        pools, packs = math.prod(lead[:cache_batch_dims]), math.prod(lead[cache_batch_dims:])
+        pool = lax.broadcasted_iota(jnp.int32, (pools, packs), 0)
         if "layer" in operands:
             layers = key_cache.shape[cache_batch_dims]
             pool = pool * layers + jnp.clip(operands["layer"].reshape(pool.shape), 0, layers - 1)

@@ -137,7 +137,8 @@ def kernel(head_start_ref, *refs, static: Static):
             @pl.loop(0, sizes.chunks_per_block)
             def _(chunk):
                 def copies(part):
-                    return [functools.partial(copy, chunk * sizes.runs_per_chunk + part * share, i) for i in range(share)]
+                    first = chunk * sizes.runs_per_chunk + part * share
+                    return [functools.partial(copy, first, i) for i in range(share)]
 
                 @pl.loop(0, steps_with_copies)
                 def _(part):
@@ -338,7 +339,8 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
         ),
         name="paged_decode",
     )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *(x for x in pages if x is not None))
-    ones = ones.reshape(problem.seqs, splits, tiles * rows, value_dim)[:, :, :of_core].reshape(problem.seqs, *out.shape[1:])
+    ones = ones.reshape(problem.seqs, splits, tiles * rows, value_dim)[:, :, :of_core]
+    ones = ones.reshape(problem.seqs, *out.shape[1:])
     ones_lse = ones_lse[:, :, 0, :of_core].reshape(problem.seqs, -1)
     at = jnp.where(jnp.arange(problem.seqs) < count, items.token, problem.tokens)
     return out.at[at].set(ones, mode="drop"), lse.at[at].set(ones_lse, mode="drop")

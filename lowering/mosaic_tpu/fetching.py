@@ -195,7 +195,7 @@ class Fetcher:
 
 
 def zero_outside(values_ref, chunk, interval, sizes: Sizes):
-    """Zeroes the values of a chunk that lie outside an interval of its keys: they may be anything, and 0 * NaN is NaN."""
+    """Zeroes the values of a chunk that lie outside an interval of its keys: 0 * NaN is NaN."""
     start, end = interval
 
     @pl.loop(0, sizes.runs_per_chunk)
@@ -224,7 +224,7 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
 
 
 def scales_of(call: Call) -> dict[str, Array]:
-    """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are its keys."""
+    """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are keys."""
     scales = dict(key=call.key_scale, value=call.key_scale if call.value_pages is None else call.value_scale)
 
     def of_heads(scale):

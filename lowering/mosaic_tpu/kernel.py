@@ -225,7 +225,7 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 class Mask(NamedTuple):
-    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's last key."""
+    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's end."""
 
     first_key: object
     first_position: object
@@ -406,6 +406,9 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     def lse_tile_of(split, item, head_start, tile, *_):
         return (split, tile[item], 0)
 
+    def seen_tile_of(split, item, head_start, tile, *_):
+        return (tile[item], 0, 0)
+
     out, lse = pl.pallas_call(
         functools.partial(
             kernel,
@@ -427,7 +430,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
             grid=(splits, jnp.maximum(count, 1)),
             in_specs=[
                 pl.BlockSpec((heads, group, block_q, problem.head_dim), tile_of),
-                *(pl.BlockSpec((None, *x.shape[1:]), lambda split, item, head_start, tile, *_: (tile[item], 0, 0)) for x in seen),
+                *(pl.BlockSpec((None, *x.shape[1:]), seen_tile_of) for x in seen),
                 *fetching.in_hbm(pages),
             ],
             out_specs=[
