@@ -92,6 +92,18 @@ class ChoiceTest(absltest.TestCase):
             found.add(completed(kernel, problem(num_kv_heads=4, q_heads=16), self.HOPPER))  # a share of the heads
         self.assertLen(found, 1)
 
+    def test_the_tpu_kernel_takes_one_size_of_chunks(self):
+        """Tokens, table, KV heads of a device and block of queries follow the call, and move no bit."""
+        kernel, device = KERNELS["tpu"]["mosaic_tpu"], Device("tpu", "TPU v6e")
+        of_pack = (dict(), dict(tokens=1, pages_per_seq=3), dict(seqs=64, tokens=64))
+        for changes in (*of_pack, dict(num_kv_heads=1, q_heads=4)):
+            with policy("invariant"):
+                self.assertEqual(choose(problem(**changes), device)[0], "mosaic_tpu")
+                self.assertEqual(kernel.heuristic(problem(**changes), device).block_kv, 512)
+        with policy("invariant"):
+            too_large = problem(num_kv_heads=256, q_heads=256, cache_kv_heads=256, head_dim=512, value_dim=512)
+            self.assertEqual(choose(too_large, Device("tpu", "TPU v4"))[0], "xla")
+
 
 if __name__ == "__main__":
     absltest.main()
