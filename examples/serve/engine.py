@@ -99,6 +99,7 @@ class Counts:
     accepted: int = 0  # of those drafted
     prefill_seconds: float = 0.0  # of steps with some prefill in them
     decode_seconds: float = 0.0  # of the others
+    decoded_in_those: int = 0
 
 
 class Engine:
@@ -174,10 +175,12 @@ class Engine:
         began = time.perf_counter()
         following = self.runner.run(self._batch(plans))
         now = time.perf_counter()
-        self._count(plans, now - began)
+        prefilled = sum(len(c.tree.tokens) for plan in plans for c in plan if not c.request.decoding)
+        decoded = self.counts.decoded
         for replica, plan, rows in zip(self.replicas, plans, following, strict=True):
             for chunk, row in zip(plan, rows):
                 self._take(replica, chunk, row.tolist(), now)
+        self._count(prefilled, self.counts.decoded - decoded, now - began)
         return [chunk.request for plan in plans for chunk in plan if chunk.request.finished]
 
     def run(self) -> None:
@@ -345,11 +348,11 @@ class Engine:
         for page, name in zip(request.pages, request.names):
             replica.pool.publish(page, name)
 
-    def _count(self, plans, seconds: float) -> None:
-        prefill = sum(len(c.tree.tokens) for plan in plans for c in plan if not c.request.decoding)
+    def _count(self, prefilled: int, decoded: int, seconds: float) -> None:
         self.counts.steps += 1
-        self.counts.prefilled += prefill
-        if prefill:
+        self.counts.prefilled += prefilled
+        if prefilled:
             self.counts.prefill_seconds += seconds
         else:
             self.counts.decode_seconds += seconds
+            self.counts.decoded_in_those += decoded

@@ -93,8 +93,9 @@ def moved(caches, moves):
     return jax.tree.map(move, caches)
 
 
-def next_tokens(config: Config, weights, caches, batch: Batch):
-    """A step: the tokens that follow those of `batch.rows`, [replicas, seqs, nodes], and the caches."""
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="caches")
+def next_tokens(config: Config, mesh, weights, caches, batch: Batch):
+    """A step: the tokens that follow those of `batch.rows`, [replicas, seqs, nodes], and the caches, which are donated."""
 
     def replica(caches, batch):
         return logits_of(config, weights, caches, batch, batch.rows.reshape(-1))
@@ -103,13 +104,17 @@ def next_tokens(config: Config, weights, caches, batch: Batch):
     logits = logits.reshape(*batch.rows.shape, -1)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def sampled(_):
+    def sampled():
         position = jnp.take_along_axis(batch.positions, batch.rows[:, :, 0], axis=1)
         options = batch.temperature, batch.top_k, batch.top_p, batch.seed, position
         drawn = jax.vmap(jax.vmap(sample))(logits[:, :, 0], *options)
         return jnp.where(batch.temperature[:, :, None] > 0, drawn[:, :, None], greedy)
 
-    return lax.cond(jnp.any(batch.temperature > 0), sampled, lambda _: greedy, None), caches
+    tokens = lax.cond(jnp.any(batch.temperature > 0), sampled, lambda: greedy)
+    if mesh:  # where they were, or the compiler may choose and copy
+        shardings = NamedSharding(mesh, P()), cache_shardings(mesh, caches)
+        tokens, caches = lax.with_sharding_constraint((tokens, caches), shardings)
+    return tokens, caches
 
 
 def sample(logits, temperature, top_k, top_p, seed, position):
@@ -135,6 +140,39 @@ def make_mesh(sizes: dict[str, int]):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:count]) if sizes else None
 
 
+def _cut(mesh, axis: str, size: int) -> str | None:
+    """The mesh axis, if there is one that divides the size."""
+    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def cache_shardings(mesh, caches):
+    """How caches [replicas, layers, kv_heads, num_pages, page_size, ...] lie on a mesh; too few KV heads are whole."""
+
+    def sharding(cache):
+        replicas, _, heads, pages, *_ = cache.shape
+        batch, heads, pages = (
+            _cut(mesh, *cut) for cut in (("batch", replicas), ("heads", heads), ("pages", pages))
+        )
+        return NamedSharding(mesh, P(batch, None, heads, pages))
+
+    return jax.tree.map(sharding, caches)
+
+
+def placed_weights(mesh, weights):
+    """Weights on the devices: heads and hidden features cut over "heads" where they can be, the rest whole."""
+    if not mesh:
+        return jax.device_put(weights)
+
+    def placed(path, weight):
+        dimension = CUT.get(getattr(path[-1], "key", None))
+        if dimension is None or len(path) == 1:
+            return jax.device_put(weight, NamedSharding(mesh, P()))
+        before = (None,) * (1 + dimension)  # a weight of a layer has the layers in front
+        return jax.device_put(weight, NamedSharding(mesh, P(*before, _cut(mesh, "heads", weight.shape[1 + dimension]))))
+
+    return jax.tree.map_with_path(placed, weights)
+
+
 class Runner:
     """A model with its caches on its devices; `run` takes one step.
 
@@ -148,31 +186,26 @@ class Runner:
         self.replicas = self.sizes.get("batch", 1)
         if num_pages % self.sizes.get("pages", 1):
             raise ValueError(f"num_pages must be divisible by the mesh axis 'pages', got {num_pages}")
-        self.weights = self._placed_weights(model.weights)
+        self.weights = placed_weights(mesh, model.weights)
         dtype = self.weights["embedding"].dtype
 
         def empty():
             caches = model_lib.new_caches(self.config, num_pages, page_size, dtype, quantised=kv_dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.replicas, *x.shape)), caches)
 
-        shardings = jax.tree.map(self._of_cache, jax.eval_shape(empty)) if mesh else None
-        with self.contexts():
-            self.caches = jax.jit(empty, out_shardings=shardings)()
-        self._step = jax.jit(
-            functools.partial(next_tokens, self.config),
-            donate_argnums=1,
-            out_shardings=(self._named(), shardings) if mesh else None,
-        )
+        self.caches = jax.jit(empty, out_shardings=mesh and cache_shardings(mesh, jax.eval_shape(empty)))()
 
     def run(self, batch: Batch) -> np.ndarray:
         """Takes a step; the tokens that follow those of `batch.rows`."""
         with self.contexts():
-            tokens, self.caches = self._step(self.weights, self.caches, self.placed(batch))
+            tokens, self.caches = next_tokens(self.config, self.mesh, self.weights, self.caches, self.placed(batch))
         return np.asarray(tokens)
 
     def placed(self, batch: Batch) -> Batch:
         """The batch where the step wants it."""
-        return jax.device_put(batch, self._named("batch" if "batch" in self.sizes else None) if self.mesh else None)
+        if not self.mesh:
+            return batch
+        return jax.device_put(batch, NamedSharding(self.mesh, P("batch" if "batch" in self.sizes else None)))
 
     @contextlib.contextmanager
     def contexts(self):
@@ -185,33 +218,3 @@ class Runner:
             if self.policy:
                 stack.enter_context(tuning.policy(self.policy))
             yield
-
-    def _named(self, *axes) -> NamedSharding:
-        return NamedSharding(self.mesh, P(*axes))
-
-    def _cut(self, axis: str, size: int) -> str | None:
-        """The mesh axis if there is one that divides the size."""
-        return axis if axis in self.sizes and size % self.sizes[axis] == 0 else None
-
-    def _of_cache(self, cache) -> NamedSharding:
-        """Of [replicas, layers, kv_heads, num_pages, page_size, ...]."""
-        heads, pages = self._cut("heads", cache.shape[2]), self._cut("pages", cache.shape[3])
-        return self._named(self._cut("batch", cache.shape[0]), None, heads, pages)
-
-    def _placed_weights(self, weights):
-        """Weights on the devices: heads and hidden features cut over "heads" where they can be, the rest whole."""
-        if not self.mesh:
-            return jax.device_put(weights)
-
-        def placed(name, weight):
-            axes = [None] * weight.ndim
-            if name in CUT:
-                axes[1 + CUT[name]] = self._cut("heads", weight.shape[1 + CUT[name]])
-            return jax.device_put(weight, self._named(*axes))
-
-        segments = [
-            tuple({name: placed(name, weight) for name, weight in layer.items()} for layer in pattern)
-            for pattern in weights["segments"]
-        ]
-        rest = {name: jax.device_put(x, self._named()) for name, x in weights.items() if name != "segments"}
-        return rest | dict(segments=segments)
