@@ -186,7 +186,8 @@ def gemma4(read: Reader) -> Config:
 def gemma4_layers(read: Reader, head_dim: int) -> tuple[Layer, ...]:
     own = read("per_layer_config", {})
     full = dict(head_dim=read("global_head_dim", 512), num_key_value_heads=read("num_global_key_value_heads", None))
-    layers, rope = usual_layers(read, head_dim), read.all["rope_parameters"]
+    rope = read.values.setdefault("rope_parameters", GEMMA4_ROPE)
+    layers = usual_layers(read, head_dim)
 
     def resized(number, layer):
         sizes = own.get(str(number), {}) if own else full if layer.window is None else {}
@@ -314,6 +315,10 @@ def deepseek_v3_tensors(tensors: Tensors, config: Config, number: int) -> Tensor
     return {name.replace("shared_experts.", ""): tensor for name, tensor in tensors.items()} | ready
 
 
+GEMMA4_ROPE = dict(
+    sliding_attention=dict(rope_theta=10_000.0),
+    full_attention=dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1_000_000.0),
+)
 GPT_OSS = dict(sinks="self_attn.sinks", router="mlp.router.weight", router_bias="mlp.router.bias")
 LLAMA4_FEEDS = {name: theirs.replace("mlp.", "feed_forward.") for name, theirs in MLP.items()}
 DEEPSEEK = NORMS_BEFORE | MLP | dict(latent_norm="self_attn.kv_a_layernorm.weight", out=ATTENTION["out"])
