@@ -1,5 +1,6 @@
 """The engine of examples/serve/: a soak, and each of its promises by itself."""
 
+import re
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -39,7 +40,7 @@ def random_requests(rng, count):
     beginnings = [rng.integers(0, VOCABULARY, 17).tolist() for _ in range(3)]
     for number in range(count):
         own = rng.integers(0, VOCABULARY, rng.integers(1, 8)).tolist() * int(rng.integers(1, 3))
-        yield (beginnings[number % 3][: rng.integers(1, 18)] if number % 4 else []) + own, int(rng.integers(1, 12))
+        yield (beginnings[number % 3][: rng.integers(1, 18)] if number % 4 else []) + own, int(rng.integers(1, 9))
 
 
 class EngineTest(parameterized.TestCase):
@@ -59,9 +60,9 @@ class EngineTest(parameterized.TestCase):
             self.assertEqual(held.tolist(), pool.references)
             self.assertCountEqual([*pool.free, *pool.idle, *np.flatnonzero(held)], range(pool.num_pages))
 
-    def alone(self, requests):
+    def alone(self, requests, **changes):
         """What each request is told with nobody beside it, nothing shared and nothing guessed."""
-        engine, outputs = new_engine(), []
+        engine, outputs = new_engine(**changes), []
         root = lambda tokens, nodes, depth: drafts.Tree([tokens[-1]], [-1], [0])  # noqa: E731
         with mock.patch.object(drafts, "lookup", root):
             for request in requests:
@@ -75,8 +76,11 @@ class EngineTest(parameterized.TestCase):
         """Random lengths and arrivals, a pool too small for all, sharing, drafts, one in ten cancelled, some not served."""
         rng = np.random.default_rng(0)
         engine = new_engine()
-        engine.warm_up()
         compilations = Compilations()
+        jax.jit(lambda x: x + 1)(0)
+        self.assertEqual(compilations.count, 1)  # so it counts
+        engine.warm_up()
+        compilations.count = 0
         arrivals = list(random_requests(rng, 300))
         requests, cancelled, refused = [], set(), []
         while arrivals or engine.busy:
@@ -102,6 +106,82 @@ class EngineTest(parameterized.TestCase):
             self.assertIsNone(request.error)
             said = request.output
             self.assertEqual(said, output[: len(said)] if request.cancelled else output)
+
+    def test_sampled_tokens_are_a_requests_own(self):
+        """Its seed decides them, and nobody beside it."""
+        engine = new_engine()
+        others = [engine.submit(*request) for request in random_requests(np.random.default_rng(1), 6)]
+        hot = [Sampling(temperature=1.5, seed=seed) for seed in (3, 3, 4)]
+        requests = [engine.submit([7, 8, 9], 8, sampling) for sampling in [*hot, Sampling(temperature=9.0, top_k=1)]]
+        engine.run()
+        outputs = [request.output for request in requests]
+        self.assertEqual(outputs[0], outputs[1])
+        self.assertNotEqual(outputs[0], outputs[2])
+        self.assertEqual([outputs[0], outputs[2]], self.alone([requests[0], requests[2]]))
+        greedy = engine.submit([7, 8, 9], 8)
+        engine.run()
+        self.assertEqual(outputs[3], greedy.output)
+        self.assertEqual([request.output for request in others], self.alone(others))
+
+    def test_stop_tokens(self):
+        engine = new_engine()
+        whole = engine.submit([1, 2, 3], 12)
+        engine.run()
+        stop = whole.output[5]
+        stopped = engine.submit([1, 2, 3], 12, stop_tokens=[stop])
+        engine.run()
+        self.assertEqual(stopped.output, whole.output[: whole.output.index(stop) + 1])
+        self.assertTrue(stopped.finished)
+
+    @parameterized.parameters(
+        (([], 3), "the prompt must have 1 to 45 tokens with max_new_tokens=3, got 0"),
+        (([1] * 46, 3), "the prompt must have 1 to 45 tokens with max_new_tokens=3, got 46"),
+        (([1], 0), "max_new_tokens must be at least 1, got 0"),
+        (([1, -1], 3), "tokens must be integers from 0 to 255, got -1"),
+        (([1, 2.0], 3), "tokens must be integers from 0 to 255, got 2.0"),
+    )
+    def test_a_request_that_cannot_be_served_says_why(self, request, words):
+        refused = new_engine().submit(*request)
+        self.assertTrue(refused.finished)
+        self.assertEqual(refused.error, words)
+
+    @parameterized.parameters(
+        (dict(max_drafts=32), "max_drafts must be from 0 to 31, got 32"),
+        (dict(token_buckets=(4,)), "the largest of token_buckets must be at least max_seqs=6, got"),
+    )
+    def test_an_engine_that_cannot_be_says_why(self, changes, words):
+        with self.assertRaisesRegex(ValueError, words):
+            new_engine(**changes)
+
+    def test_a_quantised_cache(self):
+        """Shares, guesses and moves its keys as another does; what it holds is close to what they were."""
+        changes = dict(kv_dtype=jnp.float8_e4m3fn, token_buckets=(32,))
+        engine = new_engine(**changes)
+        self.assertEqual(engine.runner.caches["8"].key.dtype, jnp.float8_e4m3fn)
+        requests = [engine.submit(*request) for request in random_requests(np.random.default_rng(2), 30)]
+        engine.run()
+        self.assertGreater(min(engine.counts.accepted, engine.counts.shared, engine.counts.preempted), 0)
+        outputs = [request.output for request in requests]
+        self.assertEqual(outputs, self.alone(requests, **changes))
+        first = [output[0] == exact[0] for output, exact in zip(outputs, self.alone(requests))]
+        self.assertGreater(np.mean(first), 0.8)
+
+    def test_on_several_devices(self):
+        """Two replicas of four devices each say what one device says; no cache moves."""
+        engine = new_engine(mesh=runner.make_mesh(dict(batch=2, heads=4)), token_buckets=(32,), num_pages=64)
+        requests = [engine.submit(*request) for request in random_requests(np.random.default_rng(3), 30)]
+        while engine.busy:
+            engine.step()
+            self.assert_pages_have_their_owners(engine)
+        self.assertEqual([request.output for request in requests], self.alone(requests))
+        run, batch = engine.runner, engine.runner.placed(engine._empty(32))
+        with run.contexts():
+            step = runner.next_tokens.lower(run.config, run.mesh, run.weights, run.caches, batch).compile()
+        of_a_cache = run.caches["8"].key[0, 0, 0].size  # of one head of one layer
+        for op, shape in meshes.collectives(step):
+            elements = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
+            self.assertLess(max(elements), of_a_cache, f"{op} {shape}")
+        self.assertEqual(run.caches["8"].key.sharding.spec, jax.P("batch", None, "heads"))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ class Point(NamedTuple):
     load: float = np.inf  # requests a second
 
 
-def measure(engine: Engine, new_tokens: int, requests: int = REQUESTS, seed: int = 0) -> list[Point]:
+def measure(engine: Engine, new_tokens: int, seed: int = 0) -> list[Point]:
     """Offers random prompts at times drawn from a Poisson process, at several loads."""
     engine.warm_up()
     rng = np.random.default_rng(seed)
-    prompts = rng.integers(0, engine.config.vocabulary, (len(LOADS) + 1, requests, PROMPT)).tolist()
-    gaps = rng.exponential(size=requests)
-    at_once = _offered(engine, prompts.pop(), np.zeros(requests), new_tokens)
-    capacity = requests / max(at_once.whole)
+    prompts = rng.integers(0, engine.config.vocabulary, (len(LOADS) + 1, REQUESTS, PROMPT)).tolist()
+    gaps = rng.exponential(size=REQUESTS)
+    at_once = _offered(engine, prompts.pop(), np.zeros(REQUESTS), new_tokens)
+    capacity = REQUESTS / max(at_once.whole)
     loads = capacity * np.asarray(LOADS)
     arrivals = [np.cumsum(gaps / gaps.mean()) / load for load in loads]  # alike but for their pace
     offered = tqdm(zip(loads, prompts, arrivals), total=len(LOADS), desc="bench", unit="load")

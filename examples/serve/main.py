@@ -21,6 +21,7 @@ from paged_prefill.lowering import tuning
 PAGE_SIZE = 16
 MAX_SEQS = 16
 MAX_DRAFTS = 4
+TOKEN_BUCKETS = (16, 128, 512)
 MEMORY_WITHOUT_STATS = 2**30  # for the caches, where a device does not say what it has
 KV_DTYPES = dict(fp8=jnp.float8_e4m3fn, int8=jnp.int8)
 
@@ -132,7 +133,7 @@ def new_engine(model: checkpoint.Model, lengths: list[int], options) -> Engine:
     policy = None if tuning.POLICY_VARIABLE in os.environ else "invariant"
     return Engine(
         model, num_pages=num_pages, page_size=PAGE_SIZE, max_seqs=MAX_SEQS, max_len=max(lengths),
-        max_drafts=MAX_DRAFTS, kv_dtype=kv_dtype, mesh=mesh, policy=policy,
+        token_buckets=TOKEN_BUCKETS, max_drafts=MAX_DRAFTS, kv_dtype=kv_dtype, mesh=mesh, policy=policy,
     )  # fmt: skip
 
 
