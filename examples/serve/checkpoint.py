@@ -4,13 +4,13 @@ Layers whose weights have the same names and shapes are stacked, and run in one 
 that repeats, each weight [repeats, ...]. Most models are one segment of one layer.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.examples.serve.config import Config, Layer, frequencies
@@ -187,33 +187,33 @@ def tiny_config() -> Config:
     )  # fmt: skip
 
 
-def seeded(config: Config, seed: int = 0, dtype=jnp.float32) -> Model:
-    """A model like Llama with random weights: what there is without a folder, and for benchmarks."""
+def seeded(config: Config, draw=None) -> Model:
+    """A model like Llama with random weights: what there is without a folder, and for benchmarks.
+
+    `draw(shape)` gives normal numbers, in the dtype that weights are to have; NumPy's in float32 by default.
+    """
+    draw = draw or functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
     layer, count = config.layers[0], len(config.layers)
     width, heads, kv_heads, head_dim = config.width, config.q_heads, layer.kv_heads, layer.head_dim
-    hidden = 4 * width
+    hidden = 7 * width // 2  # as Llama 3 8B has it
     shapes = dict(
         query=(width, heads, head_dim), key=(width, kv_heads, head_dim), value=(width, kv_heads, head_dim),
         out=(heads, head_dim, width), gate=(width, hidden), up=(width, hidden), down=(hidden, width),
     )  # fmt: skip
-    keys = iter(jax.random.split(jax.random.key(seed), len(shapes) + 2))
 
-    def random(*shape, inputs):
-        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * inputs**-0.5)(next(keys))
+    def random(shape, inputs):
+        weight = draw(shape)
+        return weight * np.asarray(inputs**-0.5, weight.dtype)
 
-    weights = {
-        name: random(count, *shape, inputs=math.prod(shape[:-1]) if name == "out" else shape[0])
+    layers = {
+        name: random((count, *shape), math.prod(shape[:-1]) if name == "out" else shape[0])
         for name, shape in shapes.items()
     }
     numbers = number_caches(config, [_numbers(config, layer) for layer in config.layers])
-    weights |= jax.tree.map(lambda *same: np.stack(same), *numbers)
-    weights |= {name: np.ones((count, width), np.float32) for name in ("attention_norm", "mlp_norm")}
+    layers |= jax.tree.map(lambda *same: np.stack(same), *numbers)
+    layers |= {name: np.ones((count, width), np.float32) for name in ("attention_norm", "mlp_norm")}
+    embedding, unembedding = (random((config.vocabulary, width), inputs) for inputs in (1, width))
+    final_norm = np.ones(width, np.float32)
     return Model(
-        config,
-        dict(
-            embedding=random(config.vocabulary, width, inputs=1),
-            segments=[(weights,)],
-            final_norm=np.ones(width, np.float32),
-            unembedding=random(config.vocabulary, width, inputs=width),
-        ),
+        config, dict(embedding=embedding, segments=[(layers,)], final_norm=final_norm, unembedding=unembedding)
     )
