@@ -59,6 +59,7 @@ FAMILIES = (
     ("llama4_dense", "Llama4TextConfig", SMALL | dict(
         intermediate_size_mlp=40, attention_chunk_size=8, no_rope_layers=[1, 0, 1, 0], moe_layers=[], use_qk_norm=False,
     )),
+    ("olmo2", "Olmo2Config", without("head_dim")),
     ("deepseek_v3", "DeepseekV3Config", LATENT | dict(q_lora_rank=24)),
     ("deepseek_v3_yarn", "DeepseekV3Config", LATENT | dict(q_lora_rank=None, rope_parameters=YARN)),
 )  # fmt: skip

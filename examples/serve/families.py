@@ -31,6 +31,9 @@ NORMS_AROUND = dict(
     mlp_norm="pre_feedforward_layernorm.weight",
     mlp_post_norm="post_feedforward_layernorm.weight",
 )
+NORMS_BEHIND = dict(
+    attention_post_norm="post_attention_layernorm.weight", mlp_post_norm="post_feedforward_layernorm.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +335,7 @@ DEEPSEEK_OPTIONAL = dict(
 FAMILIES = {
     "llama": Family(llama, NORMS_BEFORE | ATTENTION | MLP),
     "mistral": Family(decoder, NORMS_BEFORE | ATTENTION | MLP),
+    "olmo2": Family(decoder, NORMS_BEHIND | ATTENTION | HEAD_NORMS | MLP),
     "qwen3": Family(qwen3, NORMS_BEFORE | ATTENTION | HEAD_NORMS | MLP),
     "gemma2": Family(gemma2, NORMS_AROUND | ATTENTION | MLP),
     "gemma3_text": Family(gemma3, NORMS_AROUND | ATTENTION | HEAD_NORMS | MLP),
