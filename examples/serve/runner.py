@@ -22,6 +22,7 @@ from paged_prefill.examples.serve.config import Config
 from paged_prefill.lowering import tuning
 
 AXES = ("batch", "heads", "pages")
+PAGES_CAN_BE_CUT = "page_axis" in inspect.signature(paged_prefill.sharding_hints).parameters
 MOST_DRAFTS = 31  # a tree mask of one word, less the root
 
 # Which dimension of a weight is cut over the axis "heads", without that of the layers.
@@ -131,7 +132,7 @@ def make_mesh(sizes: dict[str, int]):
     """A mesh over the first devices, from axes of `AXES` and their sizes; None for no axes."""
     if unknown := sorted({*sizes} - {*AXES}):
         raise ValueError(f"mesh axes are {', '.join(AXES)}, got {', '.join(unknown)}")
-    if sizes.get("pages", 1) > 1 and "page_axis" not in inspect.signature(paged_prefill.sharding_hints).parameters:
+    if "pages" in sizes and not PAGES_CAN_BE_CUT:
         raise ValueError("mesh axis 'pages': this version of paged_prefill cannot cut the pages of a cache yet")
     count = int(np.prod(list(sizes.values())))
     if count > len(jax.devices()):
