@@ -13,6 +13,9 @@ from absl.testing import absltest, parameterized
 from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.examples.serve import bench, main
 from paged_prefill.lowering import tuning
+from paged_prefill.tests import checkpoints
+
+MISSING = [name for name in ("safetensors", "tokenizers") if importlib.util.find_spec(name) is None]
 
 
 class MainTest(parameterized.TestCase):
@@ -58,6 +61,26 @@ class MainTest(parameterized.TestCase):
         self.assertEqual((first["error"], refused["tokens"]), (None, []))
         self.assertIn("tokens must be integers from 0 to 255, got 999", refused["error"])
         self.assertIn("tokens/s", err)
+
+    @absltest.skipIf(MISSING, f"needs {' and '.join(MISSING)}: pip install 'paged_prefill[serve]'")
+    def test_a_folder(self):
+        """With a tokenizer of words, and without one."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        checkpoints.save(self.folder, checkpoints.LLAMA, checkpoints.tensors())
+        arguments = "--model", str(self.folder), "--prompt", "w3 w5 w7", "--max-new-tokens", "6", "--json"
+        status, _, err = self.run_main(*arguments)
+        self.assertEqual(status, 2)
+        self.assertIn("no tokenizer.json: give prompts as lists of tokens", err)
+
+        words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(16)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.save(str(self.folder / "tokenizer.json"))
+        status, out, err = self.run_main(*arguments)
+        self.assertEqual(status, 0, err)
+        answer = json.loads(out)
+        self.assertEqual(answer["prompt_tokens"], 3)
+        self.assertEqual(answer["text"], " ".join(f"w{token}" for token in answer["tokens"]))
 
     @parameterized.parameters(
         ((), "one of the arguments --prompt --prompts --bench is required"),

@@ -1,7 +1,6 @@
 """The parts of examples/serve/ that need no step: pages, drafts, sampling, and what is said of a folder that does not fit."""
 
 import importlib.util
-import json
 from pathlib import Path
 import tempfile
 
@@ -14,14 +13,9 @@ from paged_prefill.examples.serve import checkpoint, drafts, runner
 from paged_prefill.examples.serve.config import Config, Layer, Reader, frequencies
 from paged_prefill.examples.serve.families import config_of
 from paged_prefill.examples.serve.pages import PagePool, block_names
+from paged_prefill.tests.checkpoints import LLAMA, save, tensors
 
 MISSING = [name for name in ("safetensors",) if importlib.util.find_spec(name) is None]
-
-LLAMA = dict(
-    model_type="llama", vocab_size=16, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1,
-    num_hidden_layers=2, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=10_000.0, hidden_act="silu",
-    eos_token_id=2,
-)  # fmt: skip
 
 
 class PagePoolTest(absltest.TestCase):
@@ -152,38 +146,20 @@ class ConfigTest(parameterized.TestCase):
         Reader(dict(transformers_version="9", use_cache=True, strange=None)).finish()
 
 
-def tensors(config) -> checkpoint.Tensors:
-    rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
-    for number in range(len(config.layers)):
-        layer = {
-            "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8), "self_attn.o_proj": (8, 8),
-            "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12), "input_layernorm": (8,),
-            "post_attention_layernorm": (8,),
-        }  # fmt: skip
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-
-
 @absltest.skipIf(MISSING, "needs safetensors: pip install 'paged_prefill[serve]'")
 class CheckpointTest(parameterized.TestCase):
     def folder(self, values=LLAMA, change=lambda tensors: None, files=1) -> Path:
-        from safetensors import numpy as safetensors
-
         folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "config.json").write_text(json.dumps(values))
-        own = tensors(config_of(LLAMA))
+        own = tensors()
         change(own)
-        for number in range(files):
-            part = dict(list(own.items())[number::files])
-            safetensors.save_file(part, folder / f"model-{number}-of-{files}.safetensors")
+        save(folder, values, own, files)
         return folder
 
     def test_files_are_joined_and_layers_stacked(self):
-        config, weights = checkpoint.load(self.folder(files=3))
+        weights = checkpoint.load(self.folder(files=3)).weights
         [(layer,)] = weights["segments"]
         self.assertEqual(layer["query"].shape, (2, 8, 2, 4))
-        want = tensors(config)["model.layers.1.self_attn.k_proj.weight"]
+        want = tensors()["model.layers.1.self_attn.k_proj.weight"]
         np.testing.assert_array_equal(layer["key"][1], want.reshape(1, 4, 8).transpose(2, 0, 1))
 
     def test_in_another_dtype(self):
