@@ -9,6 +9,7 @@ from jax.interpreters import mlir
 from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
 from paged_prefill.lowering.choose import (
     KERNELS,
+    XLA_WRITER,
     check_backend,
     choose,
     choose_writer,
@@ -44,9 +45,11 @@ def _run_kernel(call, device, exported, platform, config):
     return kernel.attend(call, choice.config, device)
 
 
-def append(*operands, device, present, cache_batch_dims):
-    """Runs `local_append_to_pages_p` on one device."""
+def append(*operands, device, present, cache_batch_dims, to_be_cut=False):
+    """Runs `local_append_to_pages_p` on one device; `to_be_cut` says that XLA will cut it, which it cannot kernels."""
     named = dict(zip(present, operands, strict=True))
+    if to_be_cut:
+        return XLA_WRITER.write(named, cache_batch_dims, device)
     writer, passed_over = choose_writer(named, device)
     log_passed_over(device, writer.name, passed_over, "append_to_pages")
     return writer.write(named, cache_batch_dims, device)
@@ -71,7 +74,9 @@ def _register(platform):
 
     def lower_append(ctx, *operands, **params):
         device = device_of(platform, elsewhere=ctx.module_context.lowering_parameters.for_export)
-        return _lower(ctx, operands, append, device=device, **params)
+        # On TPUs with automatic mesh axes; elsewhere, and inside shard_map, what comes here is cut.
+        to_be_cut = platform == "tpu" and getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
+        return _lower(ctx, operands, append, device=device, to_be_cut=to_be_cut, **params)
 
     mlir.register_lowering(local_paged_prefill_p, lower, platform=platform)
     mlir.register_lowering(local_append_to_pages_p, lower_append, platform=platform)

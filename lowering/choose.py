@@ -8,6 +8,7 @@ import jax
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
+from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.lowering.triton.host import Triton
@@ -27,7 +28,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 }
 
 # The lowerings of `append_to_pages`, likewise.
-WRITERS = (TritonWriter(), XlaWriter())
+XLA_WRITER = XlaWriter()
+WRITERS = (MosaicTpuWriter(), TritonWriter(), XLA_WRITER)
 
 # What `platform=` asks for, as the kernels that answer to it.
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}

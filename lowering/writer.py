@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from jax import export
-import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Device
 
@@ -31,14 +30,14 @@ class Writer(abc.ABC):
             return "it is built for sizes that are numbers, and the call has symbolic ones"
         if not device.known:
             return "it is built for one kind of device, and which will run this is not known here"
-        return self._reason_against(jnp.dtype(operands["key_cache"].dtype).name, device)
+        return self._reason_against(operands, device)
 
     def pays(self, operands: Mapping) -> bool:
         """Whether it is the faster one for a call of this size; then nothing is said of it."""
         return True
 
     @abc.abstractmethod
-    def _reason_against(self, cache_dtype: str, device: Device) -> str | None:
+    def _reason_against(self, operands: Mapping, device: Device) -> str | None:
         """What `supports` says of a call whose sizes are numbers, on a device that is known."""
 
     @abc.abstractmethod

@@ -3,6 +3,8 @@
 from importlib import metadata
 import os
 
+import pytest
+
 flags = ["--xla_force_host_platform_device_count=8"]
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu" and metadata.version("jaxlib").startswith("0.10."):
     # Compiling is most of what tests cost here, and most programs run once; compiling.py has the way of users. Later
@@ -15,3 +17,12 @@ os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION"
 # libtpu compiles for TPUs that are not here: it must not ask a cloud for them, and each test process loads it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs are mapped into memory, some 30 maps a test, and Linux gives a process 65,530."""
+    yield
+    import jax  # reads the environment above
+
+    jax.clear_caches()

@@ -23,8 +23,8 @@ class TritonWriter(Writer):
     name = "triton"
     platforms = ("cuda", "rocm")
 
-    def _reason_against(self, cache_dtype, device):
-        return reason_against(device, cache_dtype)
+    def _reason_against(self, operands, device):
+        return reason_against(device, operands["key_cache"].dtype.name)
 
     def pays(self, operands):
         return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
