@@ -12,7 +12,7 @@ from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ra
 from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
-from paged_prefill.lowering.xla import host, kernel
+from paged_prefill.lowering.xla import host, kernel, walks
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
 from paged_prefill.tests import cases, compiling, packs
@@ -35,16 +35,16 @@ class MemoryTest(parameterized.TestCase):
     def test_temporaries_are_of_the_order_of_a_tile(self, dtype):
         """Bounded whatever the chunk, the page table and the pool; a float32 row of the results may be held twice."""
         dtype = jnp.dtype(dtype)
-        base = temporaries(512, 256, dtype=dtype)
-        self.assertLess(base, 24 * 2**20)
+        base = temporaries(512, 512, dtype=dtype)
+        self.assertLess(base, 16 * 2**20)
         slack = 2**20
         # The indices are held a few times over: two integers of 4 bytes for each entry of the page table.
         with self.subTest("page_table_pool_and_sequences_many_times_larger"):
-            larger = temporaries(512, 256 * 8, seqs=16, num_pages=4096 * 4, dtype=dtype)
-            self.assertLess(larger, base + 8 * 256 * 8 * 16 + slack)
+            larger = temporaries(512, 512 * 8, seqs=16, num_pages=4096 * 4, dtype=dtype)
+            self.assertLess(larger, base + 8 * 512 * 8 * 16 + slack)
         with self.subTest("chunk_4_times_longer"):
             results = 4 * 512 * 8 * (64 + 1) * 4
-            self.assertLess(temporaries(512 * 4, 256, dtype=dtype), base + 2 * results + slack)
+            self.assertLess(temporaries(512 * 4, 512, dtype=dtype), base + 2 * results + slack)
 
     def test_largest_benchmark_fits_in_64_MiB(self):
         """Chunk 2048 at 16384, the goal of benchmarks/cpu.py; ejKernel's XLA path takes 1.2 GiB."""
@@ -52,7 +52,7 @@ class MemoryTest(parameterized.TestCase):
 
 
 class CostTest(parameterized.TestCase):
-    """How many blocks of keys are fetched: what a call costs, whatever the machine is busy with."""
+    """How many blocks of keys are fetched, those of idle lanes too: what a call costs, whatever the machine does."""
 
     CONFIG = PrefillPageAttentionConfig(block_q=32, block_kv=64)
 
@@ -73,18 +73,19 @@ class CostTest(parameterized.TestCase):
         attention = Attention(1.0, **parameters)
         fetched = []
 
-        class Counting(kernel.Streaming):
+        class Counting(kernel.Walker):
             def _fetch(self, *arguments):
-                jax.debug.callback(lambda: fetched.append(1))
+                jax.debug.callback(lambda: fetched.append(self.walk.lanes))
                 return super()._fetch(*arguments)
 
         def attend(operands):
             call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
-            return Counting(call, self.CONFIG, jnp.float32).attend()
+            return kernel.attend(call, self.CONFIG, jnp.float32)
 
-        jax.block_until_ready(jax.jit(attend)(operands))
+        with mock.patch.object(kernel, "Walker", Counting), mock.patch.object(walks, "LANE_KEYS", 16):
+            jax.block_until_ready(jax.jit(attend)(operands))
         jax.effects_barrier()
-        return len(fetched)
+        return sum(fetched)
 
     def test_follows_the_context_and_not_the_table(self):
         self.assertEqual(self.blocks([(16, 1024)], 64), 16)
@@ -101,8 +102,26 @@ class CostTest(parameterized.TestCase):
 
     def test_a_pack_costs_what_its_sequences_cost(self):
         alone = self.blocks([(64, 1024)], 64)
-        self.assertEqual(self.blocks([(64, 1024)] + [(1, 16)] * 63, 64), alone + 63)
+        self.assertLessEqual(self.blocks([(64, 1024)] + [(1, 16)] * 63, 64), alone + 64)
         self.assertEqual(self.blocks([(64, 1024)] + [(0, 16)] * 63, 64), alone)
+
+    def test_of_a_ragged_pack_follows_each_context(self):
+        """Blocks of 16 keys and four lanes: the long sequence has all of them, the others one each, as it is right."""
+        long, short = (1, 16384), (1, 16)
+        self.assertEqual(self.blocks([long], 1024), 1024)
+        for sequences in ([long] + [short] * 63, [short] * 63 + [long], [short] * 40 + [long] + [short] * 23):
+            self.assertEqual(self.blocks(sequences, 1024), 1024 + 64)
+
+    def test_lanes_are_filled_in_order_of_their_blocks(self):
+        """Of a table too narrow for lanes to be shared: long and short in turn cost as if they were sorted."""
+        with mock.patch.object(walks, "TURN_BYTES", 8 * 2 * 16 * 8 * 4):  # eight lanes
+            self.assertEqual(self.blocks([(1, 32), (1, 16)] * 16, 2), 8 * (2 * 2 + 2))
+
+    def test_many_short_sequences_take_few_turns(self):
+        """A turn of a loop costs as much as hundreds of keys: the loop's counter must not count sequences."""
+        wide = walks.walks(problem(dtype="float32", seqs=64, tokens=64, pages_per_seq=4, num_kv_heads=2, head_dim=64), self.CONFIG)[-1]
+        self.assertEqual(wide.height, 1)
+        self.assertGreaterEqual(wide.lanes, 8)
 
 
 class XlaTest(parameterized.TestCase):
@@ -130,15 +149,19 @@ class XlaTest(parameterized.TestCase):
     @parameterized.parameters(1, 16, 32, 33, 64, 256)
     def test_tiles_cover_every_length_and_little_more(self, block_q):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
-        counts = {height: np.asarray(n) for height, n in kernel._tile_counts(jnp.asarray(lengths), 10**6, block_q)}
-        in_vain = sum(height * n for height, n in counts.items()) - lengths
+        heights = walks.heights(10**6, block_q)
+        counts, rows = {}, np.zeros(len(lengths), np.int32)
+        for height in heights:
+            counts[height], first = map(np.asarray, walks.tiles_of(jnp.asarray(lengths), height, block_q))
+            np.testing.assert_array_equal(first[counts[height] > 0], rows[counts[height] > 0])  # behind the taller
+            rows += height * counts[height]
+        in_vain = rows - lengths
         self.assertEqual(in_vain.min(), 0)
-        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, kernel.PART_HEIGHT)))
+        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, walks.PART_HEIGHT)))
         np.testing.assert_array_equal(in_vain[lengths % block_q == 1], 0)
         for tokens in {1, 2, block_q // 2, block_q // 2 + 1, block_q} - {0}:  # what few tokens do not need is left out
             needed = {height for height, n in counts.items() if n[:tokens].any()}
-            few = kernel._tile_counts(jnp.asarray(lengths), tokens, block_q)
-            self.assertEqual({height for height, _ in few}, needed)
+            self.assertEqual(set(walks.heights(tokens, block_q)), needed)
 
 
 class SplitsTest(parameterized.TestCase):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
-from paged_prefill.lowering.xla import host
+from paged_prefill.lowering.xla import host, walks
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests import oracle, poisoned
 
@@ -165,6 +165,29 @@ class RangesTest(parameterized.TestCase):
         got = self.attend(**operands, key_ranges=causal_ranges(operands))
         for a, b in zip(got, want):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+class SharedLanesTest(parameterized.TestCase):
+    """Tiles of one row that walk side by side, of which those with many blocks have four lanes each."""
+
+    SEQUENCES = ((1, 60), (1, 3), (0, 7), (1, 33), (1, 0), (9, 20), (1, 9), (1, 25), (1, 1), (1, 60))
+
+    @parameterized.named_parameters(
+        ("causal", {}, {}),
+        ("window", dict(sliding_window=19), dict(sliding_window=19, attn_logits_soft_cap=2.0)),
+        ("key_ranges_and_sinks", dict(key_ranges=True, sinks=True), {}),
+        ("tree_mask", dict(tree_words=1), {}),
+        ("latent_of_layers", dict(latent=True, layers=2, cache_dtype="int8", key_scale="head"), dict(value_dim=12)),
+        ("scales_of_slots", dict(cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="slot"), {}),
+        ("packs", dict(batch=(2,), pools=1, dtype="bfloat16"), {}),
+    )
+    def test_against_the_oracle(self, kind, parameters):
+        with absltest.mock.patch.object(walks, "LANE_KEYS", 4):
+            check(poisoned.make_call(20, self.SEQUENCES, **SIZES, **kind), **parameters)
+
+    def test_one_row_for_each_head(self):
+        with absltest.mock.patch.object(walks, "LANE_KEYS", 4):
+            check(poisoned.make_call(21, self.SEQUENCES, **SIZES, q_heads=3, kv_heads=3))
 
 
 class TreeTest(parameterized.TestCase):

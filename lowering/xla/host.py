@@ -7,15 +7,19 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.xla.kernel import Streaming
+from paged_prefill.lowering.xla.kernel import attend
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
+
+# From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees.
+LONG_TABLE = 4096
 
 
 class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 3
+    version = 4
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -24,15 +28,18 @@ class Xla(Kernel):
         return None
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-        """The sizes that were best on the whole in benchmarks/results/cpu.md; a block's logits stay within some MiB.
+        """The sizes that were best on the whole in benchmarks/results/cpu.md.
 
-        They depend on nothing that differs between a sequence alone and in a pack, so that its bits do not either.
+        They follow the page table's width, and nothing else that differs between a sequence alone and in a pack: so its
+        bits do not either, for one width. Under the policy "invariant" they follow not even that.
         """
-        return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+        if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
+            return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+        return PrefillPageAttentionConfig(block_q=128, block_kv=min(problem.capacity, 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes and their neighbours."""
-        sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 512), (64, 512)]
+        sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 256), (64, 512)]
         others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
         first = self.heuristic(problem, device)
         return [first, *(config for config in others if config != first)]
@@ -56,7 +63,7 @@ class Xla(Kernel):
 
 
 def _attend(product_dtype, config, call: Call):
-    return Streaming(call, config, product_dtype).attend()
+    return attend(call, config, product_dtype)
 
 
 @functools.cache

@@ -1,0 +1,105 @@
+"""The online softmax of Milakov and Gimelshein (arXiv 1805.02867) over blocks of keys, lane by lane.
+
+What is running of a tile is the largest logit m, the sum l of the weights exp(logit - m), and the output before it is
+divided by that sum.
+"""
+
+from typing import NamedTuple
+
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Products of so few rows are made from keys times queries: the other way round, XLA's CPU compiler transposes the keys.
+FEW_ROWS = 32
+
+
+class Block(NamedTuple):
+    """A block of keys and their values, and what either is multiplied by."""
+
+    keys: Float[Array, "lanes kv_heads keys head_dim"]
+    values: Float[Array, "lanes kv_heads keys value_dim"]
+    key_scale: Float[Array, "lanes heads keys"] | None
+    value_scale: Float[Array, "lanes heads keys"] | None
+
+
+class Running(NamedTuple):
+    """The softmax of each row over the blocks so far."""
+
+    largest: Float[Array, "lanes kv_heads rows"]
+    total: Float[Array, "lanes kv_heads rows"]
+    unnormalised: Float[Array, "lanes kv_heads rows value_dim"]
+
+
+def start(queries: Float[Array, "lanes kv_heads rows head_dim"], value_dim: int) -> Running:
+    """Before the first block."""
+    largest = jnp.full(queries.shape[:-1], -jnp.inf, jnp.float32)
+    return Running(largest, jnp.zeros_like(largest), jnp.zeros((*largest.shape, value_dim), jnp.float32))
+
+
+def fold(
+    running: Running,
+    queries: Float[Array, "lanes kv_heads rows head_dim"],
+    block: Block,
+    visible: Bool[Array, "lanes height keys"] | None,
+    scale: float,
+    soft_cap: float | None,
+) -> Running:
+    """What is running once a block has joined; `visible` says which tokens see which keys, None that all see all."""
+    logits = _logits(queries, block.keys) * scale
+    if block.key_scale is not None:
+        logits *= block.key_scale[:, :, None, :]
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if visible is not None:
+        lanes, height, keys = visible.shape
+        of_tokens = logits.reshape(lanes, logits.shape[1], height, -1, keys)
+        logits = jnp.where(visible[:, None, :, None, :], of_tokens, -jnp.inf).reshape(logits.shape)
+    largest = jnp.maximum(running.largest, jnp.max(logits, axis=-1))
+    shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
+    weights = jnp.exp(logits - shift[..., None])
+    total = jnp.sum(weights, axis=-1)
+    fade = jnp.exp(running.largest - shift)
+    value_scale = block.value_scale
+    if value_scale is not None and value_scale.shape[-1] > 1:
+        # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
+        share, value_scale = value_scale, jnp.max(jnp.abs(value_scale), axis=-1, keepdims=True)
+        weights *= (share / jnp.where(value_scale == 0, 1.0, value_scale))[:, :, None, :]
+    update = _product("lhqk,lhkd->lhqd", weights.astype(block.values.dtype), block.values)
+    if value_scale is not None:
+        update *= value_scale[..., None]
+    return Running(largest, running.total * fade + total, running.unnormalised * fade[..., None] + update)
+
+
+def merge_lanes(running: Running, shared: Bool[Array, " lanes"], splits: int) -> Running:
+    """Joins each `splits` lanes that share a tile; the first of them has what comes of it. Others stay as they are."""
+
+    def of_splits(x):
+        return x.reshape(-1, splits, *x.shape[1:])
+
+    parts = Running(*map(of_splits, running))
+    shared = of_splits(shared)[:, :, None, None]
+    largest = jnp.where(shared, jnp.max(parts.largest, axis=1, keepdims=True), parts.largest)
+    weights = jnp.exp(parts.largest - jnp.where(jnp.isneginf(largest), 0.0, largest))
+
+    def joined(x, weights, shared):
+        return jnp.where(shared, jnp.sum(x * weights, axis=1, keepdims=True), x).reshape(-1, *x.shape[2:])
+
+    return Running(
+        largest.reshape(running.largest.shape),
+        joined(parts.total, weights, shared),
+        joined(parts.unnormalised, weights[..., None], shared[..., None]),
+    )
+
+
+def _logits(queries, keys):
+    if queries.shape[2] > FEW_ROWS:
+        return _product("lhqd,lhkd->lhqk", queries, keys)
+    # Behind the barrier, since XLA would turn the product round.
+    return jnp.swapaxes(lax.optimization_barrier(_product("lhkd,lhqd->lhkq", keys, queries)), 2, 3)
+
+
+def _product(subscripts, a, b):
+    """A product accumulated in float32; of float32 operands in full, where GPUs and TPUs would round them."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
