@@ -11,6 +11,7 @@ from paged_prefill.primitive.context import sharding_hints
 from paged_prefill.primitive.pages import append_to_pages, merge
 from paged_prefill.primitive.prefill import local_paged_prefill_p, paged_prefill_p
 from paged_prefill.primitive.validate import validate
+from paged_prefill.sharding.pages import local_pages, merge_over
 
 __all__ = [
     "PrefillPageAttention",
@@ -20,8 +21,10 @@ __all__ = [
     "create_shard_map_wrapper",
     "local_append_to_pages_p",
     "local_paged_prefill_p",
+    "local_pages",
     "masks",
     "merge",
+    "merge_over",
     "paged_prefill_p",
     "prefill_page_attention",
     "ragged_paged_prefill",

@@ -139,7 +139,7 @@ def create_shard_map_wrapper(
       A function of the five arrays, and the five arrays.
 
     Raises:
-      ValueError: mesh, in_specs or out_specs is missing, or they cut anything but heads; names which.
+      ValueError: mesh, in_specs or out_specs is missing, or they cut anything but heads and pages; names which.
     """
     missing = [n for n, x in (("mesh", mesh), ("in_specs", in_specs), ("out_specs", out_specs)) if x is None]
     if missing:

@@ -7,10 +7,18 @@ import jax
 from jax.interpreters import mlir
 
 from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
-from paged_prefill.lowering.choose import KERNELS, check_backend, choose, device_of, log_passed_over
+from paged_prefill.lowering.choose import (
+    KERNELS,
+    XLA_WRITER,
+    check_backend,
+    choose,
+    choose_writer,
+    device_of,
+    log_passed_over,
+)
 from paged_prefill.lowering.tuning.resolve import resolve, signature
-from paged_prefill.lowering.xla import append as _append
 from paged_prefill.primitive import context
+from paged_prefill.primitive.append import local_append_to_pages_p
 from paged_prefill.primitive.prefill import local_paged_prefill_p, lowering_reads
 
 
@@ -37,21 +45,41 @@ def _run_kernel(call, device, exported, platform, config):
     return kernel.attend(call, choice.config, device)
 
 
+def append(*operands, device, present, cache_batch_dims, to_be_cut=False):
+    """Runs `local_append_to_pages_p` on one device; `to_be_cut` says that XLA will cut it, which it cannot kernels."""
+    named = dict(zip(present, operands, strict=True))
+    if to_be_cut:
+        return XLA_WRITER.write(named, cache_batch_dims, device)
+    writer, passed_over = choose_writer(named, device)
+    log_passed_over(device, writer.name, passed_over, "append_to_pages")
+    return writer.write(named, cache_batch_dims, device)
+
+
+def _lower(ctx, operands, function, **parameters):
+    """Lowers a function of plain arrays: what the types say about meshes is settled by now."""
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    return mlir.lower_fun(functools.partial(function, **parameters))(ctx.replace(avals_in=plain), *operands)
+
+
 def _register(platform):
     def lower(ctx, *operands, matmul_precision=None, policy=None, **params):
-        # Kernels are given plain arrays: what the types say about meshes is settled by now.
-        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         # An exported module is the same wherever it is made: of the devices, tables and timing of this machine it takes
         # nothing, but the device where the call asks for a kernel that is built for one.
         exported = ctx.module_context.lowering_parameters.for_export
         device = device_of(platform, elsewhere=exported and params["platform"] == "auto")
-        rule = mlir.lower_fun(functools.partial(run, device=device, exported=exported, **params))
         # The compiler may call from a thread that lacks the caller's settings.
         policy = context.policy(policy) if policy else contextlib.nullcontext()
         with policy, jax.default_matmul_precision(matmul_precision or jax.config.jax_default_matmul_precision):
-            return rule(ctx.replace(avals_in=plain), *operands)
+            return _lower(ctx, operands, run, device=device, exported=exported, **params)
+
+    def lower_append(ctx, *operands, **params):
+        device = device_of(platform, elsewhere=ctx.module_context.lowering_parameters.for_export)
+        # On TPUs with automatic mesh axes; elsewhere, and inside shard_map, what comes here is cut.
+        to_be_cut = platform == "tpu" and getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
+        return _lower(ctx, operands, append, device=device, to_be_cut=to_be_cut, **params)
 
     mlir.register_lowering(local_paged_prefill_p, lower, platform=platform)
+    mlir.register_lowering(local_append_to_pages_p, lower_append, platform=platform)
 
 
 for _platform in KERNELS:

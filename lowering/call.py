@@ -28,6 +28,7 @@ FEATURES = {
     "latent": "a latent cache (value_cache=None)",
     "pools_apart": "caches of which one has pools of its own and the other serves all (vmap over one of them)",
     "quantised": "quantised caches",
+    "slot_scales": "scales of each slot",
     "tree_mask": "tree_mask",
 }
 
@@ -174,6 +175,7 @@ class Call:
             "latent": value_pages is None,
             "pools_apart": bool(there & {"key_pool", "value_pool"}),
             "quantised": key_pages.dtype != query.dtype,
+            "slot_scales": any(optional[name].ndim == 4 for name in there & {"key_scale", "value_scale"}),
             "tree_mask": "tree" in there,
         }
         tokens, q_heads, head_dim = query.shape

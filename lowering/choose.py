@@ -1,4 +1,4 @@
-"""Which kernel runs a call: the first of the device's order that can, or the one that the call asks for."""
+"""What runs a call: the first kernel of the device's order that can, or the one that the call asks for."""
 
 import functools
 
@@ -8,8 +8,12 @@ import jax
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
+from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
+from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.lowering.triton.host import Triton
+from paged_prefill.lowering.writer import Writer
+from paged_prefill.lowering.xla.append import XlaWriter
 from paged_prefill.lowering.xla.host import Xla
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -22,6 +26,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     platform: {kernel.name: kernel for kernel in _FASTEST_FIRST if platform in kernel.platforms}
     for platform in XLA.platforms
 }
+
+# The lowerings of `append_to_pages`, likewise.
+XLA_WRITER = XlaWriter()
+WRITERS = (MosaicTpuWriter(), TritonWriter(), XLA_WRITER)
 
 # What `platform=` asks for, as the kernels that answer to it.
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
@@ -83,6 +91,19 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
     return kernel.supports(problem, device)
 
 
+def choose_writer(operands, device: Device) -> tuple[Writer, dict[str, str]]:
+    """What runs an `append_to_pages` with these operands, by name, and why each one before it was passed over."""
+    passed_over = {}
+    for writer in WRITERS:
+        if device.platform in writer.platforms:
+            reason = writer.supports(operands, device)
+            if reason is not None:
+                passed_over[writer.name] = reason
+            elif writer.pays(operands):
+                return writer, passed_over
+    raise AssertionError(f"nothing writes on {device.platform}")
+
+
 def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig | None) -> None:
     """Refuses a kernel that is not for the backend that a configuration names; XLA's is for each."""
     backend = config.backend if config is not None else None
@@ -91,17 +112,20 @@ def check_backend(device: Device, name: str, config: PrefillPageAttentionConfig 
         raise ValueError(f"cfg.backend={backend!r} asks for a kernel of that backend, but {name} would run on {here}")
 
 
-def log_passed_over(device: Device, chosen: str, passed_over: dict[str, str]) -> None:
+def log_passed_over(
+    device: Device, chosen: str, passed_over: dict[str, str], operation: str = "paged_prefill"
+) -> None:
     """Logs why kernels before the chosen one were passed over, once for each set of reasons.
 
     A warning where only XLA is left: it runs anywhere, and far slower than a kernel that is built for the device.
     """
     if passed_over:
         level = logging.WARNING if chosen == XLA.name else logging.INFO
-        _log_once(level, device, chosen, "; ".join(f"{name}: {reason}" for name, reason in passed_over.items()))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        _log_once(level, operation, device, chosen, reasons)
 
 
 @functools.cache
-def _log_once(level, device, chosen, reasons):
+def _log_once(level, operation, device, chosen, reasons):
     where = device.kind or f"a {device.platform} device"
-    logging.log(level, "paged_prefill runs this call by %s on %s. Faster kernels cannot: %s", chosen, where, reasons)
+    logging.log(level, "%s runs this call by %s on %s. Faster kernels cannot: %s", operation, chosen, where, reasons)

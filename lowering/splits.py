@@ -11,6 +11,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 MAX_SPLITS = 64
 # What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
 PIECE_BYTES = 2**16  # to begin and to end one tile's share of the keys
+MERGE_BYTES = 3 * 2**14  # to launch the merge
 SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
 ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
@@ -51,7 +52,7 @@ def best_splits(
         piece = -(-blocks // splits) * config.block_kv * key_bytes
         rounds = -(-unsplit * splits // slots)
         last = max(piece + PIECE_BYTES, rounds * (piece * mean_keys / keys + PIECE_BYTES)) * slots / device.cores
-        merge = splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
+        merge = MERGE_BYTES + splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
         return max(last / ALONE, all_keys / device.cores) + merge
 
     costs = [cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)]
@@ -64,10 +65,10 @@ def merge_splits(out, lse, dtype):
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
-    largest = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest)[None])
-    total = jnp.sum(weights, axis=0)
-    # Written out: XLA fuses sums, where every reduction is one more kernel.
+    # Written out: XLA fuses that into one kernel, where every reduction is one more.
+    largest = functools.reduce(jnp.maximum, lse)
+    weights = [jnp.exp(part - jnp.where(jnp.isneginf(largest), 0.0, largest)) for part in lse]
+    total = functools.reduce(jnp.add, weights)
     summed = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)])
     merged, lse = normalised(summed, total, largest)
     return merged.astype(dtype), lse

@@ -13,18 +13,24 @@ from paged_prefill.primitive.packing import FEW_SEQUENCES
 
 
 class Tiles(NamedTuple):
-    """Arrays of int32, an entry a tile. The keys that a tile's rows see lie in blocks first_block : end_block."""
+    """Arrays of int32, an entry a tile. The keys that a tile's rows see lie in blocks first_block : end_block.
 
-    index: Int[Array, " tiles"]  # its number in the order of the tokens
+    Between first_key and end_key no slot is empty; with ranges these are the first and last keys that its rows see.
+    """
+
     start: Int[Array, " tiles"]  # its first token
     length: Int[Array, " tiles"]  # its tokens; 0 where there is no tile
     position: Int[Array, " tiles"]  # where its first token stands in its sequence; negative before the context
+    first_new: Int[Array, " tiles"]  # where the first new token of its sequence stands
     first_block: Int[Array, " tiles"]
     end_block: Int[Array, " tiles"]
     seq: Int[Array, " tiles"]
     pool: Int[Array, " tiles"]
-    first_key: Int[Array, " tiles"]  # keys of the sequence that hold anything: no row may look at other slots
+    first_key: Int[Array, " tiles"]
     end_key: Int[Array, " tiles"]
+    whole_start: Int[Array, " tiles"]  # every row sees all keys whole_start : whole_end
+    whole_end: Int[Array, " tiles"]
+    holes: Int[Array, " tiles"]  # 1 where between first_key and end_key may lie keys that no row sees
 
 
 def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
@@ -34,15 +40,20 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 
 
 def schedule(
-    sequences: Sequences, tokens: int, capacity: int, block_q: int, block_kv: int, attention: Attention
-) -> tuple[Tiles, Int[Array, " tokens"], Int[Array, " tokens"]]:
-    """Cuts every token of a pack into tiles.
-
-    Returns them, the longest first and those that do not exist last; and for each token the index of its tile and its
-    place in it.
+    sequences: Sequences,
+    tokens: int,
+    capacity: int,
+    block_q: int,
+    block_kv: int,
+    attention: Attention,
+    *,
+    ranges: Int[Array, "tokens 2"] | None = None,
+    ordered: bool = True,
+) -> Tiles:
+    """Cuts every token of a pack into tiles: `ordered`, the longest first; those that do not exist are last.
 
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
-    `sequences` ascend in the pack, as `call.flatten` lays them.
+    `sequences` ascend in the pack, as `call.flatten` lays them. What rows see is said by `ranges`, if there are any.
     """
     seqs = sequences.start.shape[0]
     few = seqs <= FEW_SEQUENCES
@@ -55,56 +66,82 @@ def schedule(
         return values[places]
 
     def describe(tile) -> Tiles:
-        """Tiles by their index."""
+        """Tiles by their index. Those that do not exist lie past the end of the last stretch."""
         if few:
-            stretch = sum((tile >= end).astype(jnp.int32) for end in ends)
+            stretch = sum((tile >= end).astype(jnp.int32) for end in ends[:-1])
         else:
-            stretch = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-        exists = stretch <= 2 * seqs
-        stretch = jnp.minimum(stretch, 2 * seqs)
+            stretch = jnp.sum(tile[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
         seq = jnp.minimum(lax.div(stretch, jnp.int32(2)), seqs - 1)
-        owned = exists & (stretch == 2 * seq + 1)
         stretch_size = take(size, stretch)
         within = (tile - take(firsts, stretch)) * block_q  # first token, in its stretch
 
-        context_len = jnp.where(owned, take(sequences.context_len, seq), 0)
-        length = jnp.where(exists, jnp.minimum(stretch_size - within, block_q), 0)
-        position = context_len - stretch_size + within
+        context_len = jnp.where(stretch == 2 * seq + 1, take(sequences.context_len, seq), 0)
+        length = jnp.clip(stretch_size - within, 0, block_q)
+        first_new = context_len - stretch_size
+        position = first_new + within
         end_key = jnp.minimum(context_len, capacity)
-        seq_from, _ = attention.visible_keys(context_len - stretch_size)
-        seen_from, _ = attention.visible_keys(position)
-        _, seen_to = attention.visible_keys(position + (length - 1))
-        first_block = lax.div(jnp.minimum(seen_from, end_key), jnp.int32(block_kv))
-        end_block = lax.div(jnp.minimum(seen_to, end_key) + (block_kv - 1), jnp.int32(block_kv))
+        start = jnp.minimum(take(begin, stretch) + within, tokens)
+        if ranges is None:
+            seq_from, _ = attention.visible_keys(first_new)
+            seen_from, whole_end = attention.visible_keys(position)
+            whole_start, seen_to = attention.visible_keys(position + (length - 1))
+            seen_from, seen_to, whole_end, first_key = (
+                jnp.minimum(x, end_key) for x in (seen_from, seen_to, whole_end, seq_from)
+            )
+            holes = jnp.zeros_like(tile)
+        else:
+            seen_from, seen_to, whole_start, whole_end, holes = _seen(ranges, start, length, end_key, block_q)
+            first_key, end_key = seen_from, seen_to
+        first_block = lax.div(seen_from, jnp.int32(block_kv))
+        end_block = lax.div(seen_to + (block_kv - 1), jnp.int32(block_kv))
         return Tiles(
-            index=tile,
-            start=jnp.where(exists, take(begin, stretch) + within, tokens),
+            start=start,
             length=length,
             position=position,
+            first_new=first_new,
             first_block=first_block,
             end_block=jnp.maximum(end_block, first_block),
             seq=seq,
             pool=take(sequences.pool, seq),
-            first_key=jnp.minimum(seq_from, end_key),
+            first_key=first_key,
             end_key=end_key,
+            whole_start=whole_start,
+            whole_end=whole_end,
+            holes=holes,
         )
 
     index = jnp.arange(tiles_at_most(tokens, seqs, block_q), dtype=jnp.int32)
-    if seqs == 1:  # the later the tile, the more keys it sees
-        order = jnp.where(index < ends[-1], ends[-1] - 1 - index, index)
-    else:
-        natural = describe(index)
-        blocks = jnp.where(natural.length > 0, natural.end_block - natural.first_block, -1)
-        # Comparing all with all is quicker than a sort: tiles are few.
-        more, alike = blocks[None, :] > blocks[:, None], blocks[None, :] == blocks[:, None]
-        rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
-        order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
-    tiles = describe(order)
-    token, start = jnp.arange(tokens, dtype=jnp.int32), tiles.start[None, :]
-    begun = start <= token[:, None]
-    tile_of_token = jnp.sum(begun, axis=1, dtype=jnp.int32) - 1
-    place_in_tile = token - jnp.max(jnp.where(begun, start, 0), axis=1)
-    return tiles, tile_of_token, place_in_tile
+    if not ordered:
+        return describe(index)
+    if seqs == 1 and ranges is None:  # the later the tile, the more keys it sees
+        return describe(jnp.where(index < ends[-1], ends[-1] - 1 - index, index))
+    natural = describe(index)
+    blocks = jnp.where(natural.length > 0, natural.end_block - natural.first_block, -1)
+    # Comparing all with all is quicker than a sort: tiles are few.
+    more, alike = blocks[None, :] > blocks[:, None], blocks[None, :] == blocks[:, None]
+    rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
+    order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
+    return describe(order) if few and ranges is None else Tiles(*(field[order] for field in natural))
+
+
+def _seen(ranges, start, length, end_key, block_q):
+    """Of tiles, by the ranges of their rows: the first and last key some row sees, those all rows see, and if holes lie
+    between.
+
+    Rows whose ranges meet those of the row before them leave no hole; whether others do is not looked at.
+    """
+    row = jnp.arange(block_q, dtype=jnp.int32)[None, :]
+    here = row < length[:, None]
+    low, high = ranges.at[start[:, None] + jnp.minimum(row, length[:, None] - 1)].get(mode="clip").transpose(2, 0, 1)
+    low, high = jnp.clip(low, 0, end_key[:, None]), jnp.clip(high, 0, end_key[:, None])
+    sees = here & (low < high)
+    seen_from = jnp.min(jnp.where(sees, low, end_key[:, None]), axis=1)
+    seen_to = jnp.max(jnp.where(sees, high, 0), axis=1)
+    whole_start = jnp.max(jnp.where(here, low, 0), axis=1)
+    whole_end = jnp.min(jnp.where(here, high, end_key[:, None]), axis=1)
+    meet = jnp.maximum(low[:, 1:], low[:, :-1]) <= jnp.minimum(high[:, 1:], high[:, :-1])
+    holes = jnp.any(here[:, 1:] & ~meet, axis=1)
+    return jnp.minimum(seen_from, seen_to), seen_to, whole_start, whole_end, holes.astype(jnp.int32)
 
 
 def _stretches(starts, lengths, tokens, block_q):

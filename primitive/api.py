@@ -29,6 +29,7 @@ def prefill_page_attention(
     cfg: PrefillPageAttentionConfig | None = None,
     head_axis: AxisHint = None,
     batch_axis: AxisHint = None,
+    page_axis: AxisHint = None,
 ) -> Float[Array, "chunk q_heads value_dim"]:
     """Attention of one sequence's new tokens to its paged keys and values, their own included.
 
@@ -50,6 +51,7 @@ def prefill_page_attention(
       cfg: sizes for the kernel to run with; it always wins over tables and heuristics.
       head_axis: the mesh axis, or axes, that the heads are cut over; see `ragged_paged_prefill`.
       batch_axis: those that the first dimension added by `jax.vmap` is cut over; a single call has no batch.
+      page_axis: those that the caches' pages are cut over; see `ragged_paged_prefill`.
 
     Returns:
       The output in query's dtype, accumulated in float32. A row that sees no key is 0.
@@ -68,7 +70,7 @@ def prefill_page_attention(
         sliding_window=sliding_window,
         platform=platform,
         config=cfg,
-        hint=context.hint_of(head_axis, batch_axis, 0),
+        hint=context.hint_of(head_axis, batch_axis, page_axis, 0),
     )
     return _attend_one(query, key_cache, value_cache, *indices, **parameters)
 
@@ -107,6 +109,7 @@ def ragged_paged_prefill(
     value_scale: jax.typing.ArrayLike | None = None,
     layer: jax.typing.ArrayLike | None = None,
     value_dim: int | None = None,
+    page_axis: AxisHint = None,
 ) -> (
     Float[Array, "*batch tokens q_heads value_dim"]
     | tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]
@@ -137,6 +140,8 @@ def ragged_paged_prefill(
         With a hint the call needs no compiler's callback, so it works on several TPUs and can be exported; what no
         hint names is whole on each device. Explicit mesh axes speak for themselves, and so does a shard_map.
       batch_axis: likewise for the first dimension of `*batch`, or, where there is none, the first that vmap adds.
+      page_axis: likewise for the caches' pages: of N pages on W devices, page g is on device g // (N / W). Each device
+        attends to the keys that it holds, and what it gets is merged, the size of the output.
       return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
 
     Returns:
@@ -172,7 +177,7 @@ def ragged_paged_prefill(
         sliding_window=sliding_window,
         platform=platform,
         config=cfg,
-        hint=context.hint_of(head_axis, batch_axis, len(batch)),
+        hint=context.hint_of(head_axis, batch_axis, page_axis, len(batch)),
         cache_batch_dims=len(pools) - layered,
     )
     return (out, lse) if return_lse else out

@@ -447,6 +447,12 @@ def check_append_operands(operation: Operation, operands, *, cache_batch_dims) -
             raise ValueError(f"{without} must be given with {with_value}; both are None for a latent cache")
 
 
+def check_parts(name, tokens, count) -> None:
+    """Checks that tokens can be given to so many devices in equal parts."""
+    if tokens % count:
+        raise ValueError(f"{name} must have a multiple of {count} tokens, which so many devices share, got {tokens}")
+
+
 def check_partial(name, shape, expected) -> None:
     """Checks a shape of `merge` against the one that `out_a` asks for."""
     if shape != expected:

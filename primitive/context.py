@@ -18,7 +18,7 @@ AxisHint = str | tuple[str, ...] | None
 POLICIES = ("off", "cache", "on", "invariant")
 POLICY_VARIABLE = "PAGED_PREFILL_AUTOTUNE"
 
-_hints = jax.make_user_context((None, None))
+_hints = jax.make_user_context((None, None, None))
 _overlay = jax.make_user_context(None)
 _policy = jax.make_user_context(None)
 
@@ -29,19 +29,21 @@ class Hint(NamedTuple):
     Attributes:
       batch: the mesh axes of each batch dimension of the query.
       heads: those of the heads.
+      pages: those of the caches' pages.
       waiting: those of the first batch dimension that vmap adds, for a call that has none of its own.
       complete: whether this is the whole cut. Not so where only vmap's `spmd_axis_name` spoke: heads may be cut too.
     """
 
     batch: tuple[Axes, ...]
     heads: Axes = ()
+    pages: Axes = ()
     waiting: Axes = ()
     complete: bool = True
 
 
 @contextlib.contextmanager
-def sharding_hints(*, head_axis: AxisHint = None, batch_axis: AxisHint = None):
-    """Gives every call traced inside the `head_axis` and `batch_axis` that it does not give itself; nests.
+def sharding_hints(*, head_axis: AxisHint = None, batch_axis: AxisHint = None, page_axis: AxisHint = None):
+    """Gives every call traced inside the `head_axis`, `batch_axis` and `page_axis` that it does not give itself; nests.
 
     So a model need not pass them down. It may stand inside a jitted function or around its call: `jax.jit` traces
     again where hints have changed.
@@ -50,24 +52,24 @@ def sharding_hints(*, head_axis: AxisHint = None, batch_axis: AxisHint = None):
             logits = jitted_model(...)
 
     Args:
-      head_axis, batch_axis: as in `ragged_paged_prefill`; () says that they are not cut.
+      head_axis, batch_axis, page_axis: as in `ragged_paged_prefill`; () says that they are not cut.
 
     Raises:
       TypeError, ValueError: an axis is no name, or is given twice.
     """
-    with _hints(_with_defaults(head_axis, batch_axis)):
+    with _hints(_with_defaults(head_axis=head_axis, batch_axis=batch_axis, page_axis=page_axis)):
         yield
 
 
-def hint_of(head_axis: AxisHint, batch_axis: AxisHint, batch_dims: int) -> Hint | None:
+def hint_of(head_axis: AxisHint, batch_axis: AxisHint, page_axis: AxisHint, batch_dims: int) -> Hint | None:
     """The hint of one call whose query has `batch_dims` batch dimensions; None where nobody said anything."""
-    head_axis, batch_axis = _with_defaults(head_axis, batch_axis)
-    if head_axis is None and batch_axis is None:
+    given = _with_defaults(head_axis=head_axis, batch_axis=batch_axis, page_axis=page_axis)
+    if given == (None, None, None):
         return None
-    heads, batch = axes_of(head_axis), axes_of(batch_axis)
+    heads, batch, pages = map(axes_of, given)
     if batch_dims:
-        return Hint((batch, *[()] * (batch_dims - 1)), heads)
-    return Hint((), heads, waiting=batch)
+        return Hint((batch, *[()] * (batch_dims - 1)), heads, pages)
+    return Hint((), heads, pages, waiting=batch)
 
 
 def with_dimension(hint: Hint | None, position: int, spmd_axes: Axes, batch_dims: int) -> Hint | None:
@@ -81,20 +83,18 @@ def with_dimension(hint: Hint | None, position: int, spmd_axes: Axes, batch_dims
     return hint._replace(batch=(*hint.batch[:position], new, *hint.batch[position:]), waiting=waiting)
 
 
-def _with_defaults(head_axis, batch_axis):
-    """Both hints, with those of `sharding_hints` where one is None; lists as the tuples that they stand for."""
-    head_default, batch_default = _hints.value
-    head_axis = head_default if head_axis is None else head_axis
-    batch_axis = batch_default if batch_axis is None else batch_axis
-    for name, value in (("head_axis", head_axis), ("batch_axis", batch_axis)):
+def _with_defaults(**given):
+    """The hints, with those of `sharding_hints` where one is None; lists as the tuples that they stand for."""
+    defaults = zip(given.items(), _hints.value, strict=True)
+    given = {name: default if value is None else value for (name, value), default in defaults}
+    for name, value in given.items():
         if not all(isinstance(axis, str) for axis in axes_of(value)):
             raise TypeError(f"{name} must be the name of a mesh axis, a tuple of names, or None, got {value!r}")
-    axes = axes_of(head_axis) + axes_of(batch_axis)
+    axes = [axis for value in given.values() for axis in axes_of(value)]
     if len(set(axes)) < len(axes):
-        raise ValueError(
-            f"a mesh axis can cut one dimension once, got head_axis={head_axis!r} and batch_axis={batch_axis!r}"
-        )
-    return tuple(axes_of(value) if isinstance(value, list) else value for value in (head_axis, batch_axis))
+        said = " and ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        raise ValueError(f"a mesh axis can cut one dimension once, got {said}")
+    return tuple(axes_of(value) if isinstance(value, list) else value for value in given.values())
 
 
 @contextlib.contextmanager

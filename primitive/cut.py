@@ -23,19 +23,25 @@ class Cut(NamedTuple):
       batch: those of each batch dimension, [*C, *B].
       heads: those of the query heads. They begin with those of the KV heads.
       kv_heads: those of the caches' heads. Where there are fewer, each device picks its KV heads from a larger cache.
+      pages: those of the caches' pages. Each device has partial results then, which are summed over these axes.
+      tokens: those of the results' tokens, which are the pages' or none: each device then gets its part of the sum.
     """
 
     batch: tuple[Axes, ...]
     heads: Axes = ()
     kv_heads: Axes = ()
+    pages: Axes = ()
+    tokens: Axes = ()
 
     def specs(self, call: Shapes) -> dict[str, PartitionSpec]:
         """The full PartitionSpec of each operand and result, by name."""
-        axes_of_dim = dict(q_heads=self.heads, kv_heads=self.kv_heads)
+        everywhere = dict(q_heads=self.heads, kv_heads=self.kv_heads, num_pages=self.pages)
+        in_results = everywhere | dict(tokens=self.tokens)
 
         def spec(row):
             # A pool that serves all of a dimension is whole along it.
             lead = [() if size == 1 else axes for axes, size in zip(self.batch, call.lead(row))]
+            axes_of_dim = in_results if row in call.operation.results else everywhere
             rest = [axes_of_dim.get(dim, ()) for dim in call.dims(row)]
             return PartitionSpec(*map(entry, lead + rest))
 
@@ -63,19 +69,22 @@ def ways(mesh: Mapping[str, int], axes: Axes) -> int:
     return math.prod(mesh[axis] for axis in axes)
 
 
-def plan(mesh: Mapping[str, int], batch: Sequence[int], heads: int, kv_heads: int, wishes: Iterable[Cut]) -> Cut:
+def plan(
+    mesh: Mapping[str, int], batch: Sequence[int], heads: int, kv_heads: int, num_pages: int, wishes: Iterable[Cut]
+) -> Cut:
     """Settles wishes, the most important first, into a cut that every device can run by itself.
 
-    `batch`, `heads` and `kv_heads` are the sizes of the whole. A wish gets the longest leading part of its axes that is
-    free and divides the dimension; KV heads are never cut by an axis that does not cut the query heads.
+    `batch`, `heads`, `kv_heads` and `num_pages` are the sizes of the whole. A wish gets the longest leading part of its
+    axes that is free and divides the dimension; KV heads are never cut by an axis that does not cut the query heads.
     """
     group = heads // kv_heads
     cut_batch: list[Axes] = [()] * len(batch)
     cut_heads: Axes = ()
     cut_kv_heads: Axes = ()
+    cut_pages: Axes = ()
 
     def free(axes):
-        used = {*cut_heads}.union(*cut_batch)
+        used = {*cut_heads, *cut_pages}.union(*cut_batch)
         return tuple(axis for axis in axes if axis not in used)
 
     def divides(size):
@@ -93,9 +102,11 @@ def plan(mesh: Mapping[str, int], batch: Sequence[int], heads: int, kv_heads: in
         for dim, axes in enumerate(wish.batch):
             if not cut_batch[dim]:
                 cut_batch[dim] = _longest(free(axes), divides(batch[dim]))
+        if not cut_pages:
+            cut_pages = _longest(free(wish.pages), divides(num_pages))
         if cut_heads == cut_kv_heads:
             cut_heads = _longest((*cut_heads, *free(wish.heads)), keeps_groups, at_least=len(cut_kv_heads))
-    return Cut(tuple(cut_batch), cut_heads, cut_kv_heads)
+    return Cut(tuple(cut_batch), cut_heads, cut_kv_heads, cut_pages)
 
 
 def _longest(axes: Axes, fits, at_least: int = 0) -> Axes:
@@ -115,7 +126,9 @@ def wishes_of(call: Shapes, specs: Mapping[str, PartitionSpec]) -> list[Cut]:
             axes = _axes(specs[row.name], lead + len(dims))
             named = dict(zip(dims, axes[lead:], strict=True))
             batch = (*axes[:lead], *[()] * (batch_dims - lead))
-            wishes.append(Cut(batch, named.get("q_heads", ()), named.get("kv_heads", ())))
+            tokens = named.get("tokens", ()) if row in call.operation.results else ()
+            dims_cut = (named.get(dim, ()) for dim in ("q_heads", "kv_heads", "num_pages"))
+            wishes.append(Cut(batch, *dims_cut, tokens))
     return wishes
 
 
@@ -129,7 +142,11 @@ def settle(
     if call.operation.writes:
         own, whole = call.cache_batch_dims, ((),) * (len(call.batch) - call.cache_batch_dims)
         wishes = [wish._replace(batch=(*wish.batch[:own], *whole)) for wish in wishes]
-    return plan(mesh, call.batch, call.heads, call.kv_heads, wishes)
+    cut = plan(mesh, call.batch, call.heads, call.kv_heads, call.num_pages, wishes)
+    # A sum over devices may as well be left scattered over them, where that is how a result is wanted.
+    wanted = any(wish.tokens[: len(cut.pages)] == cut.pages for wish in wishes)
+    scattered = cut.pages and wanted and call.tokens % ways(mesh, cut.pages) == 0
+    return cut._replace(tokens=cut.pages) if scattered else cut
 
 
 def cut_of_specs(mesh: Mapping[str, int], call: Shapes, specs: Mapping[str, PartitionSpec]) -> Cut:
@@ -143,9 +160,9 @@ def cut_of_specs(mesh: Mapping[str, int], call: Shapes, specs: Mapping[str, Part
         ndim = max(len(spec), len(wanted[name]))
         if _axes(spec, ndim) != _axes(wanted[name], ndim):
             raise ValueError(
-                f"the spec of {name} must be {wanted[name]} to go with the others, got {spec}: only heads can be cut, "
-                f"query and output alike and the caches at most as far, in parts of whole groups or inside one "
-                f"({call.heads} query heads, {call.kv_heads} KV heads)"
+                f"the spec of {name} must be {wanted[name]} to go with the others, got {spec}: only heads and pages "
+                "can be cut, heads of query and output alike and of the caches at most as far, in parts of whole groups "
+                f"or inside one ({call.heads} query heads, {call.kv_heads} KV heads), pages of both caches alike"
             )
     return cut
 
@@ -174,6 +191,7 @@ def check_honoured(mesh: Mapping[str, int], call: Shapes, cut: Cut, hinted: Cut)
     if not call.operation.writes:
         heads = f"{call.heads} query heads over {call.kv_heads} KV heads, in parts of whole groups or inside one,"
         _check_honoured(mesh, "head_axis", cut.heads, hinted.heads, heads)
+    _check_honoured(mesh, "page_axis", cut.pages, hinted.pages, f"a pool of {call.num_pages} pages")
 
 
 def _check_honoured(mesh, argument, have, want, what) -> None:

@@ -125,6 +125,16 @@ class Shapes(NamedTuple):
         """The heads of the caches."""
         return self.shapes["key_cache"][-4]
 
+    @property
+    def num_pages(self) -> int:
+        """The pages of the caches."""
+        return self.shapes["key_cache"][-3]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of a pack."""
+        return self.shapes[self.operation.leading][-3]
+
     def lead(self, row: Operand) -> tuple[int, ...]:
         """The leading dimensions of an operand or result."""
         count = row.lead_dims(len(self.batch), self.cache_batch_dims)
@@ -170,8 +180,8 @@ PREFILL = Operation(
     ),
     leading="query",
     writes=False,
-    cuts="batch dimensions and heads only, alike in all operands, and query heads only where each part holds whole "
-    "groups of them (those that share a KV head) or lies inside one",
+    cuts="batch dimensions, heads and pages only, alike in all operands, and query heads only where each part holds "
+    "whole groups of them (those that share a KV head) or lies inside one",
 )
 APPEND = Operation(
     name="append_to_pages",
@@ -187,5 +197,5 @@ APPEND = Operation(
     results=(KEY_CACHE, VALUE_CACHE, *SCALES),
     leading="key",
     writes=True,
-    cuts="heads, and batch dimensions where each element has a pool of its own, alike in all operands",
+    cuts="heads, pages, and batch dimensions where each element has a pool of its own, alike in all operands",
 )

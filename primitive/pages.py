@@ -26,6 +26,7 @@ def append_to_pages(
     layer: jax.typing.ArrayLike | None = None,
     head_axis: AxisHint = None,
     batch_axis: AxisHint = None,
+    page_axis: AxisHint = None,
 ) -> tuple[jax.Array | None, ...]:
     """Writes the keys and values of a pack's new tokens into their pages; call it before `ragged_paged_prefill`.
 
@@ -49,7 +50,8 @@ def append_to_pages(
         number, and what was there is written over.
       layer: which layer of caches [*pools, layers, kv_heads, ...] is written; an integer, also traced, clamped to those
         that there are.
-      head_axis, batch_axis: as in `ragged_paged_prefill`. Packs that write into one pool are whole on every device.
+      head_axis, batch_axis, page_axis: as in `ragged_paged_prefill`. Packs that write into one pool are whole on every
+        device; where pages are cut, a token is written on the device that holds its page.
 
     Returns:
       (key_cache, value_cache) with the tokens written; where either scale is one of each slot,
@@ -73,7 +75,7 @@ def append_to_pages(
     named |= checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
     named["layer"] = checks.layer_of(layer, key.shape[:-3])
     cache_batch_dims = len(pools) - layered
-    hint = context.hint_of(head_axis, batch_axis, key.ndim - 3)
+    hint = context.hint_of(head_axis, batch_axis, page_axis, key.ndim - 3)
     written = append_to_pages_p.bind(**named, cache_batch_dims=cache_batch_dims, hint=hint)
     present = {name: array for name, array in named.items() if array is not None}
     names = [row.name for row in shapes_of(APPEND, present, present.values(), cache_batch_dims).results()]

@@ -9,6 +9,7 @@
                                  append_to_pages: plain operations of XLA, which it cuts by itself
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -33,6 +34,7 @@ from paged_prefill.primitive.prefill import (
     paged_prefill_p,
     typed_paged_prefill_p,
 )
+from paged_prefill.sharding import pages
 from paged_prefill.sharding.rule import sharding_rule
 
 
@@ -57,6 +59,11 @@ def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **pa
     mesh = mesh_of(*ctx.avals_in)
     if mesh.empty:  # automatic axes do not show in types
         mesh = getattr(where, "abstract_mesh", None) or mesh
+    if hint is not None and {*hint.pages} & {*mesh.manual_axes}:
+        raise ValueError(
+            f"page_axis={entry(hint.pages)!r} inside a shard_map, where {operation.name} is local to a device: there, "
+            "paged_prefill.local_pages and merge_over do what it asks for"
+        )
     explicit = bool(mesh.explicit_axes) and not mesh.auto_axes
     if mesh.manual_axes or (getattr(where, "num_devices", 1) == 1 and not explicit):
         run = on_one_device(mesh.shape, _uncut(shapes), shapes, call)
@@ -86,39 +93,52 @@ def _uncut(shapes: Shapes) -> Cut:
 
 def on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call):
     """The function of local operands that one device runs. `shapes` are the global ones."""
-    if call.operation is APPEND:
-        return functools.partial(_bind_local, local_append_to_pages_p, call, {})
+    run = _append_on_one_device if call.operation is APPEND else _attend_on_one_device
+    return lambda *operands: run(mesh, cut, shapes, call, dict(zip(call.present, operands, strict=True)))
+
+
+def _append_on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call, named):
+    if ways(mesh, cut.pages) > 1:
+        named |= dict(page_indices=pages.counted_here(cut.pages, named["page_indices"], named["key_cache"]))
+    return _bind_local(local_append_to_pages_p, call, named)
+
+
+def _attend_on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call, named):
     group = shapes.heads // shapes.kv_heads
     part = shapes.heads // ways(mesh, cut.heads)  # query heads of one device
     finer = cut.heads[len(cut.kv_heads) :]  # axes that cut query heads but not the caches
+    first = lax.axis_index(finer) * part // group if finer else 0
+    named |= dict(kv_head_start=jnp.asarray(first, jnp.int32))
+    changes = dict(num_kv_heads=max(1, part // group))
+    if ways(mesh, cut.pages) == 1:
+        return _bind_local(local_paged_prefill_p, call, named, **changes)
+    parameters = dict(call.parameters)
+    attention, invariant = parameters["attention"], parameters.get("policy") == "invariant"
+    named, window = pages.hold(cut.pages, named, attention.sliding_window, invariant=invariant)
+    changes["attention"] = dataclasses.replace(attention, sliding_window=window)
+    results = _bind_local(local_paged_prefill_p, call, named, **changes)
+    return pages.merge_over(cut.pages, *results, scatter=bool(cut.tokens))
 
-    def run(*operands):
-        first = lax.axis_index(finer) * part // group if finer else 0
-        start = dict(kv_head_start=jnp.asarray(first, jnp.int32))
-        return _bind_local(local_paged_prefill_p, call, start, *operands, num_kv_heads=max(1, part // group))
 
-    return run
-
-
-def _bind_local(primitive, call: Call, more, *operands, **parameters):
-    """Binds what one device runs, with one device's operands and `more`, by name."""
-    named = dict(zip(call.present, operands, strict=True)) | more
+def _bind_local(primitive, call: Call, named, **changes):
+    """Binds what one device runs, with one device's operands by name, and the call's parameters but for `changes`."""
     present = primitive.operation.present(named)
-    parameters |= dict(call.parameters, present=present, cache_batch_dims=call.cache_batch_dims)
-    return tuple(primitive.bind(*(named[name] for name in present), **parameters))
+    parameters = dict(call.parameters, cache_batch_dims=call.cache_batch_dims) | changes
+    return tuple(primitive.bind(*(named[name] for name in present), present=present, **parameters))
 
 
 def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -> Cut:
     """The plan for operands and results that are cut as `specs` say, by name, and for a hint."""
     if hint is None:
         return settle(mesh.shape, shapes, specs)
-    unknown = {*hint.heads}.union(*hint.batch) - {*mesh.axis_names}
+    unknown = {*hint.heads, *hint.pages}.union(*hint.batch) - {*mesh.axis_names}
     if unknown:
         raise ValueError(
-            f"head_axis and batch_axis must name axes of the mesh {tuple(mesh.axis_names)}, got {sorted(unknown)}; "
-            "the mesh comes from jax.set_mesh or from the NamedShardings of the computation's arguments"
+            f"head_axis, batch_axis and page_axis must name axes of the mesh {tuple(mesh.axis_names)}, "
+            f"got {sorted(unknown)}; the mesh comes from jax.set_mesh or from the NamedShardings of the computation's "
+            "arguments"
         )
-    hinted = Cut(hint.batch, hint.heads, hint.heads)
+    hinted = Cut(hint.batch, hint.heads, hint.heads, hint.pages)
     cut = settle(mesh.shape, shapes, specs, hinted)
     check_honoured(mesh.shape, shapes, cut, hinted)
     return cut
@@ -243,8 +263,8 @@ def _cannot_be_asked(ctx) -> str | None:
 def _refuse_where_it_cannot_be_asked(name, ctx) -> None:
     if reason := _cannot_be_asked(ctx):
         raise NotImplementedError(
-            f"{name} {reason}. Say how it is cut: by head_axis= and batch_axis= (or sharding_hints), by explicit mesh "
-            "axes, or by calling it inside jax.shard_map"
+            f"{name} {reason}. Say how it is cut: by head_axis=, batch_axis= and page_axis= (or sharding_hints), by "
+            "explicit mesh axes, or by calling it inside jax.shard_map"
         )
 
 

@@ -10,7 +10,8 @@ from paged_prefill.primitive.operands import Shapes
 def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
     """The rule for operands of these shapes on `mesh`, read off the table of operands.
 
-    Batch dimensions go together, and query heads with the caches' heads: equal, or as (KV head, member of its group).
+    Batch dimensions go together, the caches' pages, and query heads with the caches' heads: equal, or as (KV head,
+    member of its group). The results' tokens have a factor of their own: they may be cut, those of the operands not.
     They are tied only where Shardy can never put a part of a mesh axis on the caches, since JAX cannot read such a
     sharding back (IndivisibleError). Shardy wants no factor of size 1 in a compound, no explicit size for a factor
     that is a whole dimension somewhere, and the factors that stay whole in order of first appearance.
@@ -23,10 +24,11 @@ def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
     else:
         heads = "q_heads"
     shared_packs = range(call.cache_batch_dims, len(call.batch)) if call.operation.writes else ()
-    cut = {"kv_heads", "q_heads"} | {f"batch{dim}" for dim in range(len(call.batch)) if dim not in shared_packs}
+    cut = {"kv_heads", "q_heads", "num_pages"}
+    cut |= {f"batch{dim}" for dim in range(len(call.batch)) if dim not in shared_packs}
     whole = []
 
-    def mapping(row):
+    def mapping(row, tokens="tokens"):
         # A pool that serves all of a batch dimension has a factor of its own.
         lead = [
             f"{row.name}{dim}" if size == 1 != call.batch[dim] else f"batch{dim}"
@@ -34,12 +36,12 @@ def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
         ]
         names = lead + [dim.replace("seqs + 1", "offsets").replace("2", "bounds") for dim in call.dims(row)]
         whole.extend(name for name in names if name not in cut and name not in whole)
-        return ArrayMapping(*(heads if name == "q_heads" else name for name in names))
+        return ArrayMapping(*({"q_heads": heads, "tokens": tokens}.get(name, name) for name in names))
 
     operands = call.operation.table(tuple(call.shapes))
     return SdyShardingRule(
         operand_mappings=tuple(map(mapping, operands)),
-        result_mappings=tuple(map(mapping, call.results())),
+        result_mappings=tuple(mapping(row, tokens="result_tokens") for row in call.results()),
         need_replication_factors=tuple(whole),
         **sizes,
     )

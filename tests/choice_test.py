@@ -65,7 +65,7 @@ class ChoiceTest(parameterized.TestCase):
             log_passed_over(HOPPER, *chosen)
             log_passed_over(HOPPER, "mosaic_gpu", {})
         [record] = logs.records
-        self.assertEqual((record.levelname, record.args[0]), ("INFO", "triton"))
+        self.assertEqual((record.levelname, record.args[1]), ("INFO", "triton"))
 
     def test_a_lowered_call_warns(self):
         operands = [jax.ShapeDtypeStruct(s, "float32") for s in ((5, 4, 8), (2, 3, 4, 8), (2, 3, 4, 8))]

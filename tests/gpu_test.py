@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
-from paged_prefill.tests import cases, packs
+from paged_prefill import PrefillPageAttentionConfig, masks, ragged_paged_prefill
+from paged_prefill.primitive.context import policy
+from paged_prefill.tests import cases, oracle, packs, poisoned
 
 PLATFORMS = ("cuda", "triton")
+# Random ranges of a few rows leave holes: keys between those of a tile that none of its rows sees.
+FEW_ROWS = ((2, 300), (3, 500), (5, 200))
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
 
 
@@ -52,8 +55,13 @@ def attend(pack, platform, **parameters):
     """One call, in memory that is NaN wherever the kernel does not write."""
     for size in (pack.query.size // pack.query.shape[-1] * pack.value_cache.shape[-1], pack.query.size):
         jnp.full(size, jnp.nan, pack.query.dtype).block_until_ready()
-    run = functools.partial(ragged_paged_prefill, platform=platform, return_lse=True, **parameters)
-    return jax.jit(run)(*pack)
+    return compiled(platform, **parameters)(*pack)
+
+
+@functools.cache
+def compiled(platform, **parameters):
+    """The call as a jitted function, the same one each time: tests make several calls of one compilation."""
+    return jax.jit(functools.partial(ragged_paged_prefill, platform=platform, return_lse=True, **parameters))
 
 
 class GpuTest(parameterized.TestCase):
@@ -139,22 +147,100 @@ class GpuTest(parameterized.TestCase):
         packs.assert_matches_reference(pack, *results, **case.parameters)
         chex.assert_trees_all_equal(attend(pack, platform, **case.parameters), results)
 
-    @product(platform=PLATFORMS, soft_cap=(None, 50.0, 70.0), softmax_scale=(None, 1.0, -3.0))
+    @product(platform=PLATFORMS, soft_cap=(None, 15.0, 50.0, 70.0), softmax_scale=(None, 1.0, -3.0))
     def test_a_row_has_the_same_bits_whatever_the_rows_beside_it(self, platform, soft_cap, softmax_scale):
-        """But for Hopper's polynomial: rows of a warpgroup leave it together, and tanh has other errors."""
+        """But for Hopper's polynomial: a sequence's rows leave it together, and tanh has other errors."""
         self.need(platform)
+        if platform == "cuda" and soft_cap == 50.0:
+            self.skipTest("rows of one sequence go over to tanh together; those of others: the test of neighbours")
         case = cases.Case("beside", ((100, 900),), 4, 2, 128, page_size=16, dtype="bfloat16")
         pack = case.pack()
         wild = pack._replace(query=pack.query.at[1::2].multiply(100))
         parameters = dict(attn_logits_soft_cap=soft_cap, softmax_scale=softmax_scale)
         results = [attend(each, platform, **parameters) for each in (pack, wild)]
         self.assertTrue(jnp.any(results[0][0][1::2] != results[1][0][1::2]))
-        kept = [[array[::2] for array in result] for result in results]
-        if (platform, soft_cap) != ("cuda", 50.0):
-            chex.assert_trees_all_equal(*kept)
-        for one, other in zip(*kept):
-            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-            self.assertLess(np.linalg.norm(one - other), 5e-3 * np.linalg.norm(one))
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    @product(platform=PLATFORMS, soft_cap=(None, 15.0, 50.0, 70.0), head_dim=(64, 128, 256), warpgroups=(1, 2, 3))
+    def test_a_sequence_has_the_same_bits_whatever_its_neighbours(self, platform, soft_cap, head_dim, warpgroups):
+        """Queries of every other sequence 40 times as large; tiles hold rows, and heads, that they do not own."""
+        self.need(platform)
+        if warpgroups == 3 and (platform, head_dim) == ("cuda", 256) or warpgroups > 1 and platform == "triton":
+            self.skipTest("it has no registers for that, or no warpgroups")
+        cfg = None
+        if platform == "cuda":
+            block_kv = 64 if warpgroups == 3 or head_dim == 256 else 128
+            cfg = PrefillPageAttentionConfig(block_q=32 * warpgroups if warpgroups < 3 else 64, block_kv=block_kv,
+                                             num_warps=4 * (warpgroups + 1), num_stages=2)
+        sequences = (70, 900), (1, 513), (40, 700), (130, 1130), (9, 400), (3, 1300), (64, 328)
+        case = cases.Case("neighbours", sequences, 6, 2, head_dim, page_size=16, dtype="bfloat16",
+                          attn_logits_soft_cap=soft_cap)
+        pack = case.pack()
+        seq = jnp.repeat(jnp.arange(len(sequences)), jnp.asarray([n for n, _ in sequences]))
+        wild = pack._replace(query=jnp.where((seq % 2 == 1)[:, None, None], pack.query * 40, pack.query))
+        results = [attend(each, platform, cfg=cfg, **case.parameters) for each in (pack, wild)]
+        self.assertTrue(jnp.any(results[0][0][seq % 2 == 1] != results[1][0][seq % 2 == 1]))
+        chex.assert_trees_all_equal(*[[array[seq % 2 == 0] for array in result] for result in results])
+
+    @product(operands=("ranges", "tree", "both", "tree and window"),
+             sizes=((64, 1, None), (128, 3, None), (128, 1, 50.0), (256, 1, 70.0), (256, 3, None)))
+    def test_masks_match_the_reference(self, operands, sizes):
+        """Random ranges and trees, with holes and rows that see nothing; NaN wherever no row looks."""
+        self.need("cuda")
+        head_dim, num_splits, soft_cap = sizes
+        kind = dict(key_ranges=operands in ("ranges", "both"), tree_words=0 if operands == "ranges" else 2)
+        window = dict(sliding_window=100) if operands == "tree and window" else {}
+        sequences = SEQUENCES + ((40, 620), (4, 500), (0, 30), *FEW_ROWS)
+        call = poisoned.make_call(5, sequences, q_heads=6, kv_heads=2, head_dim=head_dim, page_size=16,
+                                  dtype="bfloat16", sinks=head_dim == 64, tokens_before=2, tokens_after=3,
+                                  **kind, **window)
+        cfg = PrefillPageAttentionConfig(num_splits=num_splits)
+        self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap, **window)
+
+    @product(kind=("causal", "chunked", "full", "prefix", "spans"), warpgroups=(2, 3))
+    def test_mask_families_match_the_reference(self, kind, warpgroups):
+        """Chunks long enough for blocks that every row sees whole, between those that need a mask."""
+        self.need("cuda")
+        call = poisoned.make_call(6, ((300, 1200), (1, 700), (130, 130)), q_heads=2, kv_heads=2, head_dim=128,
+                                  page_size=16, dtype="bfloat16", poison=False)
+        where = call["context_lens"], call["query_offsets"], len(call["query"])
+        spans = np.asarray([[[950, 1030], [1100, 1190]], [[0, 9], [5, 5]], [[20, 100], [0, 0]]], np.int32)
+        more = dict(chunked=[256], prefix=[np.asarray([1000, 3, 50], np.int32)], spans=[spans]).get(kind, [])
+        call["key_ranges"] = np.asarray(getattr(masks, kind)(*where, *more))
+        poisoned.poison_unseen(np.random.default_rng(0), call)
+        self.assert_matches(call, PrefillPageAttentionConfig(block_q=64 * warpgroups, block_kv=64, num_stages=3,
+                                                             num_warps=4 * (warpgroups + 1)))
+
+    def assert_matches(self, call, cfg, **parameters):
+        run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **parameters)
+        oracle.assert_matches(call, *jax.jit(run)(**call), **parameters)
+
+    @product(operands=("ranges", "both"), num_splits=(1, 3))
+    def test_masks_keep_what_no_row_sees_out_of_every_bit(self, operands, num_splits):
+        self.need("cuda")
+        words = 2 * (operands == "both")
+        call = poisoned.make_call(7, (*FEW_ROWS, (1, 90), (40, 600)), q_heads=4, kv_heads=2, head_dim=128,
+                                  page_size=16, dtype="bfloat16", key_ranges=True, tree_words=words)
+        other = dict(call)
+        poisoned.poison_unseen(np.random.default_rng(99), other)
+        run = compiled("cuda", cfg=PrefillPageAttentionConfig(num_splits=num_splits))
+        chex.assert_trees_all_equal(run(**call), run(**other))
+
+    @product(head_dim=(64, 128, 256), soft_cap=(None, 50.0))
+    def test_invariant_bits_are_the_same_alone_and_in_any_pack(self, head_dim, soft_cap):
+        self.need("cuda")
+        case = cases.Case("invariant", ((300, 900), (1, 513), (7, 400), (1, 2000)), 8, 2, head_dim, page_size=16,
+                          dtype="bfloat16", attn_logits_soft_cap=soft_cap)
+        pack = case.pack()
+        run = jax.jit(functools.partial(ragged_paged_prefill, return_lse=True, attn_logits_soft_cap=soft_cap))
+        with policy("invariant"):
+            self.assertIn("mosaic_gpu", run.lower(*pack).as_text())
+            want, offsets = run(*pack), np.asarray(pack.query_offsets)
+            for seq in range(len(pack.context_lens)):
+                rows, columns = slice(offsets[seq], offsets[seq + 1]), -(-int(pack.context_lens[seq]) // 16)
+                got = run(pack.query[rows], pack.key_cache, pack.value_cache, pack.context_lens[seq : seq + 1],
+                          pack.page_indices[seq : seq + 1, :columns], jnp.asarray([0, rows.stop - rows.start]))
+                chex.assert_trees_all_equal(got, tuple(x[rows] for x in want))
 
     @product(platform=PLATFORMS, rows=(64, 128, 32), num_splits=(1, 3), page_size=(8, 256), sliding_window=(None, 200))
     def test_sizes(self, platform, rows, num_splits, page_size, sliding_window):

@@ -73,7 +73,7 @@ class ImportsTest(parameterized.TestCase):
     def test_only_compat_imports_private_names_of_jax(self):
         found = {
             str(path.relative_to(ROOT))
-            for path in sources("primitive", "sharding", "lowering", "tests", "benchmarks")
+            for path in sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
             for name in imported(path)
             if name.split(".")[0] in ("jax", "jaxlib") and (name.startswith("jaxlib") or "._" in name)
         }
@@ -92,7 +92,7 @@ class ImportsTest(parameterized.TestCase):
             self.assertEqual(imported(ROOT / "primitive" / "new.py"), {name})
 
     def test_no_file_is_too_long_to_read(self):
-        files = sources("primitive", "sharding", "lowering", "tests", "benchmarks")
+        files = sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
         lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
         self.assertEmpty({name: length for name, length in lengths.items() if length > LONGEST})
 

@@ -1,6 +1,8 @@
 """Protects the policy "invariant": a sequence's bits are the same alone, in any pack and batch, and on any number of
 devices."""
 
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.choose import choose
+from paged_prefill.lowering.choose import KERNELS, choose
+from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
+from paged_prefill.lowering.tuning.resolve import completed
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases
 from paged_prefill.tests.problems import problem
@@ -66,15 +70,39 @@ class InvariantTest(parameterized.TestCase):
 
 
 class ChoiceTest(absltest.TestCase):
+    HOPPER = Device("cuda", "NVIDIA H200", "9.0")
+
     def test_kernels_whose_sizes_follow_the_pack_give_way(self):
-        device = Device("cuda", "NVIDIA H200", "9.0")
-        self.assertEqual(choose(problem(), device)[0], "mosaic_gpu")
+        self.enter_context(mock.patch.object(MosaicGpu, "invariant", False))
+        self.assertEqual(choose(problem(), self.HOPPER)[0], "mosaic_gpu")
         with policy("invariant"):
-            name, passed_over = choose(problem(), device)
-            self.assertEqual(name, "xla")
+            _, passed_over = choose(problem(), self.HOPPER)
             self.assertIn('the policy is "invariant"', passed_over["mosaic_gpu"])
             with self.assertRaisesRegex(ValueError, "cannot run this call on cuda: .*invariant"):
-                choose(problem(), device, "cuda")
+                choose(problem(), self.HOPPER, "cuda")
+
+    def test_the_hopper_kernel_has_the_same_sizes_in_every_pack(self):
+        packs = dict(tokens=1, seqs=1), dict(tokens=64, seqs=64), dict(tokens=8192, seqs=1), dict(tokens=3000, seqs=7)
+        contexts = dict(pages_per_seq=4), dict(pages_per_seq=8192, num_pages=8192)
+        with policy("invariant"):
+            kernel = KERNELS["cuda"][choose(problem(), self.HOPPER)[0]]
+            self.assertEqual(kernel.name, "mosaic_gpu")
+            problems = [problem(**pack, **context) for pack in packs for context in contexts]
+            found = {completed(kernel, each, self.HOPPER) for each in problems}
+            found.add(completed(kernel, problem(num_kv_heads=4, q_heads=16), self.HOPPER))  # a share of the heads
+        self.assertLen(found, 1)
+
+    def test_the_tpu_kernel_takes_one_size_of_chunks(self):
+        """Tokens, table, KV heads of a device and block of queries follow the call, and move no bit."""
+        kernel, device = KERNELS["tpu"]["mosaic_tpu"], Device("tpu", "TPU v6e")
+        of_pack = (dict(), dict(tokens=1, pages_per_seq=3), dict(seqs=64, tokens=64))
+        for changes in (*of_pack, dict(num_kv_heads=1, q_heads=4)):
+            with policy("invariant"):
+                self.assertEqual(choose(problem(**changes), device)[0], "mosaic_tpu")
+                self.assertEqual(kernel.heuristic(problem(**changes), device).block_kv, 512)
+        with policy("invariant"):
+            too_large = problem(num_kv_heads=256, q_heads=256, cache_kv_heads=256, head_dim=512, value_dim=512)
+            self.assertEqual(choose(too_large, Device("tpu", "TPU v4"))[0], "xla")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What tests on 8 virtual CPU devices share: meshes, small packs that fit them, and the collectives of a module."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
-from paged_prefill.primitive.attention import Attention, normalised
+from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
 
@@ -65,12 +66,36 @@ def specs(batch=None, heads=None, kv_heads=None, batch_dims=1, pool_axis=None) -
     return Pack(P(*lead, None, heads), cache, cache, P(*lead), P(*lead), P(*lead))
 
 
+def specs_of_call(call, batch=None, heads=None, kv_heads=None, *, pages=None, pools=0, layers=1) -> dict[str, P]:
+    """The spec of each operand of a call: what cuts its first batch dimension, its heads, the caches', and the pages."""
+    pool = (batch,) * pools + (None,) * layers
+    cache = P(*pool, kv_heads, pages)
+    scales = {name: P(*cache[: call[name].ndim]) for name in ("key_scale", "value_scale") if name in call}
+    of_call = dict(query=P(batch, None, heads), key_cache=cache, value_cache=cache, sinks=P(batch, heads), **scales)
+    return {name: of_call.get(name, P(batch)) for name in call}
+
+
+def put_call(over, call, cut) -> dict[str, jax.Array]:
+    """The operands of a call on the mesh `over`, cut as `cut` says, by name."""
+    return {name: jax.device_put(x, NamedSharding(over, cut[name])) for name, x in call.items()}
+
+
 def assert_close(got, want) -> None:
     """Holds (out, lse) to float32 accuracy."""
     for a, b in zip(got, want, strict=True):
         a = np.asarray(a)
         np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@contextlib.contextmanager
+def partitioner(*, shardy: bool):
+    """Compiles by Shardy, or by GSPMD as before it."""
+    jax.config.update("jax_use_shardy_partitioner", shardy)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
 
 
 def collectives(compiled) -> list[tuple[str, str]]:
@@ -80,29 +105,40 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 def dense_kernel(call, config, device):
-    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys."""
+    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys. Without trees and pools apart."""
+    assert not {"tree_mask", "pools_apart"} & {*call.problem.features}
     problem, query, sequences, num_kv_heads = call.problem, call.query, call.sequences, call.problem.num_kv_heads
-    softmax_scale = problem.attention.softmax_scale
-    assert problem.attention == Attention(softmax_scale)
+    softmax_scale, soft_cap = problem.attention.softmax_scale, problem.attention.attn_logits_soft_cap
     tokens, q_heads, head_dim = query.shape
     row = jnp.arange(tokens, dtype=jnp.int32)
     start, end = sequences.start[None], (sequences.start + sequences.length)[None]
     owner = (row[:, None] >= start) & (row[:, None] < end)
     seq = jnp.argmax(owner, axis=1)
     position = sequences.context_len[seq] - sequences.length[seq] + row - sequences.start[seq]
-    position = jnp.where(owner.any(axis=1), position, -1)
+    low, high = problem.attention.visible_keys(position) if call.ranges is None else jnp.unstack(call.ranges, axis=1)
+    high = jnp.where(owner.any(axis=1), jnp.minimum(high, sequences.context_len[seq]), 0)
     pages = sequences.page_indices[seq][:, None]
+    pool = sequences.pool[seq][:, None, None]
     heads = call.kv_head_start + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
 
-    def gather(cache):  # [tokens, num_kv_heads, keys, features]
-        gathered = cache[sequences.pool[seq][:, None, None], heads, pages]
-        return gathered.reshape(tokens, num_kv_heads, -1, cache.shape[-1])
+    def gather(cache, scale):  # [tokens, num_kv_heads, keys, features]
+        gathered = cache[pool, heads, pages].reshape(tokens, num_kv_heads, -1, cache.shape[-1]).astype(jnp.float32)
+        if scale is not None and scale.ndim == 4:
+            gathered *= scale[pool, heads, pages].reshape(*gathered.shape[:3], 1)
+        elif scale is not None:
+            scale = scale.reshape(scale.shape[0], 1) if scale.ndim == 1 else scale
+            gathered *= scale[pool, heads if scale.shape[1] > 1 else 0][..., None]
+        return gathered
 
     grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
-    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages))
-    visible = (jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] <= position[:, None])[:, None, None]
-    weights = jnp.where(visible, jnp.exp(logits), 0.0)
-    out = jnp.einsum("tkgj,tkjv->tkgv", weights, gather(call.value_pages))
+    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages, call.key_scale))
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    key = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    visible = (low[:, None] <= key) & (key < high[:, None])
+    weights = jnp.where(visible[:, None, None], jnp.exp(logits), 0.0)
+    values = jnp.where(visible[:, None, :, None], gather(call.value_pages, call.value_scale), 0.0)
+    out = jnp.einsum("tkgj,tkjv->tkgv", weights, values)
     out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
     return out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)
 

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 import numpy as np
 
 from paged_prefill.lowering.mosaic_gpu.hopper import soft_cap as soft_cap_module
-from paged_prefill.lowering.mosaic_gpu.hopper.kernel import SMALLEST_WEIGHT
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import SMALLEST_WEIGHT
 
 GROUP = 16  # weights of a sum, of which a thread has four a block of 128 keys
 

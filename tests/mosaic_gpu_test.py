@@ -12,9 +12,9 @@ from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Device, Sequences
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper.kernel import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.tests import problems
+from paged_prefill.tests import packs, poisoned, problems
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
@@ -35,8 +35,8 @@ def problem(**changes):
 
 
 class ScheduleTest(parameterized.TestCase):
-    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100))
-    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences):
+    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences, ordered):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
         block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -46,8 +46,10 @@ class ScheduleTest(parameterized.TestCase):
         old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
-        schedule, tile_of_token, place_in_tile = jax.jit(
-            lambda sequences: tiles.schedule(sequences, tokens, capacity, block_q, block_kv, attention)
+        schedule = jax.jit(
+            lambda sequences: tiles.schedule(
+                sequences, tokens, capacity, block_q, block_kv, attention, ordered=ordered
+            )
         )(sequences)
         schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
@@ -56,7 +58,6 @@ class ScheduleTest(parameterized.TestCase):
             for row in range(tile.length):
                 token = tile.start + row
                 covered[token] += 1
-                self.assertEqual((tile_of_token[token], place_in_tile[token]), (tile.index, row))
                 if token not in owner:
                     self.assertEqual(tile.end_block, tile.first_block)
                     continue
@@ -72,12 +73,52 @@ class ScheduleTest(parameterized.TestCase):
                     self.assertGreater(tile.end_key, last)
         np.testing.assert_array_equal(covered, 1)
         blocks = np.where(schedule.length > 0, schedule.end_block - schedule.first_block, -1)
-        self.assertTrue(np.all(np.diff(blocks) <= 0), "the longest tile is not first")
+        in_order = np.diff(blocks) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
+        self.assertTrue(np.all(in_order), "the longest tile is not first, or one that does not exist not last")
+
+    @parameterized.product(few_sequences=(0, 100), ordered=(True, False))
+    def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered):
+        """Of random ranges, and junk for tokens without a sequence: what some row of a tile sees, and what all see."""
+        call = poisoned.make_call(3, ((70, 300), (0, 20), (1, 44), (90, 200), (9, 4)), key_ranges=True, tokens_before=3,
+                                  tokens_after=20, page_size=16)
+        ranges, tokens = call["key_ranges"].copy(), len(call["query"])
+        ranges[10:50] = np.arange(40)[:, None] * 3 + np.array([0, 50])  # rows that leave no hole
+        lengths, contexts = np.diff(call["query_offsets"]), call["context_lens"]
+        sequences = Sequences(call["query_offsets"][:-1], lengths, contexts, 0 * contexts, call["page_indices"])
+        old, tiles.FEW_SEQUENCES = tiles.FEW_SEQUENCES, few_sequences
+        self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
+        schedule = jax.jit(
+            lambda sequences, ranges: tiles.schedule(
+                sequences, tokens, 320, 16, 64, Attention(1.0), ranges=ranges, ordered=ordered
+            )
+        )(sequences, ranges)
+        found = [tiles.Tiles(*map(int, fields)) for fields in zip(*schedule)]
+        self.assertEqual(sum(tile.length for tile in found), tokens)
+        without_holes = 0
+        for tile in found:
+            owned = [np.searchsorted(call["query_offsets"], t, side="right") - 1 == tile.seq
+                     for t in range(tile.start, tile.start + tile.length)]
+            if not any(owned) or not 3 <= tile.start < tokens - 20:
+                self.assertGreaterEqual(tile.first_key, tile.end_key)
+                continue
+            low, high = np.clip(ranges[tile.start : tile.start + tile.length].T, 0, contexts[tile.seq])
+            seen = np.zeros((tile.length, 320), bool)
+            for row in range(tile.length):
+                seen[row, low[row] : high[row]] = True
+            some, every = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.all(0))
+            self.assertEqual(tile.first_new, contexts[tile.seq] - lengths[tile.seq])
+            if len(some):
+                self.assertEqual((tile.first_key, tile.end_key), (some[0], some[-1] + 1))
+                self.assertEqual((tile.first_block, tile.end_block), (some[0] // 64, some[-1] // 64 + 1))
+                self.assertLessEqual(len(some) < some[-1] + 1 - some[0], tile.holes)
+                without_holes += not tile.holes and tile.length > 1
+            np.testing.assert_array_equal(np.arange(tile.whole_start, tile.whole_end), every)
+        self.assertGreater(without_holes, 0)
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule, *_ = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
+        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -132,9 +173,10 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tiles=3,
-                      pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1,
-                      softmax_scale=0.1, soft_cap=50.0, window=None, dtype="bfloat16")
+        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tokens=100,
+                      tiles=3, pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3,
+                      splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
+                      tree_words=0, dtype="bfloat16")
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
@@ -183,6 +225,18 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, **parameters))
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
+
+    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), sinks=(False, True))
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, sinks):
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100)))
+        tokens, q_heads, _ = operands["query"].shape
+        operands |= {"key_ranges": jax.ShapeDtypeStruct((tokens, 2), jnp.int32)} if ranges else {}
+        operands |= {"tree_mask": jax.ShapeDtypeStruct((tokens, words), jnp.uint32)} if words else {}
+        operands |= {"sinks": jax.ShapeDtypeStruct((q_heads,), jnp.float32)} if sinks else {}
+        window = None if ranges or sinks else 50
+        call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap,
+                                         sliding_window=window))
+        self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),

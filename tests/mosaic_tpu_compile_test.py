@@ -1,40 +1,30 @@
 """The TPU kernel under the real TPU compiler, ahead of time, on a machine without a TPU."""
 
+import dataclasses
 import functools
 import importlib.util
-import os
 import unittest
 
 from absl.testing import absltest, parameterized
 import jax
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
+import numpy as np
 
 import paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import KERNELS, choose
-from paged_prefill.lowering.mosaic_tpu.host import CHIPS, MosaicTpu
+from paged_prefill.lowering.mosaic_tpu.chips import CHIPS
+from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.tests import problems
+from paged_prefill.tests import calls, problems
+from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of
 
 KERNEL = MosaicTpu()
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 # Small tiles keep the compiler's time short; what the tiling refuses does not depend on them.
 SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
-
-
-@functools.cache
-def device_of(generation):
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-
-
-def compiling_for(device):
-    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
 def compile_for(
@@ -182,6 +172,22 @@ class SupportsTest(parameterized.TestCase):
             self.assertEqual(candidates[0], KERNEL.heuristic(problem, device))
             self.assertLen(set(candidates), len(candidates))
             self.assertEqual({KERNEL.misfit(problem, device, candidate) for candidate in candidates}, {None})
+
+    @parameterized.parameters("TPU v5e", "TPU v6e", "TPU7x")
+    def test_the_heuristic_fits_random_calls(self, kind):
+        rng, device, asked = np.random.default_rng(0), Device("tpu", kind), 0
+        for _ in range(500):
+            problem = calls.random_problem(rng)
+            if problem.page_size % 16:
+                continue
+            if problem.head_dim == 576:
+                problem = dataclasses.replace(problem, features=("latent",))
+            quantised = dict(features=tuple(sorted((*problem.features, "quantised"))), cache_dtype="int8")
+            for each in (problem, dataclasses.replace(problem, **quantised)):
+                self.assertIsNone(KERNEL.supports(each, device), each)
+                self.assertIsNone(KERNEL.misfit(each, device, KERNEL.heuristic(each, device)), each)
+                asked += 1
+        self.assertGreater(asked, 500)
 
     def test_it_is_the_first_choice(self):
         self.assertEqual(list(KERNELS["tpu"]), ["mosaic_tpu", "xla"])

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.call import Device, Sequences, flatten, unflatten
-from paged_prefill.lowering.mosaic_tpu import host, schedule
-from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owned_tokens, work_items
+from paged_prefill.lowering.call import Call, Device, Sequences, flatten, unflatten
+from paged_prefill.lowering.mosaic_tpu import decode, host, schedule
+from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owners, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import cases, packs
@@ -102,6 +102,23 @@ class MosaicTpuTest(chex.TestCase):
         pack = packs.make_pack(1, [21, 1, 4], [150, 50, 4], tokens_before=1, sliding_window=40, **shape)
         packs.assert_matches_reference(pack, *run(pack, **sizes, sliding_window=40), sliding_window=40)
 
+    @parameterized.named_parameters(
+        ("groups_of_4", dict(q_heads=32, kv_heads=8)),
+        ("groups_of_1_with_a_window", dict(q_heads=16, kv_heads=16, sliding_window=70)),
+        ("groups_of_5", dict(q_heads=40, kv_heads=8)),
+        ("group_of_17_and_one_kv_head", dict(q_heads=17, kv_heads=1)),
+        ("two_cores", dict(q_heads=12, kv_heads=4, cores=2)),
+    )
+    def test_decoding(self, shape):
+        # Blocks of two chunks that are seen whole before others that are, and before those that are not, and at the ends
+        # of what is seen; a sequence of more tokens between, one without any, and one that sees nothing.
+        cores, window = shape.pop("cores", 1), dict(sliding_window=shape.get("sliding_window"))
+        lengths, contexts = [1, 1, 1, 0, 1, 2, 1], [64, 200, 96, 33, 0, 20, 70]
+        pack = packs.make_pack(9, lengths, contexts, head_dim=16, tokens_before=1, tokens_after=1, **shape)
+        with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=32):
+            results = run(pack, block_q=16, block_kv=32, cores=cores, **window)
+        packs.assert_matches_reference(pack, *results, **window)
+
     @parameterized.parameters(None, 110)
     def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
         # Blocks of three chunks and tiles of two parts, some of them seen whole, some in part, and some skipped.
@@ -168,6 +185,25 @@ class MosaicTpuTest(chex.TestCase):
         alone_out, alone_lse = run(alone, **SMALL, sliding_window=33)
         chex.assert_trees_all_equal((out[3:], lse[3:]), (alone_out[:22], alone_lse[:22]))
 
+    def test_bits_are_those_of_a_sequence_alone_in_tiles_of_another_size_and_with_other_heads_beside(self):
+        # What the heuristic may choose by pack and heads under the policy "invariant": all but the chunk.
+        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=24, kv_heads=8, head_dim=16)
+        with mock.patch.multiple(schedule, CHUNK=32, ROWS=24, DEPTH=16, DECODE_KEYS=128):
+            out, lse = run(pack, block_q=32, block_kv=64)
+            heads = pack._replace(query=pack.query[:, :3])
+            got = run(heads, block_q=16, block_kv=32, num_kv_heads=1)
+            for rows, seq in ((slice(0, 1), 0), (slice(1, 34), 1)):
+                offsets = jnp.array([0, rows.stop - rows.start], jnp.int32)
+                alone = heads._replace(
+                    query=heads.query[rows],
+                    query_offsets=offsets,
+                    context_lens=pack.context_lens[seq : seq + 1],
+                    page_indices=pack.page_indices[seq : seq + 1],
+                )
+                one = run(alone, block_q=16, block_kv=32, num_kv_heads=1)
+                chex.assert_trees_all_equal(one, (out[rows, :3], lse[rows, :3]))
+        chex.assert_trees_all_equal(got, (out[:, :3], lse[:, :3]))
+
     def test_broken_numbers_stay_in_their_sequence(self):
         cases.check_broken(functools.partial(run, **SMALL))
 
@@ -181,12 +217,17 @@ class ScheduleTest(chex.TestCase):
         start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
         contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
         sequences = Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
-        items, count = work_items(sequences, tokens, 80, block_q, Attention(1.0, sliding_window=7))
+        query, pages = jnp.zeros((tokens, 1, 1)), jnp.zeros((1, 1, 10, 8, 1))
+        attention = Attention(1.0, sliding_window=7)
+        call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=attention)
+        items, count = work_items(call, block_q)
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]
         owner = np.full(tokens, -1)
         previous_tile = 0
-        for tile, seq, _, row_start, row_end, position, key_start, key_end in list(zip(*items))[: int(count)]:
+        for number in range(int(count)):
+            item = schedule.Items(*(x[number] for x in items))
+            tile, seq, row_start, row_end = item.tile, item.seq, item.row_start, item.row_end
             self.assertGreaterEqual(tile, previous_tile)
             previous_tile = tile
             self.assertTrue(0 <= row_start < row_end <= block_q)
@@ -194,14 +235,32 @@ class ScheduleTest(chex.TestCase):
             np.testing.assert_array_equal(owner[rows], -1)
             owner[rows] = seq
             positions = int(contexts[seq]) - int(length[seq]) + rows - int(start[seq])
-            np.testing.assert_array_equal(positions, position + np.arange(row_start, row_end))
+            np.testing.assert_array_equal(positions, item.position + np.arange(row_start, row_end))
             seen = {k for p in positions for k in range(max(0, p - 6), min(p + 1, 80))}
-            self.assertEqual((key_start, key_end), (min(seen), max(seen) + 1) if seen else (0, 0))
+            self.assertEqual((item.key_start, item.key_end), (min(seen), max(seen) + 1) if seen else (0, 0))
         want = np.full(tokens, -1)
         for seq in range(seqs):
             want[offsets[seq] : offsets[seq + 1]] = seq
-        np.testing.assert_array_equal(owner, want)
-        np.testing.assert_array_equal(owned_tokens(sequences, tokens), want >= 0)
+        seq, owned = (np.asarray(x) for x in owners(sequences, tokens))
+        np.testing.assert_array_equal(np.where(owned, seq, -1), want)
+        alone = np.array([seq >= 0 and length[seq] == 1 for seq in want])  # decode.py's
+        np.testing.assert_array_equal(owner, np.where(alone, -1, want))
+
+    @parameterized.parameters(
+        # KV heads, group: tiles, rows, period, and the KV heads of each tile of a period
+        (8, 4, (4, 8, 1), [[0, 1]]),
+        (1, 8, (1, 8, 1), [[0]]),
+        (32, 1, (4, 8, 1), [list(range(8))]),
+        (8, 5, (5, 8, 5), [[0, 1], [1, 2, 3], [3, 4], [4, 5, 6], [6, 7]]),
+        (4, 7, (4, 8, 4), [[0, 1], [1, 2], [2, 3], [3]]),
+        (2, 16, (2, 16, 1), [[0]]),
+        (1, 71, (1, 72, 1), [[0]]),
+        (1, 3, (1, 8, 1), [[0]]),
+    )
+    def test_rows_of_decoding_lie_in_full_tiles(self, kv_heads, group, sizes, heads):
+        row_tiles = decode.RowTiles.of(kv_heads, group)
+        self.assertEqual(row_tiles[:3], sizes)
+        self.assertEqual([list(row_tiles.kv_heads_of(tile)) for tile in range(row_tiles.period)], heads)
 
 
 if __name__ == "__main__":

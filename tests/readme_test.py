@@ -34,7 +34,7 @@ class PagesTest(parameterized.TestCase):
             code = "\n" * line + example  # so that a traceback names the page's own line
             exec(compile(code, str(ROOT / page), "exec"), names)  # noqa: S102
 
-    @parameterized.parameters(*PAGES, "CHANGELOG.md")
+    @parameterized.parameters(*PAGES, "CHANGELOG.md", "examples/serve/README.md")
     def test_links_lead_somewhere(self, page):
         for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", (ROOT / page).read_text()):
             if target.startswith("https://"):

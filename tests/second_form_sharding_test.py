@@ -4,7 +4,7 @@ import functools
 
 from absl.testing import absltest, parameterized
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import append_to_pages, ragged_paged_prefill
@@ -31,23 +31,6 @@ CUTS = {
 }
 
 
-def specs_of(call, batch, heads, kv_heads, pools=0, layers=1):
-    """The spec of each operand."""
-    pool = (batch,) * pools + (None,) * layers
-    cache = P(*pool, kv_heads)
-    scale = {
-        name: cache if call[name].ndim > len(pool) else P(*pool)
-        for name in ("key_scale", "value_scale")
-        if name in call
-    }
-    specs = dict(query=P(batch, None, heads), key_cache=cache, value_cache=cache, sinks=P(batch, heads), **scale)
-    return {name: specs.get(name, P(batch)) for name in call}
-
-
-def put(mesh, call, specs):
-    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in call.items()}
-
-
 def hints(way, batch, heads):
     return dict(batch_axis=batch, head_axis=heads) if way == "hint" else {}
 
@@ -57,7 +40,7 @@ class AttentionTest(parameterized.TestCase):
     def test_every_operand(self, way, cut):
         batch, heads, kv_axes, kv_heads = CUTS[cut]
         call = poisoned.make_call(0, SEQUENCES, batch=(2,), q_heads=16, kv_heads=kv_heads, **SIZES, **EVERYTHING)
-        operands = put(meshes.mesh(kind=KINDS[way]), call, specs_of(call, batch, heads, kv_axes))
+        operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), call, meshes.specs_of_call(call, batch, heads, kv_axes))
         attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, **hints(way, batch, heads))
         compiled = jax.jit(lambda operands: attend(**operands)).lower(operands).compile()
         out, lse = compiled(operands)
@@ -71,7 +54,8 @@ class AttentionTest(parameterized.TestCase):
         kind = EVERYTHING | dict(latent=True, value_scale=None, head_dim=16, key_scale="tensor")
         call = poisoned.make_call(1, SEQUENCES, batch=(2,), pools=1, q_heads=8, kv_heads=1, **SIZES | kind)
         del call["value_cache"]
-        operands = put(meshes.mesh(kind=KINDS[way]), call, specs_of(call, "data", "model", None, pools=1))
+        specs = meshes.specs_of_call(call, "data", "model", None, pools=1)
+        operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), call, specs)
         attend = functools.partial(
             ragged_paged_prefill, value_cache=None, value_dim=12, cfg=meshes.CONFIG, return_lse=True
         )
@@ -95,9 +79,9 @@ class AppendTest(parameterized.TestCase):
             key=rng.standard_normal((*lead, 8), np.float32), value=rng.standard_normal((*lead, 12), np.float32)
         )
         want = jax.jit(append_to_pages)(**call)
-        specs = specs_of(call | dict(query=None), "data", "model", "model", pools=1)
+        specs = meshes.specs_of_call(call | dict(query=None), "data", "model", "model", pools=1)
         specs |= dict(key=P("data", None, "model"), value=P("data", None, "model"))
-        operands = put(meshes.mesh(kind=KINDS[way]), call, specs)
+        operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), call, specs)
         append = functools.partial(append_to_pages, **hints(way, "data", "model"))
         compiled = jax.jit(lambda operands: append(**operands)).lower(operands).compile()
         got = compiled(operands)

@@ -5,7 +5,6 @@ configuration and the operand that moved. What is tested is what each device is 
 stands in for the product's; sharding_ways_test.py runs those.
 """
 
-import contextlib
 import functools
 import re
 from unittest import mock
@@ -99,15 +98,6 @@ def owner(shape):
     return shape, "unknown"
 
 
-@contextlib.contextmanager
-def gspmd():
-    jax.config.update("jax_use_shardy_partitioner", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_use_shardy_partitioner", True)
-
-
 class GridTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -153,7 +143,7 @@ class GridTest(parameterized.TestCase):
     @parameterized.parameters(*CASES)
     def test_automatic_axes_under_gspmd(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
-        with gspmd():
+        with meshes.partitioner(shardy=False):
             self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
 
     @parameterized.parameters(*(case for case in CASES if case[0] != "out"))  # results follow the operands' types

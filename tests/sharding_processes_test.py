@@ -15,7 +15,7 @@ import functools, sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
@@ -44,6 +44,18 @@ for kind in (AxisType.Auto, AxisType.Explicit):
                     for shard in result.addressable_shards:
                         np.testing.assert_allclose(shard.data, right[shard.index], atol=1e-5, rtol=1e-5)
             print("RIGHT", kind.name, shape, kv_heads, flush=True)
+
+        pack = meshes.batched_pack(num_pages=16)  # and the pages, inside each process and across both
+        want, cache = meshes.expected(pack), P(None, "model")
+        cut = meshes.specs("data")._replace(key_cache=cache, value_cache=cache)
+        operands = Pack(*(
+            jax.make_array_from_callback(x.shape, NamedSharding(over, spec), lambda i, x=x: x[i])
+            for x, spec in zip(pack, cut)
+        ))
+        for result, right in zip(jax.jit(attend)(*operands), want):
+            for shard in result.addressable_shards:
+                np.testing.assert_allclose(shard.data, right[shard.index], atol=1e-5, rtol=1e-5)
+        print("RIGHT", kind.name, shape, "pages", flush=True)
 """
 
 CACHED = """
@@ -109,7 +121,7 @@ class TwoProcessesTest(absltest.TestCase):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last one counts
         processes = [meshes.run_python(TWO_PROCESSES, str(number), port, XLA_FLAGS=flags) for number in range(2)]
         for output in map(finish, processes):
-            self.assertEqual(output.count("RIGHT"), 8, output)
+            self.assertEqual(output.count("RIGHT"), 12, output)
 
 
 class PersistentCacheTest(parameterized.TestCase):

@@ -231,7 +231,7 @@ class CacheTest(parameterized.TestCase):
         mesh = meshes.mesh(kind=AxisType.Explicit)
         pack, _, _, host_new = self.arguments(mesh)
         new = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model"))) for x in host_new]
-        with self.assertRaisesRegex(ValueError, "key is cut as .* append_to_pages cuts heads, and batch dimensions where"):
+        with self.assertRaisesRegex(ValueError, "key is cut as .* append_to_pages cuts heads, pages, and batch dimensions where"):
             jax.jit(append_to_pages)(*pack[1:3], *new, *pack[3:])
 
 
@@ -338,7 +338,8 @@ class ErrorTest(parameterized.TestCase):
     PACK = meshes.batched_pack(q_heads=8, kv_heads=4, num_pages=24)
 
     @parameterized.named_parameters(
-        ("pages", CUT._replace(key_cache=P(None, "model")), "key_cache is cut as .*Reshard it"),
+        ("slots", CUT._replace(key_cache=P(None, None, "model")), "key_cache is cut as .*Reshard it"),
+        ("pages_of_one", CUT._replace(key_cache=P(None, "model"), query=P("data")), "value_cache is cut as .*Reshard it"),
         ("features", CUT._replace(value_cache=P(None, None, None, "model")), "value_cache is cut as .*Reshard it"),
         ("two_caches_unlike", CUT._replace(key_cache=P("data"), query=P()), "value_cache is cut as .*Reshard it"),
     )

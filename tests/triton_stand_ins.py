@@ -53,30 +53,43 @@ class HostTensor:
         return self.array.strides
 
 
-def _interpret(*operands, kernel, out_shape, grid, name, num_warps, num_stages, **constants):
+def _interpret(
+    *operands, kernel, out_shape, grid, name, num_warps, num_stages, input_output_aliases, **constants
+):
     """As `jax_triton.triton_call`, on the CPU. Results hold NaN wherever the kernel does not write."""
     import jax
 
-    constants["PRECISION"] = "ieee"  # the only way of the interpreter, though it knows the names of some others
+    if "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"  # the only way of the interpreter, though it knows the names of some others
 
     def launch(*operands):
-        results = [np.full(s.shape, np.nan, s.dtype) for s in out_shape]
-        HostTensor.alive = [HostTensor(np.array(x)) for x in (*operands, *results)]
+        inputs = [HostTensor(np.array(x)) for x in operands]
+        results = [HostTensor(_unwritten(s)) for s in out_shape]
+        for number, result in input_output_aliases.items():
+            results[result] = inputs[number]
+        HostTensor.alive = inputs + results
         kernel[grid](*HostTensor.alive, **constants)
-        results = [x.array for x in HostTensor.alive[len(operands) :]]
-        return results
+        return [x.array for x in results]
 
     return jax.pure_callback(launch, list(out_shape), *operands)
 
 
+def _unwritten(result):
+    """An array of what would be seen: NaN, or the largest integer."""
+    dtype = np.dtype(result.dtype)
+    return np.full(result.shape, np.iinfo(dtype).max if dtype.kind in "iu" else np.nan, dtype)
+
+
 def _extend_interpreter():
-    """Adds to Triton's interpreter products of bfloat16, rounding to it, and a check that accesses stay inside."""
+    """Adds to Triton's interpreter products of bfloat16, rounding to any dtype, and a check that accesses stay inside."""
     import ml_dtypes
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
+    builder, tl = interpreter.InterpreterBuilder, interpreter.tl
+    dot = builder.create_dot
     load, store = builder.create_masked_load, builder.create_masked_store
+    # The interpreter holds these as integers.
+    real = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn, tl.float8e5: ml_dtypes.float8_e5m2}
 
     def widened(handle):  # the interpreter holds bfloat16 as the upper halves of float32
         if handle.data.dtype != np.uint16:
@@ -86,10 +99,13 @@ def _extend_interpreter():
     def widened_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
-    def rounding_cast(self, source, dtype):  # the interpreter's own cuts float32 off to bfloat16
-        if source.dtype.scalar == interpreter.tl.float32 and dtype.scalar == interpreter.tl.bfloat16:
-            return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), dtype.scalar)
-        return cast(self, source, dtype)
+    def rounding_cast(self, source, dtype, *rounding):  # the interpreter's own cuts float32 off, or takes the integers
+        numbers, to = source.data, dtype.scalar
+        if source.dtype.scalar in real:
+            numbers = numbers.view(real[source.dtype.scalar])
+        if to not in real:
+            return interpreter.TensorHandle(numbers.astype(interpreter._get_np_dtype(to)), to)
+        return interpreter.TensorHandle(numbers.astype(real[to]).view(interpreter._get_np_dtype(to)), to)
 
     def check_inside(pointers, mask):
         used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -105,7 +121,7 @@ def _extend_interpreter():
         check_inside(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    builder.create_dot, builder.cast_impl = widened_dot, rounding_cast
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = widened_dot, rounding_cast, rounding_cast
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
 
 
@@ -115,9 +131,13 @@ def interpret_triton():
     _extend_interpreter()
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=_interpret)
     from paged_prefill.lowering.choose import KERNELS
+    from paged_prefill.lowering.triton.append import TritonWriter
 
     triton = KERNELS["cpu"]["triton"] = KERNELS["cuda"]["triton"]
     triton.supports = lambda problem, device: None
+    TritonWriter.supports = lambda self, operands, device: None
+    TritonWriter.pays = lambda self, operands: True
+    TritonWriter.platforms = ("cpu",)
 
 
 def check_interpreted(case, columns=None, kv_head=None):
@@ -153,44 +173,145 @@ def check_broken_interpreted(case, numbers):
     cases.check_broken(attend, case, numbers)
 
 
-def compile_launches(target, problems):
-    """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
+def check_second_form_interpreted(kind, parameters, vmapped=None):
+    """Holds a call, arguments of `poisoned.make_call`, to the oracle, in a process prepared by `interpret_triton`.
 
-    `target` is the arguments of Triton's GPUTarget and `problems` are (Problem, Device) pairs.
-    Returns for each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how
-    often it has NVIDIA's instruction for tanh.
+    `vmapped` names operands that two calls, a vmap, have each its own of; they share the others.
     """
+    import jax
+
+    from paged_prefill import ragged_paged_prefill
+    from paged_prefill.tests import oracle, poisoned
+
+    attend = functools.partial(ragged_paged_prefill, platform="triton", return_lse=True, **parameters)
+    parameters = {name: x for name, x in parameters.items() if name != "cfg"}
+    call = poisoned.make_call(**kind)
+    if vmapped is None:
+        oracle.assert_matches(call, *jax.jit(lambda call: attend(**call))(call), **parameters)
+        return
+    call = {name: x for name, x in call.items() if x is not None}
+    other = poisoned.make_call(**kind | dict(seed=kind["seed"] + 1))
+    calls = [call, call | {name: other[name] for name in vmapped}]
+    stacked = {name: np.stack([each[name] for each in calls]) if name in vmapped else x for name, x in call.items()}
+    axes = {name: 0 if name in vmapped else None for name in call}
+    out, lse = jax.jit(jax.vmap(lambda call: attend(**call), (axes,)))(stacked)
+    for i, each in enumerate(calls):
+        oracle.assert_matches(each, out[i], lse[i], **parameters)
+
+
+def check_appended_interpreted(kinds):
+    """Holds appends, arguments of `append_test.make_append`, to the definition, in a process of `interpret_triton`."""
+    import jax
+
+    from paged_prefill import append_to_pages
+    from paged_prefill.tests import append_test
+
+    for kind in kinds:
+        call = append_test.make_append(**kind)
+        append_test.assert_written(call, jax.jit(append_to_pages)(**call))
+
+
+def rounded_interpreted(cache_dtype, numbers):
+    """Numbers as they are stored by a scale of 1, as float32."""
+    import jax.numpy as jnp
+
+    from paged_prefill import append_to_pages
+
+    key = np.asarray(numbers, np.float32).reshape(1, 1, -1)
+    cache = jnp.zeros((1, 1, 1, key.shape[-1]), cache_dtype)
+    indices = dict(context_lens=np.int32([1]), page_indices=np.int32([[0]]), query_offsets=np.int32([0, 1]))
+    written, _ = append_to_pages(key_cache=cache, value_cache=None, key=key, value=None, **indices)
+    return np.asarray(written.astype(jnp.float32)).reshape(-1)
+
+
+def _record():
+    """Makes `jax_triton.triton_call` put what it is given into the list that this returns."""
     launches = []
 
-    def record(*operands, out_shape, **launch):
+    def record(*operands, out_shape, input_output_aliases, **launch):
         import jax.numpy as jnp
 
-        launches.append((*operands, *out_shape, launch))  # one for NVIDIA, then one for AMD
+        launches.append((*operands, *out_shape, launch))
         return [jnp.zeros(s.shape, s.dtype) for s in out_shape]
 
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=record)
+    return launches
+
+
+def compile_launches(target, problems):
+    """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
+
+    `target` is the arguments of Triton's GPUTarget and `problems` are (Problem, Device) pairs, or have what `_call` takes
+    as a third. Returns for each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it
+    spills, and how often it has NVIDIA's instruction for tanh.
+    """
+    from paged_prefill.lowering.triton.host import Triton
+
+    resources = []
+    for problem, device, *optional in problems:
+        config = Triton().heuristic(problem, device)
+        resources.append(compile_one(target, problem, device, config, **(optional[0] if optional else {})))
+    return resources
+
+
+def compile_one(target, problem, device, config, **optional):
+    """What `compile_launches` says of one call with these sizes."""
+    launches = _record()
+    import jax
+
+    from paged_prefill.lowering.triton.host import Triton
+
+    attend = jax.jit(functools.partial(Triton().attend, config=config, device=device))
+    attend.trace(_call(problem, **optional)).lower(lowering_platforms=("cuda" if target[0] == "cuda" else "rocm",))
+    [launch] = launches
+    return _compile(target, *launch)
+
+
+def _call(p, scale=None, ranges=False, tree=False):
+    """A call of a problem, without values; with scales of this granularity, key_ranges, a tree_mask of 64 tokens."""
     import jax
 
     from paged_prefill.lowering.call import Call, Sequences
-    from paged_prefill.lowering.triton.host import Triton
 
     def of_type(shape, dtype="int32"):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    triton, resources = Triton(), []
-    for p, device in problems:
-        pages = (p.pools, p.cache_kv_heads, p.num_pages, p.page_size)
-        sequences = Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq)))
-        query = of_type((p.tokens, p.q_heads, p.head_dim), p.dtype)
-        caches = [of_type((*pages, features), p.dtype) for features in (p.head_dim, p.value_dim)]
-        static = dict(num_kv_heads=p.num_kv_heads, attention=p.attention)
-        call = Call.of(query, *caches, sequences, of_type(()), **static)
-        jax.eval_shape(functools.partial(triton.attend, config=triton.heuristic(p, device), device=device), call)
-        resources.append(_compile(target, *launches[-2 if target[0] == "cuda" else -1]))
-    return resources
+    pages = (p.pools, p.cache_kv_heads, p.num_pages, p.page_size)
+    latent = "latent" in p.features
+    scale = of_type(pages[: dict(tensor=1, head=2, slot=4)[scale]], "float32") if scale else None
+    return Call.of(
+        of_type((p.tokens, p.q_heads, p.head_dim), p.dtype),
+        of_type((*pages, p.head_dim), p.cache_dtype),
+        None if latent else of_type((*pages, p.value_dim), p.cache_dtype),
+        Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq))),
+        of_type(()),
+        num_kv_heads=p.num_kv_heads,
+        attention=p.attention,
+        value_dim=p.value_dim,
+        key_scale=scale,
+        value_scale=None if latent else scale,
+        ranges=of_type((p.tokens, 2)) if ranges else None,
+        tree=of_type((p.tokens, 2), "uint32") if tree else None,
+    )
 
 
-_POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+def compile_appends(target, calls):
+    """Compiles appends whose operands have these (shape, dtype) by name; returns what each takes, as `compile_launches`."""
+    launches = _record()
+    import jax
+
+    from paged_prefill.lowering.triton.append import TritonWriter
+
+    for call in calls:
+        operands = {name: jax.ShapeDtypeStruct(*of_type) for name, of_type in call.items()}
+        jax.jit(lambda operands: TritonWriter().write(operands, 0, None)).lower(operands)
+    return [_compile(target, *launch) for launch in launches]
+
+
+_POINTERS = {
+    "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "uint32": "*u32",
+    "float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5",
+}  # fmt: skip
 
 
 def _compile(target, *arrays_and_launch):
@@ -208,7 +329,9 @@ def _compile(target, *arrays_and_launch):
     compiled = compile(ASTSource(kernel, signature, launch, attributes), target=GPUTarget(*target), options=options)
     resources = {
         "shared_bytes": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
         "tanh_instructions": sum(str(text).count("tanh.approx") for text in compiled.asm.values()),
+        "stores": set(re.findall(r"st\.global\.(v4\.b32|\w+)", str(compiled.asm.get("ptx")))),
     }
     if "cubin" in compiled.asm:
         return resources | _cubin_resources(compiled.asm["cubin"])

@@ -6,20 +6,22 @@ calls: which problems it supports, the sizes it runs with, and the call itself.
 
 from dataclasses import replace
 
+from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.mosaic_gpu.hopper.kernel import WARPGROUP_ROWS, Plan, launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
-BLOCKS_PER_SPLIT = 4  # fewer hardly fill the pipeline of loads
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
 
@@ -28,8 +30,10 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 6
+    version = 7
     platforms = ("cuda",)
+    features = frozenset({"key_ranges", "tree_mask"})
+    invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):
@@ -48,6 +52,8 @@ class MosaicGpu(Kernel):
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         """Sizes from the shape and the chip; measured in benchmarks/results."""
+        if current_policy() == "invariant":
+            return _for_any_pack(problem)
         three = _with_three_warpgroups(problem)
         config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
         config = replace(config, num_splits=self.num_splits(problem, device, config))
@@ -89,37 +95,33 @@ class MosaicGpu(Kernel):
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
         """The best by an estimate of their time; a core has room for one thread block."""
-        most = most_keys(problem, config.block_q) // (BLOCKS_PER_SPLIT * config.block_kv)
-        unsplit = programs(problem, config)
-        rows = unsplit * _rows(config)
+        if current_policy() == "invariant":
+            return 1
+        most = most_keys(problem, config.block_q) // config.block_kv
+        unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
         problem, query = call.problem, call.query
-        plan = _plan(problem, config, device)
-        tiles, tile_of_token, place_in_tile = schedule(
-            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention
-        )
+        plan = _plan(call, config, device)
+        tiles = schedule(
+            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
+            ranges=call.ranges, ordered=plan.pieces > plan.cores,
+        )  # fmt: skip
         # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
         first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head
         table = table_of(tiles, first_row, call.sequences.page_indices)
         rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
-        out, lse = launch(plan, table, query, *rows)
-
-        # The kernel leaves logsumexps (and, with split keys, outputs) tile by tile; here each token fetches its own.
-        head = jnp.arange(problem.q_heads, dtype=jnp.int32)[None, :]
-        kv_head, in_group = head // plan.group, head % plan.group
-        head_tile = kv_head * plan.head_tiles_per_group + in_group // plan.heads
-        block = tile_of_token[:, None] * plan.head_tiles + head_tile
-        row = in_group % plan.heads * plan.block_q + place_in_tile[:, None]
-        lse = lse[:, block, row]
-        if plan.splits == 1:
-            return out.reshape(problem.tokens, problem.q_heads, problem.value_dim), lse[0]
-        return merge_splits(out[:, block, row], lse, query.dtype)
+        tree = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
+        out, lse = launch(plan, table, query, *rows, call.ranges, tree)
+        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
+        out = out.reshape(*lse.shape, problem.value_dim)
+        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
 
 
-def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) -> Plan:
+def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
+    problem = call.problem
     return Plan(
         cores=device.cores,
         group=problem.group,
@@ -127,6 +129,7 @@ def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) 
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
+        tokens=problem.tokens,
         tiles=tiles_at_most(problem.tokens, problem.seqs, config.block_q),
         pages_per_seq=problem.pages_per_seq,
         keys_per_head=problem.num_pages * problem.page_size,
@@ -138,6 +141,8 @@ def _plan(problem: Problem, config: PrefillPageAttentionConfig, device: Device) 
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
+        has_ranges=call.ranges is not None,
+        tree_words=0 if call.tree is None else call.tree.shape[1],
         dtype=problem.dtype,
     )
 
@@ -162,6 +167,13 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
         one = _block_kv(problem) == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
         heads = 1 if one or problem.group % 2 else 2
     return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
+
+
+def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
+    """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
+    heads = min(16, pl.next_power_of_2(problem.group))
+    config = _sized(problem, 2 * WARPGROUP_ROWS // heads, _block_kv(problem), 2)
+    return replace(config, num_splits=1)
 
 
 def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:

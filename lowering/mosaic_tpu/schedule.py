@@ -11,15 +11,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.call import Sequences
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.lowering.call import Call, Sequences
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.packing import MAX_CONTEXT
 
-LANES = 128
+LANES, SUBLANES = 128, 8  # of a register of 32 bits
 CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
 LOGIT_ROWS = 256  # rows whose logits one product computes: more would hold up registers that the values need
 DEPTH = 256  # keys whose weighted values one product adds up
+DECODE_KEYS = 4096  # keys that a step of decoding takes, over its KV heads
 PRODUCTS_AT_ONCE = 2  # pairs of products in one step, each with a buffer of its own so that they overlap
 
 
@@ -94,20 +95,49 @@ class Items(NamedTuple):
 
     Attributes:
       tile: which tile of `block_q` tokens.
-      seq: which sequence; `pool` its pool.
+      seq: which sequence; `pool` its pool, `key_pool` and `value_pool` where these are of their own.
       row_start, row_end: the item's rows within the tile.
       position: where row 0 of the tile would stand in the sequence (negative where the sequence starts later).
-      key_start, key_end: the keys that some row of the item may see; both 0 where there are none.
+      first_new: where the sequence's first new token stands.
+      key_start, key_end: no row sees a key outside; both 0 where none sees any.
+      whole_start, whole_end: every row sees the keys within.
     """
 
     tile: Int[Array, " items"]
     seq: Int[Array, " items"]
     pool: Int[Array, " items"]
+    key_pool: Int[Array, " items"]
+    value_pool: Int[Array, " items"]
     row_start: Int[Array, " items"]
     row_end: Int[Array, " items"]
     position: Int[Array, " items"]
+    first_new: Int[Array, " items"]
     key_start: Int[Array, " items"]
     key_end: Int[Array, " items"]
+    whole_start: Int[Array, " items"]
+    whole_end: Int[Array, " items"]
+
+
+def pools_of(call: Call, seq) -> dict[str, Int[Array, " items"]]:
+    """The pools of items by the name that they have there."""
+    pool = call.sequences.pool
+    pools = dict(pool=pool, key_pool=call.key_pool, value_pool=call.value_pool)
+    return {name: (pool if x is None else x)[seq] for name, x in pools.items()}
+
+
+def seen_by_rows(call: Call) -> Int[Array, "tokens 2"]:
+    """The keys lo <= j < hi that each token sees, but for a tree; none where no sequence owns it."""
+    sequences, problem = call.sequences, call.problem
+    token = jnp.arange(problem.tokens, dtype=jnp.int32)
+    seq, owned = owners(sequences, problem.tokens)
+    context_len = sequences.context_len[seq]
+    if call.ranges is None:
+        lo, hi = problem.attention.visible_keys(context_len - sequences.length[seq] + token - sequences.start[seq])
+    else:
+        lo, hi = jnp.maximum(call.ranges[:, 0], 0), jnp.minimum(call.ranges[:, 1], context_len)
+    hi = jnp.minimum(hi, problem.capacity)
+    sees = owned & (lo < hi)
+    return jnp.stack([jnp.where(sees, lo, 0), jnp.where(sees, hi, 0)], axis=1)
 
 
 def max_items(tokens: int, seqs: int, block_q: int) -> int:
@@ -115,41 +145,58 @@ def max_items(tokens: int, seqs: int, block_q: int) -> int:
     return min(-(-tokens // block_q) + seqs, tokens)
 
 
-def work_items(sequences: Sequences, tokens: int, capacity: int, block_q: int, attention: Attention):
-    """Returns (Items, count). Needs sequences in the order of their tokens, which `call.flatten` gives."""
+def work_items(call: Call, block_q: int):
+    """Returns (Items, count) for sequences of more than one new token."""
+    sequences, problem = call.sequences, call.problem
     start, length, context_len = sequences.start, sequences.length, sequences.context_len
     first_tile = start // block_q
-    per_sequence = jnp.where(length > 0, (start + length - 1) // block_q - first_tile + 1, 0)
+    per_sequence = jnp.where(length > 1, (start + length - 1) // block_q - first_tile + 1, 0)
     ends = jnp.cumsum(per_sequence, dtype=jnp.int32)
 
-    item = jnp.arange(max_items(tokens, start.size, block_q), dtype=jnp.int32)
+    item = jnp.arange(max_items(problem.tokens, start.size, block_q), dtype=jnp.int32)
     exists = item < ends[-1]
     seq = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), start.size - 1)
     tile = jnp.where(exists, first_tile[seq] + item - (ends[seq] - per_sequence[seq]), 0)
     base = tile * block_q
     row_start = jnp.maximum(start[seq] - base, 0)
     row_end = jnp.minimum(start[seq] + length[seq] - base, block_q)
-    position = context_len[seq] - length[seq] - (start[seq] - base)
-    key_start, _ = attention.visible_keys(position + row_start)
-    _, key_end = attention.visible_keys(position + row_end - 1)
-    key_end = jnp.minimum(key_end, capacity)
+    first_new = context_len[seq] - length[seq]
+    position = first_new - (start[seq] - base)
+    if call.ranges is None:  # both ends grow with the row: the first and the last say it for all
+        first = problem.attention.visible_keys(position + row_start)
+        last = problem.attention.visible_keys(position + row_end - 1)
+        key_start, key_end, whole_start, whole_end = first[0], last[1], last[0], first[1]
+    else:
+        row = jnp.arange(block_q, dtype=jnp.int32)[None]
+        lo, hi = jnp.moveaxis(seen_by_rows(call)[jnp.minimum(base[:, None] + row, problem.tokens - 1)], -1, 0)
+        mine = (row >= row_start[:, None]) & (row < row_end[:, None])
+        key_start = jnp.min(jnp.where(mine & (lo < hi), lo, MAX_CONTEXT), axis=1)
+        key_end = jnp.max(jnp.where(mine, hi, 0), axis=1)
+        whole_start = jnp.max(jnp.where(mine, lo, 0), axis=1)
+        whole_end = jnp.min(jnp.where(mine, hi, MAX_CONTEXT), axis=1)
+    if call.tree is not None:
+        whole_end = jnp.minimum(whole_end, first_new)
+    key_end, whole_end = (jnp.minimum(x, problem.capacity) for x in (key_end, whole_end))
     sees = exists & (key_end > key_start)
     items = Items(
         tile=tile,
         seq=seq,
-        pool=sequences.pool[seq],
+        **pools_of(call, seq),
         row_start=jnp.where(exists, row_start, 0),
         row_end=jnp.where(exists, row_end, 0),
         position=position,
+        first_new=first_new,
         key_start=jnp.where(sees, key_start, 0),
         key_end=jnp.where(sees, key_end, 0),
+        whole_start=whole_start,
+        whole_end=whole_end,
     )
     return items, ends[-1]
 
 
-def owned_tokens(sequences: Sequences, tokens: int):
-    """Which tokens belong to a sequence, bool [tokens]."""
+def owners(sequences: Sequences, tokens: int):
+    """The sequence of each token, and whether it is owned by it: int32 and bool [tokens]."""
     token = jnp.arange(tokens, dtype=jnp.int32)
     ends = sequences.start + sequences.length
-    seq = jnp.minimum(jnp.searchsorted(ends, token, side="right"), ends.size - 1)
-    return (sequences.start[seq] <= token) & (token < ends[seq])
+    seq = jnp.minimum(jnp.searchsorted(ends, token, side="right"), ends.size - 1).astype(jnp.int32)
+    return seq, (sequences.start[seq] <= token) & (token < ends[seq])

@@ -9,19 +9,21 @@ write 0 and -inf. A launch has as many programs as the most tiles that any pack 
 
 from dataclasses import replace
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import Call, Device, Problem, Sequences
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
+from paged_prefill.lowering.triton.launch import capability, launch, reason_against
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
-MAX_DIM = 256
-INSTALL = 'install it with pip install "paged_prefill[cuda]"'
+MAX_HEAD_DIM, MAX_VALUE_DIM = 576, 512
+MAX_FLOAT32_DIM = 256  # whose products of six parts leave no registers for more
+MOST_VALUES = 256  # features of a value that a program of a tall tile sums up
 
 
 class _Sizes(NamedTuple):
@@ -33,50 +35,70 @@ class _Sizes(NamedTuple):
     num_stages: int
 
 
-# By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
+# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and for float32. Those of Hopper
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
-    "hopper": (_Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
-    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
-    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
-    "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
-}
-DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
+    "hopper": (
+        _Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "blackwell": (
+        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "ampere": (
+        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "cdna": (
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2)
+    ),
+}  # fmt: skip
+# For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
+# AMD's, where Triton 3.6 does not compile more stages of scales.
+DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
-KEYS_PER_SPLIT = 512  # fewer do not repay the merge
+KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+# A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
+# share a core, and the merge of more splits than so many would show.
+SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 
 
 class Triton(Kernel):
-    """Takes head_dim and value_dim up to 256, where Triton and a GPU that it compiles for are present."""
+    """Takes head_dim up to 576 and value_dim up to 512, 256 in float32, where Triton and a GPU that it compiles for are present."""
 
     name = "triton"
-    version = 2
+    version = 3
     platforms = ("cuda", "rocm")
+    features = frozenset(FEATURES)
+    invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
-        for package in ("triton", "jax_triton"):
-            if importlib.util.find_spec(package) is None:
-                return f"the package {package} is missing; {INSTALL}"
-        if device.compute_capability is None:
-            return f"there is no {device.platform} device in this process to compile for"
-        if device.platform == "cuda" and _capability(device) < 80:
-            return f"it needs a GPU of compute capability 8.0 or newer, this one has {device.compute_capability}"
-        if max(problem.head_dim, problem.value_dim) > MAX_DIM:
-            return f"head_dim and value_dim may be at most {MAX_DIM}, got {problem.head_dim} and {problem.value_dim}"
+        if reason := reason_against(device, problem.cache_dtype):
+            return reason
+        narrow = problem.dtype == "float32"
+        for name, most in (("head_dim", MAX_HEAD_DIM), ("value_dim", MAX_VALUE_DIM)):
+            most = MAX_FLOAT32_DIM if narrow else most
+            if (dim := getattr(problem, name)) > most:
+                return f"{name} may be at most {most}{' in float32' if narrow else ''}, got {dim}"
         if problem.num_pages * problem.page_size >= 2**31:
             return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-        """Sizes by device, head_dim and dtype; splits where the tiles would leave cores idle."""
-        width = _power_of_2(max(problem.head_dim, problem.value_dim))
-        table = SIZES[_device_class(device)]
-        sizes = table[3] if problem.dtype == "float32" else table[0 if width <= 64 else 1 if width <= 128 else 2]
+        """Sizes by device, dims and dtype; splits where the tiles would leave cores idle.
+
+        Under the policy "invariant" tiles are as tall for one token as for many, and not split.
+        """
+        width = max(problem.head_dim, problem.value_dim)
+        *by_width, of_float32 = SIZES[_device_class(device)]
+        sizes = of_float32 if problem.dtype == "float32" else by_width[sum(width > most for most in (64, 128, 256))]
         rows_per_seq = problem.tokens_per_seq * problem.group
-        if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and width <= 128:
-            sizes = DECODE
+        if current_policy() == "invariant":
+            rows_per_seq = sizes.rows
+        if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
+            sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
+            if problem.cache_dtype != problem.dtype and width <= 128:  # as many bytes on their way
+                sizes = sizes._replace(block_kv=64, num_stages=min(sizes.num_stages, 3))
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
@@ -102,7 +124,7 @@ class Triton(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known before."""
-        capacity = SHARED_KIB.get(_capability(device)) if device.platform == "cuda" else None
+        capacity = SHARED_KIB.get(capability(device)) if device.platform == "cuda" else None
         if capacity is None or problem.dtype == "float32":  # in float32 and on AMD, Triton lays it out in other ways
             return None
         needed = shared_bytes(problem, device, config)
@@ -115,34 +137,41 @@ class Triton(Kernel):
         )
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
-        """The best by an estimate of their time."""
-        slots = device.cores * max(1, WARPS // config.num_warps)
-        rows = problem.tokens * problem.q_heads
-        most = most_keys(problem, config.block_q) // KEYS_PER_SPLIT
+        """The best by an estimate of their time; none under the policy "invariant"."""
+        if current_policy() == "invariant":
+            return 1
         unsplit = programs(problem, config)
+        keys = most_keys(problem, config.block_q)
+        warps, most = WARPS, keys // KEYS_PER_SPLIT
+        key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
+        if config.block_q * problem.group <= DECODE.rows and all_keys < SHORT_BYTES * device.cores:
+            warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
+        slots = device.cores * max(1, warps // config.num_warps)
+        rows = problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
-        import jax_triton
-
         from paged_prefill.lowering.triton.kernel import attend_tile
 
         problem, query = call.problem, call.query
         rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
-        schedule = _schedule(call.sequences, problem.tokens, problem.group, rows)
+        schedule = _schedule(call, rows)
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
-        # Splits are kept in float32 until they are merged.
+        widths = _Widths.of(problem, rows)
+        # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
+        # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         block_kv = _power_of_2(config.block_kv)
-        launch = functools.partial(
-            jax_triton.triton_call,
-            kernel=attend_tile,
-            out_shape=(
+        run = functools.partial(
+            launch,
+            attend_tile,
+            results=(
                 jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
                 jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32),
             ),
-            grid=(tiles * problem.num_kv_heads * splits,),
+            grid=(tiles * problem.num_kv_heads * splits * widths.value_parts,),
             name="paged_prefill",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -150,20 +179,29 @@ class Triton(Kernel):
             INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
-            EDGE_KV=_power_of_2(block_kv // 2),
+            # Masks of ranges and trees take more registers.
+            EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
-            **_constants(problem),
+            **_constants(call, widths),
         )
-        # Which GPU this is compiled for is known only where it is lowered.
-        out, lse = jax.lax.platform_dependent(
+        inputs = [
             query,
             call.key_pages,
             call.value_pages,
             call.sequences.page_indices,
             schedule,
             call.kv_head_start,
-            cuda=functools.partial(launch, HARDWARE_TANH=True),
-            default=functools.partial(launch, HARDWARE_TANH=False),
+            call.ranges,
+            call.tree,
+            call.key_scale,
+            call.key_scale if call.value_pages is None else call.value_scale,
+        ]
+        inputs = [schedule if x is None else x for x in inputs]
+        # Which GPU this is compiled for is known only where it is lowered.
+        out, lse = jax.lax.platform_dependent(
+            inputs,
+            cuda=functools.partial(run, HARDWARE_TANH=True),
+            default=functools.partial(run, HARDWARE_TANH=False),
         )
         return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
 
@@ -178,24 +216,60 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 def _device_class(device: Device) -> str:
     if device.platform == "rocm":
         return "cdna"
-    return {9: "hopper", 10: "blackwell"}.get(_capability(device) // 10, "ampere")
+    return {9: "hopper", 10: "blackwell"}.get(capability(device) // 10, "ampere")
 
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
-    rows = _power_of_2(config.block_q * problem.group)
-    head_dim, value_dim = _power_of_2(problem.head_dim), _power_of_2(problem.value_dim)
-    # From Hopper on the matrix unit reads keys and values there, so that none of the blocks is in registers.
-    blocks = config.num_stages if _capability(device) >= 90 and rows >= 64 else config.num_stages - 1
-    return 2 * (rows * head_dim + blocks * _power_of_2(config.block_kv) * (head_dim + value_dim))
+    rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
+    widths = _Widths.of(problem, rows)
+    head_dim = widths.main + widths.other + widths.rest
+    features = head_dim + (0 if "latent" in problem.features else widths.value)
+    # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in registers; and those of
+    # a quantised cache are there twice, one block as it is multiplied.
+    in_shared = _device_class(device) in ("hopper", "blackwell") and rows >= 64
+    if problem.cache_dtype == problem.dtype:
+        return 2 * rows * head_dim + 2 * (config.num_stages - (not in_shared)) * block_kv * features
+    return 2 * rows * head_dim + (config.num_stages - 1 + 2 * in_shared) * block_kv * features
 
 
-def _constants(problem: Problem) -> dict:
+class _Widths(NamedTuple):
+    """The powers of two that features are laid out in.
+
+    A head is in parts where one power of two would waste more. A tall tile's values are shared out over programs, each of
+    which has MOST_VALUES: its sums have to stay in registers.
+    """
+
+    main: int
+    other: int
+    rest: int
+    value: int
+    value_parts: int
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int) -> "_Widths":
+        latent = "latent" in problem.features
+        whole = _power_of_2(problem.head_dim)
+        main, other, rest = whole // 2, 0, _power_of_2(problem.head_dim - whole // 2)
+        # The values of a latent cache are the first part of its keys.
+        if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
+            main, rest = whole, 0
+        value = main if latent else _power_of_2(problem.value_dim)
+        parts = value // MOST_VALUES if rows > DECODE.rows and value > MOST_VALUES else 1
+        if parts > 1 and latent:
+            main, other = MOST_VALUES, main - MOST_VALUES
+        return cls(main, other, rest, value // parts, parts)
+
+
+def _constants(call: Call, widths: _Widths) -> dict:
     """The kernel's compile-time constants that no configuration changes."""
-    attention = problem.attention
+    problem, attention = call.problem, call.problem.attention
+    latent = call.value_pages is None
     return dict(
         TOKENS=problem.tokens,
         SEQS=problem.seqs,
+        KEY_POOL_FIELD=POOL_FIELD if call.key_pool is None else POOL_FIELD + 1,
+        VALUE_POOL_FIELD=POOL_FIELD if call.value_pool is None else POOL_FIELD + 2,
         KV_HEADS=problem.num_kv_heads,
         GROUP=problem.group,
         CACHE_KV_HEADS=problem.cache_kv_heads,
@@ -204,9 +278,17 @@ def _constants(problem: Problem) -> dict:
         PAGES_PER_SEQ=problem.pages_per_seq,
         CAPACITY=problem.capacity,
         HEAD_DIM=problem.head_dim,
-        HEAD_DIM_PADDED=_power_of_2(problem.head_dim),
+        HEAD_MAIN=widths.main,
+        HEAD_OTHER=widths.other,
+        HEAD_REST=widths.rest,
         VALUE_DIM=problem.value_dim,
-        VALUE_DIM_PADDED=_power_of_2(problem.value_dim),
+        VALUE_WIDTH=widths.value,
+        VALUE_PARTS=widths.value_parts,
+        LATENT=latent,
+        KEY_SCALE=_granularity(call.key_scale),
+        VALUE_SCALE=_granularity(call.key_scale if latent else call.value_scale),
+        RANGES=call.ranges is not None,
+        TREE_WORDS=0 if call.tree is None else call.tree.shape[1],
         # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
         # softmax as one too small to see.
         SCALE=max(abs(attention.softmax_scale), 1e-30),
@@ -218,22 +300,35 @@ def _constants(problem: Problem) -> dict:
     )
 
 
-def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
-    """int32 [5, 2 * seqs + 1]: first tile, start, length, context_len and pool of the sequences, then of the gaps.
+def _granularity(scale) -> str:
+    """What one of a call's scales is for, beside a pool; "one" for no scale."""
+    return "one" if scale is None else {1: "tensor", 2: "head", 4: "slot"}[scale.ndim]
+
+
+POOL_FIELD = 4  # of the schedule; those of the caches apart follow
+
+
+def _schedule(call: Call, rows: int):
+    """int32 [5 or 7, 2 * seqs + 1]: first tile, start, length, context_len and pool of the sequences, then of the gaps.
 
     Tiles are numbered longest context first, so that the last programs to start are short ones. The sequences must be
-    in the order of their rows, as `call.flatten` gives them.
+    in the order of their rows, as `call.flatten` gives them. Where caches have pools apart, those of the keys and of the
+    values follow.
     """
+    sequences, group = call.sequences, call.problem.group
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
-    gaps = jnp.concatenate([sequences.start, jnp.full(1, tokens, jnp.int32)]) - ends
+    gaps = jnp.concatenate([sequences.start, jnp.full(1, call.problem.tokens, jnp.int32)]) - ends
     nothing = jnp.zeros_like(gaps)
-    start, length, context_len, pool = (
+    pools = [sequences.pool]
+    if call.key_pool is not None or call.value_pool is not None:
+        pools += [sequences.pool if x is None else x for x in (call.key_pool, call.value_pool)]
+    start, length, context_len, *pools = (
         jnp.concatenate(pair)
         for pair in (
             (sequences.start, ends),
             (sequences.length, gaps),
             (sequences.context_len, nothing),
-            (sequences.pool, nothing),
+            *((pool, nothing) for pool in pools),
         )
     )
     number = jnp.arange(len(start))
@@ -241,17 +336,12 @@ def _schedule(sequences: Sequences, tokens: int, group: int, rows: int):
     before = longer | ((context_len[:, None] == context_len[None, :]) & (number[:, None] > number[None, :]))
     num_tiles = (length * group + rows - 1) // rows
     first_tile = jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
-    return jnp.stack([first_tile, start, length, context_len, pool])
+    return jnp.stack([first_tile, start, length, context_len, *pools])
 
 
 def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
     """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
     return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
-
-
-def _capability(device: Device) -> int:
-    major, minor = (device.compute_capability or "8.0").split(".")  # unknown: the class whose sizes fit every GPU
-    return 10 * int(major) + int(minor)
 
 
 def _power_of_2(n: int) -> int:

@@ -2,11 +2,13 @@
 
 A tile is a run of `ROWS` rows of one sequence and one KV head, where row r is token r // GROUP and head r % GROUP of
 the group that shares the KV head: so a group's heads fill the matrix units together, and each key is loaded once for
-all of them. Keys are walked in blocks from the window's start to the causal limit; only the blocks that some row sees
-in part pay for a mask. The softmax is the online one of Milakov and Gimelshein (arXiv 1805.02867) in base 2, divided
-once at the end, as in FlashAttention-2 (arXiv 2307.08691).
+all of them. Each row sees one interval of keys, and in a tree some of its chunk's; keys are walked in blocks over the hull
+of the tile's intervals, and only the blocks that some row does not see whole pay for a mask. The softmax is the online
+one of Milakov and Gimelshein (arXiv 1805.02867) in base 2, divided once at the end, as in FlashAttention-2 (arXiv
+2307.08691).
 
-Importing this module needs Triton. Every size is a compile-time constant, as JAX's shapes are.
+Importing this module needs Triton. Every size is a compile-time constant, as JAX's shapes are; so is what a call has of
+the optional operands. An operand that it does not have is another array, never looked at.
 """
 
 import triton
@@ -49,60 +51,159 @@ def _pool_rows(page_table, block, first_key, last_key, BLOCK_KV: tl.constexpr, P
 
 
 @triton.jit
-def _load_rows(base, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a [*, SIZE] array of any size (offsets have 64 bits) as a tile PADDED wide, with zeros past SIZE."""
-    features = tl.arange(0, PADDED)
+def _load_rows(base, rows, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of a [*, SIZE] array of any size (offsets have 64 bits), WIDTH features of them from `first`.
+
+    They are zeros past SIZE; WHOLE says that none are.
+    """
+    features = first + tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * SIZE + features[None, :]
-    if SIZE == PADDED:
+    if WHOLE:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(features < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def _logits(
+def _load_heads(
+    base, rows, first, DTYPE: tl.constexpr, SIZE: tl.constexpr, MAIN: tl.constexpr, OTHER: tl.constexpr, REST: tl.constexpr
+):
+    """Rows of queries or keys in the parts that their product is summed of; a part of width 0 is the main one again."""
+    main = _load_rows(base, rows, first, SIZE, MAIN, MAIN + OTHER <= SIZE).to(DTYPE)
+    other = main
+    rest = main
+    if OTHER != 0:
+        other = _load_rows(base, rows, MAIN - first, SIZE, OTHER, MAIN + OTHER <= SIZE).to(DTYPE)
+    if REST != 0:
+        rest = _load_rows(base, rows, MAIN + OTHER, SIZE, REST, MAIN + OTHER + REST <= SIZE).to(DTYPE)
+    return main, other, rest
+
+
+@triton.jit
+def _scale(scales, pool, pool_head, POOL_ROWS: tl.constexpr, PER: tl.constexpr):
+    """The scale of all keys or values that a tile sees, or where those of its slots lie."""
+    if PER == "tensor":
+        return tl.load(scales + pool)
+    elif PER == "head":
+        return tl.load(scales + pool_head)
+    elif PER == "slot":
+        return scales + pool_head.to(tl.int64) * POOL_ROWS
+    else:
+        return 1.0
+
+
+@triton.jit
+def _in_tree(tree, token, row_exists, key, first_new, WORDS: tl.constexpr):
+    """Whether rows see keys as far as the tree says: it is about the first 32 * WORDS tokens of their chunk."""
+    new = key - first_new
+    told = (new >= 0) & (new < 32 * WORDS)
+    word = tl.load(
+        tree + token.to(tl.int64)[:, None] * WORDS + (new >> 5)[None, :],
+        mask=told[None, :] & row_exists[:, None],
+        other=0,
+    )
+    bit = (word >> (new & 31).to(tl.uint32)[None, :]) & 1
+    return (bit != 0) | (new < 0)[None, :] | (new >= 32 * WORDS)[None, :]
+
+
+@triton.jit
+def _fold_block(
+    running_max,
+    total,
+    acc,
+    unit,
     tile,
-    keys,
+    tile_other,
+    tile_rest,
+    key_base,
+    value_base,
+    first_feature,
+    key_scale,  # of all keys; of each slot, where there is one
+    value_scale,
+    pool_rows,
+    visible,  # None: all rows see all keys
+    HEAD_DIM: tl.constexpr,
+    HEAD_MAIN: tl.constexpr,
+    HEAD_OTHER: tl.constexpr,
+    HEAD_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUES_WHOLE: tl.constexpr,
+    LATENT: tl.constexpr,
+    KEY_SCALE: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
+    GAPS: tl.constexpr,
     SCALE: tl.constexpr,
     NEGATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    TO_BASE_2: tl.constexpr,
     HARDWARE_TANH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The logits of a tile's rows and a block's keys, but for a positive constant factor."""
+    """One step of the online softmax: folds a block into a tile's running maximum, sum and unnormalised output."""
+    # Where keys are values too, their main part is the program's part of those.
+    keys, keys_other, keys_rest = _load_heads(
+        key_base, pool_rows, first_feature if LATENT else 0, tile.dtype, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
+    )
+    values = keys
+    if not LATENT:
+        values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE).to(tile.dtype)
     logits = tl.dot(tile, keys.T, input_precision=PRECISION)
+    if HEAD_OTHER != 0:
+        logits = tl.dot(tile_other, keys_other.T, logits, input_precision=PRECISION)
+    if HEAD_REST != 0:
+        logits = tl.dot(tile_rest, keys_rest.T, logits, input_precision=PRECISION)
+    if KEY_SCALE == "slot":
+        logits = logits * tl.load(key_scale + pool_rows)[None, :]
+    elif KEY_SCALE != "one":
+        logits = logits * key_scale
     if NEGATE:
         logits = -logits
     if SOFT_CAP is not None:
         logits = _tanh(logits * (SCALE / SOFT_CAP), tile.dtype == tl.float32, HARDWARE_TANH)
-    return logits
-
-
-@triton.jit
-def _fold(running_max, total, acc, logits, values, TO_BASE_2: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax: folds a block into a tile's running maximum, sum and unnormalised output."""
+    if visible is not None:
+        logits = tl.where(visible, logits, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(logits, 1) * TO_BASE_2)
     weights = tl.exp2(logits * TO_BASE_2 - new_max[:, None])
     fade = tl.exp2(running_max - new_max)
     total = total * fade + tl.sum(weights, 1)
+    if VALUE_SCALE == "slot":
+        share = tl.load(value_scale + pool_rows)
+        if GAPS and visible is not None:
+            share = tl.where(tl.max(visible.to(tl.int32), 0) != 0, share, 0.0)
+        if tile.dtype == tl.float16:  # whose normal numbers a weight times a small scale would leave
+            new_unit = tl.maximum(unit, tl.max(tl.abs(share), 0))
+            inverse = 1.0 / tl.where(new_unit == 0, 1.0, new_unit)
+            share = share * inverse
+            fade = fade * (unit * inverse)
+            unit = new_unit
+        weights = weights * share[None, :]
+    if GAPS and visible is not None:  # a weight of 0 is not enough where a value is NaN
+        values = tl.where((tl.max(visible.to(tl.int32), 0) != 0)[:, None], values, 0.0)
     acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return new_max, total, acc
+    return new_max, total, acc, unit
 
 
 @triton.jit
 def attend_tile(
-    query,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
+    query,  # [TOKENS, KV_HEADS * GROUP, HEAD_DIM]
     key_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, HEAD_DIM]
     value_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, VALUE_DIM]
     page_indices,  # [seqs, PAGES_PER_SEQ]
-    schedule,  # [5, INTERVALS]: see host.py
+    schedule,  # [fields, INTERVALS]: see host.py
     kv_head_start,  # []
+    ranges,  # [TOKENS, 2]
+    tree,  # [TOKENS, TREE_WORDS]
+    key_scales,  # [pools], [pools, CACHE_KV_HEADS] or [pools, CACHE_KV_HEADS, POOL_ROWS], as KEY_SCALE says
+    value_scales,
     out,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]
     lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
     TOKENS: tl.constexpr,
     SEQS: tl.constexpr,
     INTERVALS: tl.constexpr,
     INTERVALS_PADDED: tl.constexpr,
+    KEY_POOL_FIELD: tl.constexpr,
+    VALUE_POOL_FIELD: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     CACHE_KV_HEADS: tl.constexpr,
@@ -111,9 +212,17 @@ def attend_tile(
     PAGES_PER_SEQ: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
+    HEAD_MAIN: tl.constexpr,  # widths of the parts of a head: powers of two, or 0
+    HEAD_OTHER: tl.constexpr,
+    HEAD_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,  # of a program's part of the values: registers have no room for all of a wide one
+    VALUE_PARTS: tl.constexpr,
+    LATENT: tl.constexpr,  # whether values are the first features of the keys; then VALUE_WIDTH is HEAD_MAIN
+    KEY_SCALE: tl.constexpr,  # "one" for none, "tensor", "head" or "slot"
+    VALUE_SCALE: tl.constexpr,
+    RANGES: tl.constexpr,
+    TREE_WORDS: tl.constexpr,  # 0 for no tree
     SCALE: tl.constexpr,
     NEGATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -125,7 +234,8 @@ def attend_tile(
     NUM_SPLITS: tl.constexpr,
     HARDWARE_TANH: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0) // VALUE_PARTS
+    first_feature = tl.program_id(0) % VALUE_PARTS * VALUE_WIDTH
     split = program % NUM_SPLITS
     head = program // NUM_SPLITS % KV_HEADS
     tile_number = program // (NUM_SPLITS * KV_HEADS)
@@ -152,58 +262,88 @@ def attend_tile(
     row_exists = rows < length * GROUP
     token = start + rows // GROUP
     query_row = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
-    position = context_len - length + rows // GROUP
-    first_position = context_len - length + first_row // GROUP
-    last_position = context_len - length + (tl.minimum(first_row + ROWS, length * GROUP) - 1) // GROUP
+    first_new = context_len - length
+    position = first_new + rows // GROUP
 
-    # Keys that some row sees, and keys that all rows see.
-    seen_end = tl.minimum(last_position + 1, CAPACITY)
-    full_end = tl.minimum(first_position + 1, CAPACITY)
-    if WINDOW is None:
-        seen_start = 0
-        full_start = 0
+    # The keys low to high that each row sees; seen_start to seen_end that some row sees; full_start to full_end that all
+    # rows see. Causality and a window move with the row, so that the first row and the last say it for all.
+    GAPS: tl.constexpr = RANGES or TREE_WORDS != 0  # some keys that no row sees may lie between some that are seen
+    end = tl.minimum(context_len, CAPACITY)
+    if RANGES:
+        low = tl.maximum(tl.load(ranges + 2 * token.to(tl.int64), mask=row_exists, other=0), 0)
+        high = tl.minimum(tl.load(ranges + 2 * token.to(tl.int64) + 1, mask=row_exists, other=0), end)
+        sees = row_exists & (low < high)
+        seen_start = tl.min(tl.where(sees, low, end), 0)
+        seen_end = tl.max(tl.where(sees, high, 0), 0)
+        full_start = tl.max(tl.where(row_exists, low, 0), 0)
+        full_end = tl.min(tl.where(row_exists, high, end), 0)
     else:
-        seen_start = tl.maximum(first_position - WINDOW + 1, 0)
-        full_start = tl.maximum(last_position - WINDOW + 1, 0)
-    # The same in blocks: this split's are low to high, of which full_low to full_high need no mask.
+        first_position = first_new + first_row // GROUP
+        last_position = first_new + (tl.minimum(first_row + ROWS, length * GROUP) - 1) // GROUP
+        high = tl.where(row_exists, position + 1, 0) if GAPS else position + 1
+        seen_end = tl.minimum(last_position + 1, CAPACITY)
+        full_end = tl.minimum(first_position + 1, CAPACITY)
+        if WINDOW is None:
+            low = 0
+            seen_start = 0
+            full_start = 0
+        else:
+            low = position - WINDOW + 1
+            seen_start = tl.maximum(first_position - WINDOW + 1, 0)
+            full_start = tl.maximum(last_position - WINDOW + 1, 0)
+    if TREE_WORDS != 0:
+        full_end = tl.minimum(full_end, first_new)
+    # The same in blocks: this split's are low_block to high_block, of which full_low to full_high need no mask.
     first_block = seen_start // BLOCK_KV
     num_blocks = tl.maximum((seen_end + BLOCK_KV - 1) // BLOCK_KV - first_block, 0)
-    low = first_block + num_blocks * split // NUM_SPLITS
-    high = first_block + num_blocks * (split + 1) // NUM_SPLITS
-    full_low = tl.minimum(tl.maximum((full_start + BLOCK_KV - 1) // BLOCK_KV, low), high)
-    full_high = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK_KV, high), full_low)
+    low_block = first_block + num_blocks * split // NUM_SPLITS
+    high_block = first_block + num_blocks * (split + 1) // NUM_SPLITS
+    full_low = tl.minimum(tl.maximum((full_start + BLOCK_KV - 1) // BLOCK_KV, low_block), high_block)
+    full_high = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK_KV, high_block), full_low)
 
-    pool_head = (pool * CACHE_KV_HEADS + tl.load(kv_head_start) + head).to(tl.int64) * POOL_ROWS
-    key_base = key_pages + pool_head * HEAD_DIM
-    value_base = value_pages + pool_head * VALUE_DIM
+    cache_head = tl.load(kv_head_start) + head
+    key_pool = tl.load(field + KEY_POOL_FIELD * INTERVALS, mask=exists, other=0)
+    value_pool = tl.load(field + VALUE_POOL_FIELD * INTERVALS, mask=exists, other=0)
+    key_base = key_pages + (key_pool * CACHE_KV_HEADS + cache_head).to(tl.int64) * POOL_ROWS * HEAD_DIM
+    value_base = value_pages + (value_pool * CACHE_KV_HEADS + cache_head).to(tl.int64) * POOL_ROWS * VALUE_DIM
     page_table = page_indices + tl.minimum(interval, SEQS - 1).to(tl.int64) * PAGES_PER_SEQ
+    key_scale = _scale(key_scales, pool, pool * CACHE_KV_HEADS + cache_head, POOL_ROWS, KEY_SCALE)
+    value_scale = _scale(value_scales, pool, pool * CACHE_KV_HEADS + cache_head, POOL_ROWS, VALUE_SCALE)
 
-    tile = _load_rows(query, tl.where(row_exists, query_row, 0), HEAD_DIM, HEAD_DIM_PADDED)
+    query_rows = tl.where(row_exists, query_row, 0)
+    tile, tile_other, tile_rest = _load_heads(
+        query, query_rows, first_feature if LATENT else 0, query.dtype.element_ty, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
+    )
+    VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
     running_max = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+    unit = 0.0  # what acc is counted in, where each slot has a scale and the dtype is float16
 
     # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
-    # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key that no row sees is read
-    # as the nearest that some row sees: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
+    # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key outside those that rows see
+    # is read as the nearest inside: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
     EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
-    edge_low = tl.maximum(low * EDGES, seen_start // EDGE_KV)
-    edge_high = tl.minimum(high * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
+    edge_low = tl.maximum(low_block * EDGES, seen_start // EDGE_KV)
+    edge_high = tl.minimum(high_block * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
     unmasked = (full_high - full_low) * EDGES
     for step in tl.range(0, edge_high - edge_low - unmasked):
         block = edge_low + step
         block = tl.where(block < full_low * EDGES, block, block + unmasked)
         pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, EDGE_KV, PAGE_SIZE)
-        keys = _load_rows(key_base, pool_rows, HEAD_DIM, HEAD_DIM_PADDED)
-        values = _load_rows(value_base, pool_rows, VALUE_DIM, VALUE_DIM_PADDED)
         key = block * EDGE_KV + tl.arange(0, EDGE_KV)
-        visible = (key[None, :] <= position[:, None]) & (key < seen_end)[None, :]
-        if WINDOW is not None:
-            visible &= key[None, :] > position[:, None] - WINDOW
-        logits = _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, HARDWARE_TANH, PRECISION)
-        logits = tl.where(visible, logits, float("-inf"))
-        running_max, total, acc = _fold(running_max, total, acc, logits, values, TO_BASE_2, PRECISION)
+        visible = (key[None, :] < high[:, None]) & (key < seen_end)[None, :]
+        if RANGES or WINDOW is not None:
+            visible &= key[None, :] >= low[:, None]
+        if TREE_WORDS != 0:
+            visible &= _in_tree(tree, token, row_exists, key, first_new, TREE_WORDS)
+        running_max, total, acc, unit = _fold_block(
+            running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
+            key_scale, value_scale, pool_rows, visible, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
+            SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
+        )  # fmt: skip
 
     # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loop
     # must not ask for num_stages itself: Triton then pipelines those fetches too, and no longer the keys and values.
@@ -214,17 +354,24 @@ def attend_tile(
         pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
     for block in tl.range(full_low, full_high):
         next_rows = _pool_rows(page_table, tl.minimum(block + 1, last_block), None, None, BLOCK_KV, PAGE_SIZE)
-        keys = _load_rows(key_base, pool_rows, HEAD_DIM, HEAD_DIM_PADDED)
-        values = _load_rows(value_base, pool_rows, VALUE_DIM, VALUE_DIM_PADDED)
-        logits = _logits(tile, keys, SCALE, NEGATE, SOFT_CAP, HARDWARE_TANH, PRECISION)
-        running_max, total, acc = _fold(running_max, total, acc, logits, values, TO_BASE_2, PRECISION)
+        running_max, total, acc, unit = _fold_block(
+            running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
+            key_scale, value_scale, pool_rows, None, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
+            SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
+        )  # fmt: skip
         pool_rows = next_rows
 
     unseen = total == 0
+    if VALUE_SCALE == "slot":
+        if tile.dtype == tl.float16:
+            acc = acc * unit
+    elif VALUE_SCALE != "one":
+        acc = acc * tl.where(unseen, 1.0, value_scale)[:, None]  # nobody may look at the scale of what nobody sees
     acc = acc / tl.where(unseen, 1.0, total)[:, None]
     row_lse = tl.where(unseen, float("-inf"), (running_max + tl.log2(total)) * LN_2)
     result_row = query_row + split.to(tl.int64) * (TOKENS * KV_HEADS * GROUP)
-    features = tl.arange(0, VALUE_DIM_PADDED)
+    features = first_feature + tl.arange(0, VALUE_WIDTH)
     tl.store(
         out + result_row[:, None] * VALUE_DIM + features[None, :],
         acc.to(out.dtype.element_ty),

@@ -5,29 +5,68 @@ is stored is the token, or its quantised form.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
-from jax.interpreters import mlir
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import last_index
-from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.lowering.writer import Writer
+from paged_prefill.primitive.operands import APPEND
 from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
+RESULTS = tuple(row.name for row in APPEND.results)
 
-def append(*operands, present, cache_batch_dims, as_bits):
-    """Runs `local_append_to_pages_p` on one device; `as_bits(dtype)` says what is scattered as integers."""
-    named = dict(zip(present, operands, strict=True))
-    write = functools.partial(_append_to_pool, as_bits)
+
+class XlaWriter(Writer):
+    """Runs every call, anywhere."""
+
+    name = "xla"
+    platforms = ("cpu", "tpu", "cuda", "rocm")
+    any_call = True
+
+    def _reason_against(self, operands, device):
+        return None
+
+    def write(self, operands, cache_batch_dims, device):
+        """As it says above."""
+        as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
+        return scattered(stored(operands, cache_batch_dims), cache_batch_dims, as_bits)
+
+
+class Stored(NamedTuple):
+    """What an append stores in an operand: `new` [*C, kv_heads, tokens of all packs, ...] in `into`, token i at at[:, i].
+
+    `at` [*C, tokens, (layer,) page and slot]; the page is -1 for a token that has none.
+    """
+
+    into: Array
+    new: Array
+    at: Int[Array, "*C tokens places"]
+
+
+def stored(operands, cache_batch_dims) -> dict[str, Stored]:
+    """What goes where, by the name of the operand, in the order of the results; quantised where the cache is."""
+    of_pool = _new_of_pool
     for _ in range(cache_batch_dims):
-        write = jax.vmap(write)
-    return write(named)
+        of_pool = jax.vmap(of_pool)
+    new, at = of_pool(dict(operands))
+    return {name: Stored(operands[name], new[name], at) for name in RESULTS if name in new}
 
 
-def _append_to_pool(as_bits, named):
-    """Writes the packs [*B] of one pool; returns what was written, in the order of the table."""
+def scattered(stored: dict[str, Stored], cache_batch_dims, as_bits=lambda dtype: False) -> list[Array]:
+    """The operands with it; `as_bits(dtype)` says what is scattered as integers."""
+    scatter = functools.partial(_scatter, as_bits)
+    for _ in range(cache_batch_dims):
+        scatter = jax.vmap(scatter)
+    return [scatter(*x) for x in stored.values()]
+
+
+def _new_of_pool(named):
+    """What the packs [*B] of one pool store, by the name of what it goes into, and where."""
     num_pages, page_size = named["key_cache"].shape[-3:-1]
     key = named["key"]
     locate = functools.partial(slots, tokens=key.shape[-3], num_pages=num_pages, page_size=page_size)
@@ -39,20 +78,20 @@ def _append_to_pool(as_bits, named):
         layer = jnp.clip(named["layer"], 0, named["key_cache"].shape[0] - 1)
         at.insert(0, jnp.broadcast_to(jnp.expand_dims(layer, -1), page.shape))
     at = [x.reshape(-1) for x in at]
-    caches, scales = [], []
+    stored = {}
     for name in ("key", "value"):
         if name not in named:
             continue
         cache, scale = named[f"{name}_cache"], named.get(f"{name}_scale")
         new = jnp.moveaxis(named[name].reshape(-1, *named[name].shape[-2:]), 1, 0)  # [kv_heads, tokens, features]
-        per_slot = scale is not None and scale.ndim == cache.ndim - 1
         if cache.dtype != new.dtype:
+            per_slot = scale is not None and scale.ndim == cache.ndim - 1
             own = scale_of(new, cache.dtype) if per_slot else _given_scale(scale, at, "layer" in named)
             new = quantised(new, own, cache.dtype)
             if per_slot:
-                scales.append(_scatter(scale, own, at, as_bits))
-        caches.append(_scatter(cache, new, at, as_bits))
-    return [*caches, *scales]
+                stored[f"{name}_scale"] = own
+        stored[f"{name}_cache"] = new
+    return stored, jnp.stack(at, axis=-1)
 
 
 def _given_scale(scale, at, layered):
@@ -63,13 +102,13 @@ def _given_scale(scale, at, layered):
     return by_token.reshape(-1, by_token.shape[-1])
 
 
-def _scatter(cache, new, at, as_bits):
+def _scatter(as_bits, cache, new, at):
     """`cache` [(layers,) kv_heads, num_pages, page_size, ...] with `new` [kv_heads, tokens, ...] at each head's slots."""
     dtype = cache.dtype
     if as_bits(dtype):
         cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
-    heads, tokens = new.shape[:2]
-    heads_axis = len(at) - 2
+    heads = new.shape[0]
+    heads_axis = at.shape[-1] - 2
     places = tuple(axis for axis in range(heads_axis + 3) if axis != heads_axis)  # (layer,) page, slot
     # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
     # vmap would bring the heads before the layers, which copies it too.
@@ -80,7 +119,7 @@ def _scatter(cache, new, at, as_bits):
         operand_batching_dims=(heads_axis,),
         scatter_indices_batching_dims=(0,),
     )
-    indices = jnp.broadcast_to(jnp.stack(at, axis=-1), (heads, tokens, len(at)))
+    indices = jnp.broadcast_to(at, (heads, *at.shape))
     written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
 
@@ -104,13 +143,3 @@ def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_
 def _converted_on_cpu(dtype) -> bool:
     """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
     return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))
-
-
-def _lower(ctx, *operands, as_bits=lambda dtype: False, **parameters):
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    rule = mlir.lower_fun(functools.partial(append, as_bits=as_bits, **parameters))
-    return rule(ctx.replace(avals_in=plain), *operands)
-
-
-mlir.register_lowering(local_append_to_pages_p, _lower)
-mlir.register_lowering(local_append_to_pages_p, functools.partial(_lower, as_bits=_converted_on_cpu), platform="cpu")

@@ -165,29 +165,55 @@ def _as_word(pair):
     return vector.extract(vector.bitcast(one, pair), [], [0])
 
 
-def store_rows(array, rows, target) -> None:
-    """Writes row i of a 16-bit array to row rows[i] of a matrix in global memory; nowhere where that is negative."""
+def gathered(source, indices, layout):
+    """source[indices]: numbers of 32 bits from a vector in global memory, to registers of that layout."""
+    its_type = plgpu.ShapeDtypeStruct(indices.shape, jnp.int32, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.RefType()))
-    def store(_, array, rows, target):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=its_type)
+    def gather(_, source, indices):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
-        features = ir.MemRefType(target.type).shape[1]
-        start = utils.memref_ptr(target)
+        start = utils.memref_ptr(source)
+        registers = np.empty_like(indices.registers)
+        for place, register in np.ndenumerate(indices.registers):
+            taken = register
+            for i in range(ir.VectorType(register.type).shape[0]):
+                index = arith.extsi(i64, vector.extract(register, [], [i]))
+                number = llvm.load(i32, utils.getelementptr(start, [index], i32))
+                taken = vector.insert(number, taken, [], [i])
+            registers[place] = taken
+        return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=True)
+
+    return gather(source, indices)
+
+
+def store_rows(array, lse, rows, places, out, out_lse) -> None:
+    """Writes row i of an array to row rows[i] of a matrix in global memory, and its lse to places[i] of a vector there.
+
+    Neither is written where rows[i] is negative.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.RefType(), plgpu.RefType()))
+    def store(_, array, lse, rows, places, out, out_lse):
+        i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
+        features = ir.MemRefType(out.type).shape[1]
+        start, lse_start = utils.memref_ptr(out), utils.memref_ptr(out_lse)
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
-        first_column = arith.muli(arith.remui(utils.thread_idx(), arith.constant(i32, 4)), arith.constant(i32, 2))
-        for half, row in enumerate(rows.registers.flat):
-            row = vector.extract(row, [], [0])
+        quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
+        first_column = arith.muli(quarter, arith.constant(i32, 2))
+        for half, registers in enumerate(zip(rows.registers.flat, places.registers.flat, lse.registers.flat)):
+            row, place, row_lse = (vector.extract(register, [], [0]) for register in registers)
             owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
             with ir.InsertionPoint(owned.then_block):
                 offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
                 own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
                 for column, pair in enumerate(pairs[:, half]):
                     llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
+                llvm.store(row_lse, utils.getelementptr(lse_start, [arith.extsi(i64, place)], lse.mlir_dtype))
                 scf.yield_([])
 
-    store(array, rows, target)
+    store(array, lse, rows, places, out, out_lse)
 
 
 def _same_type(function, array):

@@ -1,0 +1,209 @@
+"""What a compute warpgroup does with a piece of work: its 64 rows attend to the blocks of keys, one after another.
+
+It starts the logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block
+i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608). Blocks are taken from the last to the
+first, so that those which need a mask come first; where any may need one, those that all rows see whole lie between.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
+
+
+def compute(plan: Plan, piece, done, warpgroup, masks, q_heads, out, lse, **scratch):
+    """One warpgroup's share of a piece, from its first block to its results in global memory."""
+    attention = _Attention(plan, piece, done, warpgroup, masks, **scratch)
+    rows, tile = attention.rows, piece.tile
+    acc, row_lse = attention.run()
+    owned = rows.owns(rows.rows())
+    head, token = rows.head_and_token(rows.rows())
+    head, token = piece.head + head, tile.start + token
+    # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
+    place = (piece.split * plan.tokens + token) * q_heads + head
+    lse_place = (piece.split * q_heads + head) * plan.tokens + token
+    store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
+
+
+class _Attention:
+    """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
+
+    def __init__(
+        self, plan, piece, done, warpgroup, masks, *, query_views, keys, values, query_here, query_free, keys_here,
+        values_here, keys_free, values_free, turn, cleaned,
+    ):  # fmt: skip
+        self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
+        self.rows, self.softmax = Rows(plan, piece, warpgroup, masks), Softmax(plan)
+        [_, [query]] = query_views
+        self.query, self.keys, self.values = query.at[warpgroup], keys, values
+        self.query_here, self.query_free = query_here, query_free
+        self.keys_here, self.keys_free = keys_here, keys_free
+        self.values_here, self.values_free = values_here, values_free
+        self.turn, self.cleaned = turn, cleaned
+
+    def run(self):
+        """Output and lse of the rows."""
+        steps, last = self.piece.steps, self.piece.last
+        # Blocks that every row sees whole need no mask: from block `edge` on, and up to block `clear`.
+        (whole_start, whole_end), block_kv = self.rows.whole(), self.plan.block_kv
+        edge = jnp.clip(last + 1 - lax.div(whole_end, block_kv), 1, steps)
+        clear, masked_again = steps, self.plan.window is not None or self.plan.masks_any_block
+        if masked_again:
+            clear = jnp.clip(last + 1 - lax.div(whole_start + block_kv - 1, block_kv), edge, steps)
+        running = self._start()
+        running = lax.fori_loop(1, edge, functools.partial(self._step, True), running)
+        if self.plan.polynomial is not None:
+            edge, running = self._steps_by_polynomial(edge, clear, running)
+        running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
+        if masked_again:
+            running = lax.fori_loop(clear, steps, functools.partial(self._step, True), running)
+        return self._finish(running)
+
+    def _start(self) -> Running:
+        """Block 0: its logits, and no output yet."""
+        plgpu.barrier_wait(self.query_here)
+        if self.plan.polynomial is not None:
+            self._scale_query(self.plan.polynomial.query_factor)
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(0)])
+        self._take_turn()
+        logits = self._logits_of(0)
+        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(0)])
+        acc, m, l = self.softmax.start()
+        running = self.softmax.step(logits, lambda: acc, m, l, lambda: self.rows.visible(0))
+        plgpu.barrier_wait(self.values_here.at[self._slot_of(0)])
+        self._clean_values(0)
+        return running
+
+    def _step(self, masked, i, running: Running) -> Running:
+        """Block i's logits and weights, and the output of block i - 1."""
+        weights, acc, m, l = running
+        logits, output = self._products_of(i, weights, acc)
+        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        running = self.softmax.step(logits, output, m, l, (lambda: self.rows.visible(i)) if masked else None)
+        if masked and self.plan.masks_any_block:
+            self._clean_values(i)
+        return running
+
+    def _steps_by_polynomial(self, first, end, running: Running):
+        """Steps from block `first` to `end`, or to the first block with logits that are not small; and where it ended.
+
+        Whether they are is seen in the weights. So that block is weighed again, by tanh, from logits computed again.
+        All rows of the warpgroup change together: so a row's last bits may depend on the rows beside it, which are of
+        the same sequence, and of the same KV head.
+        """
+
+        def one(carry):
+            i, _, (weights, acc, m, l) = carry
+            logits, output = self._products_of(i, weights, acc)
+            weights, sums = self.softmax.by_polynomial(logits, m)
+            small = ~any_in_warpgroup(self.plan.polynomial.doubts(sums), self.warpgroup)
+            acc = output()
+            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)]))
+            weights = self.softmax.rounded(weights)
+            return i + 1, small, Running(weights, acc, m, l + jnp.where(small, sums, 0.0))
+
+        def again(i, running):
+            _, acc, m, l = running
+            logits = self._logits_of(i)
+            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+            return self.softmax.step(logits, lambda: acc, m, l)
+
+        carry = first, jnp.bool_(True), running
+        end, small, running = lax.while_loop(lambda carry: (carry[0] < end) & carry[1], one, carry)
+        return end, lax.cond(small, lambda running: running, functools.partial(again, end - 1), running)
+
+    def _finish(self, running: Running):
+        """The output of the last block, and the rows' results."""
+        weights, acc, m, l = running
+        last = self.piece.steps - 1
+        plgpu.barrier_arrive(self.query_free)
+        if not self.plan.masks_any_block:  # else it is clean
+            pl.when(last > 0)(lambda: self._clean_values(last))
+        self._take_turn()
+
+        def product(output):
+            plgpu.wgmma(output, weights, self.values.at[self._slot_of(last)])
+            self._pass_turn()
+
+        acc = pl.run_state(product)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        return self.softmax.result(acc, m, l)
+
+    def _logits_of(self, i):
+        """Block i's logits, with no other product beside them."""
+
+        def products(logits):
+            for part in range(self.plan.query_parts):
+                columns = self.keys.at[self._slot_of(i), :, pl.ds(part * COLUMNS, COLUMNS)]
+                plgpu.wgmma(logits, self.query.at[part], columns.transpose((1, 0)))
+            self._pass_turn()
+            return logits[...]
+
+        return pl.run_scoped(products, plgpu.ACC((WARPGROUP_ROWS, self.plan.block_kv), jnp.float32))
+
+    def _products_of(self, i, weights, acc):
+        """Block i's logits; and a function that waits for the output of block i - 1, which is still being computed."""
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        self._take_turn()
+        keys, values = self.keys.at[self._slot_of(i)], self.values.at[self._slot_of(i - 1)]
+        logits, acc = start_products(self.query, keys, acc, weights, values)
+        self._pass_turn()
+
+        def output():
+            # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
+            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+            done = settled(acc, still_running=0)
+            plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+            return done
+
+        return settled(logits, still_running=1), output
+
+    def _clean_values(self, i):
+        """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
+        plan, dtype = self.plan, jnp.dtype(self.plan.dtype)
+
+        @pl.when(self.rows.may_hold_nothing(i))
+        def _():
+            layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, COLUMNS), dtype, SWIZZLE_BYTES)
+            holds = self.rows.held(i, layout)
+            for c in range(plan.value_dim // COLUMNS):
+
+                @pl.when(self.warpgroup == c % plan.warpgroups)
+                def _(c=c):
+                    part = self.values.at[self._slot_of(i), :, pl.ds(c * COLUMNS, COLUMNS)]
+                    part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
+
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.cleaned)
+            plgpu.barrier_wait(self.cleaned)
+
+    def _scale_query(self, factor):
+        """And rows that the tile does not own become 0: then their logits cast no doubt on those of the others."""
+        dtype = jnp.dtype(self.plan.dtype)
+        layout = plgpu.Layout.SMEM_GMEM_COPY((WARPGROUP_ROWS, COLUMNS), dtype, SWIZZLE_BYTES)
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, COLUMNS), 0, layout=layout)
+        owned = self.rows.owns(row + self.warpgroup * WARPGROUP_ROWS)
+        for part in range(self.plan.query_parts):
+            columns = self.query.at[part]
+            scaled = plgpu.layout_cast(columns[...], layout).astype(jnp.float32) * factor
+            columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
+        plgpu.commit_smem()
+
+    def _slot_of(self, i):
+        return lax.rem(self.done + i, self.plan.stages)
+
+    def _take_turn(self):
+        if self.plan.takes_turns:
+            plgpu.barrier_wait(self.turn.at[self.warpgroup])
+
+    def _pass_turn(self):
+        if self.plan.takes_turns:
+            plgpu.barrier_arrive(self.turn.at[lax.rem(self.warpgroup + 1, self.plan.warpgroups)])

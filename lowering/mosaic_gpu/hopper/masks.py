@@ -1,0 +1,133 @@
+"""Which rows of a compute warpgroup are there, and which keys they see."""
+
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, ROWS, WGMMA, gathered
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+
+ALL = -1  # a word of 32 bits that are set
+
+
+class Rows:
+    """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next.
+
+    `masks` are the ranges and the words of the trees in global memory, as far as the plan has them, as vectors.
+    """
+
+    def __init__(self, plan: Plan, piece, warpgroup, masks):
+        self.plan, self.piece, self.tile, self.warpgroup = plan, piece, piece.tile, warpgroup
+        masks = list(masks)
+        self.ranges = masks.pop(0) if plan.has_ranges else None
+        self.tree = masks.pop(0) if plan.tree_words else None
+
+    def rows(self):
+        """These, as rows of the tile."""
+        return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS) + self.warpgroup * WARPGROUP_ROWS
+
+    def head_and_token(self, row):
+        """(head in the tile, token in the tile) of rows of the tile."""
+        return lax.div(row, self.plan.block_q), lax.rem(row, self.plan.block_q)
+
+    def owns(self, row):
+        """Whether rows of the tile are there: its tokens and heads may be fewer than it has room for."""
+        head, token = self.head_and_token(row)
+        return (token < self.tile.length) & (head < self.piece.heads_left)
+
+    def first_key_of(self, i):
+        """The first key of the piece's block i."""
+        return (self.piece.last - i) * self.plan.block_kv
+
+    def whole(self):
+        """Every row sees all of the keys from the first to the second of these."""
+        tile = self.tile
+        return tile.whole_start, tile.whole_end if self.tree is None else jnp.minimum(tile.whole_end, tile.first_new)
+
+    def visible(self, i):
+        """Which of the rows see which keys of block i."""
+        shape, tile, start = (WARPGROUP_ROWS, self.plan.block_kv), self.tile, self.first_key_of(i)
+        _, token = self.head_and_token(self.rows())
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+        here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
+        if self.plan.has_ranges:
+            place = 2 * (tile.start + here)
+            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1 - start
+            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1 - start
+        else:  # positions relative to the tile's first token
+            block = start - tile.position
+            last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
+            before = None if self.plan.window is None else token - block - self.plan.window
+        seen = key <= lax.broadcast_in_dim(last, shape, [0])
+        if before is not None:
+            seen &= key > lax.broadcast_in_dim(before, shape, [0])
+        return seen if self.tree is None else seen & self._in_tree(here, key, start)
+
+    def _in_tree(self, token, key, start):
+        """Whether tokens of the tile see the keys of the block that begins at `start`, as far as trees decide."""
+        first = start - self.tile.first_new  # the block's first key, counted in new tokens
+        shift = first & 31
+        words = [self._word(token, (first >> 5) + j) for j in range(self.plan.block_kv // 32 + 1)]
+        bits = jnp.zeros_like(key)
+        for j, (word, following) in enumerate(zip(words, words[1:])):
+            # The 32 keys from there on: bits of two words, unless the first word begins with them.
+            both = lax.shift_right_logical(word, shift) | jnp.where(shift == 0, 0, following << (32 - shift & 31))
+            here = (key >= 32 * j) & (key < 32 * (j + 1))
+            bits = jnp.where(here, lax.broadcast_in_dim(both, key.shape, [0]), bits)
+        return (lax.shift_right_logical(bits, key & 31) & 1) != 0
+
+    def _word(self, token, number):
+        """A word of each of these tokens' trees: all bits where a tree says nothing."""
+        words = self.plan.tree_words
+        place = (self.tile.start + token) * words + jnp.clip(number, 0, words - 1)
+        return jnp.where((number >= 0) & (number < words), gathered(self.tree, place, ROWS), ALL)
+
+    def may_hold_nothing(self, i):
+        """Whether block i has keys that no row of the tile may look at."""
+        tile, start = self.tile, self.first_key_of(i)
+        ends = (start < tile.first_key) | (start + self.plan.block_kv > tile.end_key)
+        return (ends | self._asks(start)) if self.plan.masks_any_block else ends
+
+    def _asks(self, start):
+        """Whether tokens must be asked one by one which keys they see, of the block that begins at `start`."""
+        asks = self.tile.holes > 0
+        if self.tree is None:
+            return asks
+        first = start - self.tile.first_new
+        return asks | ((first + self.plan.block_kv > 0) & (first < 32 * self.plan.tree_words))
+
+    def held(self, i, layout):
+        """Which keys of block i some row of the tile may look at, as rows of the values in this layout."""
+        tile, plan, start = self.tile, self.plan, self.first_key_of(i)
+        key = start + plgpu.broadcasted_iota(jnp.int32, (plan.block_kv, COLUMNS), 0, layout=layout)
+        holds = (key >= tile.first_key) & (key < tile.end_key)
+        if not plan.masks_any_block:
+            return holds
+        column = layout.reduce(1)
+        key = plgpu.broadcasted_iota(jnp.int32, (plan.block_kv,), 0, layout=column)
+
+        def ask(token, seen):
+            low, end = self._interval_of_one(token, start)
+            sees = (key >= low) & (key < end)
+            if self.tree is not None:
+                new = key + (start - tile.first_new)
+                place = (tile.start + token) * plan.tree_words + jnp.clip(new >> 5, 0, plan.tree_words - 1)
+                bit = lax.shift_right_logical(gathered(self.tree, place, column), new & 31) & 1
+                sees &= (bit != 0) | (new < 0) | (new >= 32 * plan.tree_words)
+            return seen | sees.astype(jnp.int32)
+
+        asks = self._asks(start)
+        seen = plgpu.layout_cast(jnp.full((plan.block_kv,), jnp.where(asks, 0, 1), jnp.int32), column)
+        seen = lax.fori_loop(0, jnp.where(asks, tile.length, 0), ask, seen)
+        return holds & (plgpu.layout_cast(lax.broadcast_in_dim(seen, holds.shape, [0]), layout) != 0)
+
+    def _interval_of_one(self, token, start):
+        """The keys that one token of the tile sees, low <= key < end, counted from key `start`."""
+        tile, window = self.tile, self.plan.window
+        if self.plan.has_ranges:
+            place = 2 * (tile.start + token)
+            low, end = jnp.maximum(self.ranges[place], 0), jnp.clip(self.ranges[place + 1], 0, tile.end_key)
+            return low - start, end - start
+        position = tile.position + token - start
+        low = -start if window is None else position - window + 1
+        return low, jnp.minimum(position + 1, tile.end_key - start)

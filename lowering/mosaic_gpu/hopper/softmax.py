@@ -1,0 +1,153 @@
+"""The online softmax of a warpgroup's rows: the weights of a block of keys, and what is running with them.
+
+It is Milakov and Gimelshein's (arXiv 1805.02867), with exp2 for exp. Its maximum is any number near the largest logit.
+So a block's weights are taken by the maximum so far, and where their sums show that a logit has passed it by far, once
+more by the new one: most blocks look for no maximum, and scale no output. Logits with a soft cap are bounded, and
+bfloat16 has room for weights by one maximum that never changes.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA, any_in_warp, moved
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import LOG2_E, WARPGROUP_ROWS, Plan
+from paged_prefill.primitive.attention import factor_and_lse
+
+# Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
+LARGEST_SUM = 256.0
+
+
+class Running(NamedTuple):
+    """What goes from block to block: the last block's weights, and the output and sums of those before and with it."""
+
+    weights: jax.Array  # [64, block_kv], 16 bits
+    acc: jax.Array  # [64, value_dim], without the last block
+    m: jax.Array  # [64], a maximum, in units of the logits
+    l: jax.Array  # [64, 8], sums over every eighth column
+
+
+class Softmax:
+    """The steps of a plan's softmax."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.dtype = plan, jnp.dtype(plan.dtype)
+        self.shape = (WARPGROUP_ROWS, plan.block_kv)
+        # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
+        if plan.soft_cap is not None:
+            self.unit, self.largest = plan.soft_cap * LOG2_E, 1
+        elif plan.softmax_scale > 0:
+            self.unit, self.largest = plan.softmax_scale * LOG2_E, 4096
+        else:
+            self.unit, self.largest = LOG2_E, math.inf
+
+    def start(self):
+        """(acc, m, l) before the first block."""
+        m = -jnp.inf if self.plan.fixed_maximum is None else self.plan.fixed_maximum
+        m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), m, jnp.float32), ROWS)
+        l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, 8), jnp.float32), WGMMA)
+        acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, self.plan.value_dim), jnp.float32), WGMMA)
+        return acc, m, l
+
+    def step(self, logits, output, m, l, visible=None) -> Running:
+        """What is running after a block with these products of queries and keys.
+
+        `output` waits for the output so far. `visible` says which rows see which keys; where it is None, all see all.
+        """
+        logits = self._logits(logits)
+        if visible is not None:
+            logits = jnp.where(visible(), logits, -jnp.inf)
+        if self.plan.fixed_maximum is not None:
+            weights, sums = self._weigh(logits, m)
+            acc = output()
+            return Running(self.rounded(weights), acc, m, l + sums)
+        if visible is not None:
+            weights, *others = self._follow(logits, output(), m, l)
+            return Running(weights.astype(self.dtype), *others)
+        return self._step_by_old_maximum(logits, output, m, l)
+
+    def result(self, acc, m, l):
+        """The rows' output and lse."""
+        plan = self.plan
+        to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
+        factor, lse = factor_and_lse(l.sum(axis=1), m * to_natural)
+        return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
+
+    def by_polynomial(self, logits, m):
+        """Weights of small logits under a soft cap, and their sums, which tell where they are not small."""
+        weights = jnp.exp2(self.plan.polynomial(logits) - lax.broadcast_in_dim(m * self.unit, self.shape, [0]))
+        return weights, fold(jnp.add, weights)
+
+    def rounded(self, weights):
+        """Behind the wait for the last products: so the next ones may begin with the results."""
+        return lax.optimization_barrier(weights).astype(self.dtype)
+
+    def _logits(self, products):
+        plan = self.plan
+        if plan.polynomial is not None:
+            return jnp.tanh(products * plan.polynomial.to_tanh)
+        if plan.soft_cap is not None:
+            return jnp.tanh(products * (plan.softmax_scale / plan.soft_cap))
+        if plan.softmax_scale <= 0:
+            return lax.optimization_barrier(products * plan.softmax_scale)
+        return products
+
+    def _weigh(self, logits, m):
+        """Weights by the maximum m, and their sums over every eighth column."""
+        if self.unit * self.largest <= 4096:
+            # One fused operation, which errs by 2^-24 of the product: too much where it is huge. The barriers here and
+            # in `step` settle which product is fused, so that a row's bits are the same whichever way its warp goes.
+            unit = lax.optimization_barrier(m * self.unit)
+            exponents = logits * self.unit - lax.broadcast_in_dim(unit, self.shape, [0])
+        else:
+            exponents = (logits - lax.broadcast_in_dim(m, self.shape, [0])) * self.unit
+        weights = jnp.exp2(exponents)
+        return weights, fold(jnp.add, weights)
+
+    def _follow(self, logits, acc, m, l, passed=None):
+        """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
+        m_next = jnp.maximum(m, fold(jnp.maximum, logits).max(axis=1))
+        if passed is None:
+            shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
+        else:
+            shift = m_next = jnp.where(passed, m_next, m)
+        weights, sums = self._weigh(logits, shift)
+        fade = jnp.exp2((m - shift) * self.unit)
+        acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
+        return weights, acc, m_next, l + sums
+
+    def _step_by_old_maximum(self, logits, output, m, l) -> Running:
+        """A block that every row sees: by the maximum so far, unless a warp's sums say that a logit has passed it."""
+        late = self.plan.rounds_late
+        weights, sums = self._weigh(logits, m)
+        if not late:
+            weights = weights.astype(self.dtype)
+        passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
+        anyone = any_in_warp(passed, after=None if late else weights)
+        acc = output()
+        if not late:
+            weights = moved(weights)
+
+        def again():
+            # A row's bits do not depend on the other rows of its warp.
+            own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
+            new, *others = self._follow(logits, acc, m, l, passed=own)
+            return new.astype(weights.dtype), *others
+
+        weights, *others = lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
+        return Running(self.rounded(weights) if late else weights, *others)
+
+
+def fold(combine, array):
+    """[rows, columns] as [rows, 8]: columns that lie 8 apart, and so in one thread, combined pair by pair.
+
+    A thread waits for no other's share this way, and its own operations need not wait for one another.
+    """
+    parts = [array[:, c : c + 8] for c in range(0, array.shape[1], 8)]
+    while len(parts) > 1:
+        parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]

@@ -1,0 +1,264 @@
+"""How the kernels for TPUs bring pages into VMEM: blocks of keys and values by asynchronous copies, one block ahead.
+
+An item walks over its keys in blocks, from its window's start to its causal limit; blocks lie on one fixed grid of a
+sequence's keys, so the bits of a row do not depend on the pack it is in. Two buffers hold blocks: while one is computed
+with, the pages of the next block, be it this item's or the next one's, are copied into the other, each page by one
+strided copy for all KV heads. The page table stays in HBM, however large: an item's row of it is copied to SMEM while
+the item before it computes.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from paged_prefill.lowering.call import Call, Problem
+from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Sizes, round_up
+
+COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
+
+
+class Pages(NamedTuple):
+    """What is fetched, and whereto. The values are None where they are part of the keys.
+
+    Attributes:
+      keys, values: HBM [pools, kv_heads, runs, run, features].
+      table: HBM [seqs, 1, pages_per_seq], in whole registers.
+    """
+
+    keys: object
+    values: object
+    table: object
+
+    @classmethod
+    def of(cls, refs: Iterator, latent: bool) -> "Pages":
+        """The next of the references that a kernel is given."""
+        return cls(next(refs), None if latent else next(refs), next(refs))
+
+
+class Scales(NamedTuple):
+    """The scales of keys and of values, None where there are none: SMEM [pools * cache_kv_heads]."""
+
+    key: object
+    value: object
+    cache_kv_heads: int
+
+    @classmethod
+    def of(cls, refs: Iterator, scaled: tuple[str, ...], cache_kv_heads: int) -> "Scales":
+        """The next of the references that a kernel is given, of those that there are."""
+        return cls(*(next(refs) if name in scaled else None for name in ("key", "value")), cache_kv_heads)
+
+    def of_head(self, pool, first_head, name: str, head):
+        """The scale of "key" or "value" of a head counted from the first, or None."""
+        ref = getattr(self, name)
+        return None if ref is None else ref[pool * self.cache_kv_heads + first_head + head]
+
+
+class Buffers(NamedTuple):
+    """What is kept on the chip from one grid step to the next."""
+
+    keys: object  # VMEM [2, runs_per_block, kv_heads, run, head_dim]
+    values: object  # VMEM [2, runs_per_block, kv_heads, run, value_dim]
+    table: object  # SMEM [2 * pages_per_seq]
+    slot: object  # SMEM [1], the buffer that holds the next block to compute with
+    page_sems: object  # DMA [2]
+    table_sems: object  # DMA [2]
+
+
+class Block(NamedTuple):
+    """A block of an item's keys."""
+
+    item: object
+    number: object
+
+
+class Fetcher:
+    """The copies of one grid step, which works on an item.
+
+    `items` has each item's seq, key_pool, value_pool, key_start and key_end.
+    """
+
+    def __init__(self, items, item, num_items, pages: Pages, buffers: Buffers, heads, sizes: Sizes):
+        self.items, self.item, self.num_items = items, item, num_items
+        self.pages, self.buffers, self.heads, self.sizes = pages, buffers, heads, sizes
+        self.block_kv = sizes.runs_per_block * sizes.run
+        self.first_block = lax.div(items.key_start[item], self.block_kv)
+        self.last_block = jnp.maximum(lax.div(items.key_end[item] - 1, self.block_kv), self.first_block)
+
+    def begin(self):
+        """What comes before the blocks of the item: the very first fetch, and the next item's row of the table."""
+
+        @pl.when(self.item == 0)
+        def _():
+            self._table_copy(0).start()
+            self._table_copy(0).wait()
+            self.buffers.slot[0] = 0
+            self.start(Block(0, self.first_block), 0)
+
+        @pl.when(self.item + 1 < self.num_items)
+        def _():
+            self._table_copy(self.item + 1).start()
+
+    def turn(self):
+        """The buffer of the block that comes to be computed with; the other one is free from now on."""
+        slot = self.buffers.slot[0]
+        self.buffers.slot[0] = 1 - slot
+        return slot
+
+    def following(self, block):
+        """The block to fetch beside this one of the item, which may be the next item's first, and whether there is one.
+
+        The row of the table that it needs is there.
+        """
+        last = block == self.last_block
+        exists = jnp.logical_not(last) | (self.item + 1 < self.num_items)
+
+        @pl.when(last & exists)
+        def _():
+            self._table_copy(self.item + 1).wait()
+
+        next_item = jnp.where(last & exists, self.item + 1, self.item)
+        first_block = lax.div(self.items.key_start[next_item], self.block_kv)
+        return Block(next_item, jnp.where(last, first_block, block + 1)), exists
+
+    def whole(self, block: Block):
+        """Whether keys are needed from every run of a block."""
+        return self._needed(block)[2]
+
+    def start(self, block: Block, slot):
+        """Starts the copies of what is needed of a block."""
+        start, end, _ = self._needed(block)
+        copy = self.copier(block, slot)
+        rest = end - lax.rem(jnp.maximum(end - start, 0), COPIES_AT_ONCE)
+
+        @pl.loop(start, rest, step=COPIES_AT_ONCE)
+        def _(at):
+            for i in range(COPIES_AT_ONCE):
+                copy(at, i)
+
+        pl.loop(rest, end)(copy)
+
+    def copier(self, block: Block, slot):
+        """The function that starts to copy run `at + i` of a block; where `i` is static, `at` is added up but once."""
+        runs_per_page, sem = self.sizes.runs_per_page, self.buffers.page_sems.at[slot]
+        first = block.number * self.sizes.runs_per_block
+        table = self._table_slot(block.item)[0]
+        streams = [(self.pages.keys, self.buffers.keys, self.items.key_pool)]
+        if self.pages.values is not None:
+            streams.append((self.pages.values, self.buffers.values, self.items.value_pool))
+        streams = [(pages.at[pool[block.item], self.heads], buffer.at[slot]) for pages, buffer, pool in streams]
+
+        def start(at, i=0):
+            if runs_per_page == 1:
+                index = self.buffers.table[(table + first + at) + i]
+            else:
+                run = first + at + i
+                index = self.buffers.table[table + lax.div(run, runs_per_page)]
+                index = index * runs_per_page + lax.rem(run, runs_per_page)
+            for pages, buffer in streams:
+                pltpu.make_async_copy(pages.at[:, index], buffer.at[at + i], sem).start()
+
+        return start
+
+    def wait(self, block, slot):
+        """Waits for what was started of a block of the item."""
+        start, end, whole = self._needed(Block(self.item, block))
+
+        def wait(*at):  # a copy of the same size stands for the ones that were started
+            for buffer in (self.buffers.keys, self.buffers.values):
+                if buffer is not None:
+                    there = buffer.at[slot, *at]
+                    pltpu.make_async_copy(there, there, self.buffers.page_sems.at[slot]).wait()
+
+        pl.when(whole)(wait)
+        pl.when(jnp.logical_not(whole))(lambda: pl.loop(start, end)(wait))
+
+    def _needed(self, block: Block):
+        """Which of a block's runs hold needed keys, as [start, end), and whether that is all of them."""
+        first, runs = block.number * self.sizes.runs_per_block, self.sizes.runs_per_block
+        start = jnp.maximum(lax.div(self.items.key_start[block.item], self.sizes.run) - first, 0)
+        end = jnp.minimum(pl.cdiv(self.items.key_end[block.item], self.sizes.run) - first, runs)
+        return start, end, (start == 0) & (end == runs)
+
+    def _table_slot(self, item):
+        width = self.pages.table.shape[-1]
+        return pl.multiple_of(lax.rem(item, 2) * width, LANES), width
+
+    def _table_copy(self, item):
+        slot = self.buffers.table.at[pl.ds(*self._table_slot(item))]
+        sem = self.buffers.table_sems.at[lax.rem(item, 2)]
+        return pltpu.make_async_copy(self.pages.table.at[self.items.seq[item], 0], slot, sem)
+
+
+def zero_outside(values_ref, chunk, interval, sizes: Sizes):
+    """Zeroes the values of a chunk that lie outside an interval of its keys: 0 * NaN is NaN."""
+    start, end = interval
+
+    @pl.loop(0, sizes.runs_per_chunk)
+    def _(run):
+        first = run * sizes.run
+
+        @pl.when((first < start) | (first + sizes.run > end))
+        def _():
+            at = chunk * sizes.runs_per_chunk + run
+            key = first + lax.broadcasted_iota(jnp.int32, (1, sizes.run, 1), 1)
+            values_ref[at] = jnp.where((key >= start) & (key < end), values_ref[at], 0)
+
+
+def pages_of(call: Call, sizes: Sizes) -> Pages:
+    """The arrays that a kernel is given to fetch from."""
+    sequences, width = call.sequences, call.problem.pages_per_seq
+
+    def in_runs(pages):
+        if pages is None:
+            return None
+        pools, heads, num_pages, _, features = pages.shape
+        return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
+
+    table = jnp.pad(sequences.page_indices, ((0, 0), (0, -width % LANES)))[:, None]
+    return Pages(in_runs(call.key_pages), in_runs(call.value_pages), table)
+
+
+def scales_of(call: Call) -> dict[str, Array]:
+    """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are keys."""
+    scales = dict(key=call.key_scale, value=call.key_scale if call.value_pages is None else call.value_scale)
+
+    def of_heads(scale):
+        by_pool = scale.reshape(scale.shape[0], -1)
+        return jnp.broadcast_to(by_pool, (scale.shape[0], call.problem.cache_kv_heads)).reshape(-1)
+
+    return {name: of_heads(scale) for name, scale in scales.items() if scale is not None}
+
+
+def in_hbm(pages: Pages):
+    """The block specs of the arrays in `pages`, which a kernel fetches from by itself."""
+    return [pl.BlockSpec(memory_space=pltpu.HBM) for array in pages if array is not None]
+
+
+def buffers_of(problem: Problem, sizes: Sizes, heads: int) -> Buffers:
+    """The buffers for so many KV heads."""
+
+    def buffer(features):
+        return pltpu.VMEM((2, sizes.runs_per_block, heads, sizes.run, features), jnp.dtype(problem.cache_dtype))
+
+    return Buffers(
+        keys=buffer(problem.head_dim),
+        values=None if "latent" in problem.features else buffer(problem.value_dim),
+        table=pltpu.SMEM((2 * round_up(problem.pages_per_seq, LANES),), jnp.int32),
+        slot=pltpu.SMEM((1,), jnp.int32),
+        page_sems=pltpu.SemaphoreType.DMA((2,)),
+        table_sems=pltpu.SemaphoreType.DMA((2,)),
+    )
+
+
+def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
+    """VMEM that the buffers of all KV heads take."""
+    value_dim = 0 if "latent" in problem.features else problem.value_dim
+    features = round_up(problem.head_dim, LANES) + round_up(value_dim, LANES)
+    itemsize = jnp.dtype(problem.cache_dtype).itemsize
+    run = round_up(sizes.run, 8 if itemsize > 1 else 32)
+    return 2 * problem.num_kv_heads * run * sizes.runs_per_block * features * itemsize

@@ -1,0 +1,120 @@
+"""`append_to_pages` through Triton: one launch for keys and values, in the memory of the caches that it is given."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from paged_prefill.lowering.triton.launch import launch, reason_against
+from paged_prefill.lowering.writer import Writer
+from paged_prefill.primitive.packing import MAX_CONTEXT
+from paged_prefill.primitive.quantised import largest_number
+
+# From so many on it is faster. XLA puts its own scatters into a CUDA graph; a launch of ours takes 6 us of the host.
+MANY_TOKENS = 128
+BLOCK = 16  # tokens of a program
+ELEMENTS = 2**13  # of a token's features, times tokens, that a program holds in its registers
+OFFSETS = 256  # that a program compares with its tokens at a time
+
+
+class TritonWriter(Writer):
+    """Where Triton and a GPU that it compiles for are present."""
+
+    name = "triton"
+    platforms = ("cuda", "rocm")
+
+    def _reason_against(self, operands, device):
+        return reason_against(device, operands["key_cache"].dtype.name)
+
+    def pays(self, operands):
+        return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
+
+    def write(self, operands, cache_batch_dims, device):
+        """Leading dimensions are folded on the way in and out, which moves nothing."""
+        key, caches = operands["key"], {}
+        names = [name for name in ("key", "value") if name in operands]
+        granularity = {name: _granularity(operands, name) for name in ("key", "value")}
+        for name in names:
+            caches[f"{name}_cache"] = operands[f"{name}_cache"]
+        for name in names:
+            if granularity[name] == "slot":
+                caches[f"{name}_scales"] = operands[f"{name}_scale"]
+        if 0 in (*key.shape, *operands["key_cache"].shape, *operands["page_indices"].shape):
+            return list(caches.values())
+        written = _launch(operands, caches, granularity, cache_batch_dims)
+        return [written[name] for name in caches]
+
+
+def _granularity(operands, name) -> str:
+    """What one scale is for; "one" where there is none."""
+    scale = operands.get(f"{name}_scale")
+    if scale is None:
+        return "one"
+    dims = operands[f"{name}_cache"].ndim - scale.ndim
+    return {1: "slot", 3: "head", 4: "tensor"}[dims]
+
+
+def _launch(operands, caches, granularity, cache_batch_dims):
+    """The results of the kernel by name; `caches` are what it writes."""
+    from paged_prefill.lowering.triton.append_kernel import append_tokens
+
+    key, value, key_cache = (operands.get(name) for name in ("key", "value", "key_cache"))
+    lead, (tokens, kv_heads, head_dim) = key.shape[:-3], key.shape[-3:]
+    num_pages, page_size = key_cache.shape[-3:-1]
+    seqs, pages_per_seq = operands["page_indices"].shape[-2:]
+    packs = math.prod(lead)
+    value_dim = None if value is None else value.shape[-1]
+    wide = max(_power_of_2(head_dim), _power_of_2(value_dim or 1))
+    block = max(1, min(BLOCK, _power_of_2(tokens), ELEMENTS // wide))
+
+    # What is absent is never looked at: another array stands in for it, and a result of one element.
+    absent, nothing = operands["context_lens"], jax.ShapeDtypeStruct((1,), jnp.int32)
+    given = [
+        absent if granularity[name] in ("one", "slot") else operands[f"{name}_scale"] for name in ("key", "value")
+    ]
+    results = ("key_cache", "value_cache", "key_scales", "value_scales")
+    inputs = [
+        key,
+        absent if value is None else value,
+        operands["context_lens"],
+        operands["page_indices"],
+        operands["query_offsets"],
+        operands.get("layer", absent),
+        *given,
+        *(caches.get(name, absent) for name in results),
+    ]
+    first = len(inputs) - len(results)
+    written = launch(
+        append_tokens,
+        inputs,
+        tuple(caches.get(name, nothing) for name in results),
+        in_place=[(first + i, i) for i, name in enumerate(results) if name in caches],
+        grid=(packs * -(-tokens // block) * kv_heads,),
+        name="append_to_pages",
+        num_warps=4,
+        num_stages=1,
+        TOKENS=tokens,
+        SEQS=seqs,
+        PAGES_PER_SEQ=pages_per_seq,
+        PACKS_OF_POOL=packs // math.prod(lead[:cache_batch_dims]),
+        LAYERS=key_cache.shape[cache_batch_dims] if "layer" in operands else None,
+        KV_HEADS=kv_heads,
+        NUM_PAGES=num_pages,
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=_power_of_2(head_dim),
+        VALUE_DIM=value_dim,
+        VALUE_DIM_PADDED=_power_of_2(value_dim or 1),
+        KEY_SCALE=granularity["key"],
+        VALUE_SCALE=granularity["value"],
+        LARGEST=largest_number(key_cache.dtype) if key_cache.dtype.itemsize == 1 else None,
+        MAX_CONTEXT=MAX_CONTEXT,
+        BLOCK=block,
+        OFFSETS=min(OFFSETS, _power_of_2(seqs + 1)),
+    )
+    return dict(zip(results, written))
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

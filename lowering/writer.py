@@ -1,0 +1,45 @@
+"""What every lowering of `append_to_pages` is, and the choice of one: the first that can."""
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
+
+from jax import export
+
+from paged_prefill.lowering.call import Device
+
+
+class Writer(abc.ABC):
+    """A way to run `local_append_to_pages_p`. A new one fills in what is abstract here, and is named in choose.py.
+
+    Attributes:
+      name: what messages call it.
+      platforms: those it runs on, as `Device.platform` has them.
+      any_call: whether it runs every call: those too of symbolic sizes, and for a device that is not known.
+    """
+
+    name: ClassVar[str]
+    platforms: ClassVar[tuple[str, ...]]
+    any_call: ClassVar[bool] = False
+
+    def supports(self, operands: Mapping, device: Device) -> str | None:
+        """None, or the reason why it cannot run a call with these operands, in words that a user can act on."""
+        if self.any_call:
+            return None
+        if any(export.is_symbolic_dim(size) for x in operands.values() for size in x.shape):
+            return "it is built for sizes that are numbers, and the call has symbolic ones"
+        if not device.known:
+            return "it is built for one kind of device, and which will run this is not known here"
+        return self._reason_against(operands, device)
+
+    def pays(self, operands: Mapping) -> bool:
+        """Whether it is the faster one for a call of this size; then nothing is said of it."""
+        return True
+
+    @abc.abstractmethod
+    def _reason_against(self, operands: Mapping, device: Device) -> str | None:
+        """What `supports` says of a call whose sizes are numbers, on a device that is known."""
+
+    @abc.abstractmethod
+    def write(self, operands: Mapping, cache_batch_dims: int, device: Device) -> list:
+        """The results by the table of operands: what was written, in its order. In place where it may be."""

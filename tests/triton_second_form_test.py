@@ -1,0 +1,120 @@
+"""The optional operands in the Triton kernel without a GPU, under Triton's interpreter, alone and combined.
+
+On GPUs, gpu_second_form_test.py runs them.
+"""
+
+from absl.testing import absltest, parameterized
+
+from paged_prefill import PrefillPageAttentionConfig
+from paged_prefill.tests import poisoned, triton_stand_ins
+from paged_prefill.tests.append_test import QUANTISED
+from paged_prefill.tests.triton_test import HAS_TRITON, process
+
+# Tiles of 16 rows, 8 tokens of 2 heads: chunks are several of them, and contexts several blocks, each two edges.
+SMALL_TILES = PrefillPageAttentionConfig(block_q=8, block_kv=32, num_splits=1)
+SPLIT = PrefillPageAttentionConfig(block_q=8, block_kv=16, num_splits=3)
+SIZES = dict(page_size=4, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
+LATENT = dict(latent=True, value_dim=12)
+LONG = ((21, 70), (1, 44), (5, 0), (7, 3))
+
+
+@absltest.skipUnless(HAS_TRITON, "Triton is not installed")
+class SecondFormTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.interpreter = process(triton_stand_ins.interpret_triton)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.interpreter.shutdown()
+        super().tearDownClass()
+
+    def check(self, seed, kind, *, cfg=SMALL_TILES, vmapped=None, **parameters):
+        if kind.get("latent"):
+            parameters["value_dim"] = kind["value_dim"]
+        kind = dict(seed=seed, sequences=LONG) | SIZES | kind
+        self.interpreter.submit(
+            triton_stand_ins.check_second_form_interpreted, kind, dict(parameters, cfg=cfg), vmapped
+        ).result()
+
+    @parameterized.named_parameters(
+        ("key_ranges", dict(key_ranges=True)),
+        ("tree_mask", dict(tree_words=1)),
+        ("tree_mask_of_several_words", dict(tree_words=3, sequences=((70, 90), (1, 9), (40, 9)))),
+        ("sinks", dict(sinks=True)),
+        ("layer", dict(layers=3)),
+        ("latent", LATENT),
+        ("key_ranges_bfloat16", dict(key_ranges=True, dtype="bfloat16")),
+    )
+    def test_alone(self, kind):
+        self.check(0, kind)
+
+    @parameterized.product(dtype=QUANTISED, granularity=poisoned.GRANULARITIES)
+    def test_quantised_caches(self, dtype, granularity):
+        query = ("float32", "bfloat16", "float16")[
+            (QUANTISED.index(dtype) + poisoned.GRANULARITIES.index(granularity)) % 3
+        ]
+        scales = dict(key_scale=granularity, value_scale=granularity)
+        self.check(1, dict(dtype=query, cache_dtype=dtype, **scales), attn_logits_soft_cap=3.0)
+
+    def test_scales_of_two_granularities_and_one_that_is_absent(self):
+        for scales in (dict(key_scale="slot", value_scale="tensor"), dict(value_scale="head")):
+            self.check(2, dict(cache_dtype="int8", **scales), softmax_scale=-(2.0**-12), sliding_window=40)
+
+    def test_small_values_in_float16(self):
+        """A weight times a small scale is no normal number of float16."""
+        self.interpreter.submit(check_small_values).result()
+
+    @parameterized.named_parameters(
+        ("float32", dict(cache_dtype="float8_e5m2", key_scale="head", value_scale="slot")),
+        ("bfloat16", dict(dtype="bfloat16", cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="slot")),
+        ("float16", dict(dtype="float16", cache_dtype="int8", key_scale="slot", value_scale="slot")),
+    )
+    def test_ranges_tree_sinks_cap_quantised_and_layer_in_splits(self, kind):
+        kind = dict(kind, key_ranges=True, tree_words=1, sinks=True, layers=2)
+        self.check(3, kind, cfg=SPLIT, attn_logits_soft_cap=2.0, softmax_scale=0.7)
+
+    def test_tree_sinks_window_latent_and_quantised(self):
+        kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot")
+        self.check(4, kind | LATENT, sliding_window=40)
+
+    def test_packs_of_a_batch_with_pools_of_their_own_and_shared(self):
+        kind = dict(layers=3, cache_dtype="int8", key_scale="slot", value_scale="head", sequences=((9, 14), (1, 20)))
+        self.check(5, dict(kind, batch=(2, 2), pools=1))
+
+    @parameterized.parameters((("key_cache",),), (("value_cache", "value_scale"),), (("query", "key_scale"),))
+    def test_caches_of_which_one_has_pools_of_its_own(self, vmapped):
+        kind = dict(cache_dtype="int8", key_scale="head", value_scale="slot", sequences=((9, 14),), poison=False)
+        self.check(6, kind, vmapped=vmapped)
+
+    @parameterized.named_parameters(
+        ("deepseek", dict(q_heads=4, kv_heads=1, head_dim=576, value_dim=512, latent=True)),
+        ("gemma_4", dict(q_heads=2, kv_heads=1, head_dim=512, value_dim=512, key_ranges=True)),
+        ("narrow_rest", dict(head_dim=40, value_dim=32, latent=True)),
+        ("values_beyond_the_main_part", dict(head_dim=40, value_dim=36, latent=True)),
+        ("three_quarters", dict(head_dim=96, value_dim=80)),
+        ("less_than_16", dict(head_dim=9, value_dim=5, latent=True)),
+    )
+    def test_dims(self, kind):
+        self.check(7, dict(kind, sequences=((3, 40), (1, 20)), page_size=8))
+
+
+def check_small_values():
+    """In a process prepared by `interpret_triton`."""
+    import numpy as np
+
+    from paged_prefill import ragged_paged_prefill
+    from paged_prefill.tests import oracle
+
+    for granularity in ("head", "slot"):
+        scales = dict(key_scale=granularity, value_scale=granularity)
+        call = poisoned.make_call(8, **SIZES, dtype="float16", cache_dtype="int8", **scales)
+        with np.errstate(over="ignore"):  # of what is poison
+            call["value_scale"] = call["value_scale"] * np.float32(2.0**-13)
+        out, lse = ragged_paged_prefill(**call, cfg=SMALL_TILES, platform="triton", return_lse=True)
+        oracle.assert_matches(call, out, lse)
+
+
+if __name__ == "__main__":
+    absltest.main()
