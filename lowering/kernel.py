@@ -21,8 +21,9 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
-      invariant: whether its heuristic follows the dims, group, page size, dtype and window of a call alone, so that a
-        sequence's bits are the same in any pack, batch and cut over heads. The policy "invariant" takes no other.
+      invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
+        window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
+        takes no other kernel.
     """
 
     name: ClassVar[str]

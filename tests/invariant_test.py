@@ -15,7 +15,7 @@ from paged_prefill.lowering.choose import KERNELS, choose
 from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
 from paged_prefill.lowering.tuning.resolve import completed
 from paged_prefill.primitive.context import policy
-from paged_prefill.tests import cases, compiling, packs
+from paged_prefill.tests import cases
 from paged_prefill.tests.problems import problem
 
 # More tokens than a tile holds, a few, and one.
@@ -67,23 +67,6 @@ class InvariantTest(parameterized.TestCase):
         specs = (P(None, "model"), P("model"), P("model"), P(), P(), P())
         on_mesh = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(self.pack, specs)]
         self.assert_same_bits(jax.jit(attend)(*on_mesh))
-
-
-class OneTableWidthTest(absltest.TestCase):
-    def test_short_sequences_alone_and_in_a_pack(self):
-        """By default too, for one width of the table. XLA rounds small products otherwise where they are fewer."""
-        lengths = [1] * 40
-        contexts = np.random.default_rng(0).integers(1, 120, 40)
-        pack = packs.make_pack(0, lengths, contexts, q_heads=8, kv_heads=2, head_dim=64, page_size=16, poison=0.0)
-
-        def run(*pack):
-            return jax.jit(attend).lower(*pack).compile(compiler_options=compiling.AS_USERS_DO)(*pack)
-
-        want = run(*pack)
-        for few in (1, 3):
-            got = run(pack.query[:few], *pack[1:3], pack.context_lens[:few], pack.page_indices[:few], jnp.arange(few + 1))
-            for a, b in zip(got, want, strict=True):
-                np.testing.assert_array_equal(a, b[:few])
 
 
 class ChoiceTest(absltest.TestCase):

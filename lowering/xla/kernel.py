@@ -157,8 +157,9 @@ class Walker:
             x = x.reshape(lanes, walk.heads, height, -1, *x.shape[3:])[:, :, :, :group]
             return jnp.moveaxis(x, 1, 2).reshape(lanes * height, walk.heads * group, *x.shape[4:])
 
+        place = place.reshape(-1)
         return tuple(
-            result.at[place.reshape(-1)].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
+            result.at[place].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
             for result, x in zip(results, (_bits(out.astype(self.call.query.dtype)), lse), strict=True)
         )
 
