@@ -1,7 +1,8 @@
 """Times the GPU kernels beside others: python -m paged_prefill.benchmarks.gpu [--cases ...] [--pages ...] [--peers ...]
 
 Prints a row for each case and page size: TFLOP/s of this project's kernels and of peers over the same pages, and the
-ratios; with a soft cap, how much longer it takes than without. Peers are FlashInfer's FA3 and FA2 (`fa3`, `fa2`), its
+ratios; with a soft cap, how much longer it takes than without; over caches in 8 bits, microseconds and how many times
+shorter than in bfloat16; for `append_to_pages`, microseconds. Peers are FlashInfer's FA3 and FA2 (`fa3`, `fa2`), its
 decode kernel in a CUDA graph (`fidecode`), and upstream's FA3 by the package flash-attn3-jax (`fa3jax`).
 
 Every number is the median of several loops of calls that follow one another without a pause, the contenders taking
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import ragged_paged_prefill
+from paged_prefill import append_to_pages, ragged_paged_prefill
 
 # name: sequences, new tokens of each, context of each, q_heads, kv_heads, head_dim, window, soft cap
 CASES = {
@@ -41,6 +42,12 @@ CASES = {
     "4x1@512": (4, 1, 512, 32, 8, 128, None, None),
     "64x1@4096": (64, 1, 4096, 32, 8, 128, None, None),
 }
+# Decode steps over caches in 8 bits with a scale a head, and in bfloat16.
+IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768")}
+QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
+# name: sequences, new tokens of each, context of each; 8 heads of 128, in 8 layers
+APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}
+LAYERS = 8
 LOOPS, MILLISECONDS = 7, 30.0
 
 
@@ -74,12 +81,17 @@ def operands(page_size, seqs, chunk, context, q_heads, kv_heads, head_dim, windo
     )
 
 
-def ours(platform, page_size, case, cfg=None):
-    """Calls of this project's kernel, and what waits for their results."""
+def ours(platform, page_size, case, cfg=None, cache_dtype=None):
+    """Calls of this project's kernel, and what waits for their results; over caches quantised to `cache_dtype`, if given."""
     queries, others = operands(page_size, *case)
+    if cache_dtype is not None:
+        others = tuple((32 * cache).astype(cache_dtype) for cache in others[:2]) + others[2:]
     run = functools.partial(
         ragged_paged_prefill, sliding_window=case[-2], attn_logits_soft_cap=case[-1], platform=platform, cfg=cfg
     )
+    if cache_dtype is not None:
+        scale = jnp.full(case[4], 1 / 32, jnp.float32)
+        run = functools.partial(run, key_scale=scale, value_scale=scale)
     return layers(run, queries, others, case)
 
 
@@ -242,9 +254,59 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
     return row | {f"{own}, time / without": round(row[f"{own} ms"] / row[f"{own} without ms"], 3) for own in capped}
 
 
+def measure_in_8_bits(name, page_size, platforms) -> dict:
+    """One row: microseconds of each kernel and cache dtype, or why it does not run; how many times shorter than bfloat16's."""
+    contenders, row = {}, dict(case=name, page_size=page_size)
+    for platform in platforms:
+        for dtype in (None, *QUANTISED):
+            label = f"{platform} {dtype or 'bfloat16'}"
+            try:
+                call, wait = ours(platform, page_size, IN_8_BITS[name], cache_dtype=dtype)
+                wait(call())  # compiles
+                contenders[label] = call, wait
+            except Exception as error:  # a kernel that cannot run a case is a row of the table too
+                row[label] = f"{type(error).__name__}: {error}"[:200]
+    times = {label: ms / calls_of(IN_8_BITS[name]) * 1e3 for label, ms in median_ms(contenders).items()}
+    for label, microseconds in times.items():
+        row[f"{label} us"] = round(microseconds, 2)
+        plain = times.get(f"{label.split()[0]} bfloat16")
+        row[label] = plain and round(plain / microseconds, 3)
+    return row
+
+
+def measure_append(name, page_size) -> dict:
+    """One row: microseconds of an append of keys and values, of some that follow one another into donated caches."""
+    seqs, chunk, context = APPENDS[name]
+    per_seq = -(-context // page_size)
+    num_pages = seqs * per_seq + 8
+    pages = np.random.default_rng(0).permutation(num_pages)[: seqs * per_seq].reshape(seqs, per_seq)
+    pack = (
+        jnp.full(seqs, context, jnp.int32),
+        jnp.asarray(pages, jnp.int32),
+        jnp.arange(seqs + 1, dtype=jnp.int32) * chunk,
+    )
+    new = jax.random.normal(jax.random.key(0), (LAYERS, 2, seqs * chunk, 8, 128), jnp.bfloat16)
+    caches = [jnp.zeros((LAYERS, 8, num_pages, page_size, 128), jnp.bfloat16) for _ in range(2)]
+
+    def write(caches, new):
+        for layer, tokens in enumerate(new):
+            caches = append_to_pages(*caches, *tokens, *pack, layer=jnp.int32(layer))
+        return caches
+
+    run = jax.jit(write, donate_argnums=0)
+
+    def call():
+        nonlocal caches
+        caches = run(caches, new)
+        return caches
+
+    ms = median_ms({"ours": (call, jax.block_until_ready)})["ours"]
+    return dict(case=name, page_size=page_size, us=round(ms / LAYERS * 1e3, 2))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", default=",".join([*CASES, *IN_8_BITS, *APPENDS]))
     parser.add_argument("--pages", default="16,128")
     parser.add_argument("--platforms", default="cuda", help="this project's kernels, by commas: cuda, triton, xla")
     parser.add_argument("--peers", default="fa3,fa2", help="fa3, fa2, fidecode, fa3jax by commas; empty for none")
@@ -255,7 +317,13 @@ def main():
     platforms = tuple(arguments.platforms.split(","))
     for page_size in map(int, arguments.pages.split(",")):
         for name in arguments.cases.split(","):
-            print(json.dumps(measure(name, page_size, platforms, peers)), flush=True)
+            if name in APPENDS:
+                row = measure_append(name, page_size)
+            elif name in IN_8_BITS:
+                row = measure_in_8_bits(name, page_size, platforms)
+            else:
+                row = measure(name, page_size, platforms, peers)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,10 @@ def choose_writer(operands, device: Device) -> tuple[Writer, dict[str, str]]:
     for writer in WRITERS:
         if device.platform in writer.platforms:
             reason = writer.supports(operands, device)
-            if reason is None:
+            if reason is not None:
+                passed_over[writer.name] = reason
+            elif writer.pays(operands):
                 return writer, passed_over
-            passed_over[writer.name] = reason
     raise AssertionError(f"nothing writes on {device.platform}")
 
 

@@ -32,6 +32,10 @@ class Writer(abc.ABC):
             return "it is built for one kind of device, and which will run this is not known here"
         return self._reason_against(operands, device)
 
+    def pays(self, operands: Mapping) -> bool:
+        """Whether it is the faster one for a call of this size; then nothing is said of it."""
+        return True
+
     @abc.abstractmethod
     def _reason_against(self, operands: Mapping, device: Device) -> str | None:
         """What `supports` says of a call whose sizes are numbers, on a device that is known."""

@@ -134,7 +134,8 @@ class CompiledTest(parameterized.TestCase):
 
 
 class ChoiceTest(parameterized.TestCase):
-    def choose(self, device, missing=None, **kind):
+    def choose(self, device, missing=None, sequences=((126, 150), (1, 3)), **kind):
+        kind["sequences"] = sequences
         call = {name: x for name, x in append_test.make_append(0, **kind).items() if x is not None}
         with mock.patch.object(importlib.util, "find_spec", lambda name: None if name == missing else name):
             writer, passed_over = choose_writer(call, device)
@@ -156,6 +157,9 @@ class ChoiceTest(parameterized.TestCase):
         name, reason = self.choose(device, **changes)
         self.assertEqual(name, "xla")
         self.assertIn(words, reason)
+
+    def test_few_tokens_are_scattered_without_a_word(self):
+        self.assertEqual(self.choose(H200, sequences=((3, 9),)), ("xla", None))
 
     @parameterized.parameters((Device("cpu", "cpu"),), (Device("tpu", "TPU v5e"),))
     def test_elsewhere_it_is_not_asked(self, device):

@@ -54,7 +54,7 @@ class HostTensor:
 
 
 def _interpret(
-    *operands, kernel, out_shape, grid, name, num_warps, num_stages, input_output_aliases, zeroed_outputs, **constants
+    *operands, kernel, out_shape, grid, name, num_warps, num_stages, input_output_aliases, **constants
 ):
     """As `jax_triton.triton_call`, on the CPU. Results hold NaN wherever the kernel does not write."""
     import jax
@@ -67,8 +67,6 @@ def _interpret(
         results = [HostTensor(_unwritten(s)) for s in out_shape]
         for number, result in input_output_aliases.items():
             results[result] = inputs[number]
-        for result in zeroed_outputs:
-            results[result].array.fill(0)
         HostTensor.alive = inputs + results
         kernel[grid](*HostTensor.alive, **constants)
         return [x.array for x in results]
@@ -138,6 +136,7 @@ def interpret_triton():
     triton = KERNELS["cpu"]["triton"] = KERNELS["cuda"]["triton"]
     triton.supports = lambda problem, device: None
     TritonWriter.supports = lambda self, operands, device: None
+    TritonWriter.pays = lambda self, operands: True
     TritonWriter.platforms = ("cpu",)
 
 
@@ -229,7 +228,7 @@ def _record():
     """Makes `jax_triton.triton_call` put what it is given into the list that this returns."""
     launches = []
 
-    def record(*operands, out_shape, input_output_aliases, zeroed_outputs, **launch):
+    def record(*operands, out_shape, input_output_aliases, **launch):
         import jax.numpy as jnp
 
         launches.append((*operands, *out_shape, launch))
@@ -262,8 +261,10 @@ def compile_one(target, problem, device, config, **optional):
 
     from paged_prefill.lowering.triton.host import Triton
 
-    jax.eval_shape(functools.partial(Triton().attend, config=config, device=device), _call(problem, **optional))
-    return _compile(target, *launches[0 if target[0] == "cuda" else -1])  # NVIDIA's, and all others'
+    attend = jax.jit(functools.partial(Triton().attend, config=config, device=device))
+    attend.trace(_call(problem, **optional)).lower(lowering_platforms=("cuda" if target[0] == "cuda" else "rocm",))
+    [launch] = launches
+    return _compile(target, *launch)
 
 
 def _call(p, scale=None, ranges=False, tree=False):
@@ -303,7 +304,7 @@ def compile_appends(target, calls):
 
     for call in calls:
         operands = {name: jax.ShapeDtypeStruct(*of_type) for name, of_type in call.items()}
-        jax.eval_shape(lambda operands: TritonWriter().write(operands, 0, None), operands)
+        jax.jit(lambda operands: TritonWriter().write(operands, 0, None)).lower(operands)
     return [_compile(target, *launch) for launch in launches]
 
 

@@ -10,6 +10,8 @@ from paged_prefill.lowering.writer import Writer
 from paged_prefill.primitive.packing import MAX_CONTEXT
 from paged_prefill.primitive.quantised import largest_number
 
+# From so many on it is faster. XLA puts its own scatters into a CUDA graph; a launch of ours takes 6 us of the host.
+MANY_TOKENS = 128
 BLOCK = 16  # tokens of a program
 ELEMENTS = 2**13  # of a token's features, times tokens, that a program holds in its registers
 OFFSETS = 256  # that a program compares with its tokens at a time
@@ -23,6 +25,9 @@ class TritonWriter(Writer):
 
     def _reason_against(self, operands, device):
         return reason_against(device, operands["key_cache"].dtype.name)
+
+    def pays(self, operands):
+        return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
 
     def write(self, operands, cache_batch_dims, device):
         """Leading dimensions are folded on the way in and out, which moves nothing."""

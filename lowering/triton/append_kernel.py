@@ -135,17 +135,26 @@ def append_tokens(
     if VALUE_DIM is not None:
         values = _load(value, row, there, VALUE_DIM, VALUE_DIM_PADDED)
 
-    # The first offset past a token ends the sequence that owns it, whatever lies behind: offsets may not decrease.
+    # The first offset past a token ends the sequence that owns it, whatever lies behind: offsets may not decrease. What
+    # there is to know of sequences is read with the offsets, so that nothing but the page waits for it.
     offsets = query_offsets + pack * (SEQS + 1)
     past = tl.full((BLOCK,), SEQS + 1, tl.int32)
+    end = tl.zeros((BLOCK,), tl.int32)
+    context_len = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, SEQS + 1, OFFSETS):
         number = first + tl.arange(0, OFFSETS)
         offset = tl.load(offsets + number, mask=number <= SEQS, other=-1)
-        past = tl.minimum(past, tl.min(tl.where(offset[None, :] > token[:, None], number[None, :], SEQS + 1), 1))
+        is_seq = (number >= 1) & (number <= SEQS)
+        context = tl.load(context_lens + pack * SEQS + number - 1, mask=is_seq, other=0)
+        here = tl.min(tl.where(offset[None, :] > token[:, None], number[None, :], SEQS + 1), 1)
+        is_here = (number[None, :] == here[:, None]) & (here < past)[:, None]
+        end += tl.sum(tl.where(is_here, offset[None, :], 0), 1)
+        context_len += tl.sum(tl.where(is_here, context[None, :], 0), 1)
+        past = tl.minimum(past, here)
     owned = there & (past >= 1) & (past <= SEQS)
     seq = pack * SEQS + tl.where(owned, past - 1, 0)
-    end = tl.minimum(tl.load(offsets + past, mask=owned, other=0), TOKENS)
-    context_len = tl.minimum(tl.maximum(tl.load(context_lens + seq, mask=owned, other=0), 0), MAX_CONTEXT)
+    end = tl.minimum(end, TOKENS)
+    context_len = tl.minimum(tl.maximum(context_len, 0), MAX_CONTEXT)
     position = context_len - end + token
     unsigned = tl.maximum(position, 0).to(tl.uint32)
     column = (unsigned // PAGE_SIZE).to(tl.int32)

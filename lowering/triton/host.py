@@ -1,7 +1,7 @@
 """The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
 
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
-and the schedule of tiles that it reads.
+and what goes around it: the schedule of tiles before, and the merge of splits after.
 
 Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import best_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.triton.launch import capability, launch, reason_against
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 576, 512
+MAX_FLOAT32_DIM = 256  # whose products of six parts leave no registers for more
 MOST_VALUES = 256  # features of a value that a program of a tall tile sums up
 
 
@@ -34,23 +35,36 @@ class _Sizes(NamedTuple):
     num_stages: int
 
 
-# By class of device, for the padded head_dim up to 64, 128 and 256 in 16-bit dtypes, and for float32. Those of Hopper
+# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and for float32. Those of Hopper
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
-    "hopper": (_Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(16, 32, 4, 2)),
-    "blackwell": (_Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(16, 32, 4, 2)),
-    "ampere": (_Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)),
-    "cdna": (_Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2)),
-}
-DECODE = _Sizes(16, 32, 4, 4)  # for a few rows a sequence, where memory is the limit
+    "hopper": (
+        _Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "blackwell": (
+        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "ampere": (
+        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(16, 32, 4, 2)
+    ),
+    "cdna": (
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2)
+    ),
+}  # fmt: skip
+# For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
+# AMD's, where Triton 3.6 does not compile more stages of scales.
+DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
-KEYS_PER_SPLIT = 512  # fewer do not repay the merge
+KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+# A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
+# share a core, and the merge of more splits than so many would show.
+SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 
 
 class Triton(Kernel):
-    """Takes head_dim up to 576 and value_dim up to 512, where Triton and a GPU that it compiles for are present."""
+    """Takes head_dim up to 576 and value_dim up to 512, 256 in float32, where Triton and a GPU that it compiles for are present."""
 
     name = "triton"
     version = 3
@@ -61,21 +75,30 @@ class Triton(Kernel):
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if reason := reason_against(device, problem.cache_dtype):
             return reason
+        narrow = problem.dtype == "float32"
         for name, most in (("head_dim", MAX_HEAD_DIM), ("value_dim", MAX_VALUE_DIM)):
+            most = MAX_FLOAT32_DIM if narrow else most
             if (dim := getattr(problem, name)) > most:
-                return f"{name} may be at most {most}, got {dim}"
+                return f"{name} may be at most {most}{' in float32' if narrow else ''}, got {dim}"
         if problem.num_pages * problem.page_size >= 2**31:
             return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
-        """Sizes by device, head_dim and dtype; splits where the tiles would leave cores idle."""
-        width = _power_of_2(max(problem.head_dim, problem.value_dim))
-        table = SIZES[_device_class(device)]
-        sizes = table[3] if problem.dtype == "float32" else table[0 if width <= 64 else 1 if width <= 128 else 2]
+        """Sizes by device, dims and dtype; splits where the tiles would leave cores idle.
+
+        Under the policy "invariant" tiles are as tall for one token as for many, and not split.
+        """
+        width = max(problem.head_dim, problem.value_dim)
+        *by_width, of_float32 = SIZES[_device_class(device)]
+        sizes = of_float32 if problem.dtype == "float32" else by_width[sum(width > most for most in (64, 128, 256))]
         rows_per_seq = problem.tokens_per_seq * problem.group
-        if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and width <= 128:
-            sizes = DECODE
+        if current_policy() == "invariant":
+            rows_per_seq = sizes.rows
+        if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
+            sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
+            if problem.cache_dtype != problem.dtype and width <= 128:  # as many bytes on their way
+                sizes = sizes._replace(block_kv=64, num_stages=min(sizes.num_stages, 3))
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
@@ -114,11 +137,18 @@ class Triton(Kernel):
         )
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
-        """The best by an estimate of their time."""
-        slots = device.cores * max(1, WARPS // config.num_warps)
-        rows = problem.tokens * problem.q_heads
-        most = most_keys(problem, config.block_q) // KEYS_PER_SPLIT
+        """The best by an estimate of their time; none under the policy "invariant"."""
+        if current_policy() == "invariant":
+            return 1
         unsplit = programs(problem, config)
+        keys = most_keys(problem, config.block_q)
+        warps, most = WARPS, keys // KEYS_PER_SPLIT
+        key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
+        if config.block_q * problem.group <= DECODE.rows and all_keys < SHORT_BYTES * device.cores:
+            warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
+        slots = device.cores * max(1, warps // config.num_warps)
+        rows = problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
@@ -130,24 +160,18 @@ class Triton(Kernel):
         schedule = _schedule(call, rows)
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
         widths = _Widths.of(problem, rows)
-        units = tiles * problem.num_kv_heads * widths.value_parts  # each in `splits` programs
-        lse_shape = (problem.tokens, problem.q_heads)
-        out_shape = (*lse_shape, problem.value_dim)
+        # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
+        # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
+        out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         block_kv = _power_of_2(config.block_kv)
-        # Splits are kept in float32 until they are merged; where there is but one, nobody looks at these.
-        of_splits = [(splits, *out_shape), (splits, *lse_shape)] if splits > 1 else [(1,), (1,)]
-        results = (
-            jax.ShapeDtypeStruct(out_shape, query.dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
-            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in of_splits),
-            jax.ShapeDtypeStruct((units if splits > 1 else 1,), jnp.int32),
-        )
         run = functools.partial(
             launch,
             attend_tile,
-            results=results,
-            zeroed=(len(results) - 1,) if splits > 1 else (),
-            grid=(units * splits,),
+            results=(
+                jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
+                jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32),
+            ),
+            grid=(tiles * problem.num_kv_heads * splits * widths.value_parts,),
             name="paged_prefill",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -155,6 +179,7 @@ class Triton(Kernel):
             INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
+            # Masks of ranges and trees take more registers.
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
             **_constants(call, widths),
@@ -173,12 +198,12 @@ class Triton(Kernel):
         ]
         inputs = [schedule if x is None else x for x in inputs]
         # Which GPU this is compiled for is known only where it is lowered.
-        out, lse, *_ = jax.lax.platform_dependent(
+        out, lse = jax.lax.platform_dependent(
             inputs,
             cuda=functools.partial(run, HARDWARE_TANH=True),
             default=functools.partial(run, HARDWARE_TANH=False),
         )
-        return out, lse
+        return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -196,14 +221,16 @@ def _device_class(device: Device) -> str:
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
-    rows = _power_of_2(config.block_q * problem.group)
+    rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
     widths = _Widths.of(problem, rows)
     head_dim = widths.main + widths.other + widths.rest
-    value_dim = 0 if "latent" in problem.features else widths.value
-    # From Hopper on the matrix unit reads keys and values there, so that none of the blocks is in registers.
-    blocks = config.num_stages if capability(device) >= 90 and rows >= 64 else config.num_stages - 1
-    key_bytes = jnp.dtype(problem.cache_dtype).itemsize * (head_dim + value_dim)
-    return 2 * rows * head_dim + blocks * _power_of_2(config.block_kv) * key_bytes
+    features = head_dim + (0 if "latent" in problem.features else widths.value)
+    # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in registers; and those of
+    # a quantised cache are there twice, one block as it is multiplied.
+    in_shared = _device_class(device) in ("hopper", "blackwell") and rows >= 64
+    if problem.cache_dtype == problem.dtype:
+        return 2 * rows * head_dim + 2 * (config.num_stages - (not in_shared)) * block_kv * features
+    return 2 * rows * head_dim + (config.num_stages - 1 + 2 * in_shared) * block_kv * features
 
 
 class _Widths(NamedTuple):

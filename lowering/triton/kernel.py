@@ -16,7 +16,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MERGED_AT_A_TIME = tl.constexpr(8)  # splits whose results are under way from memory together
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no difference of two maxima is NaN
 
 
@@ -186,53 +185,6 @@ def _fold_block(
 
 
 @triton.jit
-def _store(out, lse, row, row_exists, first_feature, acc, row_lse, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr):
-    features = first_feature + tl.arange(0, VALUE_WIDTH)
-    tl.store(
-        out + row[:, None] * VALUE_DIM + features[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=row_exists[:, None] & (features < VALUE_DIM)[None, :],
-    )
-    tl.store(lse + row, row_lse, mask=row_exists)
-
-
-@triton.jit
-def _merged(
-    parts,
-    part_lse,
-    row,
-    row_exists,
-    first_feature,
-    ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    PART: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-):
-    """A tile's output and lse from those of its splits, summed in their order."""
-    features = first_feature + tl.arange(0, VALUE_WIDTH)
-    is_value = row_exists[:, None] & (features < VALUE_DIM)[None, :]
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    part_row = row
-    for _ in tl.range(0, NUM_SPLITS, loop_unroll_factor=MERGED_AT_A_TIME):
-        largest = tl.maximum(largest, tl.load(part_lse + part_row, mask=row_exists, other=float("-inf")))
-        part_row += PART
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-    part_row = row
-    for _ in tl.range(0, NUM_SPLITS, loop_unroll_factor=MERGED_AT_A_TIME):
-        weight = tl.exp2((tl.load(part_lse + part_row, mask=row_exists, other=float("-inf")) - shift) * LOG2_E)
-        part = tl.load(parts + part_row[:, None] * VALUE_DIM + features[None, :], mask=is_value, other=0.0)
-        total += weight
-        acc += weight[:, None] * part
-        part_row += PART
-    unseen = total == 0
-    acc = acc / tl.where(unseen, 1.0, total)[:, None]
-    return acc, tl.where(unseen, float("-inf"), shift + tl.log2(total) * LN_2)
-
-
-@triton.jit
 def attend_tile(
     query,  # [TOKENS, KV_HEADS * GROUP, HEAD_DIM]
     key_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, HEAD_DIM]
@@ -244,11 +196,8 @@ def attend_tile(
     tree,  # [TOKENS, TREE_WORDS]
     key_scales,  # [pools], [pools, CACHE_KV_HEADS] or [pools, CACHE_KV_HEADS, POOL_ROWS], as KEY_SCALE says
     value_scales,
-    out,  # [TOKENS, KV_HEADS * GROUP, VALUE_DIM]
-    lse,  # [TOKENS, KV_HEADS * GROUP]
-    parts,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]: results of splits
-    part_lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
-    done,  # [tiles, KV_HEADS, VALUE_PARTS]: how many splits of a tile are done; zeros before
+    out,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]
+    lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
     TOKENS: tl.constexpr,
     SEQS: tl.constexpr,
     INTERVALS: tl.constexpr,
@@ -421,18 +370,11 @@ def attend_tile(
         acc = acc * tl.where(unseen, 1.0, value_scale)[:, None]  # nobody may look at the scale of what nobody sees
     acc = acc / tl.where(unseen, 1.0, total)[:, None]
     row_lse = tl.where(unseen, float("-inf"), (running_max + tl.log2(total)) * LN_2)
-    if NUM_SPLITS == 1:
-        _store(out, lse, query_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
-    else:
-        PART: tl.constexpr = TOKENS * KV_HEADS * GROUP
-        part_row = query_row + split.to(tl.int64) * PART
-        _store(parts, part_lse, part_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
-        # The last of a tile's splits to end merges them: what all threads have stored is there before it is counted.
-        tl.debug_barrier()
-        place = (tile_number * KV_HEADS + head) * VALUE_PARTS + tl.program_id(0) % VALUE_PARTS
-        others = tl.atomic_add(done + place, 1, sem="acq_rel")
-        if others == NUM_SPLITS - 1:
-            acc, row_lse = _merged(
-                parts, part_lse, query_row, row_exists, first_feature, ROWS, VALUE_DIM, VALUE_WIDTH, PART, NUM_SPLITS
-            )
-            _store(out, lse, query_row, row_exists, first_feature, acc, row_lse, VALUE_DIM, VALUE_WIDTH)
+    result_row = query_row + split.to(tl.int64) * (TOKENS * KV_HEADS * GROUP)
+    features = first_feature + tl.arange(0, VALUE_WIDTH)
+    tl.store(
+        out + result_row[:, None] * VALUE_DIM + features[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=row_exists[:, None] & (features < VALUE_DIM)[None, :],
+    )
+    tl.store(lse + result_row, row_lse, mask=row_exists)
