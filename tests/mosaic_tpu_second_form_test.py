@@ -18,7 +18,7 @@ from paged_prefill.tests import oracle, poisoned
 
 SIZES = dict(page_size=8, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
 # Longer than a tile and a block, of one token, without any, and one whose first rows see nothing.
-SEQUENCES = ((21, 50), (1, 37), (0, 9), (1, 64), (3, 2), (5, 30))
+SEQUENCES = ((37, 66), (1, 37), (0, 9), (1, 64), (3, 2), (5, 30))
 SMALL = PrefillPageAttentionConfig(block_q=16, block_kv=32)
 
 
