@@ -37,7 +37,7 @@ class Compilations:
 
 
 def random_requests(rng, count):
-    """(prompt, number of new tokens): of some that begin alike, and that repeat themselves, so that drafts are found."""
+    """(prompt, number of new tokens): some begin alike, and some repeat themselves, so that drafts are found."""
     beginnings = [rng.integers(0, VOCABULARY, 17).tolist() for _ in range(3)]
     for number in range(count):
         own = rng.integers(0, VOCABULARY, rng.integers(1, 8)).tolist() * int(rng.integers(1, 3))
@@ -75,7 +75,7 @@ class EngineTest(parameterized.TestCase):
         return outputs
 
     def test_soak(self):
-        """Random lengths and arrivals, a pool too small for all, sharing, drafts, one in ten cancelled, some not served."""
+        """Random lengths and arrivals, a pool too small for all, sharing, drafts, some cancelled and some refused."""
         rng = np.random.default_rng(0)
         engine = new_engine()
         compilations = Compilations()
@@ -190,7 +190,9 @@ class EngineTest(parameterized.TestCase):
 
     @absltest.skipIf(runner.PAGES_CAN_BE_CUT, "they can")
     def test_pages_that_cannot_be_cut_are_one_clear_error(self):
-        with self.assertRaisesRegex(ValueError, "mesh axis 'pages': this version of paged_prefill cannot cut the pages"):
+        with self.assertRaisesRegex(
+            ValueError, "mesh axis 'pages': this version of paged_prefill cannot cut the pages"
+        ):
             runner.make_mesh(dict(pages=8))
 
 

@@ -1,4 +1,4 @@
-"""examples/serve/ computes what Hugging Face's transformers does: random small checkpoints of every family, saved by it."""
+"""examples/serve/ computes what transformers does: random small checkpoints of every family, saved by it."""
 
 import importlib.util
 from pathlib import Path
@@ -32,7 +32,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )  # fmt: skip
 YARN = dict(
-    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.7,
+    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=64, mscale=1.0,
+    mscale_all_dim=0.7,
 )  # fmt: skip
 LATENT = without("head_dim", "num_key_value_heads") | dict(
     num_key_value_heads=8, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, n_routed_experts=8,
@@ -68,12 +69,13 @@ CHUNKS = (1, 7, 64, 90)  # of four prompts that are read side by side
 PROMPTS = (23, 50, 80, 90)
 NEW_TOKENS = 32
 MESHES = dict(
-    heads=dict(heads=8), pages=dict(pages=8), heads_and_pages=dict(heads=2, pages=4), batch_and_heads=dict(batch=2, heads=4)
+    heads=dict(heads=8), pages=dict(pages=8), heads_and_pages=dict(heads=2, pages=4),
+    batch_and_heads=dict(batch=2, heads=4),
 )  # fmt: skip
 
 
 def saved(folder: Path, name: str, arguments: dict):
-    """A model of random weights, larger than at the start of training, so that attention is not even; and its folder."""
+    """A model of random weights, larger than at the start of training, so that attention is not even."""
     import torch
     import transformers
 
@@ -99,7 +101,9 @@ def expected(model, prompt):
     ids = torch.tensor([prompt])
     with torch.no_grad():
         logits = model(ids).logits[0].numpy()
-        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, attention_mask=ids * 0 + 1)
+        out = model.generate(
+            ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, attention_mask=ids * 0 + 1
+        )
     return logits, out[0, len(prompt) :].tolist()
 
 

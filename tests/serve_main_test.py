@@ -97,14 +97,21 @@ class MainTest(parameterized.TestCase):
 
     def test_a_line_that_makes_no_sense_is_named(self):
         file = self.folder / "prompts.jsonl"
-        for line, words in (('{"prompt": "a", "heat": 1}', "'heat'"), ("{", "line 2"), ("7", "line 2"), ("{}", "line 2")):
+        for line, words in (
+            ('{"prompt": "a", "heat": 1}', "'heat'"),
+            ("{", "line 2"),
+            ("7", "line 2"),
+            ("{}", "line 2"),
+        ):
             file.write_text(f'{{"prompt": "a"}}\n{line}\n')
             status, _, err = self.run_main("--prompts", str(file))
             self.assertEqual(status, 2)
             self.assertIn(f"{file}, line 2", err)
             self.assertIn(words, err)
 
-    @absltest.skipIf(importlib.util.find_spec("matplotlib") is None, "needs matplotlib: pip install 'paged_prefill[serve]'")
+    @absltest.skipIf(
+        importlib.util.find_spec("matplotlib") is None, "needs matplotlib: pip install 'paged_prefill[serve]'"
+    )
     def test_bench_draws_latency(self):
         file = self.folder / "latency.png"
         small = dict(PROMPT=5, LOADS=(0.5, 2.0), REQUESTS=6)

@@ -1,4 +1,4 @@
-"""The parts of examples/serve/ that need no step: pages, drafts, sampling, and what is said of a folder that does not fit."""
+"""The parts of examples/serve/ that need no step: pages, drafts, sampling, folders and what is said of them."""
 
 import importlib.util
 from pathlib import Path
@@ -179,7 +179,10 @@ class CheckpointTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "layer 1 of the checkpoint has no mlp.up_proj.weight"),
-        (lambda t: t.update({"model.layers.0.extra.weight": np.zeros(2)}), "layer 0 .* llama does not take: extra.weight"),
+        (
+            lambda t: t.update({"model.layers.0.extra.weight": np.zeros(2)}),
+            "layer 0 .* llama does not take: extra.weight",
+        ),
         (lambda t: t.update({"model.extra.weight": np.zeros(2)}), "tensors that nobody takes: extra.weight"),
         (lambda t: t.pop("lm_head.weight"), "no lm_head.weight, and config.json does not tie"),
         (lambda t: t.clear(), r"one tensor named \*embed_tokens.weight, got 0"),
@@ -209,7 +212,9 @@ class SegmentsTest(absltest.TestCase):
 
 
 class MeshTest(parameterized.TestCase):
-    @parameterized.parameters((dict(rows=2), "mesh axes are batch, heads, pages, got rows"), (dict(heads=99), "needs 99"))
+    @parameterized.parameters(
+        (dict(rows=2), "mesh axes are batch, heads, pages, got rows"), (dict(heads=99), "needs 99")
+    )
     def test_meshes_that_cannot_be(self, sizes, words):
         with self.assertRaisesRegex(ValueError, words):
             runner.make_mesh(sizes)

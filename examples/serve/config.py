@@ -13,9 +13,9 @@ import numpy as np
 SAY_NOTHING = frozenset(
     "_name_or_path _sliding_window_pattern architectures attention_dropout auto_map aux_loss_alpha bos_token_id "
     "cache_implementation dtype embd_pdrop ep_size experts_per_token head_dim initial_context_length initializer_range "
-    "max_window_layers model_type num_nextn_predict_layers output_router_logits pad_token_id pretraining_tp qk_head_dim "
-    "resid_pdrop router_aux_loss_coef router_jitter_noise seq_aux sep_token_id torch_dtype transformers_version "
-    "unk_token_id use_cache".split()
+    "max_window_layers model_type num_nextn_predict_layers output_router_logits pad_token_id pretraining_tp "
+    "qk_head_dim resid_pdrop router_aux_loss_coef router_jitter_noise seq_aux sep_token_id torch_dtype "
+    "transformers_version unk_token_id use_cache".split()
 )
 NOTHING = (None, False, 0, [], {})
 

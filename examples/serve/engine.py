@@ -109,8 +109,8 @@ class Engine:
       num_pages, page_size: of each replica's pool.
       max_seqs: how many requests run in a replica at a time.
       max_len: the longest prompt and answer together.
-      token_buckets: numbers of tokens that a step may have; each is one compilation. The largest is the most tokens that
-        a replica computes in a step.
+      token_buckets: numbers of tokens that a step may have; each is one compilation. The largest is the most that a
+        replica computes in a step.
       max_drafts: how many drafts a request that takes the likeliest tokens has checked in a step; 0 for none.
       kv_dtype: float8_e4m3fn, float8_e5m2 or int8 for a quantised cache; None for the weights' dtype.
       mesh: from `runner.make_mesh`.
@@ -194,11 +194,11 @@ class Engine:
             self.runner.run(self._empty(tokens))
 
     def _reason_against(self, request: Request) -> str | None:
-        longest, vocabulary = self.max_len - request.max_new_tokens, self.config.vocabulary
-        if request.max_new_tokens < 1:
-            return f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
-        if not 1 <= len(request.prompt) <= longest:
-            return f"the prompt must have 1 to {longest} tokens with max_new_tokens={request.max_new_tokens}, got {len(request.prompt)}"
+        count, new, vocabulary = len(request.prompt), request.max_new_tokens, self.config.vocabulary
+        if new < 1:
+            return f"max_new_tokens must be at least 1, got {new}"
+        if not 1 <= count <= self.max_len - new:
+            return f"the prompt must have 1 to {self.max_len - new} tokens with max_new_tokens={new}, got {count}"
         bad = [x for x in request.prompt if not isinstance(x, (int, np.integer)) or not 0 <= x < vocabulary]
         return f"tokens must be integers from 0 to {vocabulary - 1}, got {bad[0]!r}" if bad else None
 
@@ -261,7 +261,7 @@ class Engine:
         return Chunk(request, drafts.lookup(request.tokens, min(self.nodes, most, in_pages), depth), True)
 
     def _cover(self, replica: Replica, request: Request, count: int) -> bool:
-        """Gives a request pages for so many tokens, those of the youngest if none is left; False if it is the youngest."""
+        """Gives a request pages for so many tokens, the youngest's where none is left; False if it is the youngest."""
         while len(request.pages) * self.page_size < count:
             page = replica.pool.allocate()
             if page is not None:

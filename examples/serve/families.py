@@ -55,7 +55,7 @@ class Family:
 
 
 def decoder(read: Reader, *, layers=None, head_dim=None, activation="hidden_act", **fields) -> Config:
-    """What most families have alike. `layers(read, head_dim)` makes the layers; `fields` go into the Config as they are."""
+    """What most families have alike. `layers(read, head_dim)` makes the layers; `fields` go into the Config."""
     read("intermediate_size", None)  # the tensors say it, and whether there are biases
     read("attention_bias", None)
     read.only("use_bidirectional_attention", False)
@@ -130,7 +130,9 @@ def qwen3(read: Reader) -> Config:
 
 def gemma2(read: Reader) -> Config:
     all_but_every(2, read)
-    return gemma(read, softmax_scale=read("query_pre_attn_scalar") ** -0.5, soft_cap=read("attn_logit_softcapping", None))
+    return gemma(
+        read, softmax_scale=read("query_pre_attn_scalar") ** -0.5, soft_cap=read("attn_logit_softcapping", None)
+    )
 
 
 def gemma3(read: Reader) -> Config:
@@ -243,7 +245,7 @@ def llama4_layers(read: Reader, head_dim: int) -> tuple[Layer, ...]:
 
 
 def llama4_tensors(tensors: Tensors, config: Config, number: int) -> Tensors:
-    """Rotary pairs lie side by side; gates and ups of experts are one matrix; some layers normalise what they rotated."""
+    """Rotary pairs lie side by side; experts' gates and ups are one matrix; what is rotated may be normalised."""
     for name in ("q_proj", "k_proj"):
         name = f"self_attn.{name}.weight"
         tensors[name] = pairs_apart(tensors[name], config.layers[number].head_dim)
@@ -256,7 +258,7 @@ def llama4_tensors(tensors: Tensors, config: Config, number: int) -> Tensors:
 
 
 def pairs_apart(matrix, head_dim: int):
-    """Rows of a projection [heads * head_dim, width], whose rotary pairs lie side by side, as two halves of each head."""
+    """Rows of a projection [heads * head_dim, width], whose rotary pairs lie side by side, as halves of each head."""
     heads = matrix.reshape(-1, head_dim // 2, 2, matrix.shape[-1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
 
@@ -344,7 +346,10 @@ FAMILIES = {
     ),
     "gpt_oss": Family(gpt_oss, NORMS_BEFORE | ATTENTION | GPT_OSS, prepare=gpt_oss_tensors),
     "llama4_text": Family(
-        llama4, NORMS_BEFORE | ATTENTION | LLAMA4_FEEDS, BIASES | dict(router="feed_forward.router.weight"), llama4_tensors
+        llama4,
+        NORMS_BEFORE | ATTENTION | LLAMA4_FEEDS,
+        BIASES | dict(router="feed_forward.router.weight"),
+        llama4_tensors,
     ),
     "deepseek_v3": Family(deepseek_v3, DEEPSEEK, DEEPSEEK_OPTIONAL, deepseek_v3_tensors),
 }

@@ -1,6 +1,6 @@
 """Serves a model: reads prompts, writes what it says to them, and how fast that was.
 
-    python examples/serve/main.py --model DIR --prompt "Once upon a time" --max-new-tokens 64
+python examples/serve/main.py --model DIR --prompt "Once upon a time" --max-new-tokens 64
 """
 
 import argparse
@@ -63,13 +63,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parser() -> OneLineParser:
     made = OneLineParser(prog="main.py", description=__doc__.splitlines()[0])
-    made.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face folder (a tiny model with random weights)")
+    made.add_argument(
+        "--model", type=Path, metavar="DIR", help="a Hugging Face folder (a tiny model with random weights)"
+    )
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one prompt")
     what.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl",
-        help='a prompt a line: {"prompt": TEXT} or {"tokens": [...]}, and as one likes max_new_tokens, temperature, top_k, '
-        "top_p, seed",
+        help='a prompt a line: {"prompt": TEXT} or {"tokens": [...]}, and as one likes max_new_tokens, temperature, '
+        "top_k, top_p, seed",
     )  # fmt: skip
     what.add_argument(
         "--bench", type=Path, nargs="?", const=Path("latency.png"), metavar="FILE.png",
@@ -77,7 +79,11 @@ def parser() -> OneLineParser:
     )  # fmt: skip
     made.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="the longest answer (%(default)s)")
     made.add_argument(
-        "--mesh", type=mesh_sizes, default={}, metavar="AXIS=N,...", help="heads=8, pages=8, batch=2,heads=4: what is cut"
+        "--mesh",
+        type=mesh_sizes,
+        default={},
+        metavar="AXIS=N,...",
+        help="heads=8, pages=8, batch=2,heads=4: what is cut",
     )
     made.add_argument("--kv-dtype", choices=KV_DTYPES, help="a quantised cache (the dtype of the weights)")
     made.add_argument("--json", action="store_true", help="print one JSON object a request")
@@ -174,7 +180,8 @@ def rates(engine: Engine, requests: list[Request]) -> str:
         return f"{tokens / seconds:,.0f} tokens/s" if seconds else "none"
 
     lines = [
-        f"prefill      {rate(counts.prefilled, counts.prefill_seconds)} ({counts.prefilled} tokens, {counts.shared} shared)",
+        f"prefill      {rate(counts.prefilled, counts.prefill_seconds)} "
+        f"({counts.prefilled} tokens, {counts.shared} shared)",
         f"decode       {rate(counts.decoded_in_those, counts.decode_seconds)} "
         f"({counts.decoded} tokens, {counts.accepted} of {counts.drafted} drafts accepted)",
     ]

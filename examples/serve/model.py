@@ -129,7 +129,7 @@ def grouped_attention(config: Config, w: dict, x, caches, step: Step):
 
 
 def latent_attention(config: Config, w: dict, x, caches, step: Step):
-    """DeepSeek's (arXiv 2405.04434), absorbed: the weights that make keys and values of latents go into query and out."""
+    """DeepSeek's (arXiv 2405.04434), absorbed: what makes keys and values of latents goes into query and output."""
     sizes = config.latent
     if "query_down" in w:
         query = rms_norm(x @ w["query_down"], w["query_down_norm"], LATENT_NORM_EPS)
@@ -139,9 +139,7 @@ def latent_attention(config: Config, w: dict, x, caches, step: Step):
     query, query_rotary = jnp.split(query, [sizes.head_dim], axis=-1)
     latent, key_rotary = jnp.split(x @ w["latent_down"], [sizes.rank], axis=-1)
     latent = rms_norm(latent, w["latent_norm"], LATENT_NORM_EPS)
-    rotary = functools.partial(
-        rotate, position=step.position, frequencies=w["frequencies"], scale=w["rope_scale"]
-    )
+    rotary = functools.partial(rotate, position=step.position, frequencies=w["frequencies"], scale=w["rope_scale"])
     query = jnp.concatenate([jnp.einsum("thd,hdl->thl", query, w["key_up"]), rotary(query_rotary)], axis=-1)
     key = jnp.concatenate([latent[:, None], rotary(key_rotary[:, None])], axis=-1)
     attended, caches = attend(config, w, query, key, None, caches, step)
@@ -172,7 +170,7 @@ def attend(config: Config, w: dict, query, key, value, caches, step: Step):
 
 
 def visible(config: Config, w: dict, step: Step) -> dict:
-    """What says which keys a layer's tokens see. One program serves layers that see differently: the ends are traced."""
+    """What says which keys a layer's tokens see; traced, so that one program serves layers that see differently."""
     tree_mask = dict(tree_mask=step.tree_mask)
     window = config.layers[0].window
     if config.alike and (window is None or step.tree_mask is None):

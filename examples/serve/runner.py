@@ -96,7 +96,7 @@ def moved(caches, moves):
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="caches")
 def next_tokens(config: Config, mesh, weights, caches, batch: Batch):
-    """A step: the tokens that follow those of `batch.rows`, [replicas, seqs, nodes], and the caches, which are donated."""
+    """A step: the tokens that follow those of `batch.rows`, [replicas, seqs, nodes], and the caches (donated)."""
 
     def replica(caches, batch):
         return logits_of(config, weights, caches, batch, batch.rows.reshape(-1))
@@ -138,7 +138,11 @@ def make_mesh(sizes: dict[str, int]):
     if count > len(jax.devices()):
         raise ValueError(f"mesh {sizes} needs {count} devices, there are {len(jax.devices())}")
     types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:count]) if sizes else None
+    return (
+        jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:count])
+        if sizes
+        else None
+    )
 
 
 def _cut(mesh, axis: str, size: int) -> str | None:
@@ -151,9 +155,7 @@ def cache_shardings(mesh, caches):
 
     def sharding(cache):
         replicas, _, heads, pages, *_ = cache.shape
-        batch, heads, pages = (
-            _cut(mesh, *cut) for cut in (("batch", replicas), ("heads", heads), ("pages", pages))
-        )
+        batch, heads, pages = (_cut(mesh, *cut) for cut in (("batch", replicas), ("heads", heads), ("pages", pages)))
         return NamedSharding(mesh, P(batch, None, heads, pages))
 
     return jax.tree.map(sharding, caches)
