@@ -40,6 +40,8 @@ class SecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("key_ranges", dict(key_ranges=True)),
+        # Of few rows: keys between those that are seen, which no row sees.
+        ("key_ranges_with_holes", dict(key_ranges=True, sequences=((2, 90), (3, 120), (2, 70), (4, 110)))),
         ("tree_mask", dict(tree_words=1)),
         ("tree_mask_of_several_words", dict(tree_words=3, sequences=((70, 90), (1, 9), (40, 9)))),
         ("sinks", dict(sinks=True)),

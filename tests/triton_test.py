@@ -113,16 +113,14 @@ WIDE = dict(head_dim=256, value_dim=256, q_heads=16)
 GEMMA_4 = dict(head_dim=512, value_dim=512, q_heads=16, num_kv_heads=4, cache_kv_heads=4)
 MLA = dict(head_dim=576, value_dim=512, q_heads=16, num_kv_heads=1, cache_kv_heads=1, features=("latent",))
 DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
-MASKS = dict(ranges=True, tree=True)
 # Problems and what `triton_stand_ins._call` takes beside.
 PROBLEMS = (
     (problem(), {}),
     (problem(**WIDE), {}),
     (problem(dtype="float32"), {}),
-    (problem(), MASKS),
     (problem(**GEMMA_4), dict(ranges=True)),
     (problem(**MLA), {}),
-    (problem(**DECODE, cache_dtype="int8"), dict(scale="slot")),
+    (problem(**DECODE, cache_dtype="int8", features=("quantised", "slot_scales")), dict(scale="slot")),
     (problem(**DECODE | MLA, cache_dtype="float8_e5m2"), dict(scale="slot")),
 )
 MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
@@ -130,6 +128,7 @@ MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
     (problem(tokens=64, seqs=64, page_size=128, pages_per_seq=32), {}),
     (problem(**WIDE, sliding_window=4096, page_size=128, pages_per_seq=128), {}),
     (problem(cache_dtype="float8_e4m3fn"), dict(scale="head")),
+    (problem(), dict(ranges=True, tree=True)),
     (problem(**DECODE | GEMMA_4), dict(tree=True)),
 )
 

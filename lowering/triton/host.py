@@ -64,7 +64,7 @@ SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 
 
 class Triton(Kernel):
-    """Takes head_dim up to 576 and value_dim up to 512, 256 in float32, where Triton and a GPU that it compiles for are present."""
+    """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
     version = 3
@@ -97,8 +97,12 @@ class Triton(Kernel):
             rows_per_seq = sizes.rows
         if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
             sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
-            if problem.cache_dtype != problem.dtype and width <= 128:  # as many bytes on their way
-                sizes = sizes._replace(block_kv=64, num_stages=min(sizes.num_stages, 3))
+            # As many bytes on their way, or registers to turn wide keys to numbers.
+            if problem.cache_dtype != problem.dtype and device.platform == "cuda":
+                if width > 128:
+                    sizes = sizes._replace(num_warps=8)
+                elif "slot_scales" not in problem.features:  # which take registers too
+                    sizes = sizes._replace(block_kv=64, num_stages=3)
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
@@ -225,8 +229,8 @@ def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionC
     widths = _Widths.of(problem, rows)
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
-    # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in registers; and those of
-    # a quantised cache are there twice, one block as it is multiplied.
+    # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in
+    # registers; and those of a quantised cache are there twice, one block as it is multiplied.
     in_shared = _device_class(device) in ("hopper", "blackwell") and rows >= 64
     if problem.cache_dtype == problem.dtype:
         return 2 * rows * head_dim + 2 * (config.num_stages - (not in_shared)) * block_kv * features
