@@ -12,6 +12,7 @@ from jax import lax
 
 from paged_prefill.lowering.call import Problem
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 # The height of the tiles that a small rest of a sequence is cut into.
 PART_HEIGHT = 32
@@ -67,8 +68,11 @@ def _walk(problem, config, height) -> Walk:
         lanes = splits = SPLITS
     elif alone:
         lanes = max(1, min(MOST_LANES, TURN_BYTES // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
-    bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
-    heads = _largest_divisor(problem.num_kv_heads, max(1, TURN_BYTES // bytes_of_head))
+    if current_policy() == "invariant":  # nor has the number of heads, which a mesh may cut
+        heads = 1
+    else:
+        bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
+        heads = _largest_divisor(problem.num_kv_heads, max(1, TURN_BYTES // bytes_of_head))
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
     return Walk(height, run, runs, lanes, splits, heads, most_blocks)
 
