@@ -63,6 +63,10 @@ class Kernel(abc.ABC):
         """
         return None
 
+    def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
+        """How many thread blocks have work, parts of keys counted; None from a kernel whose grid fills no cores."""
+        return None
+
     @abc.abstractmethod
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Returns out [tokens, q_heads, value_dim] in the query's dtype, and lse [tokens, q_heads] in float32."""

@@ -13,8 +13,6 @@ import numpy as np
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
-from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu
-from paged_prefill.lowering.triton import host as triton
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.tests import calls
 from paged_prefill.tune import problem_of_shape
@@ -30,7 +28,6 @@ DEVICES = (
 )
 CALLS = 2000
 GPU_KERNELS = [KERNELS["cuda"]["mosaic_gpu"], KERNELS["cuda"]["triton"]]
-PROGRAMS = {"mosaic_gpu": mosaic_gpu.programs, "triton": triton.programs}
 PACKAGES = mock.patch.object(importlib.util, "find_spec", lambda name: name)  # choosing sizes needs none
 
 
@@ -44,7 +41,7 @@ def filled(kernel, problem, device, config) -> int:
     """Cores that a launch has work for at the same time; 1 on TPUs, whose cores a grid does not fill."""
     if device.platform == "tpu":
         return 1
-    return min(device.cores, PROGRAMS[kernel.name](problem, config) * config.num_splits)
+    return min(device.cores, kernel.blocks(problem, config))
 
 
 def problem_of_key(key) -> Problem:
@@ -178,7 +175,7 @@ class FillTest(parameterized.TestCase):
                 for shape in self.SHAPES[:4]:
                     problem = problem_of_shape(*shape, 128, None, None, page_size=16)
                     config = resolve.completed(kernel, problem, device)
-                    waves = PROGRAMS[kernel.name](problem, config) * config.num_splits / (device.cores * tiles_a_core)
+                    waves = kernel.blocks(problem, config) / (device.cores * tiles_a_core)
                     with self.subTest(f"{kind} {kernel.name} {shape}"):
                         self.assertFalse(1 < waves < 1.5, config)
 

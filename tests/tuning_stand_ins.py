@@ -40,7 +40,11 @@ def fits(problem, device, config):
     return None
 
 
-def kernel(*candidates, attend=attend_to_nothing, version=1, num_splits=no_splits, misfit=fits):
+def no_blocks(problem, config):
+    return None
+
+
+def kernel(*candidates, attend=attend_to_nothing, version=1, num_splits=no_splits, misfit=fits, blocks=no_blocks):
     """A kernel made of parts."""
     return types.SimpleNamespace(
         name="fake",
@@ -51,6 +55,7 @@ def kernel(*candidates, attend=attend_to_nothing, version=1, num_splits=no_split
         candidates=lambda problem, device: [HEURISTIC, *candidates],
         num_splits=num_splits,
         misfit=misfit,
+        blocks=blocks,
     )
 
 
@@ -75,5 +80,5 @@ class TuningTestCase(parameterized.TestCase):
             self.addCleanup(cached.cache_clear)
         self.enter_context(mock.patch.dict(resolve._timed, clear=True))
 
-    def resolve(self, asked=None, *, kernel=kernel(), under=None, **changes):
-        return resolve.resolve(kernel, problem(**changes), DEVICE, asked, under=under)
+    def resolve(self, asked=None, *, kernel=kernel(), under=None, device=DEVICE, **changes):
+        return resolve.resolve(kernel, problem(**changes), device, asked, under=under)

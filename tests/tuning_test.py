@@ -149,6 +149,16 @@ class LookupTest(TuningTestCase):
         self.assertLen(logs.output, 2)  # one for each table
         self.assertIn("which does not fit: fake: too large", logs.output[0])
 
+    def test_a_row_that_leaves_cores_idle_gives_way_with_a_warning(self):
+        made = kernel(blocks=lambda problem, config: 640 // config.block_kv)  # the heuristic's 64 make 10
+        device = DEVICE._replace(core_count=8)
+        tables.write(self.path, [entry(Config(block_kv=160), device=device)])
+        self.assertEqual(self.resolve(kernel=made, device=device).config.block_kv, 160)  # 4 of 8
+        tables.write(self.path, [entry(Config(block_kv=192), device=device)])
+        with self.assertLogs(level="WARNING") as logs:
+            self.assertEqual(self.resolve(kernel=made, device=device), (HEURISTIC, "heuristic"))
+        self.assertIn("leaves cores idle: fake: 3 of 8 have work, by the heuristic 8", logs.output[0])
+
     def test_what_the_caller_chose_and_does_not_fit_is_an_error(self):
         made = kernel(misfit=lambda problem, device, config: "too large" if config.block_kv > 100 else None)
         with self.assertRaisesRegex(ValueError, "fake: too large .sizes from: cfg or overlay"):

@@ -101,6 +101,10 @@ class MosaicGpu(Kernel):
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
 
+    def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
+        """Tiles times splits."""
+        return programs(problem, config) * config.num_splits
+
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
         problem, query = call.problem, call.query

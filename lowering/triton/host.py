@@ -155,6 +155,10 @@ class Triton(Kernel):
         rows = problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
 
+    def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
+        """Tiles times splits."""
+        return programs(problem, config) * config.num_splits
+
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
         from paged_prefill.lowering.triton.kernel import attend_tile

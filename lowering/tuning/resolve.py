@@ -3,8 +3,9 @@
 In this order: the call's `cfg=`; a `with overlay(...)` around the call; the user's table of this device kind; the
 table shipped with the package; then, by policy, timing or the kernel's heuristic. Only the first two are settled where
 a call is traced (they become the primitive's parameter `config`); the rest where it is lowered, since only then the
-device is known. Tile sizes that do not fit the call are an error where the caller chose them; where a table did, it
-gives way to what comes next, with one warning.
+device is known. Tile sizes that do not fit the call are an error where the caller chose them. Where a table did, or
+where they would give work to less than half of the cores that the heuristic's do, it gives way to what comes next, with
+one warning.
 
 The policy is the environment variable PAGED_PREFILL_AUTOTUNE, read when used, or a `with policy(...)`:
 
@@ -69,13 +70,13 @@ def resolve(
     # A symbolic size, as jax.export allows, has no bucket; an unknown device has no table.
     if under in ("off", "invariant") or device.kind is None or problem.symbolic:
         return heuristic
-    if found := _look_up(kernel, problem, device):
+    if found := _look_up(kernel, problem, device, heuristic.config):
         return found
     # Samples have no optional operands, so that calls which have some cannot be timed.
     timed = under == "on" and jax.process_count() == 1 and not problem.features
     if timed and (best := _tune(kernel, problem, device)):
         config = completed(kernel, problem, device, best)
-        if kernel.misfit(problem, device, config) is None:  # else it was timed for a smaller call of the same key
+        if _against(kernel, problem, device, config, heuristic.config) is None:
             return Choice(config, "timed now")
     return heuristic
 
@@ -95,8 +96,18 @@ def signature() -> str:
     return tables.user_digest() if jax.process_count() == 1 else ""
 
 
-def _look_up(kernel, problem, device) -> Choice | None:
-    """The first row of a table for a call that fits it."""
+def _against(kernel, problem, device, config, heuristic) -> str | None:
+    """Why sizes that were timed for another call of the same key are not for this one, or None."""
+    if wrong := kernel.misfit(problem, device, config):
+        return f"does not fit: {kernel.name}: {wrong}"
+    busy, could_be = (min(kernel.blocks(problem, each) or 0, device.cores) for each in (config, heuristic))
+    if 2 * busy < could_be:
+        return f"leaves cores idle: {kernel.name}: {busy} of {device.cores} have work, by the heuristic {could_be}"
+    return None
+
+
+def _look_up(kernel, problem, device, heuristic) -> Choice | None:
+    """The first row of a table that is for a call."""
     key = tables.key_of(kernel, problem, device)
     sources = []
     if jax.process_count() == 1:
@@ -106,9 +117,9 @@ def _look_up(kernel, problem, device) -> Choice | None:
     for table, where in sources:
         if found := tables.find(table, key):
             config = completed(kernel, problem, device, found[0])
-            if (wrong := kernel.misfit(problem, device, config)) is None:
+            if (reason := _against(kernel, problem, device, config, heuristic)) is None:
                 return Choice(config, f"{where}, {found[1]}")
-            _warn(f"paged_prefill passes over a row of the {where}, which does not fit: {kernel.name}: {wrong}")
+            _warn(f"paged_prefill passes over a row of the {where}, which {reason}")
     return None
 
 

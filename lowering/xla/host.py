@@ -35,14 +35,14 @@ class Xla(Kernel):
         """
         if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-        return PrefillPageAttentionConfig(block_q=128, block_kv=min(problem.capacity, 256))
+        return PrefillPageAttentionConfig(block_q=128, block_kv=min(_in_eights(problem.capacity), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes and their neighbours."""
-        sizes = [(256, 256), (256, 1024), (512, 256), (512, 512), (128, 256), (64, 512)]
-        others = [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in sizes]
         first = self.heuristic(problem, device)
-        return [first, *(config for config in others if config != first)]
+        times = [(1, 1), (1, 0.5), (1, 2), (2, 0.5), (2, 1), (0.5, 1), (0.25, 1)]
+        sizes = [(int(first.block_q * q), _in_eights(int(first.block_kv * kv))) for q, kv in times]
+        return [PrefillPageAttentionConfig(block_q=q, block_kv=kv) for q, kv in dict.fromkeys(sizes)]
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """Any sizes will do."""
@@ -60,6 +60,11 @@ class Xla(Kernel):
             cpu=functools.partial(_attend, on_cpu, config),
             default=functools.partial(_attend, dtype, config),
         )
+
+
+def _in_eights(keys: int) -> int:
+    """The next multiple of 8."""
+    return -(-keys // 8) * 8
 
 
 def _attend(product_dtype, config, call: Call):
