@@ -14,24 +14,14 @@ import numpy as np
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import choose_writer
 from paged_prefill.tests import append_test, poisoned, triton_stand_ins
-from paged_prefill.tests.triton_test import HAS_TRITON, TARGETS, process
+from paged_prefill.tests.triton_test import HAS_TRITON, TARGETS, WithInterpreter, process
 
 H200 = Device("cuda", "NVIDIA H200", "9.0")
 QUANTISED = append_test.QUANTISED
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
-class InterpretedTest(parameterized.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.interpreter = process(triton_stand_ins.interpret_triton)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.interpreter.shutdown()
-        super().tearDownClass()
-
+class InterpretedTest(WithInterpreter):
     def check(self, *kinds):
         self.interpreter.submit(triton_stand_ins.check_appended_interpreted, kinds).result()
 

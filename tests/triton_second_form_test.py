@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.tests import poisoned, triton_stand_ins
 from paged_prefill.tests.append_test import QUANTISED
-from paged_prefill.tests.triton_test import HAS_TRITON, process
+from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter, process
 
 # Tiles of 16 rows, 8 tokens of 2 heads: chunks are several of them, and contexts several blocks, each two edges.
 SMALL_TILES = PrefillPageAttentionConfig(block_q=8, block_kv=32, num_splits=1)
@@ -19,17 +19,7 @@ LONG = ((21, 70), (1, 44), (5, 0), (7, 3))
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
-class SecondFormTest(parameterized.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.interpreter = process(triton_stand_ins.interpret_triton)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.interpreter.shutdown()
-        super().tearDownClass()
-
+class SecondFormTest(WithInterpreter):
     def check(self, seed, kind, *, cfg=SMALL_TILES, vmapped=None, **parameters):
         if kind.get("latent"):
             parameters["value_dim"] = kind["value_dim"]

@@ -62,8 +62,9 @@ INTERPRETED = [
 ]
 
 
-@absltest.skipUnless(HAS_TRITON, "Triton is not installed")
-class InterpretedTest(parameterized.TestCase):
+class WithInterpreter(parameterized.TestCase):
+    """Tests whose kernels run in Triton's interpreter, in a process of its own."""
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -74,6 +75,9 @@ class InterpretedTest(parameterized.TestCase):
         cls.interpreter.shutdown()
         super().tearDownClass()
 
+
+@absltest.skipUnless(HAS_TRITON, "Triton is not installed")
+class InterpretedTest(WithInterpreter):
     @parameterized.named_parameters(cases.named(INTERPRETED))
     def test_matches_reference_and_stays_inside_its_operands(self, case):
         self.interpreter.submit(triton_stand_ins.check_interpreted, case).result()
