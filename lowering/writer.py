@@ -1,4 +1,4 @@
-"""What every lowering of `append_to_pages` is, and the choice of one: the first that can."""
+"""What every lowering of `append_to_pages` is; choose.py takes the first that can."""
 
 import abc
 from collections.abc import Mapping
