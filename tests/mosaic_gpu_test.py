@@ -34,11 +34,18 @@ def problem(**changes):
     return problems.problem(**(sizes | changes))
 
 
+def each_of(schedule):
+    """The tiles of a schedule of NumPy arrays, one by one."""
+    return [jax.tree.map(lambda field: field[i], schedule) for i in range(len(schedule.start))]
+
+
 class ScheduleTest(parameterized.TestCase):
-    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
-    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences, ordered):
+    @parameterized.product(slabs=(1, 3), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, slabs, window, few_sequences, ordered):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
         block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
+        slab = 16 if slabs == 1 else 64
+        block_q = slabs * slab
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = before + sum(lengths) + after
         arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
@@ -48,13 +55,13 @@ class ScheduleTest(parameterized.TestCase):
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
-                sequences, tokens, capacity, block_q, block_kv, attention, ordered=ordered
+                sequences, tokens, capacity, block_q, block_kv, attention, slab=slab, ordered=ordered
             )
         )(sequences)
-        schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
+        schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
         owner = {t: s for s, (a, n) in enumerate(zip(starts, lengths)) for t in range(a, a + n)}
-        for tile in map(tiles.Tiles._make, zip(*schedule)):
+        for tile in each_of(schedule):
             for row in range(tile.length):
                 token = tile.start + row
                 covered[token] += 1
@@ -66,18 +73,23 @@ class ScheduleTest(parameterized.TestCase):
                 first = 0 if window is None else max(0, position - window + 1)
                 last = min(position, capacity - 1)
                 self.assertEqual((tile.seq, tile.pool, tile.position + row), (seq, seq % 2, position))
+                seen_start, seen_end, whole_start, whole_end = (field[row // slab] for field in tile.slabs)
+                seen = np.arange(first, max(last + 1, first))
+                np.testing.assert_array_equal(seen, seen[(seen >= seen_start) & (seen < seen_end)])
+                np.testing.assert_array_equal(np.setdiff1d(np.arange(whole_start, whole_end), seen), [])
                 if last >= first:
                     self.assertLessEqual(tile.first_block * block_kv, first)
                     self.assertGreater(tile.end_block * block_kv, last)
                     self.assertLessEqual(tile.first_key, first)
                     self.assertGreater(tile.end_key, last)
         np.testing.assert_array_equal(covered, 1)
-        blocks = np.where(schedule.length > 0, schedule.end_block - schedule.first_block, -1)
-        in_order = np.diff(blocks) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
-        self.assertTrue(np.all(in_order), "the longest tile is not first, or one that does not exist not last")
+        work = -(-schedule.slabs.seen_end // block_kv) - schedule.slabs.seen_start // block_kv
+        work = np.where(schedule.length > 0, work.clip(0).sum(axis=1), -1)
+        in_order = np.diff(work) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
+        self.assertTrue(np.all(in_order), "the tile of most work is not first, or one that does not exist not last")
 
-    @parameterized.product(few_sequences=(0, 100), ordered=(True, False))
-    def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered):
+    @parameterized.product(few_sequences=(0, 100), ordered=(True, False), slab=(16, 8))
+    def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered, slab):
         """Of random ranges, and junk for tokens without a sequence: what some row of a tile sees, and what all see."""
         call = poisoned.make_call(3, ((70, 300), (0, 20), (1, 44), (90, 200), (9, 4)), key_ranges=True, tokens_before=3,
                                   tokens_after=20, page_size=16)
@@ -89,10 +101,10 @@ class ScheduleTest(parameterized.TestCase):
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         schedule = jax.jit(
             lambda sequences, ranges: tiles.schedule(
-                sequences, tokens, 320, 16, 64, Attention(1.0), ranges=ranges, ordered=ordered
+                sequences, tokens, 320, 16, 64, Attention(1.0), slab=slab, ranges=ranges, ordered=ordered
             )
         )(sequences, ranges)
-        found = [tiles.Tiles(*map(int, fields)) for fields in zip(*schedule)]
+        found = each_of(jax.tree.map(np.asarray, schedule))
         self.assertEqual(sum(tile.length for tile in found), tokens)
         without_holes = 0
         for tile in found:
@@ -112,13 +124,20 @@ class ScheduleTest(parameterized.TestCase):
                 self.assertEqual((tile.first_block, tile.end_block), (some[0] // 64, some[-1] // 64 + 1))
                 self.assertLessEqual(len(some) < some[-1] + 1 - some[0], tile.holes)
                 without_holes += not tile.holes and tile.length > 1
-            np.testing.assert_array_equal(np.arange(tile.whole_start, tile.whole_end), every)
+            for slab_seen, *fields in zip(np.split(seen, range(slab, len(seen), slab)), *tile.slabs):
+                of_slab = seen if tile.holes else slab_seen
+                some, every = np.flatnonzero(slab_seen.any(0)), np.flatnonzero(of_slab.all(0))
+                if len(some):
+                    self.assertEqual(tuple(fields[:2]), (some[0], some[-1] + 1))
+                np.testing.assert_array_equal(np.arange(*fields[2:]), every)
         self.assertGreater(without_holes, 0)
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
+        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6), static_argnames="slab")(
+            sequences, 200, 960, 64, 64, Attention(1.0), slab=64
+        )
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 

@@ -111,7 +111,7 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
         # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
         first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head

@@ -39,29 +39,48 @@ class Rows:
         """The first key of the piece's block i."""
         return (self.piece.last - i) * self.plan.block_kv
 
-    def whole(self):
-        """Every row sees all of the keys from the first to the second of these."""
-        tile = self.tile
-        return tile.whole_start, tile.whole_end if self.tree is None else jnp.minimum(tile.whole_end, tile.first_new)
+    def seen_steps(self):
+        """No row sees a key but in the piece's blocks from the first to the second of these; one at least."""
+        plan, slab, steps, end_block = self.plan, self.tile.slabs, self.piece.steps, self.piece.last + 1
+        if plan.slabs == 1:
+            return 0, steps
+        first = jnp.clip(end_block - lax.div(slab.seen_end + plan.block_kv - 1, plan.block_kv), 0, steps - 1)
+        if not plan.begins_late:
+            return first, steps
+        return first, jnp.clip(end_block - lax.div(slab.seen_start, plan.block_kv), first + 1, steps)
 
-    def visible(self, i):
-        """Which of the rows see which keys of block i."""
-        shape, tile, start = (WARPGROUP_ROWS, self.plan.block_kv), self.tile, self.first_key_of(i)
+    def whole_steps(self, first, end):
+        """Every row sees all keys of the blocks from the first to the second of these, within first + 1 : end."""
+        plan, slab, end_block = self.plan, self.tile.slabs, self.piece.last + 1
+        whole_end = slab.whole_end if self.tree is None else jnp.minimum(slab.whole_end, self.tile.first_new)
+        edge = jnp.clip(end_block - lax.div(whole_end, plan.block_kv), first + 1, end)
+        if not plan.begins_late:
+            return edge, end
+        return edge, jnp.clip(end_block - lax.div(slab.whole_start + plan.block_kv - 1, plan.block_kv), edge, end)
+
+    def seen(self):
+        """A function of i: which of the rows see which keys of block i. What rows are to be asked, is asked here."""
+        shape, plan, tile = (WARPGROUP_ROWS, self.plan.block_kv), self.plan, self.tile
         _, token = self.head_and_token(self.rows())
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
-        if self.plan.has_ranges:
-            place = 2 * (tile.start + here)
-            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1 - start
-            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1 - start
+        if plan.has_ranges:
+            place, origin = 2 * (tile.start + here), 0
+            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1
+            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1
         else:  # positions relative to the tile's first token
-            block = start - tile.position
-            last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
-            before = None if self.plan.window is None else token - block - self.plan.window
-        seen = key <= lax.broadcast_in_dim(last, shape, [0])
-        if before is not None:
-            seen &= key > lax.broadcast_in_dim(before, shape, [0])
-        return seen if self.tree is None else seen & self._in_tree(here, key, start)
+            origin = tile.position
+            last = jnp.minimum(token, tile.end_key - origin - 1)
+            before = None if plan.window is None else token - plan.window
+
+        def visible(i):
+            start = self.first_key_of(i)
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+            seen = key <= lax.broadcast_in_dim(last - (start - origin), shape, [0])
+            if before is not None:
+                seen &= key > lax.broadcast_in_dim(before - (start - origin), shape, [0])
+            return seen if self.tree is None else seen & self._in_tree(here, key, start)
+
+        return visible
 
     def _in_tree(self, token, key, start):
         """Whether tokens of the tile see the keys of the block that begins at `start`, as far as trees decide."""
