@@ -38,6 +38,7 @@ class Tiles(NamedTuple):
     pool: Int[Array, " tiles"]
     first_key: Int[Array, " tiles"]
     end_key: Int[Array, " tiles"]
+    owned: Int[Array, " tiles"]  # 1 where a sequence owns its tokens
     holes: Int[Array, " tiles"]  # 1 where between first_key and end_key may lie keys that no row sees
     slabs: Slabs
 
@@ -87,7 +88,8 @@ def schedule(
         stretch_size = take(size, stretch)
         within = (tile - take(firsts, stretch)) * block_q  # first token, in its stretch
 
-        context_len = jnp.where(stretch == 2 * seq + 1, take(sequences.context_len, seq), 0)
+        owned = stretch == 2 * seq + 1
+        context_len = jnp.where(owned, take(sequences.context_len, seq), 0)
         length = jnp.clip(stretch_size - within, 0, block_q)
         first_new = context_len - stretch_size
         position = first_new + within
@@ -119,6 +121,7 @@ def schedule(
             pool=take(sequences.pool, seq),
             first_key=first_key,
             end_key=end_key,
+            owned=owned.astype(jnp.int32),
             holes=holes,
             slabs=slabs,
         )

@@ -3,6 +3,7 @@
 import functools
 
 from absl.testing import absltest, parameterized
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import Device, Sequences
+from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.tests import packs, poisoned, problems
 
@@ -192,7 +194,7 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tokens=100,
+        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16, tokens=100,
                       tiles=3, pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3,
                       splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
                       tree_words=0, dtype="bfloat16")
@@ -256,6 +258,34 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap,
                                          sliding_window=window))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.parameters(1, 3)
+    def test_sinks_have_their_part_before_results_are_rounded(self, num_splits):
+        """The results are those of the kernel, or of the one merge; what joins sinks afterwards is a sigmoid."""
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
+        call = functools.partial(ragged_paged_prefill, platform="cuda",
+                                 cfg=PrefillPageAttentionConfig(num_splits=num_splits))
+        text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertNotIn("logistic", text)
+
+    @parameterized.parameters(3, 12)
+    def test_merge_gives_sinks_to_rows_that_a_sequence_owns(self, seqs):
+        """Of two parts of the keys, of which rows may see neither."""
+        rng = np.random.default_rng(0)
+        call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
+                                  sinks=True, tokens_before=2, tokens_after=1, page_size=4)
+        parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
+        sinks = np.asarray(flatten(call | dict(kv_head_start=0), **parameters).sinks_of_rows())
+        offsets, tokens = call["query_offsets"], len(call["query"])
+        token = np.arange(tokens)
+        owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
+        np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
+        out = rng.standard_normal((2, tokens, 4, 8), np.float32)
+        lse = np.where(rng.random((2, tokens, 4)) < 0.3, -np.inf, rng.standard_normal((2, tokens, 4))).astype(np.float32)
+        out = np.where(np.isneginf(lse)[..., None], 0, out)
+        merged = merge_splits(out, lse, jnp.float32, sinks)
+        want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
+        chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),

@@ -20,9 +20,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
 
 
-def compute(plan: Plan, piece, done, warpgroup, masks, q_heads, out, lse, **scratch):
+def compute(plan: Plan, piece, done, warpgroup, optional, q_heads, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, masks, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, optional, **scratch)
     rows, tile = attention.rows, piece.tile
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
@@ -41,11 +41,11 @@ class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, masks, *, query_views, keys, values, query_here, query_free, keys_here,
+        self, plan, piece, done, warpgroup, optional, *, query_views, keys, values, query_here, query_free, keys_here,
         values_here, keys_free, values_free, turn, cleaned,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
-        self.rows, self.softmax = Rows(plan, piece, warpgroup, masks), Softmax(plan)
+        self.rows, self.softmax = Rows(plan, piece, warpgroup, optional), Softmax(plan)
         [_, [query]] = query_views
         self.query, self.keys, self.values = query.at[warpgroup], keys, values
         self.query_here, self.query_free = query_here, query_free
@@ -152,7 +152,7 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self.softmax.result(acc, m, l)
+        return self.softmax.result(acc, m, l, self.rows.sinks())
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""

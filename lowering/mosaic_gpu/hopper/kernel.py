@@ -37,8 +37,8 @@ def table_of(tiles: Tiles, first_row, page_indices):
     return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
 
 
-def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
-    """Runs the kernel; `ranges` and `tree` may be None.
+def launch(plan: Plan, table, query, key_rows, value_rows, optional):
+    """Runs the kernel; `optional` are the other arrays of the call that there are, by name.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
@@ -69,7 +69,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
         cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, list(optional)),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
@@ -81,16 +81,16 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
         ),
         kernel_name="paged_prefill",
     )
-    masks = [x.reshape(-1) for x in (ranges, tree) if x is not None]
-    return kernel(table, query, key_rows, value_rows, *masks)
+    return kernel(table, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
 
 
-def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
+def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *masks, out, lse = others
+    *optional, out, lse = others
+    optional = dict(zip(names, optional))
     pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
@@ -114,7 +114,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, *results, **scratch))
+        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, *results, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():

@@ -13,14 +13,12 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next.
 
-    `masks` are the ranges and the words of the trees in global memory, as far as the plan has them, as vectors.
+    `optional` are the ranges, the words of the trees, and the sinks that there are in global memory, as vectors.
     """
 
-    def __init__(self, plan: Plan, piece, warpgroup, masks):
+    def __init__(self, plan: Plan, piece, warpgroup, optional):
         self.plan, self.piece, self.tile, self.warpgroup = plan, piece, piece.tile, warpgroup
-        masks = list(masks)
-        self.ranges = masks.pop(0) if plan.has_ranges else None
-        self.tree = masks.pop(0) if plan.tree_words else None
+        self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
 
     def rows(self):
         """These, as rows of the tile."""
@@ -34,6 +32,16 @@ class Rows:
         """Whether rows of the tile are there: its tokens and heads may be fewer than it has room for."""
         head, token = self.head_and_token(row)
         return (token < self.tile.length) & (head < self.piece.heads_left)
+
+    def sinks(self):
+        """The logit of each row's sink, or None: -inf where no sequence owns the tokens."""
+        if self.all_sinks is None:
+            return None
+        pack = lax.div(self.tile.seq, self.plan.seqs_of_pack)
+        head, _ = self.head_and_token(self.rows())
+        head = self.piece.head + jnp.minimum(head, self.piece.heads_left - 1)
+        sinks = gathered(self.all_sinks, pack * self.plan.q_heads + head, ROWS)
+        return jnp.where(self.tile.owned > 0, sinks, -jnp.inf)
 
     def first_key_of(self, i):
         """The first key of the piece's block i."""
@@ -63,7 +71,7 @@ class Rows:
         shape, plan, tile = (WARPGROUP_ROWS, self.plan.block_kv), self.plan, self.tile
         _, token = self.head_and_token(self.rows())
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
-        if plan.has_ranges:
+        if self.ranges is not None:
             place, origin = 2 * (tile.start + here), 0
             last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1
             before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1
@@ -143,7 +151,7 @@ class Rows:
     def _interval_of_one(self, token, start):
         """The keys that one token of the tile sees, low <= key < end, counted from key `start`."""
         tile, window = self.tile, self.plan.window
-        if self.plan.has_ranges:
+        if self.ranges is not None:
             place = 2 * (tile.start + token)
             low, end = jnp.maximum(self.ranges[place], 0), jnp.clip(self.ranges[place + 1], 0, tile.end_key)
             return low - start, end - start

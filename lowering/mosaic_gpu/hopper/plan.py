@@ -22,6 +22,7 @@ class Plan:
     cores: int  # as many blocks are launched at most: any other number is right too, and less balanced
     group: int  # query heads of a KV head
     num_kv_heads: int
+    seqs_of_pack: int  # which share their sinks
     head_dim: int
     value_dim: int
     page_size: int
@@ -40,6 +41,10 @@ class Plan:
     has_ranges: bool  # each row says which keys it sees
     tree_words: int  # of 32 new tokens each, of which a row says which it sees; 0 where it sees all
     dtype: str
+
+    @property
+    def q_heads(self) -> int:
+        return self.num_kv_heads * self.group
 
     @property
     def rows(self) -> int:
