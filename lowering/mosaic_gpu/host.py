@@ -14,12 +14,13 @@ from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import SHARED_BYTES, WARPGROUP_ROWS, Plan, shared_memory
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
+SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
@@ -222,6 +223,6 @@ def _keeps_busy(problem: Problem, device: Device, three: PrefillPageAttentionCon
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of a thread block that has room for one tile's queries."""
+    """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
     ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
-    return shared_memory(_rows(config) * problem.head_dim, ring)
+    return 2 * (_rows(config) * problem.head_dim + ring) + 3072

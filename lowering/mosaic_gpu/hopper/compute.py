@@ -20,9 +20,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
 
 
-def compute(plan: Plan, piece, number, done, *, warpgroup, optional, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, number, done, warpgroup, optional, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, optional, **scratch)
     rows, tile = attention.rows, piece.tile
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
@@ -38,18 +38,17 @@ def compute(plan: Plan, piece, number, done, *, warpgroup, optional, out, lse, *
 
 
 class _Attention:
-    """A warpgroup's way through the block's piece of that number: `done` blocks went through the rings before it."""
+    """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, number, done, warpgroup, optional, *, query_views, keys, values, query_here, query_free,
+        self, plan, piece, done, warpgroup, optional, *, query_views, keys, values, query_here, query_free,
         keys_here, values_here, keys_free, values_free, turn, cleaned,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
         self.rows, self.softmax = Rows(plan, piece, warpgroup, optional), Softmax(plan)
         [_, [query]] = query_views
-        slot = lax.rem(number, plan.query_slots)
-        self.query, self.keys, self.values = query.at[slot, warpgroup], keys, values
-        self.query_here, self.query_free = query_here.at[slot], query_free.at[slot]
+        self.query, self.keys, self.values = query.at[warpgroup], keys, values
+        self.query_here, self.query_free = query_here, query_free
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free

@@ -51,7 +51,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, optional):
         return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=TILED)
 
     # The same bytes seen in two ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's.
-    query_shape = (plan.query_slots, plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
+    query_shape = (plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
     query_views = [plgpu.SMEM(query_shape, dtype, transforms=transforms) for transforms in (TILED[1:], TILED)]
     copies = plan.block_kv // plan.run
     slabs = plan.rows // plan.slab
@@ -59,8 +59,8 @@ def launch(plan: Plan, table, query, key_rows, value_rows, optional):
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
         keys=ring(plan.head_dim),
         values=ring(plan.value_dim),
-        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.query_slots),
-        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.query_slots),
+        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
         keys_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         values_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
@@ -96,13 +96,13 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
     slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
-        """Calls do(piece, its number, steps before it) for this block's: longest first, to and fro over the blocks."""
+        """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
         def turn(i, done):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
             piece = _piece(plan, table, jnp.minimum(index, pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
-            pl.when(exists)(lambda: do(piece, i, done))
+            pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
@@ -167,15 +167,14 @@ def _load(
     """Copies each piece's query rows, and its blocks of keys and values page by page: half a block is a warp's work."""
     [[query_slots], _] = query_views
 
-    def copy_query(piece, number):
-        slot = lax.rem(number, plan.query_slots)
-        pl.when(number >= plan.query_slots)(lambda: plgpu.barrier_wait(query_free.at[slot]))
+    def copy_query(piece, done):
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
         for row in range(0, plan.rows, plan.slab):
             head, token = divmod(row, plan.block_q)
             for part in range(plan.query_parts):
                 tokens, columns = pl.ds(piece.tile.start + token, plan.slab), pl.ds(part * COLUMNS, COLUMNS)
-                slots = query_slots.at[slot, row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
-                plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here.at[slot])
+                slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
+                plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
     def copy(offsets, source, ring, here, free, before=None):
         """Copies the runs at these offsets of every block."""
@@ -185,9 +184,9 @@ def _load(
             page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
             return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
 
-        def copy_piece(piece, number, done):
+        def copy_piece(piece, done):
             if before is not None:
-                before(piece, number)
+                before(piece, done)
 
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)

@@ -9,16 +9,10 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
-SHARED_BYTES = 227 * 1024
 LOG2_E = math.log2(math.e)
 # How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
 # products of weights up to 2^40 with values up to 1e20 have finite sums in float32.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
-
-
-def shared_memory(query_elements: int, ring_elements: int) -> int:
-    """Bytes of a thread block's, with room for its barriers and what the compiler reserves."""
-    return 2 * (query_elements + ring_elements) + 3072
 
 
 @dataclass(frozen=True)
@@ -136,12 +130,6 @@ class Plan:
     @property
     def slab_tokens(self) -> int:
         return self.block_q // self.slabs
-
-    @property
-    def query_slots(self) -> int:
-        """Two where the shared memory has room: then warpgroups go on to the next tile one by one."""
-        ring = self.stages * self.block_kv * (self.head_dim + self.value_dim)
-        return 2 if shared_memory(2 * self.rows * self.head_dim, ring) <= SHARED_BYTES else 1
 
     @property
     def columns(self) -> int:
