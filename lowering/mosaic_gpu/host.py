@@ -34,6 +34,7 @@ class MosaicGpu(Kernel):
     platforms = ("cuda",)
     features = frozenset({"key_ranges", "tree_mask"})
     invariant = True
+    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):
@@ -111,17 +112,20 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
         # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
         first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head
         table = table_of(tiles, first_row, call.sequences.page_indices)
         rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
-        tree = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
-        out, lse = launch(plan, table, query, *rows, call.ranges, tree)
+        optional = dict(ranges=call.ranges)
+        optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
+        optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional = {name: array for name, array in optional.items() if array is not None}
+        out, lse = launch(plan, table, query, *rows, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
         out = out.reshape(*lse.shape, problem.value_dim)
-        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
+        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
@@ -130,6 +134,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
+        seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
