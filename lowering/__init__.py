@@ -20,6 +20,7 @@ from paged_prefill.lowering.choose import (
 from paged_prefill.lowering.tuning.resolve import resolve, signature
 from paged_prefill.primitive import context
 from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.primitive.prefill import local_paged_prefill_p, lowering_reads
 
 
@@ -50,14 +51,14 @@ def _kernel_of(problem, device, platform, config):
     return KERNELS[device.platform][name]
 
 
-def append(*operands, device, present, cache_batch_dims, to_be_cut=False):
+def append(*operands, device, present, cache_batch_dims, cache_layout, to_be_cut=False):
     """Runs `local_append_to_pages_p` on one device; `to_be_cut` says that XLA will cut it, which it cannot kernels."""
-    named = dict(zip(present, operands, strict=True))
+    named, layout = dict(zip(present, operands, strict=True)), LAYOUTS[cache_layout]
     if to_be_cut:
-        return XLA_WRITER.write(named, cache_batch_dims, device)
-    writer, passed_over = choose_writer(named, device)
+        return XLA_WRITER.write(named, cache_batch_dims, device, layout)
+    writer, passed_over = choose_writer(named, device, layout)
     log_passed_over(device, writer.name, passed_over, "append_to_pages")
-    return writer.write(named, cache_batch_dims, device)
+    return writer.write(named, cache_batch_dims, device, layout)
 
 
 def _lower(ctx, operands, function, **parameters):

@@ -194,9 +194,9 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16, tokens=100,
-                      tiles=3, pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3,
-                      splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
+        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
+                      tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
+                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
                       tree_words=0, dtype="bfloat16")
         return Plan(**(fields | changes))
 

@@ -133,7 +133,7 @@ class Piece(NamedTuple):
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
-    first_row: Int[Array, ""]  # of the KV head, in the caches as matrices of rows
+    first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
 
 
 def _piece(plan: Plan, table, index, slab) -> Piece:
@@ -156,7 +156,7 @@ def _piece(plan: Plan, table, index, slab) -> Piece:
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
-        first_row=first_row + kv_head * plan.keys_per_head,
+        first_row=first_row + kv_head * plan.head_rows,
     )
 
 
@@ -176,13 +176,18 @@ def _load(
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
                 plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
-    def copy(offsets, source, ring, here, free, before=None):
-        """Copies the runs at these offsets of every block."""
+    def copy(offsets, source, beside, ring, here, free, before=None):
+        """Copies the runs at these offsets of every block, so many rows `beside` the keys."""
 
         def row_of(piece, key):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
             page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
-            return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
+            first = lax.div(piece.first_row + beside, plan.slot_rows)
+            return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
+
+        def columns_of(piece):
+            features = ring.shape[-1]
+            return pl.ds(lax.rem(piece.first_row + beside, plan.slot_rows) * features, features)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -198,7 +203,8 @@ def _load(
 
                 for offset, row in zip(offsets, rows):
                     slots = ring.at[slot, pl.ds(offset, plan.run)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, plan.run)], slots, here.at[slot])
+                    place = (pl.ds(row, plan.run), columns_of(piece)) if plan.slot_rows > 1 else pl.ds(row, plan.run)
+                    plgpu.copy_gmem_to_smem(source.at[place], slots, here.at[slot])
 
             lax.fori_loop(0, piece.steps, step, None)
 
@@ -213,8 +219,9 @@ def _load(
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
                 before = copy_query if part == 0 else None
-                copy_keys = functools.partial(copy, share, key_rows, keys, keys_here, keys_free)
-                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free, before)
+                copy_keys = functools.partial(copy, share, key_rows, 0, keys, keys_here, keys_free)
+                beside = plan.value_rows
+                copy_values = functools.partial(copy, share, value_rows, beside, values, values_here, values_free, before)
                 pl.when(warp == 2 * part)(copy_keys)
                 pl.when(warp == 2 * part + 1)(copy_values)
 

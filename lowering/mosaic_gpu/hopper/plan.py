@@ -29,7 +29,10 @@ class Plan:
     tokens: int
     tiles: int
     pages_per_seq: int
-    keys_per_head: int  # slots of one head of one pool
+    head_rows: int  # in a cache as a matrix of rows, from one head to the next; likewise of pages, slots,
+    page_rows: int
+    slot_rows: int
+    value_rows: int  # and from a key to its value, where they lie in one array
     block_q: int
     block_kv: int
     warpgroups: int
