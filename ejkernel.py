@@ -361,7 +361,7 @@ def _of_the_first(num_seqs, context_lens, page_indices, query_offsets):
     count = jnp.clip(num_seqs.reshape(-1)[0], 0, seqs)
     number = jnp.arange(seqs + 1, dtype=jnp.int32)
     context_lens = jnp.where(number[:-1] < count, context_lens, 0)
-    offsets = query_offsets.at[jnp.minimum(number, count)].get(mode="clip")
+    offsets = jnp.asarray(query_offsets).at[jnp.minimum(number, count)].get(mode="clip")
     return dict(context_lens=context_lens, page_indices=page_indices, query_offsets=offsets)
 
 
