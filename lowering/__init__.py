@@ -1,6 +1,7 @@
 """How the operation runs: its registration, and what happens to a call on one device."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -27,23 +28,27 @@ def run(*operands, device, exported=False, present, platform, config, **paramete
     """Runs `local_paged_prefill_p` on one device; `exported` says that what comes of it is for other machines."""
     named = dict(zip(present, operands, strict=True))
     call = flatten(named, **parameters)
-    out, lse = unflatten(*_run_kernel(call, device, exported, platform, config), named["query"].shape)
-    if "sinks" in named:
+    kernel = None if call.problem.empty else _kernel_of(call.problem, device, platform, config)
+    joined = kernel is not None and kernel.joins_sinks
+    if not joined:
+        call = dataclasses.replace(call, sinks=None)
+    if kernel is None:
+        results = nothing_seen(call.problem)
+    else:
+        choice = resolve(kernel, call.problem, device, config, under="off" if exported else None)
+        results = kernel.attend(call, choice.config, device)
+    out, lse = unflatten(*results, named["query"].shape)
+    if "sinks" in named and not joined:
         out, lse = with_sinks(out, lse, named["sinks"], named["query_offsets"])
     return out, lse
 
 
-def _run_kernel(call, device, exported, platform, config):
-    """Chooses the kernel and its configuration for a call, and calls it."""
-    problem = call.problem
-    if problem.empty:
-        return nothing_seen(problem)
+def _kernel_of(problem, device, platform, config):
+    """The kernel that runs a problem, said in the log where another would be faster."""
     name, passed_over = choose(problem, device, platform)
     check_backend(device, name, config)
     log_passed_over(device, name, passed_over)
-    kernel = KERNELS[device.platform][name]
-    choice = resolve(kernel, problem, device, config, under="off" if exported else None)
-    return kernel.attend(call, choice.config, device)
+    return KERNELS[device.platform][name]
 
 
 def append(*operands, device, present, cache_batch_dims, cache_layout, to_be_cut=False):

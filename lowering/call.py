@@ -10,6 +10,7 @@ inside the pool, every row inside the query.
 from collections.abc import Mapping
 import dataclasses
 from dataclasses import dataclass
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt
 from paged_prefill.lowering.cores import cores_of
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS, OWN_LAYOUT, CacheLayout
-from paged_prefill.primitive.packing import MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
 
 # What a call may have and not every kernel takes, as users know it.
 FEATURES = {
@@ -149,6 +150,7 @@ class Call:
       key_scale, value_scale: what the numbers in the caches are multiplied by: one of each pool, of each pool and head,
         or of each pool, head, page and slot; the last in the caches' order, and in key_scale for both where keys and
         values are one array.
+      sinks: the logit of each head's sink, for each pack.
       key_pool, value_pool: the pool of each sequence in a cache that has fewer pools than sequences.pool counts.
     """
 
@@ -160,6 +162,7 @@ class Call:
     problem: Problem = dataclasses.field(metadata=dict(static=True))
     ranges: Int[Array, "tokens 2"] | None = None
     tree: UInt[Array, "tokens words"] | None = None
+    sinks: Float[Array, "packs q_heads"] | None = None
     key_scale: Float[Array, "pools ..."] | None = None
     value_scale: Float[Array, "pools ..."] | None = None
     key_pool: Int[Array, " seqs"] | None = None
@@ -216,6 +219,22 @@ class Call:
         )
         return cls(query, key_pages, value_pages, sequences, kv_head_start, problem, **optional)
 
+    def sinks_of_rows(self) -> Float[Array, "tokens q_heads"] | None:
+        """The sink of each row's softmax: -inf where no sequence owns the token. None without sinks."""
+        if self.sinks is None:
+            return None
+        token, (starts, lengths, *_) = jnp.arange(self.problem.tokens, dtype=jnp.int32), self.sequences
+        if self.problem.seqs <= FEW_SEQUENCES:
+            owned = functools.reduce(jnp.logical_or, (_within(token, *seq) for seq in zip(starts, lengths)))
+        else:
+            owned = jnp.any(_within(token[:, None], starts[None], lengths[None]), axis=1)
+        sinks = jnp.repeat(self.sinks, self.problem.tokens // self.sinks.shape[0], axis=0)
+        return jnp.where(owned[:, None], sinks, -jnp.inf)
+
+
+def _within(token, start, length):
+    return (token >= start) & (token < start + length)
+
 
 def flatten(
     operands: Mapping[str, jax.Array],
@@ -228,7 +247,7 @@ def flatten(
 ) -> Call:
     """Folds *C, layers and *B into one pack over a number of pools, and makes the index arrays harmless.
 
-    `operands` are those of `local_paged_prefill_p` by name; sinks stay behind, for `with_sinks`. Runs on one device,
+    `operands` are those of `local_paged_prefill_p` by name. Runs on one device,
     where folding costs nothing.
     """
     query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
@@ -291,6 +310,7 @@ def flatten(
         layout=layout,
         ranges=per_token("key_ranges"),
         tree=per_token("tree_mask"),
+        sinks=None if "sinks" not in operands else operands["sinks"].reshape(packs, q_heads),
         key_scale=scale("key_scale"),
         value_scale=scale("value_scale"),
         key_pool=pool_apart(key_cache),

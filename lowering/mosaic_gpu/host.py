@@ -35,6 +35,7 @@ class MosaicGpu(Kernel):
     platforms = ("cuda",)
     features = frozenset({"key_ranges", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
+    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):
@@ -112,7 +113,7 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
         # The caches as plain matrices, of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
@@ -120,11 +121,14 @@ class MosaicGpu(Kernel):
         table = table_of(tiles, first_row, call.sequences.page_indices)
         values = call.key_pages if problem.layout.combined else call.value_pages
         rows = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in (call.key_pages, values)]
-        tree = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
-        out, lse = launch(plan, table, query, *rows, call.ranges, tree)
+        optional = dict(ranges=call.ranges)
+        optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
+        optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional = {name: array for name, array in optional.items() if array is not None}
+        out, lse = launch(plan, table, query, *rows, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
         out = out.reshape(*lse.shape, problem.value_dim)
-        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
+        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
@@ -133,6 +137,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
+        seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
