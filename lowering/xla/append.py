@@ -1,7 +1,8 @@
-"""`append_to_pages` in plain XLA operations: one scatter a cache, in place where the cache is donated.
+"""`append_to_pages` in plain XLA operations, in place where the cache is donated. What is stored is the token, or its
+quantised form.
 
-A scatter goes to slots [.., page, slot] of one KV head; the pools of *C and the heads are batch dimensions of it. What
-is stored is the token, or its quantised form.
+A scatter goes to slots [.., page, slot] of one KV head; the pools of *C and the heads are batch dimensions of it. XLA's
+CPU compiler scatters some floats in wider copies of the whole cache: there a loop writes them token by token.
 """
 
 import functools
@@ -33,8 +34,11 @@ class XlaWriter(Writer):
 
     def write(self, operands, cache_batch_dims, device):
         """As it says above."""
-        as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
-        return scattered(stored(operands, cache_batch_dims), cache_batch_dims, as_bits)
+        all_stored = stored(operands, cache_batch_dims)
+        in_turn = {name: x for name, x in all_stored.items() if device.platform == "cpu" and _widened(x.into.dtype)}
+        rest = {name: x for name, x in all_stored.items() if name not in in_turn}
+        written = scattered(rest, cache_batch_dims) | written_in_turn(in_turn)
+        return [written[name] for name in all_stored]
 
 
 class Stored(NamedTuple):
@@ -57,12 +61,44 @@ def stored(operands, cache_batch_dims) -> dict[str, Stored]:
     return {name: Stored(operands[name], new[name], at) for name in RESULTS if name in new}
 
 
-def scattered(stored: dict[str, Stored], cache_batch_dims, as_bits=lambda dtype: False) -> list[Array]:
-    """The operands with it; `as_bits(dtype)` says what is scattered as integers."""
-    scatter = functools.partial(_scatter, as_bits)
+def scattered(stored: dict[str, Stored], cache_batch_dims) -> dict[str, Array]:
+    """The operands with it."""
+    scatter = _scatter
     for _ in range(cache_batch_dims):
         scatter = jax.vmap(scatter)
-    return [scatter(*x) for x in stored.values()]
+    return {name: scatter(*x) for name, x in stored.items()}
+
+
+def written_in_turn(stored: dict[str, Stored]) -> dict[str, Array]:
+    """The operands with it, token by token.
+
+    XLA's CPU compiler updates a slice in place, whatever the dtype, if the whole is cast to integers just before and
+    back just after, and is in use nowhere else.
+    """
+    if not stored:
+        return {}
+    into, all_new, (at, *_) = zip(*stored.values())
+    *own, tokens, places = at.shape
+    if 0 in (*own, tokens):
+        return dict(zip(stored, into))
+    pool = [lax.broadcasted_iota(jnp.int32, (*own, tokens, 1), axis) for axis in range(len(own))]
+    corners = jnp.concatenate([*pool, at], axis=-1).reshape(-1, len(own) + places)
+    rows = [_bits(jnp.moveaxis(new, -3, -2)).reshape(-1, new.shape[-3], new.shape[-1]) for new in all_new]
+    exists = corners[:, -2] >= 0
+    # A token without a page repeats one that has one.
+    token = jnp.where(exists, jnp.arange(exists.shape[0], dtype=jnp.int32), lax.argmax(exists, 0, jnp.int32))
+
+    def write(i, arrays):
+        *lead, page, slot = jnp.unstack(corners[token[i]])
+
+        def with_row(array, row):
+            row = lax.expand_dims(row[token[i]], (*range(len(lead)), len(lead) + 1, len(lead) + 2))
+            written = lax.dynamic_update_slice(_bits(array), row, (*lead, 0, page, slot, 0))
+            return lax.bitcast_convert_type(written, array.dtype)
+
+        return tuple(map(with_row, arrays, rows))
+
+    return dict(zip(stored, lax.fori_loop(0, jnp.where(jnp.any(exists), exists.shape[0], 0), write, into)))
 
 
 def _new_of_pool(named):
@@ -102,11 +138,8 @@ def _given_scale(scale, at, layered):
     return by_token.reshape(-1, by_token.shape[-1])
 
 
-def _scatter(as_bits, cache, new, at):
+def _scatter(cache, new, at):
     """`cache` [(layers,) kv_heads, num_pages, page_size, ...] with `new` [kv_heads, tokens, ...] at each head's slots."""
-    dtype = cache.dtype
-    if as_bits(dtype):
-        cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
     heads = new.shape[0]
     heads_axis = at.shape[-1] - 2
     places = tuple(axis for axis in range(heads_axis + 3) if axis != heads_axis)  # (layer,) page, slot
@@ -120,8 +153,7 @@ def _scatter(as_bits, cache, new, at):
         scatter_indices_batching_dims=(0,),
     )
     indices = jnp.broadcast_to(at, (heads, *at.shape))
-    written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
-    return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
+    return lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):
@@ -140,6 +172,11 @@ def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_
     return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
 
-def _converted_on_cpu(dtype) -> bool:
-    """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
+def _bits(x):
+    """Floats as the integers of their size."""
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _widened(dtype) -> bool:
+    """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache."""
     return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))
