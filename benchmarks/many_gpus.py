@@ -95,42 +95,42 @@ class Case:
         return [{axis: n} for n in counts for axis in axes] + pairs
 
 
-def build(case: Case, stack: int, parts: int):
-    """A function that makes a random call in bfloat16, and how its arrays are named; jit says where they lie.
+def random_call(case: Case, parts: int):
+    """A random call in bfloat16 on one device, with the pages that its caches repeat.
 
     The columns of a sequence lie in turn in each of `parts` equal parts of the pool.
     """
     columns, rows = case.context // PAGE_SIZE, case.packs * case.seqs
     if columns % parts:
         raise ValueError(f"{case.name}: pages of {PAGE_SIZE} must divide into {parts} parts, got {columns} pages")
-    num_pages = rows * columns
+    size = rows * columns // parts
     rng = np.random.default_rng(0)
-    of_part = [rng.permutation(num_pages // parts) + part * (num_pages // parts) for part in range(parts)]
-    page_indices = np.stack(of_part, axis=-1).reshape(*case.batch, case.seqs, columns).astype(np.int32)
-    tokens = (*case.batch, case.seqs * case.new)
-    repeated = (np.arange(num_pages) + 13 * np.arange(stack)[:, None]) % RANDOM_PAGES
+    of_part = [rng.permutation(size) + part * size for part in range(parts)]
+    tokens, keys = (*case.batch, case.seqs * case.new), jax.random.split(jax.random.key(0), 5)
+    normal = lambda number, *shape: jax.random.normal(keys[number], shape, jnp.bfloat16)
+    pack = (
+        np.full((*case.batch, case.seqs), case.context),
+        np.stack(of_part, axis=-1).reshape(*case.batch, case.seqs, columns),
+        np.broadcast_to(np.arange(case.seqs + 1) * case.new, (*case.batch, case.seqs + 1)),
+    )
+    return dict(
+        query=normal(0, *tokens, Q_HEADS, HEAD_DIM),
+        new=[normal(number, *tokens, case.kv_heads, HEAD_DIM) for number in (1, 2)],
+        pack=[np.asarray(indices, np.int32) for indices in pack],
+    ), [normal(number, case.kv_heads, RANDOM_PAGES, PAGE_SIZE, HEAD_DIM) for number in (3, 4)]
 
-    def call(page_indices, repeated):
-        keys = jax.random.split(jax.random.key(0), 5)
-        normal = lambda number, *shape: jax.random.normal(keys[number], shape, jnp.bfloat16)
-        pages = [normal(number, case.kv_heads, RANDOM_PAGES, PAGE_SIZE, HEAD_DIM) for number in (0, 1)]
-        offsets = jnp.arange(case.seqs + 1, dtype=jnp.int32) * case.new
-        return dict(
-            caches=[jax.vmap(lambda index, own=own: own[:, index])(repeated) for own in pages],
-            query=normal(2, *tokens, Q_HEADS, HEAD_DIM),
-            new=[normal(number, *tokens, case.kv_heads, HEAD_DIM) for number in (3, 4)],
-            pack=[
-                jnp.full((*case.batch, case.seqs), case.context, jnp.int32),
-                page_indices,
-                jnp.broadcast_to(offsets, (*case.batch, case.seqs + 1)),
-            ],
-        )
 
-    return functools.partial(call, page_indices, repeated.astype(np.int32))
+def caches_of(case: Case, stack: int, pages, shardings):
+    """Both caches [stack, kv_heads, num_pages, page_size, head_dim], each layer's pages in another order."""
+    num_pages = case.packs * case.seqs * case.context // PAGE_SIZE
+    order = (np.arange(num_pages) + 13 * np.arange(stack)[:, None]) % RANDOM_PAGES
+    whole = NamedSharding(shardings[0].mesh, P())
+    repeat = jax.jit(jax.vmap(lambda pages, order: pages[:, order], in_axes=(None, 0)), out_shardings=shardings[0])
+    return [repeat(*jax.device_put((each, order.astype(np.int32)), whole)) for each in pages]
 
 
 def placed(case: Case, sizes: dict[str, int]):
-    """Shardings like `build`'s arrays over the first devices, for mesh axes and their sizes."""
+    """Shardings of a call's arrays over the first devices, for mesh axes and their sizes."""
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
         devices=jax.devices()[: math.prod(sizes.values())],
@@ -170,8 +170,10 @@ def lowered(case: Case, count: int, stack: int, arrays):
 class Contender:
     """One way to run a case: its arrays, and its programs by policy."""
 
-    def __init__(self, case: Case, stack: int, parts: int, sizes: dict[str, int], bits: bool):
-        self.arrays = jax.jit(build(case, stack, parts), out_shardings=placed(case, sizes))()
+    def __init__(self, case: Case, stack: int, call, pages, sizes: dict[str, int], bits: bool):
+        shardings = placed(case, sizes)
+        self.arrays = {name: jax.device_put(arrays, shardings[name]) for name, arrays in call.items()}
+        self.arrays["caches"] = caches_of(case, stack, pages, shardings["caches"])
         self.programs = {"fast": lowered(case, case.layers, stack, self.arrays)}
         if bits and "pages" not in sizes:
             with tuning.policy("invariant"):
@@ -193,8 +195,8 @@ def contenders_of(case: Case, counts, gigabytes: float, bits: bool) -> dict[str,
     ways = {"one": dict(heads=1)} | {
         " x ".join(f"{axis} {size}" for axis, size in cut.items()): cut for cut in case.cuts(counts)
     }
-    stack, parts = case.stack(gigabytes), math.lcm(*counts)
-    own = {name: Contender(case, stack, parts, sizes, bits) for name, sizes in ways.items()}
+    call, pages = random_call(case, math.lcm(*counts))
+    own = {name: Contender(case, case.stack(gigabytes), call, pages, sizes, bits) for name, sizes in ways.items()}
     programs = [(each.programs, policy) for each in own.values() for policy in each.programs]
     with futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda at: at[0][at[1]].compile(), programs)
@@ -207,27 +209,25 @@ def measure(case: Case, counts, gigabytes: float, bits: bool) -> dict:
     """One line; `bits` says whether to compare them under the policy "invariant"."""
     began = time.perf_counter()
     own = contenders_of(case, counts, gigabytes, bits)
-    results = {
-        policy: {name: np.asarray(each.run(policy), np.float32) for name, each in own.items() if policy in each.programs}
-        for policy in ("fast", "invariant")
-    }
+
+    def results(policy):
+        return {name: np.asarray(each.run(policy), np.float32) for name, each in own.items() if policy in each.programs}
+
+    out, invariant = results("fast"), results("invariant")
     ready = time.perf_counter()
     ms = gpu.median_ms({name: (contender.run, jax.block_until_ready) for name, contender in own.items()})
     cuts = [name for name in own if name != "one"]
-    apart = {name: float(np.abs(results["fast"][name] - results["fast"]["one"]).max()) for name in cuts}
-    same = {
-        name: bool(np.array_equal(result, results["invariant"]["one"]))
-        for name, result in results["invariant"].items() if name != "one"
-    }  # fmt: skip
-    temporary = {name: own[name].programs["fast"].memory_analysis().temp_size_in_bytes for name in own}
+    same = {name: bool(np.array_equal(own, invariant["one"])) for name, own in invariant.items() if name != "one"}
+    temporary = {name: each.programs["fast"].memory_analysis().temp_size_in_bytes for name, each in own.items()}
     return {
         "case": case.name, "layers": case.layers, "layers with caches of their own": case.stack(gigabytes),
         "ms": {name: round(each / case.layers, 4) for name, each in ms.items()},
         "times one": {name: round(ms["one"] / ms[name], 2) for name in cuts},
-        "same bits under invariant": same, "apart": {name: round(each, 5) for name, each in apart.items()},
+        "same bits under invariant": same,
+        "apart": {name: round(float(np.abs(out[name] - out["one"]).max()), 5) for name in cuts},
         "collectives": {name: own[name].collectives() for name in cuts},
-        "temporaries MB": {name: round(each / 1e6, 1) for name, each in temporary.items()},
-        "cache MB": round(case.cache_bytes / 1e6, 1),
+        "temporaries MB": {name: round(size / 1e6, 1) for name, size in temporary.items()},
+        "cache MB of a layer": round(case.cache_bytes / 1e6, 1),
         "seconds": [round(ready - began, 1), round(time.perf_counter() - ready, 1)],
     }  # fmt: skip
 
@@ -269,7 +269,10 @@ def main():
     left = collections.deque(cases)
     while left and time.monotonic() < ends:
         case = left.popleft()
-        row = measure(case, counts, arguments.gigabytes, bits=case.name in CASES)
+        try:
+            row = measure(case, counts, arguments.gigabytes, bits=case.name in CASES)
+        except Exception as error:  # what does not run is a row too
+            row = {"case": case.name, "failed": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(row), flush=True)
     print(json.dumps({"not begun": [case.name for case in left]}), flush=True)
     if not left:
