@@ -219,6 +219,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts, to see that it runs")
+    parser.add_argument("--cases", choices=("all", "decode", "prefill"), default="all")
     parser.add_argument("--times", type=int, default=9)
     parser.add_argument("--gigabytes", type=float, default=32.0, help="for all caches on a device (%(default)s)")
     parser.add_argument("--contenders", help=f"by commas; all by default: {', '.join((OURS, TWO, *CHANGES))}")
@@ -240,16 +241,19 @@ def main():
         runs["two"] = new_runner(model, mesh=runner.make_mesh(dict(heads=2)))
     devices = [device.device_kind for device in jax.devices()]
     print(json.dumps(dict(jax=jax.__version__, devices=devices, pages=num_pages, pages_wanted=wanted)), flush=True)
-    decode = [dict(seqs=seqs, new=1, context=4096 // shrink) for seqs in (1, 32, 128)]
-    prefill = [dict(seqs=1, new=2048 // shrink, context=2048 * (i + 1) // shrink) for i in range(8)]
-    for cases in (decode, prefill):
-        lines = []
+    groups = {
+        "decode": [dict(seqs=seqs, new=1, context=4096 // shrink) for seqs in (1, 32, 128)],
+        "prefill": [dict(seqs=1, new=2048 // shrink, context=2048 * (i + 1) // shrink) for i in range(8)],
+    }
+    for group in groups if options.cases == "all" else [options.cases]:
+        cases, lines = groups[group], []
         for case, contenders in zip(cases, contenders_of(names, runs, config, cases, num_pages)):
             lines.append(measure(contenders, case, options.times))
             print(json.dumps(lines[-1]), flush=True)
-    whole = [name for name in names if all(name in line["ms"] for line in lines)]
-    rates = {name: round(1e3 * 16_384 / shrink / sum(line["ms"][name] for line in lines)) for name in whole}
-    print(json.dumps({"prefill of all chunks, tokens a second": rates}))
+        if group == "prefill":
+            whole = [name for name in names if all(name in line["ms"] for line in lines)]
+            rates = {name: round(1e3 * 16_384 / shrink / sum(line["ms"][name] for line in lines)) for name in whole}
+            print(json.dumps({"prefill of all chunks, tokens a second": rates}))
 
 
 if __name__ == "__main__":
