@@ -168,7 +168,7 @@ class InPlaceTest(parameterized.TestCase):
         scales = {name: jnp.asarray(call[name]) + 0 for name in CACHES[2:] if name in call}
         rest = {name: x for name, x in call.items() if name not in (*CACHES, "layer")}
         model = self.model(latent, dict(value_dim=12) if latent else {})
-        compiled = jax.jit(model, donate_argnums=(0, 1)).lower(caches, scales, rest).compile(compiling.AS_USERS_DO)
+        compiled = jax.jit(model, donate_argnums=(0, 1)).lower(caches, scales, rest).compile(compiling.FUSED_AS_USERS_DO)
         large = jax.tree.leaves((caches, scales))
         memory = compiled.memory_analysis()
         self.assertEqual(memory.alias_size_in_bytes, sum(x.nbytes for x in large))
@@ -183,8 +183,9 @@ class InPlaceTest(parameterized.TestCase):
         stacked = {name: jnp.stack([call[name]] * 2) for name in call}
         caches = {name: stacked.pop(name) for name in CACHES}
         append = jax.vmap(lambda caches, rest: append_to_pages(**caches, **rest))
-        compiled = jax.jit(append, donate_argnums=0).lower(caches, stacked).compile(compiling.AS_USERS_DO)
+        compiled = jax.jit(append, donate_argnums=0).lower(caches, stacked).compile(compiling.FUSED_AS_USERS_DO)
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, caches["key_scale"].nbytes / 4)
+
 
 class ErrorTest(parameterized.TestCase):
     """What storing keys and values in 8 bits costs: the error of the output beside that of caches left as they are."""

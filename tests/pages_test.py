@@ -122,7 +122,7 @@ class AppendTest(parameterized.TestCase):
         want = step(*pack[1:3], pack.query, *new, *pack[3:])
         size = pack.key_cache.nbytes, pack.value_cache.nbytes
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*pack[1:3], pack.query, *new, *pack[3:])
-        compiled = lowered.compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = lowered.compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", compiled.as_text()).group(1)
         self.assertEqual(re.findall(r"\{(\d)\}: \((\d), \{\}", aliases), [("1", "0"), ("2", "1")])
         memory = compiled.memory_analysis()
