@@ -26,23 +26,24 @@ def run(*operands, device, exported=False, present, platform, config, **paramete
     """Runs `local_paged_prefill_p` on one device; `exported` says that what comes of it is for other machines."""
     named = dict(zip(present, operands, strict=True))
     call = flatten(named, **parameters)
-    out, lse = unflatten(*_run_kernel(call, device, exported, platform, config), named["query"].shape)
-    if "sinks" in named:
+    (out, lse), sinks_joined = _run_kernel(call, device, exported, platform, config)
+    out, lse = unflatten(out, lse, named["query"].shape)
+    if "sinks" in named and not sinks_joined:
         out, lse = with_sinks(out, lse, named["sinks"], named["query_offsets"])
     return out, lse
 
 
 def _run_kernel(call, device, exported, platform, config):
-    """Chooses the kernel and its configuration for a call, and calls it."""
+    """Chooses the kernel and its configuration for a call, and calls it. Also says whether sinks are in the results."""
     problem = call.problem
     if problem.empty:
-        return nothing_seen(problem)
+        return nothing_seen(problem), False
     name, passed_over = choose(problem, device, platform)
     check_backend(device, name, config)
     log_passed_over(device, name, passed_over)
     kernel = KERNELS[device.platform][name]
     choice = resolve(kernel, problem, device, config, under="off" if exported else None)
-    return kernel.attend(call, choice.config, device)
+    return kernel.attend(call, choice.config, device), kernel.joins_sinks
 
 
 def append(*operands, device, present, cache_batch_dims, to_be_cut=False):

@@ -136,6 +136,7 @@ class Call:
       key_scale, value_scale: what the numbers in the caches are multiplied by: one of each pool, of each pool and head,
         or of each pool, head, page and slot.
       key_pool, value_pool: the pool of each sequence in a cache that has fewer pools than sequences.pool counts.
+      sinks: those of each sequence, for a kernel that joins them itself.
     """
 
     query: Float[Array, "tokens q_heads head_dim"]
@@ -150,6 +151,7 @@ class Call:
     value_scale: Float[Array, "pools ..."] | None = None
     key_pool: Int[Array, " seqs"] | None = None
     value_pool: Int[Array, " seqs"] | None = None
+    sinks: Float[Array, "seqs q_heads"] | None = None
 
     @classmethod
     def of(
@@ -211,8 +213,7 @@ def flatten(
 ) -> Call:
     """Folds *C, layers and *B into one pack over a number of pools, and makes the index arrays harmless.
 
-    `operands` are those of `local_paged_prefill_p` by name; sinks stay behind, for `with_sinks`. Runs on one device,
-    where folding costs nothing.
+    `operands` are those of `local_paged_prefill_p` by name. Runs on one device, where folding costs nothing.
     """
     query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
     lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
@@ -224,6 +225,11 @@ def flatten(
 
     def per_sequence(name):
         return operands[name].reshape(packs * seqs, *operands[name].shape[len(lead) + 1 :])
+
+    def sinks():
+        if "sinks" not in operands:
+            return None
+        return jnp.broadcast_to(operands["sinks"].reshape(packs, 1, q_heads), (packs, seqs, q_heads)).reshape(-1, q_heads)
 
     def per_token(name):
         return None if name not in operands else operands[name].reshape(packs * tokens, operands[name].shape[-1])
@@ -272,6 +278,7 @@ def flatten(
         value_scale=scale("value_scale"),
         key_pool=pool_apart(key_cache),
         value_pool=pool_apart(value_cache),
+        sinks=sinks(),
     )
 
 
@@ -292,15 +299,20 @@ def last_index(size: int) -> int:
 def with_sinks(out, lse, sinks, query_offsets):
     """Results [*batch, tokens, ...] with a sink's logit [*batch, q_heads] in the softmax of each row.
 
-    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse'). It joins rows
-    that a sequence owns; the others have no softmax.
+    It joins rows that a sequence owns; the others have no softmax.
     """
-    owned = Owners(query_offsets, out.shape[-3]).owned
-    sinks = jnp.expand_dims(sinks, -2)
-    joined = jnp.logaddexp(lse, sinks)
+    owned = Owners(query_offsets, out.shape[-3]).owned[..., None]
+    joined, joined_lse = sinks_joined(out.astype(jnp.float32), lse, jnp.expand_dims(sinks, -2))
+    return jnp.where(owned[..., None], joined.astype(out.dtype), out), jnp.where(owned, joined_lse, lse)
+
+
+def sinks_joined(out, lse, sinks):
+    """Outputs and lse of rows, in float32, with a sink in each.
+
+    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse').
+    """
     share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))
-    joined, share = (jnp.where(owned[..., None], x, y) for x, y in ((joined, lse), (share, 1.0)))
-    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype), joined
+    return out * share[..., None], jnp.logaddexp(lse, sinks)
 
 
 def nothing_seen(problem: Problem):

@@ -21,6 +21,8 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
+      joins_sinks: whether its results are those with `call.sinks`; else they join afterwards, which rounds an output of
+        16 bits twice.
       invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
         window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
         takes no other kernel.
@@ -30,6 +32,7 @@ class Kernel(abc.ABC):
     version: ClassVar[int]
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
+    joins_sinks: ClassVar[bool] = False
     invariant: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
