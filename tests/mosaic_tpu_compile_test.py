@@ -90,19 +90,23 @@ class CompileTest(parameterized.TestCase):
         memory = compile_for("v5e", pages=2**13, head_dim=64).memory_analysis()
         self.assertGreater(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 2)
 
-    @parameterized.parameters(64, 128)
-    def test_a_loop_of_appending_and_attending_works_in_place(self, head_dim):
+    @parameterized.parameters((64, 0), (64, 6), (128, 6))
+    def test_a_loop_of_appending_and_attending_works_in_place(self, head_dim, layers):
+        """Over steps, and over the layers of stacked caches, of which none is set aside."""
+
         def steps(key_cache, value_cache, query, key, value, *pack):
-            def step(caches, _):
-                caches = paged_prefill.append_to_pages(*caches, key, value, *pack)
-                out = paged_prefill.ragged_paged_prefill(query, *caches, *pack, platform="pallas", cfg=SMALL)
+            def step(caches, number):
+                layer = dict(layer=number) if layers else {}
+                caches = paged_prefill.append_to_pages(*caches, key, value, *pack, **layer)
+                out = paged_prefill.ragged_paged_prefill(query, *caches, *pack, platform="pallas", cfg=SMALL, **layer)
                 return caches, out
 
-            return jax.lax.scan(step, (key_cache, value_cache), length=3)
+            return jax.lax.scan(step, (key_cache, value_cache), jax.numpy.arange(layers or 3, dtype="int32"))
 
         device = device_of("v5e")
-        row_major = Format(Layout((0, 1, 2, 3)), SingleDeviceSharding(device))
-        cache = jax.ShapeDtypeStruct((2, 2**13, 16, head_dim), "bfloat16", sharding=row_major)
+        lead = (layers,) if layers else ()
+        row_major = Format(Layout(tuple(range(4 + len(lead)))), SingleDeviceSharding(device))
+        cache = jax.ShapeDtypeStruct((*lead, 2, 2**13, 16, head_dim), "bfloat16", sharding=row_major)
         rest = [((100, heads, head_dim), "bfloat16") for heads in (4, 2, 2)]
         rest += [(shape, "int32") for shape in ((3,), (3, 40), (4,))]
         rest = [jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in rest]
@@ -110,7 +114,7 @@ class CompileTest(parameterized.TestCase):
         with compiling_for(device):
             compiled = donating.trace(cache, cache, *rest).lower(lowering_platforms=("tpu",)).compile()
         memory = compiled.memory_analysis()
-        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // (16 * max(layers, 1)))
         self.assertGreater(memory.alias_size_in_bytes, memory.argument_size_in_bytes * 15 // 16)
 
     @parameterized.parameters("v4", "v5e", "7x")
