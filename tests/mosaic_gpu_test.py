@@ -196,7 +196,8 @@ class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
                       tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
-                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
+                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1,
+                      softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
                       tree_words=0, dtype="bfloat16")
         return Plan(**(fields | changes))
 
@@ -282,7 +283,8 @@ class LoweringTest(parameterized.TestCase):
         owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
         np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
         out = rng.standard_normal((2, tokens, 4, 8), np.float32)
-        lse = np.where(rng.random((2, tokens, 4)) < 0.3, -np.inf, rng.standard_normal((2, tokens, 4))).astype(np.float32)
+        seen, lse = rng.random((2, tokens, 4)) > 0.3, rng.standard_normal((2, tokens, 4), np.float32)
+        lse = np.where(seen, lse, np.float32(-np.inf))
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
         want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
