@@ -263,12 +263,13 @@ class LoweringTest(parameterized.TestCase):
 
     @parameterized.parameters(1, 3)
     def test_sinks_have_their_part_before_results_are_rounded(self, num_splits):
-        """The results are those of the kernel, or of the one merge; what joins sinks afterwards is a sigmoid."""
+        """The results are those of the kernel, or of the one merge; what joins sinks afterwards has log1p."""
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
         call = functools.partial(ragged_paged_prefill, platform="cuda",
                                  cfg=PrefillPageAttentionConfig(num_splits=num_splits))
         text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
-        self.assertNotIn("logistic", text)
+        self.assertIn("mosaic_gpu", text)
+        self.assertNotIn("log_plus_one", text)
 
     @parameterized.parameters(3, 12)
     def test_merge_gives_sinks_to_rows_that_a_sequence_owns(self, seqs):
