@@ -44,6 +44,9 @@ def ejkernel(page_size, case, **config):
 
     queries, (key_cache, value_cache, *pack) = gpu.operands(page_size, *case)
     caches = jax.block_until_ready(laid(key_cache, value_cache, "pskd"))
+    if len(pack[0]) == 1:  # its kernel does not compile for a single sequence: an empty one beside it
+        context_lens, pages, offsets = pack
+        pack = jnp.pad(context_lens, (0, 1)), jnp.pad(pages, ((0, 1), (0, 0))), jnp.pad(offsets, (0, 1), mode="edge")
     cfg = UnifiedAttentionConfig(platform="triton", **config) if config else None
     run = functools.partial(unified_attention, platform="triton", cfg=cfg)
     return gpu.layers(run, queries, (*caches, *pack), case)
