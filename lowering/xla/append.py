@@ -33,6 +33,9 @@ class XlaWriter(Writer):
 
     def write(self, operands, cache_batch_dims, device):
         """As it says above."""
+        # Else XLA for GPU draws a product that makes them, for one token, into the scatter: a loop for each element.
+        new = {name: operands[name] for name in ("key", "value") if name in operands}
+        operands = operands | lax.optimization_barrier(new)
         as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
         return scattered(stored(operands, cache_batch_dims), cache_batch_dims, as_bits)
 
