@@ -177,6 +177,12 @@ class InPlaceTest(parameterized.TestCase):
         _, *written = compiled(caches, scales, rest)
         self.assertEqual([x.unsafe_buffer_pointer() for x in jax.tree.leaves(written)], pointers)
 
+    def test_products_that_make_tokens_stay_out_of_the_scatter(self):
+        """XLA for GPU draws those of one token into it, where each element becomes a loop over the width."""
+        call = make_append(0, dtype="bfloat16")
+        lowered = jax.jit(append_to_pages).trace(**call).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertRegex(lowered, r"(?s)optimization_barrier %\w+, %\w+ : .*stablehlo\.scatter")
+
     @parameterized.parameters("int8", "float8_e4m3fn")
     def test_a_vmapped_cache_is_not_copied(self, dtype):
         call = make_append(9, layers=2, cache_dtype=dtype, key_scale="slot", value_scale="slot", spare_pages=5_000)

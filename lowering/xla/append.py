@@ -38,6 +38,9 @@ class XlaWriter(Writer):
 
     def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
         """As it says above."""
+        # Else XLA for GPU draws a product that makes them, for one token, into the scatter: a loop for each element.
+        new = {name: operands[name] for name in ("key", "value") if name in operands}
+        operands = operands | lax.optimization_barrier(new)
         all_stored = stored(operands, cache_batch_dims, layout)
         in_turn = {name: x for name, x in all_stored.items() if device.platform == "cpu" and _widened(x.into.dtype)}
         rest = {name: x for name, x in all_stored.items() if name not in in_turn}
