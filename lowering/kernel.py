@@ -21,19 +21,19 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
-      joins_sinks: whether its results are those with `call.sinks`; else they join afterwards, which rounds an output of
-        16 bits twice.
       invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
         window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
         takes no other kernel.
+      joins_sinks: whether `attend` gives the sinks of a call their part in each softmax. A kernel that does not sees a
+        call without them, and they join its results.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
-    joins_sinks: ClassVar[bool] = False
     invariant: ClassVar[bool] = False
+    joins_sinks: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         """None, or the reason why it cannot run a call, in words that a user can act on."""

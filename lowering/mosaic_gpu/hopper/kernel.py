@@ -18,26 +18,27 @@ from jaxtyping import Array, Int
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.tiles import Tiles
+from paged_prefill.lowering.tiles import Slabs, Tiles
 
 # Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
-TABLE_COLUMNS = len(Tiles._fields) + 1
 
 
 def table_of(tiles: Tiles, first_row, page_indices):
-    """All integers that the kernel reads, in one array: a row a tile, its first_row last, and then the page indices.
+    """All integers that the kernel reads, in one array: a row a tile, its first_row first, and then the page indices.
 
     One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works
     out what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
-    column = jnp.arange(TABLE_COLUMNS, dtype=jnp.int32)
-    rows = sum(jnp.where(column == i, field[:, None], 0) for i, field in enumerate([*tiles, first_row]))
+    *fields, slabs = tiles
+    columns = [first_row, *fields, *(column for field in slabs for column in field.T)]
+    number = jnp.arange(len(columns), dtype=jnp.int32)
+    rows = sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns))
     return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
 
 
-def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
-    """Runs the kernel; `ranges` and `tree` may be None.
+def launch(plan: Plan, table, query, key_rows, value_rows, optional):
+    """Runs the kernel; `optional` are the other arrays of the call that there are, by name.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
@@ -68,7 +69,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
         cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, list(optional)),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
@@ -80,32 +81,31 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
         ),
         kernel_name="paged_prefill",
     )
-    masks = [x.reshape(-1) for x in (ranges, tree) if x is not None]
-    return kernel(table, query, key_rows, value_rows, *masks)
+    return kernel(table, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
 
 
-def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
+def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *masks, out, lse = others
+    *optional, out, lse = others
+    optional = dict(zip(names, optional))
     pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
-    block = lax.axis_index("block")
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
         """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
         def turn(i, done):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, jnp.minimum(index, pieces - 1))
+            piece = _piece(plan, table, jnp.minimum(index, pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
-
-    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
@@ -114,7 +114,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, *results, **scratch))
+        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, *results, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
@@ -126,22 +126,23 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
 class Piece(NamedTuple):
     """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
 
-    tile: Tiles
+    tile: Tiles  # all scalars too: of what slabs see, one slab's
     split: Int[Array, ""]
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
-    first_row: Int[Array, ""]  # of the KV head, in the caches as matrices of rows
+    first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
 
 
-def _piece(plan: Plan, table, index) -> Piece:
+def _piece(plan: Plan, table, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
     split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
-    row = lax.div(index, plan.head_tiles * plan.splits) * TABLE_COLUMNS
-    *fields, first_row = [table[row + i] for i in range(TABLE_COLUMNS)]
-    tile = Tiles(*fields)
+    row = lax.div(index, plan.head_tiles * plan.splits) * plan.columns
+    first_row, *fields = [table[row + i] for i in range(len(Tiles._fields))]
+    slabs = row + len(Tiles._fields) + slab
+    tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
@@ -155,7 +156,7 @@ def _piece(plan: Plan, table, index) -> Piece:
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
-        first_row=first_row + kv_head * plan.keys_per_head,
+        first_row=first_row + kv_head * plan.head_rows,
     )
 
 
@@ -175,13 +176,18 @@ def _load(
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
                 plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
-    def copy(offsets, source, ring, here, free, before=None):
-        """Copies the runs at these offsets of every block."""
+    def copy(offsets, source, beside, ring, here, free, before=None):
+        """Copies the runs at these offsets of every block, so many rows `beside` the keys."""
 
         def row_of(piece, key):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = table[plan.tiles * TABLE_COLUMNS + piece.tile.seq * plan.pages_per_seq + column]
-            return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
+            page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
+            first = lax.div(piece.first_row + beside, plan.slot_rows)
+            return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
+
+        def columns_of(piece):
+            features = ring.shape[-1]
+            return pl.ds(lax.rem(piece.first_row + beside, plan.slot_rows) * features, features)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -197,7 +203,8 @@ def _load(
 
                 for offset, row in zip(offsets, rows):
                     slots = ring.at[slot, pl.ds(offset, plan.run)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, plan.run)], slots, here.at[slot])
+                    place = (pl.ds(row, plan.run), columns_of(piece)) if plan.slot_rows > 1 else pl.ds(row, plan.run)
+                    plgpu.copy_gmem_to_smem(source.at[place], slots, here.at[slot])
 
             lax.fori_loop(0, piece.steps, step, None)
 
@@ -212,8 +219,9 @@ def _load(
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
                 before = copy_query if part == 0 else None
-                copy_keys = functools.partial(copy, share, key_rows, keys, keys_here, keys_free)
-                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free, before)
+                copy_keys = functools.partial(copy, share, key_rows, 0, keys, keys_here, keys_free)
+                beside = plan.value_rows
+                copy_values = functools.partial(copy, share, value_rows, beside, values, values_here, values_free, before)
                 pl.when(warp == 2 * part)(copy_keys)
                 pl.when(warp == 2 * part + 1)(copy_values)
 
