@@ -78,7 +78,7 @@ def scattered(stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout) 
 
 
 def written_in_turn(stored: dict[str, Stored], layout: CacheLayout) -> dict[str, Array]:
-    """The operands with it, token by token.
+    """The operands, which are caches, with it, token by token.
 
     XLA's CPU compiler updates a slice in place, whatever the dtype, if the whole is cast to integers just before and
     back just after, and is in use nowhere else.
@@ -91,24 +91,23 @@ def written_in_turn(stored: dict[str, Stored], layout: CacheLayout) -> dict[str,
         return dict(zip(stored, into))
     pool = [lax.broadcasted_iota(jnp.int32, (*own, tokens, 1), axis) for axis in range(len(own))]
     corners = jnp.concatenate([*pool, at], axis=-1).reshape(-1, len(own) + places)
+    of_slot = [dim for dim in layout.dims if dim not in ("num_pages", "page_size")]
+    ordered = functools.partial(_ordered, layout, dims=["tokens", *of_slot])
+    for _ in own:
+        ordered = jax.vmap(ordered)
+    rows = [new.reshape(-1, *new.shape[len(own) + 1 :]) for new in map(ordered, map(_bits, all_new))]
     exists = corners[:, -2] >= 0
     # A token without a page repeats one that has one.
     token = jnp.where(exists, jnp.arange(exists.shape[0], dtype=jnp.int32), lax.argmax(exists, 0, jnp.int32))
-    dims = _dims(layout, at)
-    axes = (*range(len(own)), *(len(own) + dims.index(dim) for dim in PLACES if dim in dims))  # of a corner
-    order = functools.partial(_ordered, layout, dims=["tokens", *(dim for dim in dims if dim not in PLACES)])
-    for _ in own:
-        order = jax.vmap(order)
-    rows = [_bits(order(new)) for new in all_new]
-    rows = [row.reshape(-1, *row.shape[len(own) + 1 :]) for row in rows]
+    one_wide = [places + len(own) - 2 + layout.dims.index(dim) for dim in ("num_pages", "page_size")]
 
     def write(i, arrays):
-        corner = dict(zip(axes, jnp.unstack(corners[token[i]])))
+        *lead, page, slot = jnp.unstack(corners[token[i]])
+        corner = (*lead, *(dict(num_pages=page, page_size=slot).get(dim, 0) for dim in layout.dims))
 
         def with_row(array, row):
-            start = [corner.get(axis, 0) for axis in range(array.ndim)]
-            written = lax.dynamic_update_slice(_bits(array), lax.expand_dims(row[token[i]], axes), start)
-            return lax.bitcast_convert_type(written, array.dtype)
+            row = lax.expand_dims(row[token[i]], (*range(len(lead)), *one_wide))
+            return lax.bitcast_convert_type(lax.dynamic_update_slice(_bits(array), row, corner), array.dtype)
 
         return tuple(map(with_row, arrays, rows))
 
@@ -159,7 +158,8 @@ def _given_scale(scale, at, layered):
 
 def _scatter(layout: CacheLayout, cache, new, at):
     """`cache` [(layers,) *layout's dimensions], maybe without features, with `new` [kv_heads, (2,) tokens, ...]."""
-    dims = _dims(layout, at)[: cache.ndim]  # scales have no features
+    dims = ["layers"] * (at.shape[-1] - 2) + [*layout.dims]
+    dims = dims[: cache.ndim]  # scales have no features
     before, behind = dims[: dims.index("page_size")], dims[dims.index("page_size") + 1 :]
     # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
     # vmap would bring the heads before the layers, which copies it too.
@@ -175,11 +175,6 @@ def _scatter(layout: CacheLayout, cache, new, at):
     )
     indices = jnp.broadcast_to(at, (*new.shape[: len(batch)], *at.shape))
     return lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
-
-
-def _dims(layout: CacheLayout, at) -> list[str]:
-    """The names of a pool's dimensions, where tokens go `at` these places."""
-    return ["layers"] * (at.shape[-1] - 2) + [*layout.dims]
 
 
 def _ordered(layout: CacheLayout, new, dims):

@@ -173,11 +173,12 @@ class Walker:
         )
 
     def _sinks(self, seq, head_block):
-        """The sinks of each row of a group, [lanes, kv_heads, height * group or 1]."""
-        walk, group, packs = self.walk, self.problem.group, self.call.sinks.shape[0]
-        pack = lax.div(seq, jnp.int32(self.problem.seqs // packs))
-        sinks = _taken(self.call.sinks.reshape(packs, -1, walk.heads, 1, group), pack, head_block)
-        return jnp.broadcast_to(sinks, (walk.lanes, walk.heads, walk.height, group)).reshape(walk.lanes, walk.heads, -1)
+        """The sinks of each row of a group, [lanes, kv_heads, height * group]."""
+        walk, packs = self.walk, self.call.sinks.shape[0]
+        sinks = self.call.sinks.reshape(packs, -1, walk.heads, 1, self.problem.group)
+        sinks = _taken(sinks, _divided(seq, self.problem.seqs // packs), head_block)
+        shape = walk.lanes, walk.heads, walk.height, self.problem.group
+        return jnp.broadcast_to(sinks, shape).reshape(*shape[:2], -1)
 
     def _blocks(self, tile: "_Tile"):
         """How many blocks tiles walk over."""
