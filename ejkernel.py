@@ -183,8 +183,7 @@ def _on_one_device(mesh, specs, operands, **parameters) -> Callable[..., Array]:
     """
     parameters = parameters_of(operands, **parameters)
     present = PREFILL.present(operands)
-    arrays, form = [operands[name] for name in present], (0, parameters["cache_layout"])
-    shapes = shapes_of(PREFILL, present, arrays, *form)
+    shapes = shapes_of(PREFILL, present, [operands[name] for name in present], 0, parameters["cache_layout"])
     cut = cut_of_specs(mesh.shape, shapes, specs)
     run = on_one_device(mesh.shape, cut, shapes, Call(PREFILL, present, 0, tuple(parameters.items())))
     return lambda *local: run(*local)[0]
@@ -338,8 +337,8 @@ def _refuse(function, **arguments) -> None:
     """NotImplementedError where any is given of those that the operation has no counterpart for."""
     if given := [name for name, value in arguments.items() if value is not None]:
         raise NotImplementedError(
-            f"{function} takes no {' and no '.join(given)} here: logits have no bias. A qq_bias of 0 and -inf is a tree, "
-            "which ragged_paged_prefill takes as tree_mask"
+            f"{function} takes no {' and no '.join(given)} here: logits have no bias. A qq_bias of 0 and -inf is a "
+            "tree, which ragged_paged_prefill takes as tree_mask"
         )
 
 
@@ -365,10 +364,11 @@ def _of_the_first(num_seqs, context_lens, page_indices, query_offsets):
     return dict(context_lens=context_lens, page_indices=page_indices, query_offsets=offsets)
 
 
-def _attend(arrays, softmax_aux, *, cache_layout, causal, sliding_window, attn_logits_soft_cap, cfg, cut, order, **others):
+def _attend(arrays, softmax_aux, *, causal, sliding_window, attn_logits_soft_cap, cfg, cut, order, **others):
     """The output of a call by ejKernel's rules: 0 is off, and dtypes may differ.
 
-    `arrays` are the operands that there are in any case, and `order` names what stands where in in_specs.
+    `arrays` are the operands that there are in any case; `cut` is (mesh, in_specs, out_specs), and `order` names what
+    stands where in in_specs.
     """
     for name in ("query", "key_cache"):
         checks.check_array(name, arrays[name])
@@ -383,23 +383,27 @@ def _attend(arrays, softmax_aux, *, cache_layout, causal, sliding_window, attn_l
     window = sliding_window or None
     if not causal:
         operands["key_ranges"], window = _not_causal(operands, window), None
-    parameters = dict(
-        others, cache_layout=cache_layout, sliding_window=window, attn_logits_soft_cap=attn_logits_soft_cap or None
-    )
-    mesh, in_specs, out_specs = cut
-    config = _config_of(cfg)
-    if None in cut:
-        out = ragged_paged_prefill(**dict(value_cache=None) | operands, cfg=config, **parameters)
-        return out.astype(query.dtype)
+    parameters = dict(others, sliding_window=window, attn_logits_soft_cap=attn_logits_soft_cap or None)
+    if any(x is None for x in cut):
+        out = ragged_paged_prefill(**dict(value_cache=None) | operands, cfg=_config_of(cfg), **parameters)
+    else:
+        out = _under_shard_map(operands, order, *cut, config=_config_of(cfg), **parameters)
+    return out.astype(query.dtype)
+
+
+def _under_shard_map(operands, order, mesh, in_specs, out_specs, **parameters):
+    """The output of a call that is cut as its caller says."""
     if len(in_specs) != len(order):
-        raise ValueError(f"in_specs must have one PartitionSpec or None for each of {len(order)} arrays, got {in_specs}")
+        raise ValueError(
+            f"in_specs must have one PartitionSpec or None for each of {len(order)} arrays, got {len(in_specs)} of them"
+        )
     given = {name: spec or PartitionSpec() for name, spec in zip(order, in_specs) if name in operands}
     given |= {name: PartitionSpec() for name in operands if name not in given}
     present = PREFILL.present(operands)
-    run = _on_one_device(mesh, given | dict(out=out_specs), operands, config=config, **parameters)
+    run = _on_one_device(mesh, given | dict(out=out_specs), operands, **parameters)
     specs = tuple(given[name] for name in present)
     mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-    return mapped(*(operands[name] for name in present)).astype(query.dtype)
+    return mapped(*(operands[name] for name in present))
 
 
 def _not_causal(operands, window):

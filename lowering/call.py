@@ -99,7 +99,7 @@ class Problem:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" for a pool."""
+        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" too."""
         sizes = dict(kv_heads=self.cache_kv_heads, num_pages=self.num_pages, page_size=self.page_size)
         return self.layout.rows(sizes)
 

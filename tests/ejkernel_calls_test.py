@@ -163,7 +163,7 @@ class ErrorTest(parameterized.TestCase):
         self.assertIn("page_indices is block_tables", "".join(caught.exception.__notes__))
         with self.assertRaisesRegex(TypeError, "cfg must be a PrefillPageAttentionConfig, one of ejKernel's, or None"):
             ejkernel.unified_attention(*given, cfg=3)
-        with self.assertRaisesRegex(ValueError, "in_specs must have one PartitionSpec or None for each of 9 arrays"):
+        with self.assertRaisesRegex(ValueError, "in_specs must have one PartitionSpec or None for each of 9 arrays, got 6 of them"):
             mesh = meshes.mesh((8,), names=("model",))
             ejkernel.unified_attention(*given, mesh=mesh, in_specs=(P(),) * 6, out_specs=P())
         with self.assertRaisesRegex(ValueError, "mask_value must be at most"):

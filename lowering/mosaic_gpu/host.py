@@ -115,7 +115,7 @@ class MosaicGpu(Kernel):
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
             slab=plan.slab_tokens, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
-        # The caches as plain matrices, of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
+        # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
         first_row = tiles.pool * problem.rows["pool"] + call.kv_head_start * plan.head_rows
         table = table_of(tiles, first_row, call.sequences.page_indices)

@@ -220,8 +220,8 @@ def _load(
             if share:
                 before = copy_query if part == 0 else None
                 copy_keys = functools.partial(copy, share, key_rows, 0, keys, keys_here, keys_free)
-                beside = plan.value_rows
-                copy_values = functools.partial(copy, share, value_rows, beside, values, values_here, values_free, before)
+                of_values = value_rows, plan.value_rows, values, values_here, values_free
+                copy_values = functools.partial(copy, share, *of_values, before)
                 pl.when(warp == 2 * part)(copy_keys)
                 pl.when(warp == 2 * part + 1)(copy_values)
 
