@@ -13,15 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 
 
-def compute(plan: Plan, piece, done, warpgroup, masks, q_heads, out, lse, **scratch):
+def compute(plan: Plan, piece, done, warpgroup, masks, sources, q_heads, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, masks, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, masks, sources, **scratch)
     rows, tile = attention.rows, piece.tile
     acc, row_lse = attention.run()
     owned = rows.owns(rows.rows())
@@ -37,13 +38,14 @@ class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, masks, *, query_views, keys, values, query_here, query_free, keys_here,
-        values_here, keys_free, values_free, turn, cleaned,
+        self, plan, piece, done, warpgroup, masks, sources, *, query_views, keys, values, query_here, query_free, keys_here,
+        values_here, keys_free, values_free, turn, cleaned, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
-        self.rows, self.softmax = Rows(plan, piece, warpgroup, masks), Softmax(plan)
-        [_, [query]] = query_views
-        self.query, self.keys, self.values = query.at[warpgroup], keys, values
+        self.rows, self.sources = Rows(plan, piece, warpgroup, masks), sources
+        _, *views = query_views
+        self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
+        self.keys, self.values = keys, values
         self.query_here, self.query_free = query_here, query_free
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
@@ -70,6 +72,7 @@ class _Attention:
     def _start(self) -> Running:
         """Block 0: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.exact else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(0)])
@@ -135,7 +138,7 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self.softmax.result(acc, m, l)
+        return self.softmax.result(acc, m, l, map(self._scale_of, (0, 1)))
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""
@@ -168,7 +171,7 @@ class _Attention:
 
     def _clean_values(self, i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
-        plan, dtype = self.plan, jnp.dtype(self.plan.dtype)
+        plan, dtype = self.plan, jnp.dtype(self.plan.product_dtype)
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
@@ -197,8 +200,28 @@ class _Attention:
             columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
+    def _scale_rows(self):
+        """Turns the query into float16, each row by its largest number so that it has room; the units of its logits."""
+        plan = self.plan
+        parts = [
+            plgpu.load(self.loaded_query.at[part], (), layout=WGMMA, optimized=False).astype(jnp.float32)
+            for part in range(plan.query_parts)
+        ]
+        largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
+        factor, unit = scaled_rows(plan, largest, self._scale_of(0))
+        for part, numbers in enumerate(parts):
+            scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
+            self.query.at[part][...] = scaled.astype(jnp.float16)
+        plgpu.commit_smem()
+        return unit
+
+    def _scale_of(self, source):
+        """The scale of all keys, or of all values, that the piece sees."""
+        scale = scale_of(self.plan, self.sources[source], self.piece)
+        return jnp.float32(1) if scale is None else scale
+
     def _slot_of(self, i):
-        return lax.rem(self.done + i, self.plan.stages)
+        return lax.rem(self.done + i, self.plan.slots)
 
     def _take_turn(self):
         if self.plan.takes_turns:

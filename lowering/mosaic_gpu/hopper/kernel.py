@@ -18,10 +18,9 @@ from jaxtyping import Array, Int
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import WARPS, copies_of, widen, widening_scratch
 from paged_prefill.lowering.tiles import Tiles
 
-# Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
-REGISTERS = {2: (240, 24), 3: (160, 32)}
 TABLE_COLUMNS = len(Tiles._fields) + 1
 
 
@@ -36,23 +35,26 @@ def table_of(tiles: Tiles, first_row, page_indices):
     return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
 
 
-def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
-    """Runs the kernel; `ranges` and `tree` may be None.
+def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_scale, value_scale):
+    """Runs the kernel; what comes after the caches may be None.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
-    dtype = jnp.dtype(plan.dtype)
+    dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     rows = plan.splits * plan.tokens * query.shape[1]
     out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
     lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
     def ring(features):
-        return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=TILED)
+        return plgpu.SMEM((plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
 
-    # The same bytes seen in two ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's.
+    # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
+    # and products may be of another dtype.
     query_shape = (plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
-    query_views = [plgpu.SMEM(query_shape, dtype, transforms=transforms) for transforms in (TILED[1:], TILED)]
-    copies = plan.block_kv // plan.run
+    views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
+    query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
+    # Each copy of a block arrives, or each warp that widens it.
+    arrivals = WARPS if plan.quantised else copies_of(plan)
     slabs = plan.rows // plan.slab
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
@@ -60,28 +62,30 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree):
         values=ring(plan.value_dim),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
-        keys_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        values_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
-        values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
+        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+        values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
+        values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
         turn=plgpu.Barrier(num_barriers=plan.warpgroups),
         cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
+    if plan.quantised:
+        scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
-        num_threads=plan.warpgroups + 1,
+        num_threads=plan.warpgroups + 1 + plan.quantised,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="paged_prefill",
     )
-    masks = [x.reshape(-1) for x in (ranges, tree) if x is not None]
-    return kernel(table, query, key_rows, value_rows, *masks)
+    others = [x.reshape(-1) for x in (ranges, tree, key_scale, value_scale) if x is not None]
+    return kernel(table, query, key_rows, value_rows, *others)
 
 
 def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
@@ -89,7 +93,9 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *masks, out, lse = others
+    *others, out, lse = others
+    num_masks = plan.has_ranges + (plan.tree_words > 0)
+    masks, scales = others[:num_masks], others[num_masks:]
     pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
     block = lax.axis_index("block")
 
@@ -105,22 +111,33 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
 
+    sources = _sources(plan, key_rows, value_rows, scales, **scratch)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
+        _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, *results, **scratch))
+        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, sources, *results, **scratch))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
-        _load(plan, each_piece, table, query, key_rows, value_rows, **scratch)
+        _set_registers(plan.registers.loads, "decrease")
+        _load(plan, each_piece, table, query, sources, **scratch)
+
+    if plan.quantised:
+
+        @pl.when(warpgroup == plan.warpgroups + 1)
+        def _():
+            _set_registers(plan.registers.widens, "decrease")
+            widen(plan, each_piece, sources)
+
+
+def _set_registers(number, action) -> None:
+    if number is not None:
+        plgpu.set_max_registers(number, action=action)
 
 
 class Piece(NamedTuple):
@@ -159,12 +176,42 @@ def _piece(plan: Plan, table, index) -> Piece:
     )
 
 
-def _load(
-    plan, each_piece, table, query, key_rows, value_rows, *,
-    query_views, keys, values, query_here, query_free, keys_here, values_here, keys_free, values_free, **_
-):
+class Source(NamedTuple):
+    """The keys, or the values: where they lie, and the blocks that copies bring, to be written once `free` says so.
+
+    Those of a quantised cache come as they are, with the scales of their slots if each has one. They are widened into
+    other blocks, which are what products read.
+    """
+
+    rows: jax.Array  # of features, in global memory
+    features: int
+    blocks: jax.Array
+    here: jax.Array
+    free: jax.Array
+    scale: str | None
+    scales: jax.Array | None  # in global memory
+    scale_blocks: jax.Array | None = None
+    wide_blocks: jax.Array | None = None
+    wide_here: jax.Array | None = None
+    wide_free: jax.Array | None = None
+
+
+def _sources(plan: Plan, key_rows, value_rows, scales, **scratch) -> list[Source]:
+    found, scales = [], list(scales)
+    for name, rows, features, scale in (
+        ("keys", key_rows, plan.head_dim, plan.key_scale), ("values", value_rows, plan.value_dim, plan.value_scale)
+    ):  # fmt: skip
+        blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
+        raw = [scratch[f"raw_{name}{what}"] for what in ("", "_here", "_free")] if plan.quantised else blocks
+        its_scales = None if scale is None else scales.pop(0)
+        wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
+        found.append(Source(rows, features, *raw, scale, its_scales, *wide))
+    return found
+
+
+def _load(plan, each_piece, table, query, sources, *, query_views, query_here, query_free, **_):
     """Copies each piece's query rows, and its blocks of keys and values page by page: half a block is a warp's work."""
-    [[query_slots], _] = query_views
+    [[query_slots], *_] = query_views
 
     def copy_query(piece, done):
         pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
@@ -175,7 +222,7 @@ def _load(
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
                 plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
-    def copy(offsets, source, ring, here, free, before=None):
+    def copy(offsets, source: Source, before=None):
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key):
@@ -189,15 +236,19 @@ def _load(
 
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)
+                here = source.here.at[slot]
                 rows = [row_of(piece, (piece.last - i) * plan.block_kv + offset) for offset in offsets]
 
                 @pl.when(done + i >= plan.stages)
                 def _():
-                    plgpu.barrier_wait(free.at[slot])
+                    plgpu.barrier_wait(source.free.at[slot])
 
                 for offset, row in zip(offsets, rows):
-                    slots = ring.at[slot, pl.ds(offset, plan.run)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, plan.run)], slots, here.at[slot])
+                    slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
+                    plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], slots, here)
+                    if source.scale == "slot":
+                        scales = source.scale_blocks.at[slot, offset // plan.run]
+                        plgpu.copy_gmem_to_smem(source.scales.at[pl.ds(row, scales.shape[0])], scales, here)
 
             lax.fori_loop(0, piece.steps, step, None)
 
@@ -205,6 +256,7 @@ def _load(
 
     offsets = range(0, plan.block_kv, plan.run)
     half = -(-len(offsets) // 2)
+    keys, values = sources
 
     @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
     def each_warp():
@@ -212,9 +264,7 @@ def _load(
         for part, share in enumerate((offsets[:half], offsets[half:])):
             if share:
                 before = copy_query if part == 0 else None
-                copy_keys = functools.partial(copy, share, key_rows, keys, keys_here, keys_free)
-                copy_values = functools.partial(copy, share, value_rows, values, values_here, values_free, before)
-                pl.when(warp == 2 * part)(copy_keys)
-                pl.when(warp == 2 * part + 1)(copy_values)
+                pl.when(warp == 2 * part)(functools.partial(copy, share, keys))
+                pl.when(warp == 2 * part + 1)(functools.partial(copy, share, values, before))
 
     each_warp()
