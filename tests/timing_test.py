@@ -90,7 +90,7 @@ class TimingTest(TuningTestCase):
     def test_candidates_take_turns(self):
         sampled = []
         with mock.patch.object(timing, "_seconds", lambda call, count: sampled.append(call) or 1.0):
-            timing._median_milliseconds({HEURISTIC: "aA", Config(): "b"}, 3, time.monotonic() + 60)
+            timing._median_milliseconds({HEURISTIC: "aA", Config(): "b"}, 3, time.monotonic() + 60, 4)
         self.assertEqual("".join(sampled), 2 * "aAb" + "aAb" + "bAa" + "aAb")
 
     def test_a_slow_first_call_does_not_shorten_the_samples(self):
@@ -103,12 +103,26 @@ class TimingTest(TuningTestCase):
             return 1.0 if slow else count * {"a": 1e-3, "b": 2e-3}[call]
 
         with mock.patch.object(timing, "_seconds", seconds):
-            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic() + 60)
+            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic() + 60, 4)
         self.assertEqual(counts, {"a": [1, 1, 5, 5, 5], "b": [1, 1, 5, 5, 5]})
+
+    @parameterized.parameters(("tpu", 64, timing.TURNS), ("tpu", 8192, 1), ("cpu", 64, 1))
+    def test_short_calls_fill_a_function_on_a_device_that_a_host_feeds(self, platform, tokens, turns):
+        """What is timed would be the host otherwise. On CPU it is, and a function of many calls takes seconds."""
+        shape = problem(tokens=tokens, pages_per_seq=1024, q_heads=64)
+        self.assertEqual(timing.calls_each(shape, DEVICE._replace(platform=platform)), 4 * turns)
+
+    def test_calls_that_repeat_are_all_made(self):
+        """A compiler takes what is the same in every turn out of a loop."""
+        shape, config = problem(tokens=8), XLA.heuristic(problem(tokens=8), DEVICE)
+        with mock.patch.object(timing, "_turns", return_value=5):
+            text = timing._compiled(XLA, shape, DEVICE, config).as_text()
+        before_the_loop = text[text.index("\nENTRY") : text.index('known_trip_count":{"n":"5"}')]
+        self.assertEqual(before_the_loop.count(" while("), 1)  # the loop itself, and none of a call's
 
     def test_a_spent_budget_leaves_one_sample_each(self):
         with mock.patch.object(timing, "_seconds", return_value=1.0) as sample:
-            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic())
+            timing._median_milliseconds({HEURISTIC: "a", Config(): "b"}, 3, time.monotonic(), 4)
         self.assertEqual(sample.call_count, 6)  # two each to find out how many calls make a sample
 
     def test_a_candidate_with_wrong_values_is_discarded_and_reported(self):
@@ -139,6 +153,20 @@ class TimingTest(TuningTestCase):
         timings, *_ = self.compare(Config(block_q=4), Config(block_q=8), attend=attend)
         self.assertIn("does not fit", timings[1].problem)
         self.assertIsNotNone(timings[2].milliseconds)
+
+    @parameterized.parameters(("tpu", 64, timing.TURNS), ("tpu", 8192, 1), ("cpu", 64, 1))
+    def test_short_calls_fill_a_function_on_a_device_that_a_host_feeds(self, platform, tokens, turns):
+        """What is timed would be the host otherwise. On CPU it is, and a function of many calls takes seconds."""
+        shape = problem(tokens=tokens, pages_per_seq=1024, q_heads=64)
+        self.assertEqual(timing.calls_each(shape, DEVICE._replace(platform=platform)), 4 * turns)
+
+    def test_calls_that_repeat_are_all_made(self):
+        """Not once before the loop, as what does not change in it."""
+        shape, config = problem(tokens=8), XLA.heuristic(problem(tokens=8), DEVICE)
+        with mock.patch.object(timing, "_turns", return_value=5):
+            compiled = timing._compiled(XLA, shape, DEVICE, config).as_text()
+        self.assertIn('known_trip_count":{"n":"5"}', compiled)
+        self.assertNotRegex(compiled[compiled.index("ENTRY") :], r"\b(dot|while)\(.*\n.* while\(")
 
     def test_a_spent_budget_leaves_the_rest_untimed(self):
         timings, chosen, settled = self.compare(Config(block_q=4), budget_seconds=0.0)

@@ -20,12 +20,14 @@ from typing import NamedTuple
 
 from absl import logging
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from paged_prefill.lowering.call import Call, Problem, Sequences
+from paged_prefill.lowering.call import Call, Device, Problem, Sequences
 from paged_prefill.lowering.choose import XLA
+from paged_prefill.lowering.splits import most_keys
 from paged_prefill.lowering.tuning import tables
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -34,7 +36,9 @@ ROUNDS, FINAL_ROUNDS = 5, 15
 FINALISTS = 3
 WORTH_IT = 0.97  # of the heuristic's time at most, or the difference may be noise
 SAMPLE_SECONDS = 0.005  # one sample repeats the function for about this long, so that launching it does not count
-CALLS = 4  # of a compiled function, as of a model's layers: the host takes longer to start a function than a short call
+CALLS = 4  # in a row in a compiled function, as of a model's layers
+# Short calls are repeated so often in the function: the host takes longer to start it than the device for four of them.
+TURNS, SHORT_CALL_FLOPS = 8, 2**34
 COMPILERS = min(16, os.cpu_count() or 1)
 LARGEST_CACHE_BYTES = 2**31
 # Relative L2 distance from the XLA lowering in the same dtype: rounding is far below, a wrong mask or page far above.
@@ -83,7 +87,7 @@ def race(kernel, problem, device, configs, *, turn=contextlib.nullcontext()) -> 
     with turn:
         packs = sample_packs(problem, jax.devices(device.platform)[0])
         calls = {c: _on_packs(call, packs) for c, call in zip(configs, compiled, strict=True)}
-        return _median_milliseconds(calls, FINAL_ROUNDS, np.inf)
+        return _median_milliseconds(calls, FINAL_ROUNDS, np.inf, calls_each(problem, device))
 
 
 def relative(times, config, to) -> float:
@@ -92,16 +96,16 @@ def relative(times, config, to) -> float:
 
 
 def _compare(kernel, problem, device, budget_seconds, turn):
-    end = time.monotonic() + budget_seconds
+    end, each = time.monotonic() + budget_seconds, calls_each(problem, device)
     candidates = kernel.candidates(problem, device)
     heuristic = candidates[0]
     functions, reasons = _compiled_in_time(kernel, problem, device, candidates, end)
     with turn:
         packs = sample_packs(problem, jax.devices(device.platform)[0])
         calls = _checked(kernel, functions, reasons, packs, TOLERANCE[problem.dtype])
-        times = _median_milliseconds(calls, ROUNDS, end)
+        times = _median_milliseconds(calls, ROUNDS, end, each)
         finalists = dict.fromkeys([heuristic, *sorted(times, key=lambda c: sum(times[c]))[:FINALISTS]])
-        final = _median_milliseconds({c: calls[c] for c in finalists if c in calls}, FINAL_ROUNDS, end)
+        final = _median_milliseconds({c: calls[c] for c in finalists if c in calls}, FINAL_ROUNDS, end, each)
     times |= final
     timings = {c: Timing(c, statistics.mean(times[c]) if c in times else None, reasons.get(c)) for c in candidates}
     if not final:
@@ -123,7 +127,7 @@ def _compiled_in_time(kernel, problem, device, candidates, end):
     functions, reasons = {}, {}
     with futures.ThreadPoolExecutor(COMPILERS) as compilers:
         submit = functools.partial(compilers.submit, _compiled)
-        reference = submit(XLA, problem, device, XLA.heuristic(problem, device), calls=1)
+        reference = submit(XLA, problem, device, XLA.heuristic(problem, device), once=True)
         compiling = {config: submit(kernel, problem, device, config) for config in candidates}
         functions[None] = reference.result()
         for config, future in tqdm(compiling.items(), desc=f"compiling {kernel.name}", leave=False):
@@ -203,23 +207,53 @@ def _in_a_line(error) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _compiled(kernel, problem, device, config, calls=CALLS):
-    """The compiled function of a pack, placed on the device: so many calls of the kernel, each with its query."""
+def _turns(problem, device) -> int:
+    """How often a function goes over its calls. On CPU the host is the device: it waits for nobody."""
+    seen = min(problem.tokens, problem.seqs) * most_keys(problem, problem.tokens)  # by one token of each sequence
+    flops = 2 * seen * problem.tokens_per_seq * problem.q_heads * (problem.head_dim + problem.value_dim)
+    return 1 if device.platform == "cpu" or flops > SHORT_CALL_FLOPS else TURNS
+
+
+def calls_each(problem: Problem, device: Device) -> int:
+    """Calls of the kernel in one of a compiled function."""
+    return CALLS * _turns(problem, device)
+
+
+def _compiled(kernel, problem, device, config, once=False):
+    """The compiled function of a pack, placed on the device: calls of the kernel, each with its query, over and over.
+
+    With `once`, one call.
+    """
     attend = jax.jit(functools.partial(kernel.attend, config=config, device=device))  # traced once for all calls
     place = jax.sharding.SingleDeviceSharding(jax.devices(device.platform)[0])
     shapes = jax.eval_shape(functools.partial(_random_pack, problem))
     queries, call = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    function = jax.jit(lambda queries, call: [attend(dataclasses.replace(call, query=query)) for query in queries])
-    return function.lower(queries[:calls], call).compile()
+
+    def in_a_row(queries, call):
+        return [attend(dataclasses.replace(call, query=query)) for query in queries]
+
+    def in_turns(queries, call):
+        def turn(number, _):
+            # Pools are 0, which no compiler knows: what did not change would be taken out of the loop.
+            sequences = call.sequences
+            sequences = sequences._replace(context_len=sequences.context_len + number * sequences.pool)
+            return in_a_row(queries, dataclasses.replace(call, sequences=sequences))
+
+        nothing_yet = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(in_a_row, queries, call))
+        return lax.fori_loop(0, _turns(problem, device), turn, nothing_yet)
+
+    function, queries = (in_a_row, queries[:1]) if once else (in_turns, queries)
+    return jax.jit(function).lower(queries, call).compile()
 
 
 def _on_packs(function, packs):
     return [functools.partial(function, *pack) for pack in packs]
 
 
-def _median_milliseconds(calls, rounds, end) -> dict[PrefillPageAttentionConfig, tuple[float, ...]]:
+def _median_milliseconds(calls, rounds, end, calls_each) -> dict[PrefillPageAttentionConfig, tuple[float, ...]]:
     """For each configuration, pack by pack, the median of its samples, one a round, until the time `end`.
 
+    A sample is of a function that makes `calls_each` calls of the kernel; the milliseconds are of one.
     All samples of a pack repeat their function as often: launching and waiting cost each the same.
     """
     each = [(config, pack, call) for config, of_packs in calls.items() for pack, call in enumerate(of_packs)]
@@ -233,7 +267,7 @@ def _median_milliseconds(calls, rounds, end) -> dict[PrefillPageAttentionConfig,
             break
         for config, pack, call in each[:: -1 if taken % 2 else 1]:  # to and fro: nobody always follows the same one
             count = max(1, round(SAMPLE_SECONDS / fastest[pack]))
-            samples[config, pack].append(1e3 / CALLS * _seconds(call, count))
+            samples[config, pack].append(1e3 / calls_each * _seconds(call, count))
     return {c: tuple(statistics.median(samples[c, pack]) for pack in range(len(of))) for c, of in calls.items()}
 
 
