@@ -96,8 +96,9 @@ class MosaicGpu(Kernel):
                 f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
                 f"{problem.value_dim} and cfg.block_kv {block}"
             )
-        if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
-            return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
+        fewest = _fewest_stages(problem)
+        if config.num_stages < fewest or shared_bytes(problem, config) > SHARED_BYTES:
+            return f"cfg.num_stages must be at least {fewest} and fit the shared memory, got {config.num_stages}"
         return None
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
@@ -208,12 +209,12 @@ def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
 
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
-    """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two."""
+    """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
     stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
     sizes = [
         _config(problem, block_q, block, warpgroups, num_stages=number)
-        for block in (block_kv, 64)
-        for number in range(stages, 1, -1)
+        for least, block in ((2, block_kv), (_fewest_stages(problem), 64))
+        for number in range(stages, least - 1, -1)
     ]
     return next(config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES)
 
@@ -221,6 +222,11 @@ def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> Pr
 def _config(problem: Problem, block_q: int, block_kv: int, warpgroups: int, num_stages: int) -> PrefillPageAttentionConfig:
     num_warps = 4 * (warpgroups + 1 + _quantised(problem))
     return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+
+
+def _fewest_stages(problem: Problem) -> int:
+    """Blocks of a quantised cache, once widened, have others to lie in."""
+    return 1 if _quantised(problem) else 2
 
 
 def _quantised(problem: Problem) -> bool:
