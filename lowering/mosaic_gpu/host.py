@@ -69,7 +69,7 @@ class MosaicGpu(Kernel):
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(problem, first)
-        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(problem, first))]

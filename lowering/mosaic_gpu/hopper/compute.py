@@ -204,7 +204,7 @@ class _Attention:
         """Turns the query into float16, each row by its largest number so that it has room; the units of its logits."""
         plan = self.plan
         parts = [
-            plgpu.load(self.loaded_query.at[part], (), layout=WGMMA, optimized=False).astype(jnp.float32)
+            plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
             for part in range(plan.query_parts)
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
