@@ -79,9 +79,8 @@ class MosaicGpu(Kernel):
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
-        takes, others = ((12, 16), "4 of them load and 4 widen") if _quantised(problem) else ((8, 12, 16), "4 of them load")
-        if config.num_warps not in takes:
-            return f"cfg.num_warps must be {' or '.join(map(str, takes))} ({others}), got {config.num_warps}"
+        if config.num_warps not in (8, 12, 16):
+            return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
         rows = _rows(problem, config)
         whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
         if config.block_q < 8 or rows % config.block_q or not whole:
@@ -220,7 +219,7 @@ def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> Pr
 
 
 def _config(problem: Problem, block_q: int, block_kv: int, warpgroups: int, num_stages: int) -> PrefillPageAttentionConfig:
-    num_warps = 4 * (warpgroups + 1 + _quantised(problem))
+    num_warps = 4 * (warpgroups + 1)
     return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -234,8 +233,8 @@ def _quantised(problem: Problem) -> bool:
 
 
 def _warpgroups(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Those that compute."""
-    return config.num_warps // 4 - 1 - _quantised(problem)
+    """Those that compute: quantised caches have warps of their own beside, which no size counts."""
+    return config.num_warps // 4 - 1
 
 
 def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:

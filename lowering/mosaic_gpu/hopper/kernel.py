@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import WARPS, copies_of, widen, widening_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
 from paged_prefill.lowering.tiles import Tiles
 
 TABLE_COLUMNS = len(Tiles._fields) + 1
@@ -54,7 +54,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_sca
     views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
-    arrivals = WARPS if plan.quantised else copies_of(plan)
+    arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
     slabs = plan.rows // plan.slab
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
@@ -77,7 +77,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_sca
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
-        num_threads=plan.warpgroups + 1 + plan.quantised,
+        num_threads=plan.warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -122,17 +122,33 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         results = (query.shape[1], out, lse)
         each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, sources, *results, **scratch))
 
+    def load(warp):
+        if not plan.quantised or plan.loading_warpgroups > 1:
+            return _load(plan, each_piece, table, query, sources, warp, **scratch)
+        pl.when(warp == 0)(lambda: _load(plan, each_piece, table, query, sources, None, **scratch))
+        pl.when(warp > 0)(lambda: widen(plan, each_piece, sources, warp - 1))
+
     @pl.when(warpgroup == plan.warpgroups)
     def _():
         _set_registers(plan.registers.loads, "decrease")
-        _load(plan, each_piece, table, query, sources, **scratch)
+        _each_warp(load)
 
-    if plan.quantised:
+    if plan.loading_warpgroups == 2:
 
         @pl.when(warpgroup == plan.warpgroups + 1)
         def _():
             _set_registers(plan.registers.widens, "decrease")
-            widen(plan, each_piece, sources)
+            _each_warp(functools.partial(widen, plan, each_piece, sources))
+
+
+def _each_warp(do) -> None:
+    """Calls do(warp) for each warp of a warpgroup."""
+
+    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+    def call():
+        do(lax.axis_index("warp"))
+
+    call()
 
 
 def _set_registers(number, action) -> None:
@@ -209,8 +225,11 @@ def _sources(plan: Plan, key_rows, value_rows, scales, **scratch) -> list[Source
     return found
 
 
-def _load(plan, each_piece, table, query, sources, *, query_views, query_here, query_free, **_):
-    """Copies each piece's query rows, and its blocks of keys and values page by page: half a block is a warp's work."""
+def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_here, query_free, **_):
+    """Copies each piece's query rows, and its blocks of keys and values page by page.
+
+    Half a block of keys, or of values, is a warp's work; all is one's where `warp` is None.
+    """
     [[query_slots], *_] = query_views
 
     def copy_query(piece, done):
@@ -222,7 +241,7 @@ def _load(plan, each_piece, table, query, sources, *, query_views, query_here, q
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
                 plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
-    def copy(offsets, source: Source, before=None):
+    def copy(offsets, sources, before=None):
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key):
@@ -236,35 +255,34 @@ def _load(plan, each_piece, table, query, sources, *, query_views, query_here, q
 
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)
-                here = source.here.at[slot]
                 rows = [row_of(piece, (piece.last - i) * plan.block_kv + offset) for offset in offsets]
+                for source in sources:
 
-                @pl.when(done + i >= plan.stages)
-                def _():
-                    plgpu.barrier_wait(source.free.at[slot])
+                    @pl.when(done + i >= plan.stages)
+                    def _(source=source):
+                        plgpu.barrier_wait(source.free.at[slot])
 
-                for offset, row in zip(offsets, rows):
-                    slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
-                    plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], slots, here)
-                    if source.scale == "slot":
-                        scales = source.scale_blocks.at[slot, offset // plan.run]
-                        plgpu.copy_gmem_to_smem(source.scales.at[pl.ds(row, scales.shape[0])], scales, here)
+                    for offset, row in zip(offsets, rows):
+                        _copy_run(plan, source, slot, offset, row)
 
             lax.fori_loop(0, piece.steps, step, None)
 
         each_piece(copy_piece)
 
     offsets = range(0, plan.block_kv, plan.run)
+    if warp is None:
+        return copy(offsets, sources, copy_query)
     half = -(-len(offsets) // 2)
-    keys, values = sources
+    for part, share in enumerate((offsets[:half], offsets[half:])):
+        for i, source in enumerate(sources) if share else ():
+            before = copy_query if part == 0 and i == 1 else None
+            pl.when(warp == 2 * part + i)(functools.partial(copy, share, [source], before))
 
-    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
-    def each_warp():
-        warp = lax.axis_index("warp")
-        for part, share in enumerate((offsets[:half], offsets[half:])):
-            if share:
-                before = copy_query if part == 0 else None
-                pl.when(warp == 2 * part)(functools.partial(copy, share, keys))
-                pl.when(warp == 2 * part + 1)(functools.partial(copy, share, values, before))
 
-    each_warp()
+def _copy_run(plan: Plan, source: Source, slot, offset, row) -> None:
+    """Starts to copy keys or values that lie together, from a row of the cache to this offset of a block."""
+    here = source.here.at[slot]
+    plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], source.blocks.at[slot, pl.ds(offset, plan.run)], here)
+    if source.scale == "slot":
+        scales = source.scale_blocks.at[slot, offset // plan.run]
+        plgpu.copy_gmem_to_smem(source.scales.at[pl.ds(row, scales.shape[0])], scales, here)

@@ -17,9 +17,8 @@ from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 
-arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
+arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
-WARPS = 4  # that widen
 CHUNK = 8  # numbers that a thread turns at a time: 8 bytes to 16
 LOADED = 4  # chunks that it holds meanwhile
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
@@ -77,41 +76,37 @@ def widening_scratch(plan: Plan) -> dict:
         found |= {
             f"raw_{name}": plgpu.SMEM((plan.stages, plan.block_kv, features), jnp.dtype(plan.cache_dtype)),
             f"raw_{name}_here": plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages),
-            f"raw_{name}_free": plgpu.Barrier(num_arrivals=WARPS, num_barriers=plan.stages),
+            f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
         }
         if scale == "slot":
             found[f"{name}_scales"] = plgpu.SMEM(scales_shape(plan), jnp.float32)
     return found
 
 
-def widen(plan: Plan, each_piece, sources) -> None:
-    """All of this thread block's blocks of keys and values (kernel.Source), in the order in which they are copied."""
+def widen(plan: Plan, each_piece, sources, warp) -> None:
+    """One warp's share of all blocks of keys and values (kernel.Source), in the order in which they are copied."""
 
-    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
-    def each_warp():
-        def widen_piece(piece, done):
-            scales = [None if plan.exact else scale_of(plan, source, piece) for source in sources]
+    def widen_piece(piece, done):
+        scales = [None if plan.exact else scale_of(plan, source, piece) for source in sources]
 
-            def step(i, _):
-                stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
-                for source, scale in zip(sources, scales):
-                    plgpu.barrier_wait(source.here.at[stage])
+        def step(i, _):
+            stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
+            for source, scale in zip(sources, scales):
+                plgpu.barrier_wait(source.here.at[stage])
 
-                    @pl.when(done + i >= plan.slots)
-                    def _(source=source):
-                        plgpu.barrier_wait(source.wide_free.at[slot])
+                @pl.when(done + i >= plan.slots)
+                def _(source=source):
+                    plgpu.barrier_wait(source.wide_free.at[slot])
 
-                    of_slots = source.scale_blocks.at[stage] if source.scale == "slot" else None
-                    blocks = source.blocks.at[stage], source.wide_blocks.at[slot]
-                    _widen_block(plan, source.features, *blocks, scale, of_slots)
-                    plgpu.barrier_arrive(source.free.at[stage])
-                    plgpu.barrier_arrive(source.wide_here.at[slot])
+                of_slots = source.scale_blocks.at[stage] if source.scale == "slot" else None
+                blocks = source.blocks.at[stage], source.wide_blocks.at[slot]
+                _widen_block(plan, source.features, warp, *blocks, scale, of_slots)
+                plgpu.barrier_arrive(source.free.at[stage])
+                plgpu.barrier_arrive(source.wide_here.at[slot])
 
-            lax.fori_loop(0, piece.steps, step, None)
+        lax.fori_loop(0, piece.steps, step, None)
 
-        each_piece(widen_piece)
-
-    each_warp()
+    each_piece(widen_piece)
 
 
 def scale_of(plan: Plan, source, piece):
@@ -135,74 +130,84 @@ def _assembly(plan: Plan, scaled: bool) -> str:
     return "{" + _HALVES[plan.cache_dtype] + last + "}"
 
 
-def _widen_block(plan: Plan, features, raw, wide, scale, of_slots) -> None:
-    """This warp's share of a block: neighbouring lanes take neighbouring chunks, and so do the warps."""
-    width = features if 128 % (features // CHUNK) == 0 else COLUMNS  # columns that are taken together
+def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None:
+    """The share of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
+
+    Neighbouring lanes take neighbouring chunks: so neither reads nor writes meet in a bank.
+    """
+    width = features if 32 % (features // CHUNK) == 0 else COLUMNS  # columns that are taken together
     lanes = width // CHUNK  # of a row
-    rows = 32 * WARPS // lanes  # of all warps at a time
+    rows = 32 // lanes  # at a time
     others = [x for x in (scale, of_slots) if x is not None]
     assembly = _assembly(plan, scaled=len(others) > 0)
     types = [plgpu.RefType() if x is of_slots else plgpu.Layout.WG_SPLAT for x in others]
+    f32, i8, i32 = (lambda: ir.F32Type.get()), (lambda: ir.IntegerType.get_signless(8)), (lambda: ir.IntegerType.get_signless(32))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), *types))
-    def go(_, raw, wide, *others):
-        i32 = ir.IntegerType.get_signless(32)
-        word2, word4 = (ir.VectorType.get((n,), i32) for n in (2, 4))
-        constant = lambda x: arith.constant(i32, x)
-        start, target = utils.memref_ptr(raw), utils.memref_ptr(wide)
-
-        def at(pointer, offset, static=0):
-            return utils.getelementptr(utils.getelementptr(pointer, [offset], i8), [static], i8)
-
-        i8 = ir.IntegerType.get_signless(8)
-        thread = arith.remui(utils.thread_idx(), constant(32 * WARPS))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT, *types))
+    def go(_, raw, wide, warp, *others):
+        constant = lambda x: arith.constant(i32(), x)
+        times = lambda x, n: arith.muli(x, constant(n))
+        start, target, warp = utils.memref_ptr(raw), utils.memref_ptr(wide), warp.registers.item()
+        thread = arith.remui(utils.thread_idx(), constant(32))
         row, lane = arith.divui(thread, constant(lanes)), arith.remui(thread, constant(lanes))
-        source = arith.addi(arith.muli(row, constant(features)), arith.muli(lane, constant(CHUNK)))
-        # Of a chunk in its first tile: 16 bytes at lane ^ row of the 8 in a row, where both count within the tile.
-        tile = arith.divui(lane, constant(COLUMNS // CHUNK))
-        tile = arith.addi(tile, arith.muli(arith.divui(row, constant(TILE_ROWS)), constant(features // COLUMNS)))
-        in_tile = arith.remui(row, constant(TILE_ROWS))
-        swizzled = arith.xori(arith.remui(lane, constant(COLUMNS // CHUNK)), in_tile)
-        place = arith.addi(arith.muli(tile, constant(TILE_BYTES)), arith.muli(in_tile, constant(2 * COLUMNS)))
+        first_row = arith.addi(times(warp, TILE_ROWS), row)
+        source = arith.addi(times(first_row, features), times(lane, CHUNK))
+        # A chunk of 8 columns lies at column ^ row of its tile's row, both counted in the tile.
+        tile = arith.addi(times(warp, features // COLUMNS), arith.divui(lane, constant(COLUMNS // CHUNK)))
+        column = arith.xori(arith.remui(lane, constant(COLUMNS // CHUNK)), row)
+        place = arith.addi(times(tile, TILE_BYTES), times(row, 2 * COLUMNS))
         places = {
-            shift: arith.addi(place, arith.muli(arith.xori(swizzled, constant(shift)), constant(2 * CHUNK)))
-            for shift in range(0, TILE_ROWS, min(rows, TILE_ROWS))
+            shift: arith.addi(place, times(arith.xori(column, constant(shift)), 2 * CHUNK))
+            for shift in range(0, TILE_ROWS, rows)
         }
 
         def scale_at(first):
             """The scale of the thread's row, `first` rows on."""
-            if not others:
-                return []
             if of_slots is None:
-                return [others[0].registers.item()]
-            slot = arith.addi(row, constant(first))
+                return [x.registers.item() for x in others]
+            slot = arith.addi(first_row, constant(first))
             copy, within = (op(slot, constant(plan.run)) for op in (arith.divui, arith.remui))
-            index = arith.addi(arith.muli(copy, constant(scales_shape(plan)[-1])), within)
-            return [llvm.load(ir.F32Type.get(), utils.getelementptr(utils.memref_ptr(others[0]), [index], ir.F32Type.get()))]
+            index = arith.addi(times(copy, scales_shape(plan)[-1]), within)
+            return [llvm.load(f32(), utils.getelementptr(utils.memref_ptr(others[0]), [index], f32()))]
 
-        chunks = [
-            (part, first) for first in range(0, plan.block_kv, rows) for part in range(0, features, width)
-        ]
-        for i in range(0, len(chunks), LOADED):
-            batch = [
-                (part, first, llvm.load(word2, at(start, source, first * features + part)), scale_at(first))
-                for part, first in chunks[i : i + LOADED]
-            ]
-            for part, first, words, factor in batch:
-                turned = []
+        def load(first, part):
+            words = ir.VectorType.get((2,), i32())
+            pointer = utils.getelementptr(start, [source], i8())
+            return llvm.load(words, utils.getelementptr(pointer, [first * features + part], i8()))
+
+        def turn(words, factor):
+            pair = llvm.StructType.get_literal([i32(), i32()])
+            result = llvm.mlir_undef(ir.VectorType.get((4,), i32()))
+            for i in range(2):
+                operands = [vector.extract(words, [], [i]), *factor]
+                turned = llvm.inline_asm(pair, operands, assembly, "=r,=r,r" + ",f" * len(factor))
                 for j in range(2):
-                    pair = llvm.inline_asm(
-                        llvm.StructType.get_literal([i32, i32]), [vector.extract(words, [], [j]), *factor], assembly,
-                        "=r,=r,r" + ",f" * len(factor),
-                    )  # fmt: skip
-                    turned += [llvm.extractvalue(i32, pair, [k]) for k in range(2)]
-                result = llvm.mlir_undef(word4)
-                for j, word in enumerate(turned):
-                    result = vector.insert(word, result, [], [j])
-                tiles = first // TILE_ROWS * (features // COLUMNS) + part // COLUMNS
-                within = first % TILE_ROWS
-                llvm.store(result, at(target, places[within], tiles * TILE_BYTES + within * 2 * COLUMNS))
+                    result = vector.insert(llvm.extractvalue(i32(), turned, [j]), result, [], [2 * i + j])
+            return result
+
+        def store(first, part, words):
+            tiles = first // TILE_ROWS * (features // COLUMNS) + part // COLUMNS
+            pointer = utils.getelementptr(target, [places[first % TILE_ROWS]], i8())
+            offset = tiles * TILE_BYTES + first % TILE_ROWS * 2 * COLUMNS
+            llvm.store(words, utils.getelementptr(pointer, [offset], i8()))
+
+        def widen_rows(firsts):
+            chunks = [(first, part) for first in firsts for part in range(0, features, width)]
+            for i in range(0, len(chunks), LOADED):
+                loaded = [(*chunk, load(*chunk), scale_at(chunk[0])) for chunk in chunks[i : i + LOADED]]
+                for first, part, words, factor in loaded:
+                    store(first, part, turn(words, factor))
+
+        tile_rows = plan.block_kv // TILE_ROWS
+        whole, left = divmod(tile_rows, plan.widening_warps)
+        step = plan.widening_warps * TILE_ROWS
+        widen_rows([first + i for first in range(0, whole * step, step) for i in range(0, TILE_ROWS, rows)])
+        if left:
+            here = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, warp, constant(left)))
+            with ir.InsertionPoint(here.then_block):
+                widen_rows(range(whole * step, whole * step + TILE_ROWS, rows))
+                scf.yield_([])
         # Products read by another way than threads write.
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
-    go(raw, wide, *others)
+    go(raw, wide, warp, *others)
