@@ -32,7 +32,7 @@ REGISTERS = {
     (2, False): Registers(240, 24),
     (3, False): Registers(160, 32),
     (1, True): Registers(240, 40, 168),
-    (2, True): Registers(224, 24, 40),
+    (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
 
@@ -92,12 +92,12 @@ class Plan:
     @property
     def widening_warps(self) -> int:
         """A warpgroup of their own, or those of the loading one but the first: no thread has registers for five."""
-        return 4 if self.warpgroups < 3 else 3
+        return 4 if self.warpgroups < 2 else 3
 
     @property
     def loading_warpgroups(self) -> int:
         """Those that do not compute."""
-        return 2 if self.quantised and self.warpgroups < 3 else 1
+        return 2 if self.quantised and self.warpgroups < 2 else 1
 
     @property
     def registers(self) -> Registers:
