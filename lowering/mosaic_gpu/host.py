@@ -14,7 +14,7 @@ from paged_prefill.lowering.call import Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, WIDENED, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
@@ -58,9 +58,8 @@ class MosaicGpu(Kernel):
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        config = _with_at_most_two(problem)
-        if not _quantised(problem) and _keeps_busy(problem, device, three := _with_three_warpgroups(problem)):
-            config = three
+        three = _with_three_warpgroups(problem)
+        config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
         config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         return replace(config, num_stages=min(config.num_stages, few)) if config.num_splits > 1 else config
@@ -73,7 +72,7 @@ class MosaicGpu(Kernel):
         changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(problem, first))]
-        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _quantised(problem):
+        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
         fitting = [c for c in found if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
@@ -180,7 +179,6 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
         warpgroups = 1 if rows <= WARPGROUP_ROWS else warpgroups
-        block_kv = 64 if _quantised(problem) else block_kv  # so that more of them are on their way
     else:
         # One head's tokens are a little faster than two heads', but for wide dims, and where more rows stay empty.
         one = block_kv == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
@@ -268,4 +266,5 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if "slot_scales" in problem.features:  # of keys, of values or of both
         run = min(problem.page_size, block)
         scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
-    return 2 * (_rows(problem, config) * problem.head_dim + WIDENED * block * features) + blocks + scales + 3072
+    wide = widened(block, features) * block * features
+    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 3072

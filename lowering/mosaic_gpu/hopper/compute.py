@@ -201,19 +201,19 @@ class _Attention:
         plgpu.commit_smem()
 
     def _scale_rows(self):
-        """Turns the query into float16, each row by its largest number so that it has room; the units of its logits."""
+        """Turns the query into float16, each row by its largest number so that it has room; what makes products logits."""
         plan = self.plan
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
             for part in range(plan.query_parts)
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
-        factor, unit = scaled_rows(plan, largest, self._scale_of(0))
+        factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
         for part, numbers in enumerate(parts):
             scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
             self.query.at[part][...] = scaled.astype(jnp.float16)
         plgpu.commit_smem()
-        return unit
+        return to_logits
 
     def _scale_of(self, source):
         """The scale of all keys, or of all values, that the piece sees."""

@@ -15,7 +15,15 @@ LOG2_E = math.log2(math.e)
 SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 
 
-WIDENED = 2  # blocks of keys in the query's dtype: one for the products, while the next one is widened
+
+
+def widened(block_kv: int, features: int) -> int:
+    """Blocks of a quantised cache in 16 bits: one for the products, one that is widened, and a third if they are small.
+
+    Without it, the values of a block have their place only from when all warpgroups are done with those of the last but
+    one, until the first of them needs them.
+    """
+    return 3 if block_kv * features <= 64 * 256 else 2
 
 
 class Registers(NamedTuple):
@@ -74,16 +82,15 @@ class Plan:
     @property
     def slots(self) -> int:
         """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
-        return WIDENED if self.quantised else self.stages
+        return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
 
     @property
     def exact(self) -> bool:
         """Whether 8 bits are widened to float16, which holds them exactly, and scales join the results.
 
-        That is the least to do for a number. A scale of each slot, and the weights of a fixed maximum, would leave the
-        numbers that float16 has.
+        That is the least to do for a number. A scale of each slot would leave the numbers that float16 has.
         """
-        return self.quantised and self.soft_cap is None and "slot" not in (self.key_scale, self.value_scale)
+        return self.quantised and "slot" not in (self.key_scale, self.value_scale)
 
     @property
     def product_dtype(self) -> str:
@@ -143,7 +150,7 @@ class Plan:
     @property
     def fixed_maximum(self) -> float | None:
         """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all."""
-        if self.soft_cap is None or self.dtype != "bfloat16":
+        if self.soft_cap is None or self.product_dtype != "bfloat16":
             return None
         largest = self.soft_cap * LOG2_E
         maximum = min(largest, -SMALLEST_WEIGHT - largest)
@@ -151,8 +158,8 @@ class Plan:
 
     @functools.cached_property
     def polynomial(self) -> Polynomial | None:
-        """What stands for tanh where logits are small."""
-        if self.fixed_maximum is None:
+        """What stands for tanh where logits are small, and tiles of several warpgroups wait for it, not for memory."""
+        if self.fixed_maximum is None or self.warpgroups == 1:
             return None
         return polynomial(self.softmax_scale, self.soft_cap, self.fixed_maximum)
 

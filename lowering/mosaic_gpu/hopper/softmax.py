@@ -36,17 +36,17 @@ class Running(NamedTuple):
 
 
 def scaled_rows(plan: Plan, largest, key_scale):
-    """(factors of a query's rows, units of its logits), where the scale of the keys joins the softmax (Plan.exact).
+    """(factors of a query's rows, what turns its products to logits), where keys' scales join the softmax (Plan.exact).
 
-    Rows with these largest magnitudes come to have one of 1, so that float16 has room. Both are of rows; units are
+    Rows with these largest magnitudes come to have one of 1, so that float16 has room. Both are of rows; the second is
     positive.
     """
     # Nobody may look at a scale that is not finite where no row sees a key; `scaled_results` does where one does.
     scale = jnp.where(jnp.abs(key_scale) < jnp.inf, key_scale, 1.0) * plan.softmax_scale
     largest = jnp.maximum(largest, SMALLEST)
     # A scale of 0 has the same softmax as one too small to see.
-    unit = jnp.maximum(largest * jnp.abs(scale) * LOG2_E, SMALLEST)
-    return jnp.where(scale < 0, -1.0, 1.0) / largest, unit
+    to_logits = jnp.maximum(largest * jnp.abs(scale), SMALLEST)
+    return jnp.where(scale < 0, -1.0, 1.0) / largest, to_logits
 
 
 def scaled_results(factor, lse, seen, key_scale, value_scale):
@@ -57,10 +57,10 @@ def scaled_results(factor, lse, seen, key_scale, value_scale):
 
 
 class Softmax:
-    """The steps of a plan's softmax; `unit` is that of each row where the plan is `exact`."""
+    """The steps of a plan's softmax; `to_logits` is what turns each row's products to logits where it is `exact`."""
 
-    def __init__(self, plan: Plan, unit=None):
-        self.plan, self.dtype = plan, jnp.dtype(plan.product_dtype)
+    def __init__(self, plan: Plan, to_logits=None):
+        self.plan, self.dtype, self.to_logits = plan, jnp.dtype(plan.product_dtype), to_logits
         self.shape = (WARPGROUP_ROWS, plan.block_kv)
         # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
         if plan.soft_cap is not None:
@@ -73,8 +73,10 @@ class Softmax:
         self.fuses = self.unit * largest <= 4096
         self.largest_sum = LARGEST_SUM
         if plan.exact:
-            self.unit, self.fuses = unit, abs(plan.softmax_scale) * LOG2_E <= 1
             self.largest_sum = LARGEST_SUM * 2**HEADROOM
+        self.has_units = plan.exact and plan.soft_cap is None  # of its own, each row
+        if self.has_units:
+            self.unit, self.fuses = to_logits * LOG2_E, abs(plan.softmax_scale) * LOG2_E <= 1
 
     def start(self):
         """(acc, m, l) before the first block."""
@@ -106,8 +108,8 @@ class Softmax:
         plan = self.plan
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
         total, maximum = l.sum(axis=1), m * to_natural
-        if plan.exact:
-            maximum = m * (self.unit / LOG2_E)
+        if self.has_units:
+            maximum = m * self.to_logits
         factor, lse = factor_and_lse(total, maximum)
         if plan.exact:
             factor, lse = scaled_results(factor, lse, total != 0, *scales)
@@ -126,6 +128,8 @@ class Softmax:
         plan = self.plan
         if plan.polynomial is not None:
             return jnp.tanh(products * plan.polynomial.to_tanh)
+        if plan.soft_cap is not None and plan.exact:
+            return jnp.tanh(products * self._of_rows(self.to_logits / plan.soft_cap))
         if plan.soft_cap is not None:
             return jnp.tanh(products * (plan.softmax_scale / plan.soft_cap))
         if plan.softmax_scale <= 0 and not plan.exact:
@@ -138,7 +142,7 @@ class Softmax:
 
     def _weigh(self, logits, m):
         """Weights by the maximum m, and their sums over every eighth column."""
-        unit = self._of_rows(self.unit) if self.plan.exact else self.unit
+        unit = self._of_rows(self.unit) if self.has_units else self.unit
         if self.fuses:
             # The barriers here and in `step` settle which product is fused, so that a row's bits are the same whichever
             # way its warp goes.
@@ -152,7 +156,8 @@ class Softmax:
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
         largest = fold(jnp.maximum, logits).max(axis=1)
         if self.plan.exact:
-            largest -= HEADROOM / lax.optimization_barrier(self.unit)  # here, where it is rare: not kept in registers
+            unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
+            largest -= HEADROOM / unit
         m_next = jnp.maximum(m, largest)
         if passed is None:
             shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
