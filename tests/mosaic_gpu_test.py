@@ -214,7 +214,7 @@ class PlanTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
-        (dict(value_scale="slot"), False), (dict(key_scale="slot"), False), (dict(soft_cap=50.0), False),
+        (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
     )  # fmt: skip
     def test_numbers_of_8_bits_stay_what_they_are_where_float16_serves(self, changes, exact):
         plan = self.plan(**(dict(soft_cap=None, cache_dtype="int8", key_scale="head", value_scale="head") | changes))

@@ -59,7 +59,7 @@ class MosaicGpu(Kernel):
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three = _with_three_warpgroups(problem)
-        config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
+        config = three if three is not None and _keeps_busy(problem, device, three) else _with_at_most_two(problem)
         config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         return replace(config, num_stages=min(config.num_stages, few)) if config.num_splits > 1 else config
@@ -74,7 +74,7 @@ class MosaicGpu(Kernel):
         found += [_sized(problem, first.block_q, 64, _warpgroups(problem, first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
-        fitting = [c for c in found if self.misfit(problem, device, c) is None]
+        fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
@@ -200,12 +200,15 @@ def _most_warpgroups(problem: Problem) -> int:
     return 2 if shared_bytes(problem, sizes) <= SHARED_BYTES else 1
 
 
-def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
-    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers."""
+def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None:
+    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers.
+
+    None where blocks of a quantised cache leave no room for so many rows.
+    """
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
-def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
+def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
     """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
     stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
     sizes = [
@@ -213,7 +216,7 @@ def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> Pr
         for least, block in ((2, block_kv), (_fewest_stages(problem), 64))
         for number in range(stages, least - 1, -1)
     ]
-    return next(config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES)
+    return next((config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES), None)
 
 
 def _config(problem: Problem, block_q: int, block_kv: int, warpgroups: int, num_stages: int) -> PrefillPageAttentionConfig:
@@ -267,4 +270,4 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
         run = min(problem.page_size, block)
         scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
     wide = widened(block, features) * block * features
-    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 3072
+    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 4096

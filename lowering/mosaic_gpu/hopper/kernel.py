@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
@@ -122,6 +123,13 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         results = (query.shape[1], out, lse)
         each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, sources, *results, **scratch))
 
+    def start_barriers():
+        """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
+        for source in sources:
+            initialise(source.here, loading_warps(plan))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["started"])
+
     def load(warp):
         if not plan.quantised or plan.loading_warpgroups > 1:
             return _load(plan, each_piece, table, query, sources, warp, **scratch)
@@ -131,6 +139,8 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
     @pl.when(warpgroup == plan.warpgroups)
     def _():
         _set_registers(plan.registers.loads, "decrease")
+        if plan.quantised:
+            start_barriers()
         _each_warp(load)
 
     if plan.loading_warpgroups == 2:
@@ -138,6 +148,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         @pl.when(warpgroup == plan.warpgroups + 1)
         def _():
             _set_registers(plan.registers.widens, "decrease")
+            plgpu.barrier_wait(scratch["started"])
             _each_warp(functools.partial(widen, plan, each_piece, sources))
 
 
@@ -214,11 +225,13 @@ class Source(NamedTuple):
 
 def _sources(plan: Plan, key_rows, value_rows, scales, **scratch) -> list[Source]:
     found, scales = [], list(scales)
-    for name, rows, features, scale in (
+    for i, (name, rows, features, scale) in enumerate((
         ("keys", key_rows, plan.head_dim, plan.key_scale), ("values", value_rows, plan.value_dim, plan.value_scale)
-    ):  # fmt: skip
+    )):  # fmt: skip
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
-        raw = [scratch[f"raw_{name}{what}"] for what in ("", "_here", "_free")] if plan.quantised else blocks
+        raw = blocks
+        if plan.quantised:
+            raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         its_scales = None if scale is None else scales.pop(0)
         wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
         found.append(Source(rows, features, *raw, scale, its_scales, *wide))
@@ -262,8 +275,7 @@ def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_h
                     def _(source=source):
                         plgpu.barrier_wait(source.free.at[slot])
 
-                    for offset, row in zip(offsets, rows):
-                        _copy_run(plan, source, slot, offset, row)
+                    _copy_runs(plan, source, slot, offsets, rows)
 
             lax.fori_loop(0, piece.steps, step, None)
 
@@ -279,10 +291,22 @@ def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_h
             pl.when(warp == 2 * part + i)(functools.partial(copy, share, [source], before))
 
 
-def _copy_run(plan: Plan, source: Source, slot, offset, row) -> None:
-    """Starts to copy keys or values that lie together, from a row of the cache to this offset of a block."""
-    here = source.here.at[slot]
-    plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], source.blocks.at[slot, pl.ds(offset, plan.run)], here)
-    if source.scale == "slot":
-        scales = source.scale_blocks.at[slot, offset // plan.run]
-        plgpu.copy_gmem_to_smem(source.scales.at[pl.ds(row, scales.shape[0])], scales, here)
+def loading_warps(plan: Plan) -> int:
+    """Warps that share the copies of a block of keys, or of values."""
+    return 1 if plan.loading_warpgroups == 1 or copies_of(plan) == 1 else 2
+
+
+def _copy_runs(plan: Plan, source: Source, slot, offsets, rows) -> None:
+    """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
+    if not plan.quantised:
+        for offset, row in zip(offsets, rows):
+            slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
+            plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], slots, source.here.at[slot])
+        return
+    copies = []
+    for offset, row in zip(offsets, rows):
+        copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
+        if source.scale == "slot":
+            scales = source.scale_blocks.at[slot, offset // plan.run]
+            copies.append((source.scales, row, scales.shape[0], scales))
+    copy_together(source.here, slot, copies)

@@ -14,6 +14,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, wait
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 
@@ -68,14 +69,12 @@ def scales_shape(plan: Plan) -> tuple[int, int, int]:
 
 def widening_scratch(plan: Plan) -> dict:
     """What is in shared memory for widening alone, by the names of `kernel.launch`."""
-    found = {}
+    found = dict(raw_here=arrivals(2, plan.stages), started=plgpu.Barrier())
     for name, features, scale in (
         ("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)
     ):  # fmt: skip
-        arrivals = copies_of(plan) * (2 if scale == "slot" else 1)
         found |= {
             f"raw_{name}": plgpu.SMEM((plan.stages, plan.block_kv, features), jnp.dtype(plan.cache_dtype)),
-            f"raw_{name}_here": plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages),
             f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
         }
         if scale == "slot":
@@ -92,7 +91,7 @@ def widen(plan: Plan, each_piece, sources, warp) -> None:
         def step(i, _):
             stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
             for source, scale in zip(sources, scales):
-                plgpu.barrier_wait(source.here.at[stage])
+                wait(source.here, stage, lax.div(done + i, plan.stages))
 
                 @pl.when(done + i >= plan.slots)
                 def _(source=source):
