@@ -270,4 +270,4 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
         run = min(problem.page_size, block)
         scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
     wide = widened(block, features) * block * features
-    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 4096
+    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 3072

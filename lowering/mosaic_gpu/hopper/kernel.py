@@ -81,7 +81,10 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_sca
         num_threads=plan.warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=1024,  # the least there is: no reduction here goes over warps
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         kernel_name="paged_prefill",
     )

@@ -21,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
 CHUNK = 8  # numbers that a thread turns at a time: 8 bytes to 16
-LOADED = 4  # chunks that it holds meanwhile, and as many that come after them
+LOADED = {1: 3, 2: 4}  # chunks that it holds meanwhile, and as many after them, by Plan.loading_warpgroups
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
 COPY_FLOATS = 32  # at least: 128 bytes, at a multiple of which a copy's place in shared memory begins
 
@@ -192,7 +192,8 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
 
         def widen_rows(firsts):
             chunks = [(first, part) for first in firsts for part in range(0, features, width)]
-            batches = [chunks[i : i + LOADED] for i in range(0, len(chunks), LOADED)]
+            size = LOADED[plan.loading_warpgroups]
+            batches = [chunks[i : i + size] for i in range(0, len(chunks), size)]
             loaded = [(load(*chunk), scale_at(chunk[0])) for chunk in batches[0]]
             for batch, following in zip(batches, [*batches[1:], []]):
                 ahead = [(load(*chunk), scale_at(chunk[0])) for chunk in following]
