@@ -17,6 +17,7 @@ from paged_prefill.primitive.binding import shapes_of
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.cut import cut_of_specs
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import PREFILL
 from paged_prefill.primitive.prefill import parameters_of
 from paged_prefill.sharding.partition import Call, on_one_device
@@ -91,7 +92,7 @@ def _problem(arguments: dict[str, Any]) -> Problem:
     """The static description of a call of `prefill_page_attention` on one device."""
     names = ("query", "key_cache", "value_cache", "context_len", "page_indices")
     operands = checks.abstract_pack_of_one(*(arguments[name] for name in names))
-    checks.check_operands(PREFILL, operands, cache_batch_dims=0)
+    checks.check_operands(PREFILL, operands, cache_batch_dims=0, cache_layout=DEFAULT_LAYOUT)
     attention = checks.attention_of(
         softmax_scale=arguments.get("softmax_scale"),
         attn_logits_soft_cap=arguments.get("attn_logits_soft_cap"),
@@ -152,7 +153,7 @@ def create_shard_map_wrapper(
     names = ("query", "key_cache", "value_cache", "context_lens", "page_indices", "out")
     given = dict(zip(names, (*in_specs, out_specs), strict=True))
     operands = checks.abstract_pack_of_one(*call_args)
-    shapes = shapes_of(PREFILL, PREFILL.present(operands), operands.values(), 0)
+    shapes = shapes_of(PREFILL, PREFILL.present(operands), operands.values(), 0, DEFAULT_LAYOUT)
     cut = cut_of_specs(mesh.shape, shapes, given)
 
     def local(query, key_cache, value_cache, *indices):

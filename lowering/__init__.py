@@ -1,6 +1,7 @@
 """How the operation runs: its registration, and what happens to a call on one device."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from paged_prefill.lowering.choose import (
 from paged_prefill.lowering.tuning.resolve import resolve, signature
 from paged_prefill.primitive import context
 from paged_prefill.primitive.append import local_append_to_pages_p
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.primitive.prefill import local_paged_prefill_p, lowering_reads
 
 
@@ -26,33 +28,37 @@ def run(*operands, device, exported=False, present, platform, config, **paramete
     """Runs `local_paged_prefill_p` on one device; `exported` says that what comes of it is for other machines."""
     named = dict(zip(present, operands, strict=True))
     call = flatten(named, **parameters)
-    out, lse = unflatten(*_run_kernel(call, device, exported, platform, config), named["query"].shape)
-    if "sinks" in named:
+    kernel = None if call.problem.empty else _kernel_of(call.problem, device, platform, config)
+    joined = kernel is not None and kernel.joins_sinks
+    if not joined:
+        call = dataclasses.replace(call, sinks=None)
+    if kernel is None:
+        results = nothing_seen(call.problem)
+    else:
+        choice = resolve(kernel, call.problem, device, config, under="off" if exported else None)
+        results = kernel.attend(call, choice.config, device)
+    out, lse = unflatten(*results, named["query"].shape)
+    if "sinks" in named and not joined:
         out, lse = with_sinks(out, lse, named["sinks"], named["query_offsets"])
     return out, lse
 
 
-def _run_kernel(call, device, exported, platform, config):
-    """Chooses the kernel and its configuration for a call, and calls it."""
-    problem = call.problem
-    if problem.empty:
-        return nothing_seen(problem)
+def _kernel_of(problem, device, platform, config):
+    """The kernel that runs a problem, said in the log where another would be faster."""
     name, passed_over = choose(problem, device, platform)
     check_backend(device, name, config)
     log_passed_over(device, name, passed_over)
-    kernel = KERNELS[device.platform][name]
-    choice = resolve(kernel, problem, device, config, under="off" if exported else None)
-    return kernel.attend(call, choice.config, device)
+    return KERNELS[device.platform][name]
 
 
-def append(*operands, device, present, cache_batch_dims, to_be_cut=False):
+def append(*operands, device, present, cache_batch_dims, cache_layout, to_be_cut=False):
     """Runs `local_append_to_pages_p` on one device; `to_be_cut` says that XLA will cut it, which it cannot kernels."""
-    named = dict(zip(present, operands, strict=True))
+    named, layout = dict(zip(present, operands, strict=True)), LAYOUTS[cache_layout]
     if to_be_cut:
-        return XLA_WRITER.write(named, cache_batch_dims, device)
-    writer, passed_over = choose_writer(named, device)
+        return XLA_WRITER.write(named, cache_batch_dims, device, layout)
+    writer, passed_over = choose_writer(named, device, layout)
     log_passed_over(device, writer.name, passed_over, "append_to_pages")
-    return writer.write(named, cache_batch_dims, device)
+    return writer.write(named, cache_batch_dims, device, layout)
 
 
 def _lower(ctx, operands, function, **parameters):

@@ -10,6 +10,7 @@ inside the pool, every row inside the query.
 from collections.abc import Mapping
 import dataclasses
 from dataclasses import dataclass
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from jaxtyping import Array, Float, Int, UInt
 
 from paged_prefill.lowering.cores import cores_of
 from paged_prefill.primitive.attention import Attention
-from paged_prefill.primitive.packing import MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS, OWN_LAYOUT, CacheLayout
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
 
 # What a call may have and not every kernel takes, as users know it.
 FEATURES = {
@@ -30,7 +32,7 @@ FEATURES = {
     "quantised": "quantised caches",
     "slot_scales": "scales of each slot",
     "tree_mask": "tree_mask",
-}
+} | {name: f'cache_layout="{name}"' for name in LAYOUTS if name != DEFAULT_LAYOUT}
 
 
 class Sequences(NamedTuple):
@@ -91,6 +93,17 @@ class Problem:
     features: tuple[str, ...] = ()
 
     @property
+    def layout(self) -> CacheLayout:
+        """In which order the caches lie behind the pools."""
+        return LAYOUTS[next((name for name in self.features if name in LAYOUTS), DEFAULT_LAYOUT)]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" for a pool."""
+        sizes = dict(kv_heads=self.cache_kv_heads, num_pages=self.num_pages, page_size=self.page_size)
+        return self.layout.rows(sizes)
+
+    @property
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.q_heads // self.num_kv_heads
@@ -128,24 +141,28 @@ class Call:
 
     Attributes:
       query: the rows of all packs, back to back.
-      value_pages: None where the values are the first problem.value_dim features of the keys.
+      key_pages, value_pages: the caches, in the order problem.layout.apart. No values where they are the first
+        problem.value_dim features of the keys, or have a place in key_pages by the layout.
       kv_head_start: the KV head of the caches that the first query head attends to, a scalar.
       problem: all that is static about the call.
       ranges: the keys lo <= j < hi that each row sees, in place of those that causality and a window leave.
       tree: bit k % 32 of word k // 32 says whether a row sees token k of its own chunk.
       key_scale, value_scale: what the numbers in the caches are multiplied by: one of each pool, of each pool and head,
-        or of each pool, head, page and slot.
+        or of each pool, head, page and slot; the last in the caches' order, and in key_scale for both where keys and
+        values are one array.
+      sinks: the logit of each head's sink, for each pack.
       key_pool, value_pool: the pool of each sequence in a cache that has fewer pools than sequences.pool counts.
     """
 
     query: Float[Array, "tokens q_heads head_dim"]
-    key_pages: Array  # [pools, kv_heads, num_pages, page_size, head_dim]
-    value_pages: Array | None  # [pools, kv_heads, num_pages, page_size, value_dim]
+    key_pages: Array  # [pools, *(kv_heads, num_pages, page_size in any order), head_dim]
+    value_pages: Array | None  # [pools, ..., value_dim]
     sequences: Sequences
     kv_head_start: Int[Array, ""]
     problem: Problem = dataclasses.field(metadata=dict(static=True))
     ranges: Int[Array, "tokens 2"] | None = None
     tree: UInt[Array, "tokens words"] | None = None
+    sinks: Float[Array, "packs q_heads"] | None = None
     key_scale: Float[Array, "pools ..."] | None = None
     value_scale: Float[Array, "pools ..."] | None = None
     key_pool: Int[Array, " seqs"] | None = None
@@ -163,23 +180,25 @@ class Call:
         num_kv_heads: int,
         attention: Attention,
         value_dim: int | None = None,
+        layout: CacheLayout = OWN_LAYOUT,
         **optional,
     ) -> "Call":
-        """A call with its problem, from arrays or their shapes. `value_dim` is told for a latent cache.
+        """A call with its problem, from arrays or their shapes. `value_dim` is told where there are no value_pages.
 
         `optional` are the fields of `Call` that may be None.
         """
         there = {name for name, array in optional.items() if array is not None}
         features = {
             "key_ranges": "ranges" in there,
-            "latent": value_pages is None,
+            "latent": value_pages is None and not layout.combined,
             "pools_apart": bool(there & {"key_pool", "value_pool"}),
             "quantised": key_pages.dtype != query.dtype,
-            "slot_scales": any(optional[name].ndim == 4 for name in there & {"key_scale", "value_scale"}),
+            "slot_scales": any(optional[name].ndim > 2 for name in there & {"key_scale", "value_scale"}),
             "tree_mask": "tree" in there,
+            layout.name: layout.name != DEFAULT_LAYOUT,
         }
         tokens, q_heads, head_dim = query.shape
-        pools, cache_kv_heads, num_pages, page_size, _ = key_pages.shape
+        sizes = dict(zip(layout.apart, key_pages.shape[1:], strict=True))
         seqs, pages_per_seq = sequences.page_indices.shape
         problem = Problem(
             tokens=tokens,
@@ -187,10 +206,10 @@ class Call:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_dim=value_dim if value_pages is None else value_pages.shape[-1],
-            pools=pools,
-            cache_kv_heads=cache_kv_heads,
-            num_pages=num_pages,
-            page_size=page_size,
+            pools=key_pages.shape[0],
+            cache_kv_heads=sizes["kv_heads"],
+            num_pages=sizes["num_pages"],
+            page_size=sizes["page_size"],
             seqs=seqs,
             pages_per_seq=pages_per_seq,
             dtype=query.dtype.name,
@@ -200,6 +219,22 @@ class Call:
         )
         return cls(query, key_pages, value_pages, sequences, kv_head_start, problem, **optional)
 
+    def sinks_of_rows(self) -> Float[Array, "tokens q_heads"] | None:
+        """The sink of each row's softmax: -inf where no sequence owns the token. None without sinks."""
+        if self.sinks is None:
+            return None
+        token, (starts, lengths, *_) = jnp.arange(self.problem.tokens, dtype=jnp.int32), self.sequences
+        if self.problem.seqs <= FEW_SEQUENCES:
+            owned = functools.reduce(jnp.logical_or, (_within(token, *seq) for seq in zip(starts, lengths)))
+        else:
+            owned = jnp.any(_within(token[:, None], starts[None], lengths[None]), axis=1)
+        sinks = jnp.repeat(self.sinks, self.problem.tokens // self.sinks.shape[0], axis=0)
+        return jnp.where(owned[:, None], sinks, -jnp.inf)
+
+
+def _within(token, start, length):
+    return (token >= start) & (token < start + length)
+
 
 def flatten(
     operands: Mapping[str, jax.Array],
@@ -208,18 +243,20 @@ def flatten(
     num_kv_heads: int,
     attention: Attention,
     value_dim: int | None = None,
+    cache_layout: str = DEFAULT_LAYOUT,
 ) -> Call:
     """Folds *C, layers and *B into one pack over a number of pools, and makes the index arrays harmless.
 
-    `operands` are those of `local_paged_prefill_p` by name; sinks stay behind, for `with_sinks`. Runs on one device,
+    `operands` are those of `local_paged_prefill_p` by name. Runs on one device,
     where folding costs nothing.
     """
     query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
     lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
-    packs, kv_heads, num_pages = math.prod(lead), *key_cache.shape[-4:-2]
+    layout, packs = LAYOUTS[cache_layout], math.prod(lead)
+    sizes = layout.sizes(key_cache.shape)
     seqs = operands["page_indices"].shape[-2]
     own, layered = lead[:cache_batch_dims], "layer" in operands
-    layers = key_cache.shape[-5] if layered else 1
+    layers = key_cache.shape[cache_batch_dims] if layered else 1
     layer = jnp.clip(operands["layer"], 0, layers - 1) if layered else None
 
     def per_sequence(name):
@@ -229,13 +266,17 @@ def flatten(
         return None if name not in operands else operands[name].reshape(packs * tokens, operands[name].shape[-1])
 
     def pages(cache):
-        return None if cache is None else cache.reshape(math.prod(cache.shape[:-4]), *cache.shape[-4:])
+        if cache is None:
+            return None
+        lead = layout.lead(cache.shape)
+        return layout.split(cache.reshape(math.prod(lead), *cache.shape[len(lead) :]), 1)
 
     def scale(name):  # one of each pool, and of what else it has
         if name not in operands:
             return None
         rest = operands[name].shape[cache_batch_dims:]
-        return jnp.broadcast_to(operands[name], (*own, *rest)).reshape(math.prod(own) * layers, *rest[layered:])
+        folded = jnp.broadcast_to(operands[name], (*own, *rest)).reshape(math.prod(own) * layers, *rest[layered:])
+        return layout.split(folded, 1) if folded.ndim > 2 else folded
 
     def pool_among(sizes):
         """The pool of each sequence where *C has these sizes; 1 serves all of a dimension."""
@@ -253,7 +294,7 @@ def flatten(
         length=jnp.diff(offsets).reshape(-1),
         context_len=harmless_contexts(per_sequence("context_lens")),
         pool=pool_among(own),
-        page_indices=jnp.clip(per_sequence("page_indices"), 0, jax.core.max_dim(last_index(num_pages), 0)),
+        page_indices=jnp.clip(per_sequence("page_indices"), 0, jax.core.max_dim(last_index(sizes["num_pages"]), 0)),
     )
     if attention.sliding_window is not None and attention.sliding_window >= MAX_CONTEXT:
         attention = dataclasses.replace(attention, sliding_window=None)  # wider than any context
@@ -262,12 +303,14 @@ def flatten(
         pages(key_cache),
         pages(value_cache),
         sequences,
-        jnp.clip(operands["kv_head_start"], 0, kv_heads - num_kv_heads),
+        jnp.clip(operands["kv_head_start"], 0, sizes["kv_heads"] - num_kv_heads),
         num_kv_heads=num_kv_heads,
         attention=attention,
-        value_dim=value_dim,
+        value_dim=head_dim if layout.combined else value_dim,
+        layout=layout,
         ranges=per_token("key_ranges"),
         tree=per_token("tree_mask"),
+        sinks=None if "sinks" not in operands else operands["sinks"].reshape(packs, q_heads),
         key_scale=scale("key_scale"),
         value_scale=scale("value_scale"),
         key_pool=pool_apart(key_cache),

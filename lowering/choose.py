@@ -17,6 +17,7 @@ from paged_prefill.lowering.xla.append import XlaWriter
 from paged_prefill.lowering.xla.host import Xla
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
+from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 XLA = Xla()  # which runs every call
 
@@ -91,12 +92,12 @@ def _reason_against(kernel: Kernel, problem: Problem, device: Device, *, asked_f
     return kernel.supports(problem, device)
 
 
-def choose_writer(operands, device: Device) -> tuple[Writer, dict[str, str]]:
+def choose_writer(operands, device: Device, layout: CacheLayout = OWN_LAYOUT) -> tuple[Writer, dict[str, str]]:
     """What runs an `append_to_pages` with these operands, by name, and why each one before it was passed over."""
     passed_over = {}
     for writer in WRITERS:
         if device.platform in writer.platforms:
-            reason = writer.supports(operands, device)
+            reason = writer.supports(operands, device, layout)
             if reason is not None:
                 passed_over[writer.name] = reason
             elif writer.pays(operands):

@@ -24,6 +24,8 @@ class Kernel(abc.ABC):
       invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
         window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
         takes no other kernel.
+      joins_sinks: whether `attend` gives the sinks of a call their part in each softmax. A kernel that does not sees a
+        call without them, and they join its results.
     """
 
     name: ClassVar[str]
@@ -31,6 +33,7 @@ class Kernel(abc.ABC):
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
     invariant: ClassVar[bool] = False
+    joins_sinks: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         """None, or the reason why it cannot run a call, in words that a user can act on."""

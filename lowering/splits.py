@@ -59,15 +59,17 @@ def best_splits(
     return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 
-def merge_splits(out, lse, dtype):
+def merge_splits(out, lse, dtype, sinks=None):
     """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
 
+    `sinks` [...] are as the lse of one more part, of value 0.
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
     # Written out: XLA fuses that into one kernel, where every reduction is one more.
-    largest = functools.reduce(jnp.maximum, lse)
-    weights = [jnp.exp(part - jnp.where(jnp.isneginf(largest), 0.0, largest)) for part in lse]
+    parts = [*lse] if sinks is None else [*lse, sinks]
+    largest = functools.reduce(jnp.maximum, parts)
+    weights = [jnp.exp(part - jnp.where(jnp.isneginf(largest), 0.0, largest)) for part in parts]
     total = functools.reduce(jnp.add, weights)
     summed = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)])
     merged, lse = normalised(summed, total, largest)

@@ -7,6 +7,7 @@ from typing import ClassVar
 from jax import export
 
 from paged_prefill.lowering.call import Device
+from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 
 class Writer(abc.ABC):
@@ -22,7 +23,7 @@ class Writer(abc.ABC):
     platforms: ClassVar[tuple[str, ...]]
     any_call: ClassVar[bool] = False
 
-    def supports(self, operands: Mapping, device: Device) -> str | None:
+    def supports(self, operands: Mapping, device: Device, layout: CacheLayout = OWN_LAYOUT) -> str | None:
         """None, or the reason why it cannot run a call with these operands, in words that a user can act on."""
         if self.any_call:
             return None
@@ -30,16 +31,18 @@ class Writer(abc.ABC):
             return "it is built for sizes that are numbers, and the call has symbolic ones"
         if not device.known:
             return "it is built for one kind of device, and which will run this is not known here"
-        return self._reason_against(operands, device)
+        return self._reason_against(operands, device, layout)
 
     def pays(self, operands: Mapping) -> bool:
         """Whether it is the faster one for a call of this size; then nothing is said of it."""
         return True
 
     @abc.abstractmethod
-    def _reason_against(self, operands: Mapping, device: Device) -> str | None:
+    def _reason_against(self, operands: Mapping, device: Device, layout: CacheLayout) -> str | None:
         """What `supports` says of a call whose sizes are numbers, on a device that is known."""
 
     @abc.abstractmethod
-    def write(self, operands: Mapping, cache_batch_dims: int, device: Device) -> list:
+    def write(
+        self, operands: Mapping, cache_batch_dims: int, device: Device, layout: CacheLayout = OWN_LAYOUT
+    ) -> list:
         """The results by the table of operands: what was written, in its order. In place where it may be."""

@@ -9,6 +9,7 @@ from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.checks import DEFAULT_MASK_VALUE, Platform
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import AxisHint
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import PREFILL
 from paged_prefill.primitive.prefill import paged_prefill_p, parameters_of
 
@@ -75,7 +76,7 @@ def prefill_page_attention(
     return _attend_one(query, key_cache, value_cache, *indices, **parameters)
 
 
-STATIC = ("attention", "value_dim", "cache_batch_dims", "platform", "config", "hint")
+STATIC = ("attention", "value_dim", "cache_batch_dims", "cache_layout", "platform", "config", "hint")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, inline=True)  # one dispatch where the call is eager
@@ -110,6 +111,7 @@ def ragged_paged_prefill(
     layer: jax.typing.ArrayLike | None = None,
     value_dim: int | None = None,
     page_axis: AxisHint = None,
+    cache_layout: str = DEFAULT_LAYOUT,
 ) -> (
     Float[Array, "*batch tokens q_heads value_dim"]
     | tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]
@@ -142,6 +144,10 @@ def ragged_paged_prefill(
       batch_axis: likewise for the first dimension of `*batch`, or, where there is none, the first that vmap adds.
       page_axis: likewise for the caches' pages: of N pages on W devices, page g is on device g // (N / W). Each device
         attends to the keys that it holds, and what it gets is merged, the size of the output.
+      cache_layout: the order of the caches' dimensions behind those in front: "kpsd" as above, "pskd" [num_pages,
+        page_size, kv_heads, head_dim] or "pksd" [num_pages, kv_heads, page_size, head_dim]; and with keys and values in
+        one array, key_cache, where value_cache is None: "ps(k2)d" [num_pages, page_size, 2 * kv_heads, head_dim], each
+        key's head followed by its value's, "p2ksd" and "p2skd". Scales of slots lie as the cache does, without features.
       return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
 
     Returns:
@@ -154,10 +160,10 @@ def ragged_paged_prefill(
     """
     checks.check_mask_value(mask_value)
     checks.check_config("cfg", cfg)
-    layered = layer is not None
+    layout, layered = checks.check_layout(cache_layout), layer is not None
     checks.check_leading("query", query)
-    checks.check_cache_rank("key_cache", key_cache, query.shape[:-3], layered)
-    batch, pools = query.shape[:-3], key_cache.shape[: key_cache.ndim - 4]
+    checks.check_cache_rank("key_cache", key_cache, layout, query.shape[:-3], layered)
+    batch, pools = query.shape[:-3], layout.lead(key_cache.shape)
     named = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     ) | checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
@@ -179,5 +185,6 @@ def ragged_paged_prefill(
         config=cfg,
         hint=context.hint_of(head_axis, batch_axis, page_axis, len(batch)),
         cache_batch_dims=len(pools) - layered,
+        cache_layout=cache_layout,
     )
     return (out, lse) if return_lse else out

@@ -16,13 +16,15 @@ from paged_prefill.primitive.binding import (
     specs_of_one_device,
     typed_result,
 )
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import APPEND
 
 LOCAL = APPEND._replace(name="local_append_to_pages")
 
 
-def _parameters(operands, *, cache_batch_dims: int = 0, **others) -> dict:
-    return dict(cache_batch_dims=operator.index(cache_batch_dims), **others)
+def _parameters(operands, *, cache_batch_dims: int = 0, cache_layout: str = DEFAULT_LAYOUT, **others) -> dict:
+    form = dict(cache_batch_dims=operator.index(cache_batch_dims), cache_layout=checks.check_layout(cache_layout).name)
+    return form | others
 
 
 def _append_parameters(operands, *, hint=None, **given):
@@ -36,11 +38,11 @@ local_append_to_pages_p = OperationPrimitive(LOCAL, "local_append_to_pages", _pa
 
 
 def _abstract_by(operation, specs_of):
-    def abstract(*operands, present, cache_batch_dims, hint=None):
+    def abstract(*operands, present, hint=None, **form):
         named = dict(zip(present, operands, strict=True))
-        checks.check_append_operands(operation, named, cache_batch_dims=cache_batch_dims)
-        specs = specs_of(operation, operands, present=present, cache_batch_dims=cache_batch_dims)
-        written = shapes_of(operation, present, operands, cache_batch_dims).results()
+        checks.check_append_operands(operation, named, **form)
+        specs = specs_of(operation, operands, present=present, **form)
+        written = shapes_of(operation, present, operands, **form).results()
         return [typed_result(x, x.shape, x.dtype, specs[row.name]) for row in written for x in [named[row.name]]]
 
     return abstract

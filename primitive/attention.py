@@ -52,6 +52,17 @@ def normalised(
     return jnp.where((total == 0)[..., None], 0.0, unnormalised * factor[..., None]), lse
 
 
+def with_logit(total, largest, logit):
+    """A softmax's sum and maximum with a logit that has no value, such as a sink's; and by what the weights fade.
+
+    The sums are of exp(logit - largest); where both are -inf, nothing is seen, and the maximum is 0.
+    """
+    together = jnp.maximum(largest, logit)
+    together = jnp.where(together == -jnp.inf, 0.0, together)
+    fade = jnp.exp(largest - together)
+    return total * fade + jnp.exp(logit - together), together, fade
+
+
 def factor_and_lse(total, largest):
     """The same for kernels, which hold rows in layouts of their own: what to multiply an output with, and the lse."""
     unseen = total == 0

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.cut import Cut, axes_of, check_stays, settle
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.primitive.operands import POOLS, Operation, Shapes
 
 
@@ -53,9 +54,10 @@ class OperationPrimitive(Primitive):
         return named, given
 
 
-def shapes_of(operation: Operation, present, operands, cache_batch_dims: int) -> Shapes:
+def shapes_of(operation: Operation, present, operands, cache_batch_dims: int, cache_layout: str) -> Shapes:
     """The shapes of operands as they stand in a jaxpr."""
-    return Shapes(operation, {name: x.shape for name, x in zip(present, operands, strict=True)}, cache_batch_dims)
+    shapes = {name: tuple(x.shape) for name, x in zip(present, operands, strict=True)}
+    return Shapes(operation, shapes, cache_batch_dims, LAYOUTS[cache_layout])
 
 
 def _varying_alike(operands, types):
@@ -82,11 +84,14 @@ def mesh_of(*avals):
 # ---- Abstract evaluation: only explicit axes show in types. Results follow the plan, and no operand may have to move.
 
 
-def specs_by_plan(operation: Operation, operands, *, present, cache_batch_dims):
-    """How each operand and result of a call with global shapes is cut, by name, given the operands' types."""
+def specs_by_plan(operation: Operation, operands, *, present, **form):
+    """How each operand and result of a call with global shapes is cut, by name, given the operands' types.
+
+    `form` are cache_batch_dims and cache_layout.
+    """
     mesh = mesh_of(*operands)
     checks.check_mesh(operation.name, mesh)
-    call = shapes_of(operation, present, operands, cache_batch_dims)
+    call = shapes_of(operation, present, operands, **form)
     types = {name: aval.sharding.spec for name, aval in zip(present, operands, strict=True)}
     specs = settle(mesh.shape, call, types).specs(call)
     for name, spec in types.items():
@@ -94,9 +99,9 @@ def specs_by_plan(operation: Operation, operands, *, present, cache_batch_dims):
     return specs
 
 
-def specs_of_one_device(operation: Operation, operands, *, present, cache_batch_dims):
+def specs_of_one_device(operation: Operation, operands, *, present, **form):
     """The same for what one device runs."""
-    call = shapes_of(operation, present, operands, cache_batch_dims)
+    call = shapes_of(operation, present, operands, **form)
     return Cut(((),) * len(call.batch)).specs(call)
 
 
@@ -118,7 +123,7 @@ def batch_rule(primitive: OperationPrimitive):
     """
     operation = primitive.operation
 
-    def rule(axis_data, operands, axes, *, present, cache_batch_dims, hint=None, **parameters):
+    def rule(axis_data, operands, axes, *, present, cache_batch_dims, cache_layout, hint=None, **parameters):
         rows = operation.table(present)
         own_pools = operation.writes or any(
             axis is not None for row, axis in zip(rows, axes, strict=True) if row.lead == POOLS
@@ -134,11 +139,10 @@ def batch_rule(primitive: OperationPrimitive):
             return jnp.broadcast_to(jnp.expand_dims(operand, position), shape)
 
         batched = [with_axis(*each) for each in zip(rows, operands, axes, strict=True)]
-        call = shapes_of(operation, present, batched, cache_batch_dims + own_pools)
+        form = dict(cache_batch_dims=cache_batch_dims + own_pools, cache_layout=cache_layout)
+        call = shapes_of(operation, present, batched, **form)
         hint = context.with_dimension(hint, position, axes_of(axis_data.spmd_name), len(call.batch) - 1)
-        results = primitive.bind(
-            *batched, present=present, cache_batch_dims=cache_batch_dims + own_pools, hint=hint, **parameters
-        )
+        results = primitive.bind(*batched, present=present, hint=hint, **form, **parameters)
         return results, (position,) * len(results)
 
     return rule

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.layout import LAYOUTS, OWN_LAYOUT, CacheLayout
 from paged_prefill.primitive.operands import (
     ATTENTION_DTYPES,
     BATCH,
+    KEY_CACHE,
     POOLS,
     QUANTISED_DTYPES,
+    VALUE_CACHE,
     Operand,
     Operation,
 )
@@ -27,11 +30,27 @@ DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
 LARGEST_FACTOR = 2.0**120
-NOT_EMPTY = ("q_heads", "kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1")
+CACHE_FORMS = {row.name: row.forms[0] for row in (KEY_CACHE, VALUE_CACHE)}
+NOT_EMPTY = (
+    "q_heads", "kv_heads", "2 * kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1"
+)  # fmt: skip
+
+
+def check_layout(name) -> CacheLayout:
+    """The layout of that name."""
+    if not (isinstance(name, str) and name in LAYOUTS):
+        raise ValueError(f"cache_layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    return LAYOUTS[name]
 
 
 def check_operands(
-    operation: Operation, operands: Mapping[str, Any], *, cache_batch_dims: int, num_kv_heads=None, value_dim=None
+    operation: Operation,
+    operands: Mapping[str, Any],
+    *,
+    cache_batch_dims: int,
+    cache_layout: str,
+    num_kv_heads=None,
+    value_dim=None,
 ) -> None:
     """Checks the shapes and dtypes of an operation's operands, given by name; they may be abstract.
 
@@ -44,9 +63,9 @@ def check_operands(
             raise TypeError(f"{row.name} must be an array, got None")
     present, leading = operation.present(operands), operands[operation.leading]
     check_leading(operation.leading, leading)
-    lead = leading.shape[:-3]
+    lead, layout = leading.shape[:-3], LAYOUTS[cache_layout]
     if not 0 <= cache_batch_dims <= len(lead):
-        check_cache_rank("key_cache", operands["key_cache"], lead, "layer" in present)
+        check_cache_rank("key_cache", operands["key_cache"], layout, lead, "layer" in present)
         raise ValueError(
             f"cache_batch_dims must be between 0 and the number of {operation.leading}'s batch dimensions ({len(lead)}, "
             f"since {operation.leading} has shape {leading.shape}), got {cache_batch_dims}"
@@ -54,37 +73,41 @@ def check_operands(
     sizes: dict[str, int] = {}
     for row in operation.table(present):
         own_lead = lead[: row.lead_dims(len(lead), cache_batch_dims)]
-        _check_shape(row, operands[row.name], own_lead, present, sizes, operation.writes)
+        _check_shape(row, operands[row.name], own_lead, present, sizes, operation.writes, layout)
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
-    _check_values(operands, value_dim)
+    _check_values(operands, value_dim, layout)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
     if kv_heads > sizes["kv_heads"]:
         raise ValueError(f"num_kv_heads must be at most key_cache's {sizes['kv_heads']} KV heads, got {num_kv_heads}")
     if "q_heads" in sizes and (q_heads := sizes["q_heads"]) % kv_heads:
-        layout = _other_layout("key_cache", operands["key_cache"], lambda heads: q_heads % heads == 0)
+        other = _other_layout("key_cache", operands["key_cache"], layout, lambda heads: q_heads % heads == 0)
         raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {q_heads} query heads{layout}"
+            f"query must have a multiple of key_cache's {kv_heads} KV heads, got {q_heads} query heads{other}"
         )
 
 
-def _other_layout(name, cache, fits) -> str:
-    """What a message adds where heads fit another dimension of a cache: peers lay theirs in other orders."""
-    last = _features(name)
-    layouts = {-2: f"[num_pages, page_size, kv_heads, {last}]", -3: f"[num_pages, kv_heads, page_size, {last}]"}
-    likely = [dim for dim in layouts if isinstance(size := cache.shape[dim], int) and size and fits(size)]
+def _other_layout(name, cache, layout, fits) -> str:
+    """What a message adds where heads fit a cache in another layout of as many dimensions."""
+
+    def heads(other):
+        size = other.sizes(cache.shape)["kv_heads"]
+        return isinstance(size, int) and size and fits(size)
+
+    alike = [x for x in LAYOUTS.values() if len(x.dims) == len(layout.dims) and x.combined == layout.combined]
+    likely = [x for x in alike if x != layout and heads(x)]
     if not likely:
         return ""
-    shape = ", ".join(map(str, cache.shape[-4:]))
+    shape = ", ".join(map(str, cache.shape[-len(layout.dims) :]))
     return (
-        f": {name} must be laid out as [kv_heads, num_pages, page_size, {last}], and [{shape}] looks like "
-        f"{' or '.join(layouts[dim] for dim in likely)}, which "
-        f"{' or '.join(f'jnp.moveaxis({name}, {dim}, -4)' for dim in likely)} puts in order"
+        f": by cache_layout={layout.name!r} {name} is laid out as {_laid_out(name, layout)}, and [{shape}] looks like "
+        f"{' or '.join(_laid_out(name, x) for x in likely)}, which ragged_paged_prefill and append_to_pages take by "
+        f"{' or '.join(f'cache_layout={x.name!r}' for x in likely)}"
     )
 
 
-def _features(name) -> str:
-    """The name of a cache's last dimension."""
-    return "head_dim" if name == "key_cache" else "value_dim"
+def _laid_out(name, layout, *before) -> str:
+    """The dimensions of a cache as a message says them."""
+    return f"[{', '.join([*before, *layout.ordered(CACHE_FORMS[name])])}]"
 
 
 def check_array(name, array) -> None:
@@ -103,20 +126,20 @@ def check_leading(name, array) -> None:
         raise ValueError(f"{name} must have at least one head and one feature, got {array.shape}")
 
 
-def check_cache_rank(name, cache, lead=None, layered=False) -> None:
+def check_cache_rank(name, cache, layout: CacheLayout, lead=None, layered=False) -> None:
     """Checks the number of dimensions of a cache, where `lead` are the batch dimensions it may share, if known."""
     check_array(name, cache)
-    least = 4 + layered
+    least = len(layout.dims) + layered
     if cache.ndim < least or (lead is not None and cache.ndim > len(lead) + least):
-        dims = ["*pools"] * (lead != ()) + ["layers"] * layered + ["kv_heads", "num_pages", "page_size", _features(name)]
-        raise ValueError(f"{name} must have shape [{', '.join(dims)}], got {cache.shape}")
+        before = ["*pools"] * (lead != ()) + ["layers"] * layered
+        raise ValueError(f"{name} must have shape {_laid_out(name, layout, *before)}, got {cache.shape}")
 
 
-def _check_shape(row: Operand, array, lead, present, sizes, writes) -> None:
+def _check_shape(row: Operand, array, lead, present, sizes, writes, layout) -> None:
     """Holds an operand to its form behind `lead`, and to `sizes`, the dimensions known so far, which it adds to."""
-    dims = row.dims(array.ndim, len(lead), present)
+    dims = row.dims(array.ndim, len(lead), present, layout)
     if dims is None or not _fits(array.shape, lead, dims, sizes, shared=row.lead == POOLS and not writes):
-        forms = [dims] if dims else row.all_dims(present)
+        forms = [dims] if dims else row.all_dims(present, layout)
         text = " or ".join(_form(lead, form, sizes) for form in forms)
         raise ValueError(f"{row.name} must have shape {text}, got {array.shape}")
     own = dict(zip(dims, array.shape[len(lead) :], strict=True))
@@ -125,6 +148,10 @@ def _check_shape(row: Operand, array, lead, present, sizes, writes) -> None:
     sizes.update(own)
     if "seqs" in own:
         sizes["seqs + 1"] = own["seqs"] + 1
+    if row.name == "key_cache" and layout.combined:
+        if "2 * kv_heads" in own and own["2 * kv_heads"] % 2:
+            raise ValueError(f"key_cache must have an even number of heads, a key's and a value's each, got {array.shape}")
+        sizes.update(kv_heads=layout.sizes(array.shape)["kv_heads"], value_dim=own["head_dim"])
 
 
 def _form(lead, dims, sizes) -> str:
@@ -157,10 +184,12 @@ def _check_dtype(name, kind, dtype, leading, leading_dtype) -> None:
         )
 
 
-def _check_values(operands, value_dim) -> None:
+def _check_values(operands, value_dim, layout: CacheLayout) -> None:
     """Holds what stands for the values, and the scales, to the caches."""
     key_cache, value_cache = operands["key_cache"], operands.get("value_cache")
-    if value_cache is not None:
+    if layout.combined:
+        _check_combined(operands, value_dim, layout)
+    elif value_cache is not None:
         if value_dim is not None:
             raise ValueError(f"value_dim is for a latent cache, which has no value_cache; got value_dim={value_dim} too")
         if value_cache.dtype != key_cache.dtype:
@@ -174,15 +203,29 @@ def _check_values(operands, value_dim) -> None:
             )
 
 
+def _check_combined(operands, value_dim, layout: CacheLayout) -> None:
+    """Holds a call to what goes with keys and values in one array."""
+    within = f"cache_layout={layout.name!r} has the values in key_cache"
+    if operands.get("value_cache") is not None:
+        raise ValueError(f"value_cache must be None: {within}, got value_cache {operands['value_cache'].shape}")
+    if value_dim is not None:
+        raise ValueError(f"value_dim is for a latent cache, and {within}; got value_dim={value_dim}")
+    scales = [operands.get(name) for name in ("key_scale", "value_scale")]
+    slots = operands["key_cache"].ndim - 1
+    if scales[1] is not None and slots in {x.ndim for x in scales if x is not None}:
+        raise ValueError(
+            f"value_scale must be None where scales are of each slot: {within}, and its scales in key_scale; got "
+            f"value_scale {scales[1].shape}"
+        )
+
+
 def check_attention_operands(
-    operation: Operation, operands, attention: Attention, value_dim, *, cache_batch_dims, num_kv_heads=None
+    operation: Operation, operands, attention: Attention, value_dim, *, cache_layout, **others
 ) -> None:
-    """Checks all operands of the attention, and what goes with which."""
-    check_operands(
-        operation, operands, cache_batch_dims=cache_batch_dims, num_kv_heads=num_kv_heads, value_dim=value_dim
-    )
+    """Checks all operands of the attention, and what goes with which; `others` as in `check_operands`."""
+    check_operands(operation, operands, value_dim=value_dim, cache_layout=cache_layout, **others)
     key_cache = operands["key_cache"]
-    if operands.get("value_cache") is None:
+    if operands.get("value_cache") is None and not LAYOUTS[cache_layout].combined:
         check_value_dim(value_dim, key_cache.shape[-1])
     if operands.get("key_ranges") is not None and attention.sliding_window is not None:
         raise ValueError(
@@ -272,7 +315,7 @@ def index_arrays(**arrays) -> dict[str, jax.Array]:
         raise ValueError(f"{rows[0].name} must have shape [..., {', '.join(leading)}], got {first.shape}")
     lead, sizes = first.shape[: first.ndim - len(leading)], {}
     for row in rows:
-        _check_shape(row, named[row.name], lead, (), sizes, writes=True)
+        _check_shape(row, named[row.name], lead, (), sizes, True, OWN_LAYOUT)
     return named
 
 
@@ -418,19 +461,17 @@ def abstract_pack_of_one(query, key_cache, value_cache, context_len, page_indice
     }
 
 
-def check_new_tokens(name, tokens, cache, layered) -> None:
+def check_new_tokens(name, tokens, cache_name, cache, layout: CacheLayout, layered) -> None:
     """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
-    check_cache_rank(f"{name}_cache", cache, layered=layered)
-    expected = (cache.shape[-4], cache.shape[-1])
+    check_cache_rank(cache_name, cache, layout, layered=layered)
+    expected = (layout.sizes(cache.shape)["kv_heads"], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
         form = "[..., tokens, " + ", ".join(map(str, expected)) + "]"
         fits = tokens.ndim >= 3 and tokens.shape[-1] == cache.shape[-1]
-        layout = _other_layout(f"{name}_cache", cache, lambda heads: fits and heads == tokens.shape[-2])
-        raise ValueError(
-            f"{name} must have shape {form} to go into {name}_cache {cache.shape}, got {tokens.shape}{layout}"
-        )
+        other = _other_layout(cache_name, cache, layout, lambda heads: fits and heads == tokens.shape[-2])
+        raise ValueError(f"{name} must have shape {form} to go into {cache_name} {cache.shape}, got {tokens.shape}{other}")
     if tokens.dtype != cache.dtype and cache.dtype.name in ATTENTION_DTYPES:
-        raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype.name}, got {tokens.dtype.name}")
+        raise TypeError(f"{name} must have {cache_name}'s dtype {cache.dtype.name}, got {tokens.dtype.name}")
 
 
 def check_same_tokens(key, value) -> None:
@@ -439,9 +480,13 @@ def check_same_tokens(key, value) -> None:
         raise ValueError(f"value must have shape {(*key.shape[:-1], value.shape[-1])} to go with key, got {value.shape}")
 
 
-def check_append_operands(operation: Operation, operands, *, cache_batch_dims) -> None:
-    """Checks all operands of `append_to_pages`."""
-    check_operands(operation, operands, cache_batch_dims=cache_batch_dims)
+def check_append_operands(operation: Operation, operands, *, cache_layout, **others) -> None:
+    """Checks all operands of `append_to_pages`; `others` as in `check_operands`."""
+    check_operands(operation, operands, cache_layout=cache_layout, **others)
+    if LAYOUTS[cache_layout].combined:
+        if operands.get("value") is None:
+            raise ValueError(f"value must be given with key: cache_layout={cache_layout!r} has the values in key_cache")
+        return
     for with_value, without in (("value_cache", "value"), ("value", "value_cache")):
         if operands.get(with_value) is not None and operands.get(without) is None:
             raise ValueError(f"{without} must be given with {with_value}; both are None for a latent cache")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from paged_prefill.primitive.operands import CACHES, Shapes
 
 Axes = tuple[str, ...]  # the mesh axes that cut one dimension, major to minor
+KV_HEADS = ("kv_heads", "2 * kv_heads")  # by either name, in parts of whole heads
 
 
 class Cut(NamedTuple):
@@ -35,7 +36,7 @@ class Cut(NamedTuple):
 
     def specs(self, call: Shapes) -> dict[str, PartitionSpec]:
         """The full PartitionSpec of each operand and result, by name."""
-        everywhere = dict(q_heads=self.heads, kv_heads=self.kv_heads, num_pages=self.pages)
+        everywhere = {"q_heads": self.heads, "num_pages": self.pages} | dict.fromkeys(KV_HEADS, self.kv_heads)
         in_results = everywhere | dict(tokens=self.tokens)
 
         def spec(row):
@@ -127,8 +128,8 @@ def wishes_of(call: Shapes, specs: Mapping[str, PartitionSpec]) -> list[Cut]:
             named = dict(zip(dims, axes[lead:], strict=True))
             batch = (*axes[:lead], *[()] * (batch_dims - lead))
             tokens = named.get("tokens", ()) if row in call.operation.results else ()
-            dims_cut = (named.get(dim, ()) for dim in ("q_heads", "kv_heads", "num_pages"))
-            wishes.append(Cut(batch, *dims_cut, tokens))
+            kv_heads = next((named[dim] for dim in KV_HEADS if dim in named), ())
+            wishes.append(Cut(batch, named.get("q_heads", ()), kv_heads, named.get("num_pages", ()), tokens))
     return wishes
 
 

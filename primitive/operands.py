@@ -6,10 +6,13 @@ and the static parameter `present` lists their names.
 
 Dimensions have names, and equal names are equal sizes. In front stand leading dimensions: [*C, *B] where there is one
 of each pack, [*C] where all packs of *B share one. A cache may have a 1 where *C has more: then it serves all of them.
+In which order a cache's other dimensions lie is said by a `CacheLayout`; here they stand in this project's own.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 ATTENTION_DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
@@ -40,14 +43,16 @@ class Operand(NamedTuple):
         """How many leading dimensions it has."""
         return {BATCH: batch_dims, POOLS: cache_batch_dims, ONE: 0}[self.lead]
 
-    def dims(self, ndim: int, lead_dims: int, present: Sequence[str]) -> tuple[str, ...] | None:
+    def dims(
+        self, ndim: int, lead_dims: int, present: Sequence[str], layout: CacheLayout
+    ) -> tuple[str, ...] | None:
         """The names of its dimensions behind the leading ones, given its rank; None where no form has that rank."""
-        return next((form for form in self.all_dims(present) if lead_dims + len(form) == ndim), None)
+        return next((form for form in self.all_dims(present, layout) if lead_dims + len(form) == ndim), None)
 
-    def all_dims(self, present: Sequence[str]) -> list[tuple[str, ...]]:
+    def all_dims(self, present: Sequence[str], layout: CacheLayout) -> list[tuple[str, ...]]:
         """The names of its dimensions behind the leading ones, in each of its forms."""
         layers = ("layers",) if self.layered and "layer" in present else ()
-        return [layers + form for form in self.forms]
+        return [layers + layout.ordered(form) for form in self.forms]
 
 
 CACHE_DIMS = ("kv_heads", "num_pages", "page_size")
@@ -104,11 +109,13 @@ class Shapes(NamedTuple):
       operation: which one.
       shapes: those of the operands that are there.
       cache_batch_dims: the number of *C.
+      layout: in which order the caches lie.
     """
 
     operation: Operation
     shapes: Mapping[str, tuple[int, ...]]
     cache_batch_dims: int
+    layout: CacheLayout = OWN_LAYOUT
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -123,12 +130,12 @@ class Shapes(NamedTuple):
     @property
     def kv_heads(self) -> int:
         """The heads of the caches."""
-        return self.shapes["key_cache"][-4]
+        return self.layout.sizes(self.shapes["key_cache"])["kv_heads"]
 
     @property
     def num_pages(self) -> int:
         """The pages of the caches."""
-        return self.shapes["key_cache"][-3]
+        return self.layout.sizes(self.shapes["key_cache"])["num_pages"]
 
     @property
     def tokens(self) -> int:
@@ -144,7 +151,7 @@ class Shapes(NamedTuple):
         """The names of the other dimensions of an operand or result."""
         if row.name not in self.shapes:
             return row.forms[0]
-        return row.dims(len(self.shapes[row.name]), len(self.lead(row)), tuple(self.shapes))
+        return row.dims(len(self.shapes[row.name]), len(self.lead(row)), tuple(self.shapes), self.layout)
 
     def results(self) -> tuple[Operand, ...]:
         """The results; one that has an operand's name is that operand written, where it has slots to write."""

@@ -9,6 +9,7 @@ from paged_prefill.primitive.append import append_to_pages_p
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.binding import shapes_of
 from paged_prefill.primitive.context import AxisHint
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import APPEND, CACHES
 
 
@@ -27,6 +28,7 @@ def append_to_pages(
     head_axis: AxisHint = None,
     batch_axis: AxisHint = None,
     page_axis: AxisHint = None,
+    cache_layout: str = DEFAULT_LAYOUT,
 ) -> tuple[jax.Array | None, ...]:
     """Writes the keys and values of a pack's new tokens into their pages; call it before `ragged_paged_prefill`.
 
@@ -52,6 +54,8 @@ def append_to_pages(
         that there are.
       head_axis, batch_axis, page_axis: as in `ragged_paged_prefill`. Packs that write into one pool are whole on every
         device; where pages are cut, a token is written on the device that holds its page.
+      cache_layout: the order of the caches' dimensions, as in `ragged_paged_prefill`. With keys and values in one array
+        value_cache is None, and scales of each slot are in key_scale, of both.
 
     Returns:
       (key_cache, value_cache) with the tokens written; where either scale is one of each slot,
@@ -60,25 +64,26 @@ def append_to_pages(
     Raises:
       ValueError, TypeError: a shape or dtype does not fit; names the argument.
     """
-    layered = layer is not None
+    layout, layered = checks.check_layout(cache_layout), layer is not None
     checks.check_array("key", key)
-    checks.check_cache_rank("key_cache", key_cache, layered=layered)
-    for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
+    checks.check_cache_rank("key_cache", key_cache, layout, layered=layered)
+    values = ("key_cache", key_cache) if layout.combined else ("value_cache", value_cache)
+    for name, new, cache_name, cache in (("key", key, "key_cache", key_cache), ("value", value, *values)):
         if new is not None and cache is not None:
-            checks.check_new_tokens(name, new, cache, layered)
+            checks.check_new_tokens(name, new, cache_name, cache, layout, layered)
     if value is not None:
         checks.check_same_tokens(key, value)
     named = checks.int32_indices(
         context_lens=context_lens, page_indices=page_indices, query_offsets=query_offsets
     ) | dict(key_cache=key_cache, value_cache=value_cache, key=key, value=value)
-    pools = key_cache.shape[: key_cache.ndim - 4]
+    pools = layout.lead(key_cache.shape)
     named |= checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
     named["layer"] = checks.layer_of(layer, key.shape[:-3])
-    cache_batch_dims = len(pools) - layered
+    form = dict(cache_batch_dims=len(pools) - layered, cache_layout=cache_layout)
     hint = context.hint_of(head_axis, batch_axis, page_axis, key.ndim - 3)
-    written = append_to_pages_p.bind(**named, cache_batch_dims=cache_batch_dims, hint=hint)
+    written = append_to_pages_p.bind(**named, hint=hint, **form)
     present = {name: array for name, array in named.items() if array is not None}
-    names = [row.name for row in shapes_of(APPEND, present, present.values(), cache_batch_dims).results()]
+    names = [row.name for row in shapes_of(APPEND, present, present.values(), **form).results()]
     wanted = CACHES if {*names} <= {*CACHES} else (*CACHES, "key_scale", "value_scale")
     results = named | dict(zip(names, written, strict=True))
     return tuple(results[name] for name in wanted)

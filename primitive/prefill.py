@@ -20,6 +20,7 @@ from paged_prefill.primitive.binding import (
     specs_of_one_device,
     typed_result,
 )
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import ONE, PREFILL, Operand
 
 KV_HEAD_START = Operand("kv_head_start", ((),), ONE, "int32")
@@ -38,6 +39,7 @@ def parameters_of(
     sliding_window: int | None = None,
     value_dim: int | None = None,
     cache_batch_dims: int = 0,
+    cache_layout: str = DEFAULT_LAYOUT,
     platform: str | None = "auto",
     config=None,
     **others,
@@ -57,6 +59,7 @@ def parameters_of(
         ),
         value_dim=value_dim,
         cache_batch_dims=operator.index(cache_batch_dims),
+        cache_layout=checks.check_layout(cache_layout).name,
         platform=checks.requested_platform(platform, config),
         config=config,
         **others,
@@ -78,26 +81,34 @@ paged_prefill_p = OperationPrimitive(PREFILL, "paged_prefill", _prefill_paramete
 local_paged_prefill_p = OperationPrimitive(LOCAL, "local_paged_prefill", _local_parameters)
 
 
-def _abstract(*operands, attention, value_dim, present, cache_batch_dims, **params):
+def _abstract(*operands, attention, value_dim, present, cache_batch_dims, cache_layout, **params):
     named = dict(zip(present, operands, strict=True))
-    checks.check_attention_operands(PREFILL, named, attention, value_dim, cache_batch_dims=cache_batch_dims)
-    specs = specs_by_plan(PREFILL, operands, present=present, cache_batch_dims=cache_batch_dims)
-    return _results(named, value_dim, specs)
+    form = dict(cache_batch_dims=cache_batch_dims, cache_layout=cache_layout)
+    checks.check_attention_operands(PREFILL, named, attention, value_dim, **form)
+    return _results(named, value_dim, specs_by_plan(PREFILL, operands, present=present, **form))
 
 
-def _local_abstract(*operands, attention, value_dim, present, cache_batch_dims, num_kv_heads, **params):
+def _local_abstract(
+    *operands, attention, value_dim, present, cache_batch_dims, cache_layout, num_kv_heads, **params
+):
     named = dict(zip(present, operands, strict=True))
-    sizes = dict(cache_batch_dims=cache_batch_dims, num_kv_heads=num_kv_heads)
-    checks.check_attention_operands(LOCAL, named, attention, value_dim, **sizes)
-    specs = specs_of_one_device(LOCAL, operands, present=present, cache_batch_dims=cache_batch_dims)
-    return _results(named, value_dim, specs)
+    form = dict(cache_batch_dims=cache_batch_dims, cache_layout=cache_layout)
+    checks.check_attention_operands(LOCAL, named, attention, value_dim, num_kv_heads=num_kv_heads, **form)
+    return _results(named, value_dim, specs_of_one_device(LOCAL, operands, present=present, **form))
 
 
 def _results(named, value_dim, specs):
-    query, value_cache = named["query"], named.get("value_cache")
-    features = value_dim if value_cache is None else value_cache.shape[-1]
+    query = named["query"]
+    features = features_of_values(named["key_cache"], named.get("value_cache"), value_dim)
     out = typed_result(query, (*query.shape[:-1], features), query.dtype, specs["out"])
     return out, typed_result(query, query.shape[:-1], jnp.float32, specs["lse"])
+
+
+def features_of_values(key_cache, value_cache, value_dim) -> int:
+    """The features of an output: told of a latent cache, and in one array with the keys as many as theirs."""
+    if value_dim is not None:
+        return value_dim
+    return (key_cache if value_cache is None else value_cache).shape[-1]
 
 
 # Each says, as a text, what the code that `local_paged_prefill_p` becomes depends on beside the code of this package: what

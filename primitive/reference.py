@@ -12,7 +12,8 @@ the page table has a page for:
     out        = sum_j exp(logits[j]) v[j] / total over the visible keys;  0 where there are none
     lse        = log(total);  -inf where total is 0
 
-A token that no sequence owns has out 0 and lse -inf, with sinks too.
+A token that no sequence owns has out 0 and lse -inf, with sinks too. Caches of another layout mean what they do once their
+dimensions are brought into order, and so do scales of slots.
 """
 
 import functools
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.operands import BATCH, PREFILL
 
 
@@ -44,6 +46,7 @@ def reference(
     softmax_scale: float | None = None,
     attn_logits_soft_cap: float | None = None,
     sliding_window: int | None = None,
+    cache_layout: str = DEFAULT_LAYOUT,
     compute_dtype=None,
 ) -> tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]:
     """Attention of each sequence's new tokens to its pages, by the formula; see the module's docstring.
@@ -75,7 +78,10 @@ def reference(
         compute_dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     one_pack = functools.partial(_one_pack, attention=attention, value_dim=value_dim, compute_dtype=compute_dtype)
     operands = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
-    batch, cache_batch_dims = query.shape[:-3], key_cache.ndim - 4 - (layer is not None)
+    layout = checks.check_layout(cache_layout)
+    lead_dims = len(layout.lead(operands["key_cache"].shape))
+    operands = _in_default_layout(operands, layout, lead_dims)
+    batch, cache_batch_dims = query.shape[:-3], lead_dims - (layer is not None)
     rows = PREFILL.table(PREFILL.present(operands))
     mapped = [  # of each batch dimension: the operands that have it
         {row.name for row in rows if row.lead == BATCH or _has(operands[row.name], dim, size, cache_batch_dims)}
@@ -88,6 +94,17 @@ def reference(
     for names in reversed(mapped):
         one_pack = jax.vmap(one_pack, in_axes=({name: 0 if name in names else None for name in operands},))
     return one_pack(operands)
+
+
+def _in_default_layout(operands, layout, lead_dims):
+    """The operands with the caches, and scales of slots, in this project's order, keys and values apart."""
+    moved = dict(operands)
+    for kind in ("cache", "scale"):
+        for name in ("key", "value"):
+            array = operands.get(f"{name}_{kind}")
+            if array is not None and array.ndim > lead_dims + 1:
+                moved |= zip((f"{name}_{kind}", f"value_{kind}"), layout.to_default(array, lead_dims))
+    return moved
 
 
 def _has(operand, dim, size, cache_batch_dims) -> bool:

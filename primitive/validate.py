@@ -40,6 +40,7 @@ def validate(*arguments, **parameters) -> None:
     indices = {name: _indices(name, given[name]) for name in INDICES if given[name] is not None}
     numbers = {name: _values(name, given[name]) for name in NUMBERS if given[name] is not None}
     _check_call(given)
+    layout = checks.check_layout(given["cache_layout"])
     _check_numbers(numbers, given["key_cache"].ndim)
     attention = checks.attention_of(
         softmax_scale=given["softmax_scale"],
@@ -47,7 +48,7 @@ def validate(*arguments, **parameters) -> None:
         sliding_window=given["sliding_window"],
         head_dim=given["query"].shape[-1],
     )
-    _check_indices(indices, attention, given["query"].shape, given["key_cache"].shape)
+    _check_indices(indices, attention, given["query"].shape, given["key_cache"].shape, layout)
 
 
 validate.__signature__ = SIGNATURE.replace(return_annotation=None)
@@ -105,15 +106,16 @@ class _Sequence(NamedTuple):
     written: np.ndarray
 
 
-def _check_indices(indices, attention, query_shape, cache_shape) -> None:
+def _check_indices(indices, attention, query_shape, cache_shape, layout) -> None:
     *batch, tokens = query_shape[:-2]
-    num_pages, page_size = cache_shape[-3:-1]
+    num_pages, page_size = (layout.sizes(cache_shape)[name] for name in ("num_pages", "page_size"))
     layered = "layer" in indices
-    pools = cache_shape[: len(cache_shape) - 4 - layered]
+    lead = layout.lead(cache_shape)
+    pools = lead[: len(lead) - layered]
     layers = np.broadcast_to(indices["layer"], batch) if layered else np.zeros(batch, np.int64)
     for pack in np.ndindex(*batch):
-        if layered and not 0 <= layers[pack] < cache_shape[-5]:
-            raise ValueError(f"layer{_of(pack)} must lie in [0, {cache_shape[-5]}), got {layers[pack]}")
+        if layered and not 0 <= layers[pack] < lead[-1]:
+            raise ValueError(f"layer{_of(pack)} must lie in [0, {lead[-1]}), got {layers[pack]}")
         lens, pages, offsets = (indices[name][pack] for name in INDICES[:3])
         _check_offsets(pack, offsets, tokens)
         for seq, length in enumerate(np.diff(offsets)):

@@ -18,6 +18,7 @@ from paged_prefill.primitive import checks
 from paged_prefill.primitive.attention import normalised, visible_keys
 from paged_prefill.primitive.context import AxisHint, current_policy
 from paged_prefill.primitive.cut import axes_of
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT
 from paged_prefill.primitive.masks import BITS
 from paged_prefill.primitive.packing import MAX_CONTEXT, Owners, harmless_contexts
 
@@ -34,6 +35,7 @@ def local_pages(
     key_ranges: Int[Array, "*batch tokens 2"] | None = None,
     tree_mask: UInt32[Array, "*batch tokens words"] | None = None,
     sinks: Float[Array, "*batch q_heads"] | None = None,
+    cache_layout: str = DEFAULT_LAYOUT,
 ) -> dict[str, Array]:
     """What `ragged_paged_prefill` is to be called with on one device, inside a `shard_map` that cuts the caches' pages.
 
@@ -49,6 +51,7 @@ def local_pages(
       query, key_cache: what the device has of them; their shapes are read.
       context_lens, page_indices, query_offsets: the whole pack, with pages numbered as in the whole caches.
       sliding_window, key_ranges, tree_mask, sinks: those of the whole call, which then are given by this alone.
+      cache_layout: the order of the cache's dimensions; to be given to the call too.
 
     Returns:
       The arguments by name: context_lens, page_indices and query_offsets, counted in the pages and keys of this device;
@@ -60,7 +63,8 @@ def local_pages(
       ValueError, TypeError: a shape or dtype does not fit; names the argument.
     """
     checks.check_leading("query", query)
-    checks.check_array("key_cache", key_cache)
+    layout = checks.check_layout(cache_layout)
+    checks.check_cache_rank("key_cache", key_cache, layout)
     pack = checks.index_arrays(
         context_lens=(context_lens, ("seqs",)),
         page_indices=(page_indices, ("seqs", "pages_per_seq")),
@@ -73,14 +77,15 @@ def local_pages(
         axes_of(page_axis),
         pack | {name: array for name, array in others.items() if array is not None},
         sliding_window,
+        layout,
         invariant=current_policy() == "invariant",
     )
     return {name: array for name, array in held.items() if name not in ("query", "key_cache")}
 
 
-def counted_here(axes, page_indices, key_cache):
-    """Page indices of a whole pool as one device writes by them: -1 where it does not hold the page."""
-    page, held = _here(axes, page_indices, key_cache.shape[-3])
+def counted_here(axes, page_indices, num_pages):
+    """Page indices of a whole pool as one device, which has `num_pages`, writes by them: -1 where it has not the page."""
+    page, held = _here(axes, page_indices, num_pages)
     return jnp.where(held, page, -1)
 
 
@@ -89,15 +94,15 @@ def _here(axes, page_indices, num_pages):
     return page_indices % num_pages, page_indices // num_pages == lax.axis_index(axes)
 
 
-def hold(axes, operands, sliding_window, *, invariant):
+def hold(axes, operands, sliding_window, layout, *, invariant):
     """The operands of a call as one device has them, by name, and the sliding window that is left to them.
 
     `operands` are whole but for the caches, whose pages are cut over `axes`. A pack of no more tokens than sequences,
     in which rows see by causality alone, holds decode steps: each token goes as a sequence that ends with it, and every
     kernel takes that. Other packs are told what each row sees. `invariant` says that a pack's sizes must not choose.
     """
-    query, cache, page_indices = (operands[name] for name in ("query", "key_cache", "page_indices"))
-    tokens, (num_pages, page_size) = query.shape[-3], cache.shape[-3:-1]
+    query, page_indices, sizes = operands["query"], operands["page_indices"], layout.sizes(operands["key_cache"].shape)
+    tokens, num_pages, page_size = query.shape[-3], sizes["num_pages"], sizes["page_size"]
     held = dict(operands)
     if "sinks" in operands:
         held["sinks"] = jnp.where(lax.axis_index(axes) == 0, operands["sinks"], -jnp.inf)

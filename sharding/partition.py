@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_prefill import compat
 from paged_prefill.primitive.append import append_to_pages_p, local_append_to_pages_p, typed_append_to_pages_p
-from paged_prefill.primitive.binding import mesh_of
+from paged_prefill.primitive.binding import mesh_of, shapes_of
 from paged_prefill.primitive.context import Hint, current_policy
 from paged_prefill.primitive.cut import Cut, check_honoured, check_stays, entry, settle, ways
 from paged_prefill.primitive.operands import APPEND, CACHES, PREFILL, Operation, Shapes
@@ -48,8 +48,8 @@ class Call(NamedTuple):
 
     def shapes(self, arrays) -> Shapes:
         """The global shapes of operands."""
-        shapes = {name: tuple(x.shape) for name, x in zip(self.present, arrays, strict=True)}
-        return Shapes(self.operation, shapes, self.cache_batch_dims)
+        cache_layout = dict(self.parameters)["cache_layout"]
+        return shapes_of(self.operation, self.present, arrays, self.cache_batch_dims, cache_layout)
 
 
 def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **parameters):
@@ -99,7 +99,8 @@ def on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call):
 
 def _append_on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call, named):
     if ways(mesh, cut.pages) > 1:
-        named |= dict(page_indices=pages.counted_here(cut.pages, named["page_indices"], named["key_cache"]))
+        num_pages = shapes.num_pages // ways(mesh, cut.pages)
+        named |= dict(page_indices=pages.counted_here(cut.pages, named["page_indices"], num_pages))
     return _bind_local(local_append_to_pages_p, call, named)
 
 
@@ -114,7 +115,7 @@ def _attend_on_one_device(mesh, cut: Cut, shapes: Shapes, call: Call, named):
         return _bind_local(local_paged_prefill_p, call, named, **changes)
     parameters = dict(call.parameters)
     attention, invariant = parameters["attention"], parameters.get("policy") == "invariant"
-    named, window = pages.hold(cut.pages, named, attention.sliding_window, invariant=invariant)
+    named, window = pages.hold(cut.pages, named, attention.sliding_window, shapes.layout, invariant=invariant)
     changes["attention"] = dataclasses.replace(attention, sliding_window=window)
     results = _bind_local(local_paged_prefill_p, call, named, **changes)
     return pages.merge_over(cut.pages, *results, scatter=bool(cut.tokens))

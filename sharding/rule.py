@@ -16,15 +16,14 @@ def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
     sharding back (IndivisibleError). Shardy wants no factor of size 1 in a compound, no explicit size for a factor
     that is a whole dimension somewhere, and the factors that stay whole in order of first appearance.
     """
-    sizes = {}
+    whole_heads = call.kv_heads > 1 and call.kv_heads % math.prod(mesh.shape.values()) == 0
+    heads = CompoundFactor("kv_heads", "group") if whole_heads else "q_heads"
     if call.heads == call.kv_heads:
         heads = "kv_heads"
-    elif call.kv_heads % math.prod(mesh.shape.values()) == 0:
-        heads, sizes = CompoundFactor("kv_heads", "group"), {"group": call.heads // call.kv_heads}
-    else:
-        heads = "q_heads"
+    pairs = CompoundFactor("kv_heads", "pair") if whole_heads else "pairs"
+    factors = {"q_heads": heads, "2 * kv_heads": pairs, "seqs + 1": "offsets", "2": "bounds"}
     shared_packs = range(call.cache_batch_dims, len(call.batch)) if call.operation.writes else ()
-    cut = {"kv_heads", "q_heads", "num_pages"}
+    cut = {"kv_heads", "q_heads", "num_pages", "result_tokens", heads, pairs}
     cut |= {f"batch{dim}" for dim in range(len(call.batch)) if dim not in shared_packs}
     whole = []
 
@@ -34,14 +33,19 @@ def sharding_rule(call: Shapes, mesh) -> SdyShardingRule:
             f"{row.name}{dim}" if size == 1 != call.batch[dim] else f"batch{dim}"
             for dim, size in enumerate(call.lead(row))
         ]
-        names = lead + [dim.replace("seqs + 1", "offsets").replace("2", "bounds") for dim in call.dims(row)]
+        names = lead + [tokens if dim == "tokens" else factors.get(dim, dim) for dim in call.dims(row)]
         whole.extend(name for name in names if name not in cut and name not in whole)
-        return ArrayMapping(*({"q_heads": heads, "tokens": tokens}.get(name, name) for name in names))
+        return ArrayMapping(*names)
 
     operands = call.operation.table(tuple(call.shapes))
+    operand_mappings = tuple(map(mapping, operands))
+    result_mappings = tuple(mapping(row, tokens="result_tokens") for row in call.results())
+    used = {factor for mapped in (*operand_mappings, *result_mappings) for factor in mapped}
+    sizes = {"kv_heads": call.kv_heads, "group": call.heads // call.kv_heads, "pair": 2}
+    parts = {part for factor in used if isinstance(factor, CompoundFactor) for part in factor} - used
     return SdyShardingRule(
-        operand_mappings=tuple(map(mapping, operands)),
-        result_mappings=tuple(mapping(row, tokens="result_tokens") for row in call.results()),
+        operand_mappings=operand_mappings,
+        result_mappings=result_mappings,
         need_replication_factors=tuple(whole),
-        **sizes,
+        **{part: sizes[part] for part in sorted(parts)},
     )

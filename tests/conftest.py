@@ -6,11 +6,12 @@ import os
 import pytest
 
 flags = ["--xla_force_host_platform_device_count=8"]
-if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu" and metadata.version("jaxlib").startswith("0.10."):
-    # Compiling is most of what tests cost here, and most programs run once; compiling.py has the way of users. Later
-    # versions gain little, and their sharded programs lose by it: there all tests compile as users do.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # Compiling is most of what tests cost here, and most programs run once; compiling.py has the way of users.
     flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"]
+    flags += ["--xla_cpu_parallel_codegen_split_count=1"]
+    if metadata.version("jaxlib").startswith("0.10."):  # later versions have no other emitters
+        flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 # The library must pass under JAX's strictest flags, and so the tests write their promotions out.
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}

@@ -1,5 +1,6 @@
 """Every error a caller can see names the argument, what it got, and what it takes."""
 
+import functools
 from unittest import mock
 
 from absl import logging
@@ -141,22 +142,24 @@ class OperandErrorsTest(parameterized.TestCase):
         ("of_layers", (3, 64, 16, 1, 128), -2, r"\[num_pages, page_size, kv_heads, head_dim\]"),
     )
     def test_caches_laid_out_as_peers_do(self, shape, dim, layout):
-        """The error says which layout is wanted and which this looks like, and what it says to do is right."""
+        """The error says which layout is wanted and which this looks like, and that one the calls take."""
         layer = dict(layer=0) if len(shape) == 5 else {}
         cache, query, key = jnp.zeros(shape), jnp.zeros((10, 8, 128)), jnp.zeros((10, shape[dim], 128))
         pack = [jnp.array([10]), jnp.zeros((1, 5), jnp.int32), jnp.array([0, 10])]
-        wanted = rf"key_cache must be laid out as \[kv_heads, num_pages, page_size, head_dim\], and \[{', '.join(map(str, shape[-4:]))}\]"
-        message = rf"{wanted} looks like {layout}, which jnp\.moveaxis\(key_cache, {dim}, -4\) puts in order$"
+        name = {-2: "pskd", -3: "pksd"}[dim]
+        wanted = rf"key_cache is laid out as \[kv_heads, num_pages, page_size, head_dim\], and \[{', '.join(map(str, shape[-4:]))}\]"
+        message = rf"{wanted} looks like {layout}, which ragged_paged_prefill and append_to_pages take by cache_layout='{name}'$"
         calls = [
-            lambda cache: ragged_paged_prefill(query, cache, cache, *pack, **layer),
-            lambda cache: append_to_pages(cache, cache, key, key, *pack, **layer),
+            lambda cache, **layout: ragged_paged_prefill(query, cache, cache, *pack, **layer, **layout),
+            lambda cache, **layout: append_to_pages(cache, cache, key, key, *pack, **layer, **layout),
         ]
-        if not layer:
-            calls.append(lambda cache: prefill_page_attention(query, cache, cache, pack[0], pack[1][0]))
         for call in calls:
             with self.assertRaisesRegex(ValueError, message):
                 jax.eval_shape(call, cache)
-            jax.eval_shape(call, jnp.moveaxis(cache, dim, -4))
+            jax.eval_shape(functools.partial(call, cache_layout=name), cache)
+        if not layer:
+            with self.assertRaisesRegex(ValueError, message):
+                jax.eval_shape(prefill_page_attention, query, cache, cache, pack[0], pack[1][0])
 
     def test_a_layout_that_fits_two_ways_is_said_so(self):
         cache = jnp.zeros((64, 4, 2, 128))

@@ -211,6 +211,19 @@ class GpuTest(parameterized.TestCase):
         self.assert_matches(call, PrefillPageAttentionConfig(block_q=64 * warpgroups, block_kv=64, num_stages=3,
                                                              num_warps=4 * (warpgroups + 1)))
 
+    @product(sizes=((64, 64, 1), (128, 128, 1), (128, 192, 1), (128, 16, 3)), soft_cap=(None, 50.0),
+             dtype=("bfloat16", "float16"))
+    def test_sinks_of_any_size(self, sizes, soft_cap, dtype):
+        """Sinks far above and below all logits, and -inf; rows that see no key, and tokens that no sequence owns."""
+        self.need("cuda")
+        head_dim, block_q, num_splits = sizes
+        call = poisoned.make_call(8, SEQUENCES, q_heads=6, kv_heads=2, head_dim=head_dim, page_size=16, dtype=dtype,
+                                  sinks=True, tokens_before=2, tokens_after=3, batch=(2,))
+        call["sinks"][:] = np.float32([[-np.inf, -1e4, -1.0, 2.0, 1e4, 0.0], [0.5, -2.0, 90.0, -90.0, 3.0, 1.0]])
+        warps = 4 * (3 if block_q < 192 else 4)
+        cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=warps, num_splits=num_splits)
+        self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap)
+
     def assert_matches(self, call, cfg, **parameters):
         run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **parameters)
         oracle.assert_matches(call, *jax.jit(run)(**call), **parameters)

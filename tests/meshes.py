@@ -13,6 +13,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.layout import CacheLayout
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
 
@@ -130,14 +131,23 @@ def dense_kernel(call, config, device):
             gathered *= scale[pool, heads if scale.shape[1] > 1 else 0][..., None]
         return gathered
 
+    def in_order(keys, values):  # as this project lays them
+        if keys is None or keys.ndim <= 2:
+            return keys, values
+        layout = CacheLayout(re.sub("[()]", "", problem.layout.name))  # whose pairs have a dimension of their own
+        arrays = [half for x in (keys, values) if x is not None for half in layout.to_default(x, 1)]
+        return arrays if len(arrays) == 2 else (*arrays, None)
+
+    key_pages, value_pages = in_order(call.key_pages, call.value_pages)
+    key_scale, value_scale = in_order(call.key_scale, call.value_scale)
     grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
-    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(call.key_pages, call.key_scale))
+    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(key_pages, key_scale))
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     key = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     visible = (low[:, None] <= key) & (key < high[:, None])
     weights = jnp.where(visible[:, None, None], jnp.exp(logits), 0.0)
-    values = jnp.where(visible[:, None, :, None], gather(call.value_pages, call.value_scale), 0.0)
+    values = jnp.where(visible[:, None, :, None], gather(value_pages, value_scale), 0.0)
     out = jnp.einsum("tkgj,tkjv->tkgv", weights, values)
     out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
     return out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)

@@ -3,6 +3,7 @@
 import functools
 
 from absl.testing import absltest, parameterized
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import Device, Sequences
+from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
+from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.tests import packs, poisoned, problems
 
@@ -34,11 +36,18 @@ def problem(**changes):
     return problems.problem(**(sizes | changes))
 
 
+def each_of(schedule):
+    """The tiles of a schedule of NumPy arrays, one by one."""
+    return [jax.tree.map(lambda field: field[i], schedule) for i in range(len(schedule.start))]
+
+
 class ScheduleTest(parameterized.TestCase):
-    @parameterized.product(block_q=(16, 192), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
-    def test_every_token_is_in_one_tile_and_sees_its_keys(self, block_q, window, few_sequences, ordered):
+    @parameterized.product(slabs=(1, 3), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, slabs, window, few_sequences, ordered):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
         block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
+        slab = 16 if slabs == 1 else 64
+        block_q = slabs * slab
         starts = before + np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = before + sum(lengths) + after
         arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.arange(6) % 2))
@@ -48,13 +57,13 @@ class ScheduleTest(parameterized.TestCase):
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
-                sequences, tokens, capacity, block_q, block_kv, attention, ordered=ordered
+                sequences, tokens, capacity, block_q, block_kv, attention, slab=slab, ordered=ordered
             )
         )(sequences)
-        schedule, covered = tiles.Tiles(*map(np.asarray, schedule)), np.zeros(tokens, int)
+        schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
         owner = {t: s for s, (a, n) in enumerate(zip(starts, lengths)) for t in range(a, a + n)}
-        for tile in map(tiles.Tiles._make, zip(*schedule)):
+        for tile in each_of(schedule):
             for row in range(tile.length):
                 token = tile.start + row
                 covered[token] += 1
@@ -66,18 +75,23 @@ class ScheduleTest(parameterized.TestCase):
                 first = 0 if window is None else max(0, position - window + 1)
                 last = min(position, capacity - 1)
                 self.assertEqual((tile.seq, tile.pool, tile.position + row), (seq, seq % 2, position))
+                seen_start, seen_end, whole_start, whole_end = (field[row // slab] for field in tile.slabs)
+                seen = np.arange(first, max(last + 1, first))
+                np.testing.assert_array_equal(seen, seen[(seen >= seen_start) & (seen < seen_end)])
+                np.testing.assert_array_equal(np.setdiff1d(np.arange(whole_start, whole_end), seen), [])
                 if last >= first:
                     self.assertLessEqual(tile.first_block * block_kv, first)
                     self.assertGreater(tile.end_block * block_kv, last)
                     self.assertLessEqual(tile.first_key, first)
                     self.assertGreater(tile.end_key, last)
         np.testing.assert_array_equal(covered, 1)
-        blocks = np.where(schedule.length > 0, schedule.end_block - schedule.first_block, -1)
-        in_order = np.diff(blocks) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
-        self.assertTrue(np.all(in_order), "the longest tile is not first, or one that does not exist not last")
+        work = -(-schedule.slabs.seen_end // block_kv) - schedule.slabs.seen_start // block_kv
+        work = np.where(schedule.length > 0, work.clip(0).sum(axis=1), -1)
+        in_order = np.diff(work) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
+        self.assertTrue(np.all(in_order), "the tile of most work is not first, or one that does not exist not last")
 
-    @parameterized.product(few_sequences=(0, 100), ordered=(True, False))
-    def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered):
+    @parameterized.product(few_sequences=(0, 100), ordered=(True, False), slab=(16, 8))
+    def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered, slab):
         """Of random ranges, and junk for tokens without a sequence: what some row of a tile sees, and what all see."""
         call = poisoned.make_call(3, ((70, 300), (0, 20), (1, 44), (90, 200), (9, 4)), key_ranges=True, tokens_before=3,
                                   tokens_after=20, page_size=16)
@@ -89,10 +103,10 @@ class ScheduleTest(parameterized.TestCase):
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         schedule = jax.jit(
             lambda sequences, ranges: tiles.schedule(
-                sequences, tokens, 320, 16, 64, Attention(1.0), ranges=ranges, ordered=ordered
+                sequences, tokens, 320, 16, 64, Attention(1.0), slab=slab, ranges=ranges, ordered=ordered
             )
         )(sequences, ranges)
-        found = [tiles.Tiles(*map(int, fields)) for fields in zip(*schedule)]
+        found = each_of(jax.tree.map(np.asarray, schedule))
         self.assertEqual(sum(tile.length for tile in found), tokens)
         without_holes = 0
         for tile in found:
@@ -112,13 +126,20 @@ class ScheduleTest(parameterized.TestCase):
                 self.assertEqual((tile.first_block, tile.end_block), (some[0] // 64, some[-1] // 64 + 1))
                 self.assertLessEqual(len(some) < some[-1] + 1 - some[0], tile.holes)
                 without_holes += not tile.holes and tile.length > 1
-            np.testing.assert_array_equal(np.arange(tile.whole_start, tile.whole_end), every)
+            for slab_seen, *fields in zip(np.split(seen, range(slab, len(seen), slab)), *tile.slabs):
+                of_slab = seen if tile.holes else slab_seen
+                some, every = np.flatnonzero(slab_seen.any(0)), np.flatnonzero(of_slab.all(0))
+                if len(some):
+                    self.assertEqual(tuple(fields[:2]), (some[0], some[-1] + 1))
+                np.testing.assert_array_equal(np.arange(*fields[2:]), every)
         self.assertGreater(without_holes, 0)
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6))(sequences, 200, 960, 64, 64, Attention(1.0))
+        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6), static_argnames="slab")(
+            sequences, 200, 960, 64, 64, Attention(1.0), slab=64
+        )
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -176,10 +197,11 @@ class SupportsTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, head_dim=128, value_dim=128, page_size=16, tokens=100,
-                      tiles=3, pages_per_seq=20, keys_per_head=1024, block_q=64, block_kv=128, warpgroups=2, stages=3,
-                      splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
-                      tree_words=0, dtype="bfloat16", cache_dtype="bfloat16", key_scale=None, value_scale=None)
+        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
+                      tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
+                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
+                      window=None, has_ranges=False, tree_words=0, dtype="bfloat16", cache_dtype="bfloat16",
+                      key_scale=None, value_scale=None)
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
@@ -273,6 +295,34 @@ class LoweringTest(parameterized.TestCase):
             operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.parameters(1, 3)
+    def test_sinks_have_their_part_before_results_are_rounded(self, num_splits):
+        """The results are those of the kernel, or of the one merge; what joins sinks afterwards is a sigmoid."""
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
+        call = functools.partial(ragged_paged_prefill, platform="cuda",
+                                 cfg=PrefillPageAttentionConfig(num_splits=num_splits))
+        text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertNotIn("logistic", text)
+
+    @parameterized.parameters(3, 12)
+    def test_merge_gives_sinks_to_rows_that_a_sequence_owns(self, seqs):
+        """Of two parts of the keys, of which rows may see neither."""
+        rng = np.random.default_rng(0)
+        call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
+                                  sinks=True, tokens_before=2, tokens_after=1, page_size=4)
+        parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
+        sinks = np.asarray(flatten(call | dict(kv_head_start=0), **parameters).sinks_of_rows())
+        offsets, tokens = call["query_offsets"], len(call["query"])
+        token = np.arange(tokens)
+        owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
+        np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
+        out = rng.standard_normal((2, tokens, 4, 8), np.float32)
+        lse = np.where(rng.random((2, tokens, 4)) < 0.3, -np.inf, rng.standard_normal((2, tokens, 4))).astype(np.float32)
+        out = np.where(np.isneginf(lse)[..., None], 0, out)
+        merged = merge_splits(out, lse, jnp.float32, sinks)
+        want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
+        chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),

@@ -14,7 +14,7 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_tpu import schedule
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.prefill import local_paged_prefill_p
-from paged_prefill.tests import oracle, poisoned
+from paged_prefill.tests import layouts, oracle, poisoned
 
 SIZES = dict(page_size=8, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
 # Longer than a tile and a block, of one token, without any, and one whose first rows see nothing.
@@ -22,15 +22,16 @@ SEQUENCES = ((37, 66), (1, 37), (0, 9), (1, 64), (3, 2), (5, 30))
 SMALL = PrefillPageAttentionConfig(block_q=16, block_kv=32)
 
 
-def check(operands, *, pools=0, value_dim=None, **parameters):
-    """Runs a call in the kernels and holds it to the oracle."""
+def check(operands, *, pools=0, value_dim=None, layout="kpsd", **parameters):
+    """Runs a call in the kernels, in a layout of its caches, and holds it to the oracle."""
     head_dim, kv_heads = operands["query"].shape[-1], operands["key_cache"].shape[-4]
-    named = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
+    laid = operands if layout == "kpsd" else layouts.lay(operands, layout)
+    named = {name: jnp.asarray(x) for name, x in laid.items() if x is not None}
     named["kv_head_start"] = jnp.int32(0)
     present = local_paged_prefill_p.operation.present(named)
     run = functools.partial(
         lowering.run, device=Device("tpu", "TPU v6e", core_count=1), present=present, platform="pallas", config=SMALL,
-        cache_batch_dims=pools, num_kv_heads=kv_heads, value_dim=value_dim,
+        cache_batch_dims=pools, num_kv_heads=kv_heads, value_dim=value_dim, cache_layout=layout,
         attention=Attention(**{"softmax_scale": head_dim**-0.5} | parameters),
     )  # fmt: skip
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
@@ -59,6 +60,18 @@ class SecondFormTest(parameterized.TestCase):
     def test_layers_of_packs_in_pools_of_their_own_and_shared(self):
         kind = dict(layers=2, batch=(2, 2), pools=1, key_ranges=True, cache_dtype="int8", value_scale="tensor")
         check(poisoned.make_call(2, ((9, 14), (1, 40)), **SIZES | kind), pools=1)
+
+    def test_stacked_pages_of_several_runs(self):
+        kind = dict(SIZES, value_dim=16, page_size=64, cache_dtype="int8", key_scale="head", value_scale="tensor")
+        check(poisoned.make_call(4, ((5, 70), (1, 37)), **kind), layout="p2ksd")
+
+    def test_latent_pages_before_heads(self):
+        check(poisoned.make_call(5, ((5, 70), (1, 37)), **SIZES, latent=True, layers=2), value_dim=12, layout="pksd")
+
+    @parameterized.parameters("pskd", "ps(k2)d", "p2skd")
+    def test_slots_apart_are_refused(self, layout):
+        with self.assertRaisesRegex(ValueError, "has the slots of a head apart, .*it takes those with slots behind heads"):
+            check(poisoned.make_call(6, SEQUENCES, **dict(SIZES, value_dim=16)), layout=layout)
 
     @parameterized.parameters("key_cache", "value_cache")
     def test_caches_of_which_one_serves_all_pools(self, name):

@@ -13,7 +13,7 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import choose_writer
-from paged_prefill.tests import append_test, poisoned, triton_stand_ins
+from paged_prefill.tests import append_test, layouts, poisoned, triton_stand_ins
 from paged_prefill.tests.triton_test import HAS_TRITON, TARGETS, WithInterpreter, process
 
 H200 = Device("cuda", "NVIDIA H200", "9.0")
@@ -51,6 +51,12 @@ class InterpretedTest(WithInterpreter):
         self.check(
             dict(seed=6, latent=True, layers=2), dict(seed=7, latent=True, cache_dtype="int8", key_scale="slot")
         )
+
+    @parameterized.parameters(*layouts.NAMES)
+    def test_caches_as_others_lay_them(self, name):
+        kinds = dict(), dict(cache_dtype="int8", key_scale="slot", value_scale="slot", layers=2)
+        kinds = [dict(seed=9, value_dim=8, **each) for each in kinds]
+        self.interpreter.submit(triton_stand_ins.check_appended_interpreted, kinds, name).result()
 
     def test_more_sequences_than_are_compared_at_a_time(self):
         with_gaps = tuple((i % 3, 2 + i % 5) for i in range(300))

@@ -54,6 +54,20 @@ class SecondFormTest(WithInterpreter):
         for scales in (dict(key_scale="slot", value_scale="tensor"), dict(value_scale="head")):
             self.check(2, dict(cache_dtype="int8", **scales), softmax_scale=-(2.0**-12), sliding_window=40)
 
+    @parameterized.named_parameters(
+        ("pskd", "pskd", dict(key_scale="slot", value_scale="head", layers=2)),
+        ("pksd", "pksd", dict(key_scale="tensor", value_scale="slot")),
+        ("interleaved", "ps(k2)d", dict(key_scale="slot", value_scale="slot", layers=2)),
+        ("stacked", "p2ksd", dict(key_scale="head", value_scale="tensor")),
+        ("stacked_by_slot", "p2skd", dict(key_scale="slot", value_scale="slot")),
+    )
+    def test_caches_as_others_lay_them(self, name, scales):
+        kind = dict(cache_dtype="int8", value_dim=16, sequences=((9, 40), (1, 33)), **scales)
+        self.check(9, kind, cache_layout=name)
+
+    def test_latent_caches_as_others_lay_them(self):
+        self.check(10, dict(LATENT, kv_heads=1, sequences=((9, 40), (1, 33))), cache_layout="pskd")
+
     def test_small_values_in_float16(self):
         """A weight times a small scale is no normal number of float16."""
         self.interpreter.submit(check_small_values).result()

@@ -135,7 +135,7 @@ def interpret_triton():
 
     triton = KERNELS["cpu"]["triton"] = KERNELS["cuda"]["triton"]
     triton.supports = lambda problem, device: None
-    TritonWriter.supports = lambda self, operands, device: None
+    TritonWriter.supports = lambda self, operands, device, layout: None
     TritonWriter.pays = lambda self, operands: True
     TritonWriter.platforms = ("cpu",)
 
@@ -176,18 +176,21 @@ def check_broken_interpreted(case, numbers):
 def check_second_form_interpreted(kind, parameters, vmapped=None):
     """Holds a call, arguments of `poisoned.make_call`, to the oracle, in a process prepared by `interpret_triton`.
 
-    `vmapped` names operands that two calls, a vmap, have each its own of; they share the others.
+    `vmapped` names operands that two calls, a vmap, have each its own of; they share the others. The call may have
+    another `cache_layout` among its parameters.
     """
     import jax
 
     from paged_prefill import ragged_paged_prefill
-    from paged_prefill.tests import oracle, poisoned
+    from paged_prefill.tests import layouts, oracle, poisoned
 
     attend = functools.partial(ragged_paged_prefill, platform="triton", return_lse=True, **parameters)
-    parameters = {name: x for name, x in parameters.items() if name != "cfg"}
+    layout = parameters.get("cache_layout")
+    parameters = {name: x for name, x in parameters.items() if name not in ("cfg", "cache_layout")}
     call = poisoned.make_call(**kind)
     if vmapped is None:
-        oracle.assert_matches(call, *jax.jit(lambda call: attend(**call))(call), **parameters)
+        laid = layouts.lay(call, layout) if layout else call
+        oracle.assert_matches(call, *jax.jit(lambda call: attend(**call))(laid), **parameters)
         return
     call = {name: x for name, x in call.items() if x is not None}
     other = poisoned.make_call(**kind | dict(seed=kind["seed"] + 1))
@@ -199,16 +202,19 @@ def check_second_form_interpreted(kind, parameters, vmapped=None):
         oracle.assert_matches(each, out[i], lse[i], **parameters)
 
 
-def check_appended_interpreted(kinds):
+def check_appended_interpreted(kinds, layout=None):
     """Holds appends, arguments of `append_test.make_append`, to the definition, in a process of `interpret_triton`."""
     import jax
 
     from paged_prefill import append_to_pages
-    from paged_prefill.tests import append_test
+    from paged_prefill.tests import append_test, layouts
 
     for kind in kinds:
         call = append_test.make_append(**kind)
-        append_test.assert_written(call, jax.jit(append_to_pages)(**call))
+        if layout is None:
+            append_test.assert_written(call, jax.jit(append_to_pages)(**call))
+        else:
+            layouts.check_written(call, layout)
 
 
 def rounded_interpreted(cache_dtype, numbers):
@@ -276,20 +282,23 @@ def _call(p, scale=None, ranges=False, tree=False):
     def of_type(shape, dtype="int32"):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    pages = (p.pools, p.cache_kv_heads, p.num_pages, p.page_size)
-    latent = "latent" in p.features
-    scale = of_type(pages[: dict(tensor=1, head=2, slot=4)[scale]], "float32") if scale else None
+    sizes = {"kv_heads": p.cache_kv_heads, "num_pages": p.num_pages, "page_size": p.page_size, "2": 2}
+    pages = (p.pools, *(sizes[dim] for dim in p.layout.apart[:-1]))
+    latent, absent = "latent" in p.features, p.layout.combined
+    shapes = dict(tensor=(p.pools,), head=(p.pools, p.cache_kv_heads), slot=pages)
+    scale = of_type(shapes[scale], "float32") if scale else None
     return Call.of(
         of_type((p.tokens, p.q_heads, p.head_dim), p.dtype),
         of_type((*pages, p.head_dim), p.cache_dtype),
-        None if latent else of_type((*pages, p.value_dim), p.cache_dtype),
+        None if latent or absent else of_type((*pages, p.value_dim), p.cache_dtype),
         Sequences(*[of_type((p.seqs,))] * 4, of_type((p.seqs, p.pages_per_seq))),
         of_type(()),
         num_kv_heads=p.num_kv_heads,
         attention=p.attention,
         value_dim=p.value_dim,
         key_scale=scale,
-        value_scale=None if latent else scale,
+        value_scale=None if latent or absent else scale,
+        layout=p.layout,
         ranges=of_type((p.tokens, 2)) if ranges else None,
         tree=of_type((p.tokens, 2), "uint32") if tree else None,
     )

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
@@ -20,6 +20,7 @@ from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
@@ -34,8 +35,9 @@ class MosaicGpu(Kernel):
     name = "mosaic_gpu"
     version = 8
     platforms = ("cuda",)
-    features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"})
+    features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
+    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):
@@ -44,12 +46,14 @@ class MosaicGpu(Kernel):
             return f"takes bfloat16 and float16, not {problem.dtype}"
         if _quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
+        if _quantised(problem) and problem.layout.name != DEFAULT_LAYOUT:
+            return f'takes quantised caches in cache_layout="{DEFAULT_LAYOUT}" only'
         for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
             if size % COLUMNS or not 0 < size <= 256:
                 return f"takes a {name} of 64, 128, 192 or 256, not {size}"
         if _block_kv(problem) is None:
             return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
-        rows = problem.pools * problem.cache_kv_heads * problem.num_pages * problem.page_size
+        rows = problem.pools * problem.rows["pool"]
         if rows >= 2**31:
             return f"a cache may have at most {2**31 - 1} rows, a slot of each head and pool, got {rows}"
         return None
@@ -117,17 +121,23 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
-        # The caches as plain matrices of rows: a copy's place in them is a row, and only a row, which fits 32 bits.
-        first_row = (tiles.pool * problem.cache_kv_heads + call.kv_head_start) * plan.keys_per_head
+        # The caches as plain matrices, of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
+        # where heads lie behind the slots.
+        first_row = tiles.pool * problem.rows["pool"] + call.kv_head_start * plan.head_rows
         table = table_of(tiles, first_row, call.sequences.page_indices)
-        rows = (call.key_pages.reshape(-1, problem.head_dim), call.value_pages.reshape(-1, problem.value_dim))
-        tree = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
-        out, lse = launch(plan, table, query, *rows, call.ranges, tree, call.key_scale, call.value_scale)
+        values = call.key_pages if problem.layout.combined else call.value_pages
+        rows = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in (call.key_pages, values)]
+        optional = dict(ranges=call.ranges)
+        optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
+        optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
+        optional = {name: array for name, array in optional.items() if array is not None}
+        out, lse = launch(plan, table, query, *rows, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
         out = out.reshape(*lse.shape, problem.value_dim)
-        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype)
+        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
@@ -136,13 +146,17 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
+        seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
         tokens=problem.tokens,
         tiles=tiles_at_most(problem.tokens, problem.seqs, config.block_q),
         pages_per_seq=problem.pages_per_seq,
-        keys_per_head=problem.num_pages * problem.page_size,
+        head_rows=problem.rows["kv_heads"],
+        page_rows=problem.rows["num_pages"],
+        slot_rows=problem.rows["page_size"],
+        value_rows=problem.rows.get("2", 0),
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(problem, config),

@@ -25,6 +25,7 @@ from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vme
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, round_up, sublanes
 from paged_prefill.lowering.writer import Writer
 from paged_prefill.lowering.xla import append as xla
+from paged_prefill.primitive.layout import OWN_LAYOUT
 from paged_prefill.primitive.operands import CACHES
 from paged_prefill.primitive.packing import harmless_contexts, harmless_offsets
 
@@ -55,9 +56,11 @@ class MosaicTpuWriter(Writer):
     name = "mosaic_tpu"
     platforms = ("tpu",)
 
-    def _reason_against(self, operands, device):
+    def _reason_against(self, operands, device, layout):
         if reason := kind_reason(device):
             return reason
+        if layout != OWN_LAYOUT:
+            return f"it writes cache_layout={OWN_LAYOUT.name!r}, not {layout.name!r}"
         caches = [operands[name] for name in CACHES if name in operands]
         dtype, page_size = caches[0].dtype, caches[0].shape[-2]
         if dtype.name == "float16":
@@ -73,9 +76,9 @@ class MosaicTpuWriter(Writer):
             return f"the tiles of {tokens} tokens of {seqs} sequences are more than {SMEM_BYTES} bytes of SMEM hold"
         return None
 
-    def write(self, operands, cache_batch_dims, device):
+    def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
         """Leading dimensions are folded on the way in and out. Scales, which are small, are scattered by XLA."""
-        stored = xla.stored(operands, cache_batch_dims)
+        stored = xla.stored(operands, cache_batch_dims, layout)
         caches = [name for name in stored if name in CACHES]
         key, key_cache = operands["key"], operands["key_cache"]
         lead, (tokens, heads) = key.shape[:-3], key.shape[-3:-1]
@@ -99,7 +102,7 @@ class MosaicTpuWriter(Writer):
         )
         scales = {name: x for name, x in stored.items() if name not in CACHES}
         results = [x.reshape(operands[name].shape) for name, x in zip(caches, written, strict=True)]
-        return [*results, *xla.scattered(scales, cache_batch_dims)]
+        return [*results, *xla.scattered(scales, cache_batch_dims, layout)]
 
 
 def vmem_bytes(caches, ahead: int) -> int:

@@ -77,9 +77,8 @@ class Static(NamedTuple):
     softmax_scale: float
     soft_cap: float | None
     value_dim: int
-    latent: bool
+    held: fetching.Held
     scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
-    cache_kv_heads: int
 
 
 class Scratch(NamedTuple):
@@ -95,12 +94,13 @@ def kernel(head_start_ref, *refs, static: Static):
     sizes, row_tiles = static.sizes, static.row_tiles
     refs = iter(refs)
     items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.scaled, static.cache_kv_heads)
-    query_ref, pages = next(refs), Pages.of(refs, static.latent)
+    scales = Scales.of(refs, static.scaled, static.held.kv_heads)
+    query_ref, pages = next(refs), Pages.of(refs, static.held)
     out_ref, lse_ref, buffers, scratch = refs
     first_head = head_start_ref[0] + pl.program_id(0) * row_tiles.kv_heads
     item = pl.program_id(1)
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, pl.ds(first_head, row_tiles.kv_heads), sizes)
+    kv_heads = row_tiles.kv_heads
+    fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
     key_start, key_end, block_kv = items.key_start[item], items.key_end[item], fetcher.block_kv
     step = functools.partial(
         _attend_step,
@@ -122,7 +122,7 @@ def kernel(head_start_ref, *refs, static: Static):
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
-        values_ref = keys_ref if static.latent else buffers.values.at[slot]
+        values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
         seen_whole = (key_start <= first_key) & (first_key + block_kv <= key_end)
         hot = seen_whole & exists & fetcher.whole(following)
 
@@ -307,9 +307,8 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
                 softmax_scale=abs(attention.softmax_scale) or 1.0,
                 soft_cap=attention.attn_logits_soft_cap,
                 value_dim=value_dim,
-                latent=call.value_pages is None,
+                held=fetching.Held.by(problem),
                 scaled=tuple(scales),
-                cache_kv_heads=problem.cache_kv_heads,
             ),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(

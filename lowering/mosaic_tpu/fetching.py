@@ -22,11 +22,35 @@ from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Sizes, round_up
 COPIES_AT_ONCE = 4  # page copies started in one step of a loop, for the scalar unit to overlap
 
 
-class Pages(NamedTuple):
-    """What is fetched, and whereto. The values are None where they are part of the keys.
+class Held(NamedTuple):
+    """How the caches are held: static.
 
     Attributes:
-      keys, values: HBM [pools, kv_heads, runs, run, features].
+      latent: whether values are part of the keys.
+      combined: whether keys and values are one array.
+      pages_first: whether pages stand before heads.
+      kv_heads: of the caches.
+    """
+
+    latent: bool
+    combined: bool
+    pages_first: bool
+    kv_heads: int
+
+    @classmethod
+    def by(cls, problem: Problem) -> "Held":
+        """Those of a call."""
+        dims = problem.layout.apart
+        pages_first = dims.index("num_pages") < dims.index("kv_heads")
+        return cls("latent" in problem.features, problem.layout.combined, pages_first, problem.cache_kv_heads)
+
+
+class Pages(NamedTuple):
+    """What is fetched, and whereto. The values are None where they have no array of their own.
+
+    Attributes:
+      keys, values: HBM [pools, kv_heads, runs, run, features]; with pages before heads
+        [pools, num_pages, kv_heads, runs_per_page, run, features], and the values' heads behind the keys' in one array.
       table: HBM [seqs, 1, pages_per_seq], in whole registers.
     """
 
@@ -35,9 +59,9 @@ class Pages(NamedTuple):
     table: object
 
     @classmethod
-    def of(cls, refs: Iterator, latent: bool) -> "Pages":
+    def of(cls, refs: Iterator, held: Held) -> "Pages":
         """The next of the references that a kernel is given."""
-        return cls(next(refs), None if latent else next(refs), next(refs))
+        return cls(next(refs), None if held.latent or held.combined else next(refs), next(refs))
 
 
 class Scales(NamedTuple):
@@ -82,9 +106,17 @@ class Fetcher:
     `items` has each item's seq, key_pool, value_pool, key_start and key_end.
     """
 
-    def __init__(self, items, item, num_items, pages: Pages, buffers: Buffers, heads, sizes: Sizes):
-        self.items, self.item, self.num_items = items, item, num_items
-        self.pages, self.buffers, self.heads, self.sizes = pages, buffers, heads, sizes
+    def __init__(
+        self, items, item, num_items, pages: Pages, held: Held, buffers: Buffers, first_head, kv_heads: int, sizes: Sizes
+    ):
+        self.items, self.item, self.num_items, self.pages_first = items, item, num_items, held.pages_first
+        self.pages, self.buffers, self.sizes = pages, buffers, sizes
+        heads = pl.ds(first_head, kv_heads)
+        self.streams = [(pages.keys, heads, buffers.keys, items.key_pool)]
+        if held.combined:
+            self.streams.append((pages.keys, pl.ds(held.kv_heads + first_head, kv_heads), buffers.values, items.key_pool))
+        elif not held.latent:
+            self.streams.append((pages.values, heads, buffers.values, items.value_pool))
         self.block_kv = sizes.runs_per_block * sizes.run
         self.first_block = lax.div(items.key_start[item], self.block_kv)
         self.last_block = jnp.maximum(lax.div(items.key_end[item] - 1, self.block_kv), self.first_block)
@@ -147,20 +179,17 @@ class Fetcher:
         runs_per_page, sem = self.sizes.runs_per_page, self.buffers.page_sems.at[slot]
         first = block.number * self.sizes.runs_per_block
         table = self._table_slot(block.item)[0]
-        streams = [(self.pages.keys, self.buffers.keys, self.items.key_pool)]
-        if self.pages.values is not None:
-            streams.append((self.pages.values, self.buffers.values, self.items.value_pool))
-        streams = [(pages.at[pool[block.item], self.heads], buffer.at[slot]) for pages, buffer, pool in streams]
+        streams = [(pages.at[pool[block.item]], heads, buffer.at[slot]) for pages, heads, buffer, pool in self.streams]
 
         def start(at, i=0):
             if runs_per_page == 1:
-                index = self.buffers.table[(table + first + at) + i]
+                page, run = self.buffers.table[(table + first + at) + i], 0
             else:
-                run = first + at + i
-                index = self.buffers.table[table + lax.div(run, runs_per_page)]
-                index = index * runs_per_page + lax.rem(run, runs_per_page)
-            for pages, buffer in streams:
-                pltpu.make_async_copy(pages.at[:, index], buffer.at[at + i], sem).start()
+                number = first + at + i
+                page, run = self.buffers.table[table + lax.div(number, runs_per_page)], lax.rem(number, runs_per_page)
+            for pages, heads, buffer in streams:
+                place = (page, heads, run) if self.pages_first else (heads, page * runs_per_page + run)
+                pltpu.make_async_copy(pages.at[place], buffer.at[at + i], sem).start()
 
         return start
 
@@ -216,8 +245,10 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
     def in_runs(pages):
         if pages is None:
             return None
-        pools, heads, num_pages, _, features = pages.shape
-        return pages.reshape(pools, heads, num_pages * sizes.runs_per_page, sizes.run, features)
+        runs, problem = (sizes.run, pages.shape[-1]), call.problem
+        if Held.by(problem).pages_first:  # heads of keys and values as one dimension
+            return pages.reshape(problem.pools, problem.num_pages, -1, sizes.runs_per_page, *runs)
+        return pages.reshape(problem.pools, -1, problem.num_pages * sizes.runs_per_page, *runs)
 
     table = jnp.pad(sequences.page_indices, ((0, 0), (0, -width % LANES)))[:, None]
     return Pages(in_runs(call.key_pages), in_runs(call.value_pages), table)
@@ -225,7 +256,7 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
 
 def scales_of(call: Call) -> dict[str, Array]:
     """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are keys."""
-    scales = dict(key=call.key_scale, value=call.key_scale if call.value_pages is None else call.value_scale)
+    scales = dict(key=call.key_scale, value=call.key_scale if Held.by(call.problem).latent else call.value_scale)
 
     def of_heads(scale):
         by_pool = scale.reshape(scale.shape[0], -1)

@@ -36,6 +36,12 @@ class MosaicTpu(Kernel):
             return reason
         if problem.dtype not in ("bfloat16", "float32"):
             return f"TPU matrix units take bfloat16 and float32, not {problem.dtype}"
+        dims = problem.layout.apart
+        if dims.index("kv_heads") > dims.index("page_size"):
+            return (
+                f"cache_layout={problem.layout.name!r} has the slots of a head apart, and the chip copies whole tiles of them: "
+                'it takes those with slots behind heads, "kpsd", "pksd" and "p2ksd"'
+            )
         packing = sublanes(problem.dtype)
         if problem.page_size % packing:
             return f"page_size {problem.page_size} must be a multiple of {packing} for {problem.dtype}"

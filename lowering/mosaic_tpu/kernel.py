@@ -70,9 +70,8 @@ class Static(NamedTuple):
     soft_cap: float | None
     window: int | None
     value_dim: int
-    latent: bool
+    held: fetching.Held
     scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
-    cache_kv_heads: int
     by_row: bool  # whether what rows see is read from arrays
     tree: bool
 
@@ -82,15 +81,15 @@ def kernel(head_start_ref, *refs, static: Static):
     sizes = static.sizes
     refs = iter(refs)
     items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.scaled, static.cache_kv_heads)
+    scales = Scales.of(refs, static.scaled, static.held.kv_heads)
     query_ref = next(refs)
     seen_refs = (next(refs), next(refs)) if static.by_row else None
-    pages = Pages.of(refs, static.latent)
+    pages = Pages.of(refs, static.held)
     out_ref, lse_ref, buffers, scratch = refs
     kv_heads, group = query_ref.shape[:2]
     first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
     item = pl.program_id(1)
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, buffers, pl.ds(first_head, kv_heads), sizes)
+    fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
     block_kv, position = fetcher.block_kv, items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
     key_start, key_end = items.key_start[item], items.key_end[item]
@@ -107,7 +106,7 @@ def kernel(head_start_ref, *refs, static: Static):
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
-        values_ref = keys_ref if static.latent else buffers.values.at[slot]
+        values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
         step = functools.partial(
             _attend_step,
             query_ref=query_ref,
@@ -418,9 +417,8 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 soft_cap=attention.attn_logits_soft_cap,
                 window=attention.sliding_window,
                 value_dim=problem.value_dim,
-                latent=call.value_pages is None,
+                held=fetching.Held.by(problem),
                 scaled=tuple(scales),
-                cache_kv_heads=problem.cache_kv_heads,
                 by_row=by_row,
                 tree=call.tree is not None,
             ),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.triton.launch import launch, reason_against
 from paged_prefill.lowering.writer import Writer
+from paged_prefill.primitive.layout import OWN_LAYOUT
 from paged_prefill.primitive.packing import MAX_CONTEXT
 from paged_prefill.primitive.quantised import largest_number
 
@@ -23,44 +24,46 @@ class TritonWriter(Writer):
     name = "triton"
     platforms = ("cuda", "rocm")
 
-    def _reason_against(self, operands, device):
+    def _reason_against(self, operands, device, layout):
         return reason_against(device, operands["key_cache"].dtype.name)
 
     def pays(self, operands):
         return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
 
-    def write(self, operands, cache_batch_dims, device):
+    def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
         """Leading dimensions are folded on the way in and out, which moves nothing."""
         key, caches = operands["key"], {}
-        names = [name for name in ("key", "value") if name in operands]
-        granularity = {name: _granularity(operands, name) for name in ("key", "value")}
+        names = [name for name in ("key", "value") if f"{name}_cache" in operands]
+        granularity = {name: _granularity(operands, name, layout) for name in ("key", "value")}
         for name in names:
             caches[f"{name}_cache"] = operands[f"{name}_cache"]
         for name in names:
             if granularity[name] == "slot":
                 caches[f"{name}_scales"] = operands[f"{name}_scale"]
+        if layout.combined and granularity["key"] == "slot":
+            granularity["value"] = "slot"
         if 0 in (*key.shape, *operands["key_cache"].shape, *operands["page_indices"].shape):
             return list(caches.values())
-        written = _launch(operands, caches, granularity, cache_batch_dims)
+        written = _launch(operands, caches, granularity, cache_batch_dims, layout)
         return [written[name] for name in caches]
 
 
-def _granularity(operands, name) -> str:
+def _granularity(operands, name, layout) -> str:
     """What one scale is for; "one" where there is none."""
     scale = operands.get(f"{name}_scale")
     if scale is None:
         return "one"
-    dims = operands[f"{name}_cache"].ndim - scale.ndim
-    return {1: "slot", 3: "head", 4: "tensor"}[dims]
+    return {0: "tensor", 1: "head"}.get(scale.ndim - len(layout.lead(operands["key_cache"].shape)), "slot")
 
 
-def _launch(operands, caches, granularity, cache_batch_dims):
+def _launch(operands, caches, granularity, cache_batch_dims, layout):
     """The results of the kernel by name; `caches` are what it writes."""
     from paged_prefill.lowering.triton.append_kernel import append_tokens
 
     key, value, key_cache = (operands.get(name) for name in ("key", "value", "key_cache"))
     lead, (tokens, kv_heads, head_dim) = key.shape[:-3], key.shape[-3:]
-    num_pages, page_size = key_cache.shape[-3:-1]
+    sizes = layout.sizes(key_cache.shape)
+    rows = layout.rows(sizes)
     seqs, pages_per_seq = operands["page_indices"].shape[-2:]
     packs = math.prod(lead)
     value_dim = None if value is None else value.shape[-1]
@@ -99,8 +102,13 @@ def _launch(operands, caches, granularity, cache_batch_dims):
         PACKS_OF_POOL=packs // math.prod(lead[:cache_batch_dims]),
         LAYERS=key_cache.shape[cache_batch_dims] if "layer" in operands else None,
         KV_HEADS=kv_heads,
-        NUM_PAGES=num_pages,
-        PAGE_SIZE=page_size,
+        NUM_PAGES=sizes["num_pages"],
+        PAGE_SIZE=sizes["page_size"],
+        POOL_ROWS=rows["pool"],
+        HEAD_ROWS=rows["kv_heads"],
+        PAGE_ROWS=rows["num_pages"],
+        SLOT_ROWS=rows["page_size"],
+        VALUE_ROWS=rows.get("2"),
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=_power_of_2(head_dim),
         VALUE_DIM=value_dim,

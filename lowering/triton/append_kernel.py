@@ -101,9 +101,9 @@ def append_tokens(
     value_cache_before,
     key_scales_before,
     value_scales_before,
-    key_cache,  # [pools, KV_HEADS, NUM_PAGES, PAGE_SIZE, HEAD_DIM]
-    value_cache,  # [pools, KV_HEADS, NUM_PAGES, PAGE_SIZE, VALUE_DIM]
-    key_scales,  # [pools, KV_HEADS, NUM_PAGES, PAGE_SIZE]
+    key_cache,  # [rows, HEAD_DIM]: a row is a slot of a head, and POOL_ROWS, HEAD_ROWS and so on say where
+    value_cache,  # [rows, VALUE_DIM]; never looked at where key_cache holds both, and so the scales
+    key_scales,  # [rows]
     value_scales,
     TOKENS: tl.constexpr,
     SEQS: tl.constexpr,
@@ -113,6 +113,11 @@ def append_tokens(
     KV_HEADS: tl.constexpr,
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    POOL_ROWS: tl.constexpr,  # from one pool to the next, and so on
+    HEAD_ROWS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    VALUE_ROWS: tl.constexpr,  # from a key to its value in one array, else None
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,  # None in a latent cache
@@ -166,12 +171,18 @@ def append_tokens(
     if LAYERS is not None:
         pool = pool * LAYERS + tl.minimum(tl.maximum(tl.load(layer + pack), 0), LAYERS - 1)
     pool_head = pool * KV_HEADS + head
-    slot = (pool_head.to(tl.int64) * NUM_PAGES + page) * PAGE_SIZE + (unsigned % PAGE_SIZE).to(tl.int32)
+    slot = pool.to(tl.int64) * POOL_ROWS + head.to(tl.int64) * HEAD_ROWS + page.to(tl.int64) * PAGE_ROWS
+    slot += (unsigned % PAGE_SIZE).to(tl.int32) * SLOT_ROWS
     _write(
         keys, slot, exists, given_key_scale, key_cache, key_scales,
         HEAD_DIM, HEAD_DIM_PADDED, KEY_SCALE, LARGEST, pool_head, pool,
     )  # fmt: skip
-    if VALUE_DIM is not None:
+    if VALUE_ROWS is not None:
+        _write(
+            values, slot + VALUE_ROWS, exists, given_value_scale, key_cache, key_scales,
+            VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, pool_head, pool,
+        )  # fmt: skip
+    elif VALUE_DIM is not None:
         _write(
             values, slot, exists, given_value_scale, value_cache, value_scales,
             VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, pool_head, pool,

@@ -80,8 +80,11 @@ class Triton(Kernel):
             most = MAX_FLOAT32_DIM if narrow else most
             if (dim := getattr(problem, name)) > most:
                 return f"{name} may be at most {most}{' in float32' if narrow else ''}, got {dim}"
-        if problem.num_pages * problem.page_size >= 2**31:
-            return f"a pool may have at most {2**31 - 1} slots, got {problem.num_pages} pages of {problem.page_size}"
+        if problem.num_pages * problem.rows["num_pages"] >= 2**31:
+            return (
+                f"a pool may have at most {2**31 - 1} slots, of all heads where pages hold these, got "
+                f"{problem.num_pages} pages of {problem.page_size}"
+            )
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
@@ -195,14 +198,13 @@ class Triton(Kernel):
         inputs = [
             query,
             call.key_pages,
-            call.value_pages,
+            call.key_pages if problem.layout.combined else call.value_pages,
             call.sequences.page_indices,
             schedule,
             call.kv_head_start,
             call.ranges,
             call.tree,
-            call.key_scale,
-            call.key_scale if call.value_pages is None else call.value_scale,
+            *_scales_of(call),
         ]
         inputs = [schedule if x is None else x for x in inputs]
         # Which GPU this is compiled for is known only where it is lowered.
@@ -272,7 +274,7 @@ class _Widths(NamedTuple):
 def _constants(call: Call, widths: _Widths) -> dict:
     """The kernel's compile-time constants that no configuration changes."""
     problem, attention = call.problem, call.problem.attention
-    latent = call.value_pages is None
+    latent, rows, (key_scale, value_scale) = "latent" in problem.features, problem.rows, _scales_of(call)
     return dict(
         TOKENS=problem.tokens,
         SEQS=problem.seqs,
@@ -281,7 +283,11 @@ def _constants(call: Call, widths: _Widths) -> dict:
         KV_HEADS=problem.num_kv_heads,
         GROUP=problem.group,
         CACHE_KV_HEADS=problem.cache_kv_heads,
-        POOL_ROWS=problem.num_pages * problem.page_size,
+        POOL_ROWS=rows["pool"],
+        HEAD_ROWS=rows["kv_heads"],
+        PAGE_ROWS=rows["num_pages"],
+        SLOT_ROWS=rows["page_size"],
+        VALUE_ROWS=rows.get("2", 0),
         PAGE_SIZE=problem.page_size,
         PAGES_PER_SEQ=problem.pages_per_seq,
         CAPACITY=problem.capacity,
@@ -293,8 +299,8 @@ def _constants(call: Call, widths: _Widths) -> dict:
         VALUE_WIDTH=widths.value,
         VALUE_PARTS=widths.value_parts,
         LATENT=latent,
-        KEY_SCALE=_granularity(call.key_scale),
-        VALUE_SCALE=_granularity(call.key_scale if latent else call.value_scale),
+        KEY_SCALE=_granularity(key_scale),
+        VALUE_SCALE=_granularity(value_scale),
         RANGES=call.ranges is not None,
         TREE_WORDS=0 if call.tree is None else call.tree.shape[1],
         # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
@@ -308,9 +314,16 @@ def _constants(call: Call, widths: _Widths) -> dict:
     )
 
 
+def _scales_of(call: Call):
+    """The scales of keys and of values, which may be one array."""
+    problem = call.problem
+    of_both = "latent" in problem.features or (problem.layout.combined and _granularity(call.key_scale) == "slot")
+    return call.key_scale, call.key_scale if of_both else call.value_scale
+
+
 def _granularity(scale) -> str:
     """What one of a call's scales is for, beside a pool; "one" for no scale."""
-    return "one" if scale is None else {1: "tensor", 2: "head", 4: "slot"}[scale.ndim]
+    return "one" if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 POOL_FIELD = 4  # of the schedule; those of the caches apart follow

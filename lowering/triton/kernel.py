@@ -38,7 +38,16 @@ def _tanh(x, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _pool_rows(page_table, block, first_key, last_key, BLOCK_KV: tl.constexpr, PAGE_SIZE: tl.constexpr):
+def _pool_rows(
+    page_table,
+    block,
+    first_key,
+    last_key,
+    BLOCK_KV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+):
     """Rows of the page pool that hold a block's keys, each key first brought into first_key to last_key."""
     keys = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
     if first_key is not None:
@@ -47,7 +56,7 @@ def _pool_rows(page_table, block, first_key, last_key, BLOCK_KV: tl.constexpr, P
         page = tl.load(page_table + block * BLOCK_KV // PAGE_SIZE)
     else:
         page = tl.load(page_table + (keys.to(tl.uint32) // PAGE_SIZE).to(tl.int32))  # unsigned: a shift by a power of 2
-    return page * PAGE_SIZE + (keys.to(tl.uint32) % PAGE_SIZE).to(tl.int32)
+    return page * PAGE_ROWS + (keys.to(tl.uint32) % PAGE_SIZE).to(tl.int32) * SLOT_ROWS
 
 
 @triton.jit
@@ -80,14 +89,14 @@ def _load_heads(
 
 
 @triton.jit
-def _scale(scales, pool, pool_head, POOL_ROWS: tl.constexpr, PER: tl.constexpr):
+def _scale(scales, pool, pool_head, first_row, PER: tl.constexpr):
     """The scale of all keys or values that a tile sees, or where those of its slots lie."""
     if PER == "tensor":
         return tl.load(scales + pool)
     elif PER == "head":
         return tl.load(scales + pool_head)
     elif PER == "slot":
-        return scales + pool_head.to(tl.int64) * POOL_ROWS
+        return scales + first_row
     else:
         return 1.0
 
@@ -187,14 +196,14 @@ def _fold_block(
 @triton.jit
 def attend_tile(
     query,  # [TOKENS, KV_HEADS * GROUP, HEAD_DIM]
-    key_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, HEAD_DIM]
-    value_pages,  # [pools, CACHE_KV_HEADS, POOL_ROWS, VALUE_DIM]
+    key_pages,  # [rows, HEAD_DIM]: a row is a slot of a head, and POOL_ROWS, HEAD_ROWS and so on say where
+    value_pages,  # [rows, VALUE_DIM]; keys and values may be one array
     page_indices,  # [seqs, PAGES_PER_SEQ]
     schedule,  # [fields, INTERVALS]: see host.py
     kv_head_start,  # []
     ranges,  # [TOKENS, 2]
     tree,  # [TOKENS, TREE_WORDS]
-    key_scales,  # [pools], [pools, CACHE_KV_HEADS] or [pools, CACHE_KV_HEADS, POOL_ROWS], as KEY_SCALE says
+    key_scales,  # [pools], [pools, CACHE_KV_HEADS] or [rows], as KEY_SCALE says
     value_scales,
     out,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]
     lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
@@ -207,7 +216,11 @@ def attend_tile(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     CACHE_KV_HEADS: tl.constexpr,
-    POOL_ROWS: tl.constexpr,
+    POOL_ROWS: tl.constexpr,  # from one pool to the next, and so on
+    HEAD_ROWS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    VALUE_ROWS: tl.constexpr,  # from a key to its value in one array, else 0
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_SEQ: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -304,11 +317,13 @@ def attend_tile(
     cache_head = tl.load(kv_head_start) + head
     key_pool = tl.load(field + KEY_POOL_FIELD * INTERVALS, mask=exists, other=0)
     value_pool = tl.load(field + VALUE_POOL_FIELD * INTERVALS, mask=exists, other=0)
-    key_base = key_pages + (key_pool * CACHE_KV_HEADS + cache_head).to(tl.int64) * POOL_ROWS * HEAD_DIM
-    value_base = value_pages + (value_pool * CACHE_KV_HEADS + cache_head).to(tl.int64) * POOL_ROWS * VALUE_DIM
+    first_row = cache_head.to(tl.int64) * HEAD_ROWS
+    key_base = key_pages + (key_pool.to(tl.int64) * POOL_ROWS + first_row) * HEAD_DIM
+    value_base = value_pages + (value_pool.to(tl.int64) * POOL_ROWS + first_row + VALUE_ROWS) * VALUE_DIM
     page_table = page_indices + tl.minimum(interval, SEQS - 1).to(tl.int64) * PAGES_PER_SEQ
-    key_scale = _scale(key_scales, pool, pool * CACHE_KV_HEADS + cache_head, POOL_ROWS, KEY_SCALE)
-    value_scale = _scale(value_scales, pool, pool * CACHE_KV_HEADS + cache_head, POOL_ROWS, VALUE_SCALE)
+    first_row += pool.to(tl.int64) * POOL_ROWS
+    key_scale = _scale(key_scales, pool, pool * CACHE_KV_HEADS + cache_head, first_row, KEY_SCALE)
+    value_scale = _scale(value_scales, pool, pool * CACHE_KV_HEADS + cache_head, first_row + VALUE_ROWS, VALUE_SCALE)
 
     query_rows = tl.where(row_exists, query_row, 0)
     tile, tile_other, tile_rest = _load_heads(
@@ -331,7 +346,7 @@ def attend_tile(
     for step in tl.range(0, edge_high - edge_low - unmasked):
         block = edge_low + step
         block = tl.where(block < full_low * EDGES, block, block + unmasked)
-        pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, EDGE_KV, PAGE_SIZE)
+        pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
         key = block * EDGE_KV + tl.arange(0, EDGE_KV)
         visible = (key[None, :] < high[:, None]) & (key < seen_end)[None, :]
         if RANGES or WINDOW is not None:
@@ -349,11 +364,12 @@ def attend_tile(
     # must not ask for num_stages itself: Triton then pipelines those fetches too, and no longer the keys and values.
     last_block = tl.maximum(full_high - 1, full_low)
     if full_low < full_high:
-        pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, PAGE_SIZE)
+        pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
     else:
         pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
     for block in tl.range(full_low, full_high):
-        next_rows = _pool_rows(page_table, tl.minimum(block + 1, last_block), None, None, BLOCK_KV, PAGE_SIZE)
+        next_block = tl.minimum(block + 1, last_block)
+        next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
             key_scale, value_scale, pool_rows, None, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,

@@ -1,7 +1,7 @@
 """`append_to_pages` in plain XLA operations: one scatter a cache, in place where the cache is donated.
 
-A scatter goes to slots [.., page, slot] of one KV head; the pools of *C and the heads are batch dimensions of it. What
-is stored is the token, or its quantised form.
+A scatter goes to slots [.., page, slot]. The pools of *C are batch dimensions of it, and so are the heads where they lie
+before the slots; where they lie behind, a slot holds them all. What is stored is the token, or its quantised form.
 """
 
 import functools
@@ -14,11 +14,13 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import last_index
 from paged_prefill.lowering.writer import Writer
+from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 from paged_prefill.primitive.operands import APPEND
 from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
 RESULTS = tuple(row.name for row in APPEND.results)
+HEADS = ("kv_heads", "2", "2 * kv_heads")
 
 
 class XlaWriter(Writer):
@@ -28,19 +30,20 @@ class XlaWriter(Writer):
     platforms = ("cpu", "tpu", "cuda", "rocm")
     any_call = True
 
-    def _reason_against(self, operands, device):
+    def _reason_against(self, operands, device, layout):
         return None
 
-    def write(self, operands, cache_batch_dims, device):
+    def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
         """As it says above."""
         as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
-        return scattered(stored(operands, cache_batch_dims), cache_batch_dims, as_bits)
+        return scattered(stored(operands, cache_batch_dims, layout), cache_batch_dims, layout, as_bits)
 
 
 class Stored(NamedTuple):
     """What an append stores in an operand: `new` [*C, kv_heads, tokens of all packs, ...] in `into`, token i at at[:, i].
 
-    `at` [*C, tokens, (layer,) page and slot]; the page is -1 for a token that has none.
+    `at` [*C, tokens, (layer,) page and slot]; the page is -1 for a token that has none. Where keys and values lie in one
+    array, `new` has a dimension of 2 behind the heads.
     """
 
     into: Array
@@ -48,27 +51,29 @@ class Stored(NamedTuple):
     at: Int[Array, "*C tokens places"]
 
 
-def stored(operands, cache_batch_dims) -> dict[str, Stored]:
+def stored(operands, cache_batch_dims, layout: CacheLayout) -> dict[str, Stored]:
     """What goes where, by the name of the operand, in the order of the results; quantised where the cache is."""
-    of_pool = _new_of_pool
+    of_pool = functools.partial(_new_of_pool, layout)
     for _ in range(cache_batch_dims):
         of_pool = jax.vmap(of_pool)
     new, at = of_pool(dict(operands))
     return {name: Stored(operands[name], new[name], at) for name in RESULTS if name in new}
 
 
-def scattered(stored: dict[str, Stored], cache_batch_dims, as_bits=lambda dtype: False) -> list[Array]:
+def scattered(
+    stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout, as_bits=lambda dtype: False
+) -> list[Array]:
     """The operands with it; `as_bits(dtype)` says what is scattered as integers."""
-    scatter = functools.partial(_scatter, as_bits)
+    scatter = functools.partial(_scatter, layout, as_bits)
     for _ in range(cache_batch_dims):
         scatter = jax.vmap(scatter)
     return [scatter(*x) for x in stored.values()]
 
 
-def _new_of_pool(named):
+def _new_of_pool(layout: CacheLayout, named):
     """What the packs [*B] of one pool store, by the name of what it goes into, and where."""
-    num_pages, page_size = named["key_cache"].shape[-3:-1]
-    key = named["key"]
+    sizes, key = layout.sizes(named["key_cache"].shape), named["key"]
+    num_pages, page_size = sizes["num_pages"], sizes["page_size"]
     locate = functools.partial(slots, tokens=key.shape[-3], num_pages=num_pages, page_size=page_size)
     for _ in range(key.ndim - 3):
         locate = jax.vmap(locate)
@@ -82,15 +87,20 @@ def _new_of_pool(named):
     for name in ("key", "value"):
         if name not in named:
             continue
-        cache, scale = named[f"{name}_cache"], named.get(f"{name}_scale")
+        holder = "key" if layout.combined else name  # whose arrays hold it
+        cache, scale = named[f"{holder}_cache"], named.get(f"{name}_scale")
+        of_slots = named.get(f"{holder}_scale")
         new = jnp.moveaxis(named[name].reshape(-1, *named[name].shape[-2:]), 1, 0)  # [kv_heads, tokens, features]
         if cache.dtype != new.dtype:
-            per_slot = scale is not None and scale.ndim == cache.ndim - 1
+            per_slot = of_slots is not None and of_slots.ndim == cache.ndim - 1
             own = scale_of(new, cache.dtype) if per_slot else _given_scale(scale, at, "layer" in named)
             new = quantised(new, own, cache.dtype)
             if per_slot:
                 stored[f"{name}_scale"] = own
         stored[f"{name}_cache"] = new
+    if layout.combined:
+        kinds = [kind for kind in ("cache", "scale") if f"key_{kind}" in stored]
+        stored = {f"key_{kind}": jnp.stack([stored[f"{x}_{kind}"] for x in ("key", "value")], 1) for kind in kinds}
     return stored, jnp.stack(at, axis=-1)
 
 
@@ -102,26 +112,37 @@ def _given_scale(scale, at, layered):
     return by_token.reshape(-1, by_token.shape[-1])
 
 
-def _scatter(as_bits, cache, new, at):
-    """`cache` [(layers,) kv_heads, num_pages, page_size, ...] with `new` [kv_heads, tokens, ...] at each head's slots."""
+def _scatter(layout: CacheLayout, as_bits, cache, new, at):
+    """`cache` [(layers,) *layout's dimensions], maybe without features, with `new` [kv_heads, (2,) tokens, ...] at its slots."""
     dtype = cache.dtype
     if as_bits(dtype):
         cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
-    heads = new.shape[0]
-    heads_axis = at.shape[-1] - 2
-    places = tuple(axis for axis in range(heads_axis + 3) if axis != heads_axis)  # (layer,) page, slot
+    dims = ["layers"] * (at.shape[-1] - 2) + [*layout.dims]
+    dims = dims[: cache.ndim]  # scales have no features
+    before, behind = dims[: dims.index("page_size")], dims[dims.index("page_size") + 1 :]
     # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
     # vmap would bring the heads before the layers, which copies it too.
+    batch = [dim for dim in before if dim in HEADS]
+    places = [dim for dim in ("layers", "num_pages", "page_size") if dim in dims]
+    new = _ordered(layout, new, [*batch, "tokens", *behind])
     dimensions = lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(2, new.ndim)),
-        inserted_window_dims=places,
-        scatter_dims_to_operand_dims=places,
-        operand_batching_dims=(heads_axis,),
-        scatter_indices_batching_dims=(0,),
+        update_window_dims=tuple(range(len(batch) + 1, new.ndim)),
+        inserted_window_dims=tuple(map(dims.index, places)),
+        scatter_dims_to_operand_dims=tuple(map(dims.index, places)),
+        operand_batching_dims=tuple(map(dims.index, batch)),
+        scatter_indices_batching_dims=tuple(range(len(batch))),
     )
-    indices = jnp.broadcast_to(at, (heads, *at.shape))
+    indices = jnp.broadcast_to(at, (*new.shape[: len(batch)], *at.shape))
     written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
+
+
+def _ordered(layout: CacheLayout, new, dims):
+    """Tokens [kv_heads, (2,) tokens, ...] with these dimensions; "2 * kv_heads" are the first two as one."""
+    own = ["kv_heads", *["2"] * layout.combined, "tokens", *["features"] * ("features" in dims)]
+    if "2 * kv_heads" in dims:
+        new, own = new.reshape(-1, *new.shape[2:]), ["2 * kv_heads", *own[2:]]
+    return new.transpose(*map(own.index, dims))
 
 
 def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_size):

@@ -33,6 +33,9 @@ def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype):
     return _floats(out, call.query.dtype), lse
 
 
+PARTNERS = {"keys": "values", "key_scale": "value_scale"}  # what lies beside what in one array
+
+
 class Walker:
     """One walk of a call: what does not change from tile to tile, and its steps, from the whole to a block of keys."""
 
@@ -54,9 +57,11 @@ class Walker:
         self.of_tokens = {name: array for name, array in of_tokens.items() if array is not None}
 
     def _in_runs(self, pages):
-        """[pools, kv_heads, num_pages, page_size, ...] with the slots of a page in runs."""
-        pools, heads, num_pages = pages.shape[:3]
-        return pages.reshape(pools, heads, num_pages * self.runs_per_page, self.walk.run, *pages.shape[4:])
+        """Pages, or scales of their slots, with the slots in runs: a dimension of them before that of the slots."""
+        if self.runs_per_page == 1:
+            return pages
+        at = 1 + self.problem.layout.apart.index("page_size")
+        return pages.reshape(*pages.shape[:at], self.runs_per_page, self.walk.run, *pages.shape[at + 1 :])
 
     def attend(self, results):
         """Adds the results of all tiles of this height, group by group."""
@@ -220,26 +225,51 @@ class Walker:
         page = _taken(
             self.call.sequences.page_indices, tile.seq[:, None], jnp.minimum(column, self.problem.columns - 1)
         )
-        runs = page * self.runs_per_page + index - column * self.runs_per_page
+        run = index - column * self.runs_per_page
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
-
-        def gather(name, array):  # [lanes, heads, keys, ...]
-            pool = jnp.broadcast_to(pools.get(name, tile.pool)[:, None], runs.shape)
-            corner = jnp.stack([pool, jnp.broadcast_to(first_head, runs.shape), runs], axis=-1)
-            dimensions = lax.GatherDimensionNumbers(
-                offset_dims=(1, *range(3, array.ndim)), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
-            )
-            sizes = (1, walk.heads, 1, *array.shape[3:])
-            gathered = lax.gather(array, corner, dimensions, sizes, mode=lax.GatherScatterMode.CLIP)
-            return gathered.reshape(walk.lanes, walk.heads, walk.block_kv, *array.shape[4:])
-
-        gathered = {name: gather(name, array) for name, array in zip(self.pages, pages, strict=True)}
+        gathered = {}
+        for name, array in zip(self.pages, pages, strict=True):
+            at = dict(pool=pools.get(name, tile.pool)[:, None], num_pages=page, kv_heads=first_head, run=run)
+            gathered |= self._gather(name, array, at)
         keys = gathered["keys"].astype(self.product_dtype)
         key_scale = self._scale(tile, first_head, self.call.key_scale, gathered.get("key_scale"))
         if "values" not in gathered:  # a latent cache
             return softmax.Block(keys, keys[..., : self.problem.value_dim], key_scale, key_scale)
         value_scale = self._scale(tile, first_head, self.call.value_scale, gathered.get("value_scale"))
         return softmax.Block(keys, gathered["values"].astype(self.product_dtype), key_scale, value_scale)
+
+    def _gather(self, name, array, at):
+        """Runs of one of `self.pages`, [lanes, heads, keys, ...], by name; also its values, if it holds both.
+
+        `at` says where by dimension, for lanes and runs. What is gathered lies in the array's own order, lanes in front
+        and runs before their slots, so that only a block is ever brought into another.
+        """
+        walk, layout = self.walk, self.problem.layout
+        dims = ["pool", *layout.apart]
+        if self.runs_per_page > 1:
+            dims.insert(dims.index("page_size"), "run")
+        dims = dims[: array.ndim]  # scales have no features
+        starts = [dim for dim in dims if dim in at]
+        single = [dim for dim in ("pool", "num_pages", "run") if dim in dims]
+        offset = [dim for dim in dims if dim not in single]
+        result = ["lanes", *offset]
+        result.insert(result.index("page_size"), "runs")
+        shape = (walk.lanes, walk.runs)
+        gathered = lax.gather(
+            array,
+            jnp.stack([jnp.broadcast_to(at[dim], shape) for dim in starts], axis=-1),
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(map(result.index, offset)),
+                collapsed_slice_dims=tuple(sorted(map(dims.index, single))),
+                start_index_map=tuple(map(dims.index, starts)),
+            ),
+            [{"kv_heads": walk.heads}.get(dim, 1 if dim in single else size) for dim, size in zip(dims, array.shape)],
+            mode=lax.GatherScatterMode.CLIP,
+        )
+        order = [dim for dim in ("2", "lanes", "kv_heads", "runs", "page_size", "features") if dim in result]
+        gathered = gathered.transpose(*map(result.index, order))
+        both = gathered.reshape(-1, walk.lanes, walk.heads, walk.block_kv, *gathered.shape[order.index("page_size") + 1 :])
+        return dict(zip((name, PARTNERS[name]), both)) if layout.combined else {name: both[0]}
 
     def _scale(self, tile: "_Tile", first_head, scale, of_each_slot):
         """A block's scales, [lanes, kv_heads or 1, keys or 1], or None."""
@@ -253,7 +283,7 @@ class Walker:
 
 def _of_each_slot(scale):
     """Scales of slots, which are pages too; None for others."""
-    return None if scale is None or scale.ndim < 4 else scale
+    return None if scale is None or scale.ndim <= 2 else scale
 
 
 class _Sequence(NamedTuple):

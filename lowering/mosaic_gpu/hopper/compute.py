@@ -3,6 +3,7 @@
 It starts the logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block
 i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608). Blocks are taken from the last to the
 first, so that those which need a mask come first; where any may need one, those that all rows see whole lie between.
+Blocks of the tile that no row of the warpgroup sees, it passes over.
 """
 
 import functools
@@ -20,11 +21,13 @@ from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, s
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 
 
-def compute(plan: Plan, piece, done, warpgroup, masks, sources, q_heads, out, lse, **scratch):
+def compute(plan: Plan, piece, done, warpgroup, optional, sources, q_heads, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, masks, sources, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
     rows, tile = attention.rows, piece.tile
-    acc, row_lse = attention.run()
+    first, end = rows.seen_steps()
+    attention.pass_over(0, first)
+    acc, row_lse = attention.run(first, end)
     owned = rows.owns(rows.rows())
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, tile.start + token
@@ -32,17 +35,18 @@ def compute(plan: Plan, piece, done, warpgroup, masks, sources, q_heads, out, ls
     place = (piece.split * plan.tokens + token) * q_heads + head
     lse_place = (piece.split * q_heads + head) * plan.tokens + token
     store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
+    attention.pass_over(end, piece.steps)
 
 
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, masks, sources, *, query_views, keys, values, query_here, query_free, keys_here,
-        values_here, keys_free, values_free, turn, cleaned, **_,
+        self, plan, piece, done, warpgroup, optional, sources, *, query_views, keys, values, query_here, query_free,
+        keys_here, values_here, keys_free, values_free, turn, cleaned, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
-        self.rows, self.sources = Rows(plan, piece, warpgroup, masks), sources
+        self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
         _, *views = query_views
         self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
         self.keys, self.values = keys, values
@@ -51,47 +55,61 @@ class _Attention:
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned
 
-    def run(self):
-        """Output and lse of the rows."""
-        steps, last = self.piece.steps, self.piece.last
-        # Blocks that every row sees whole need no mask: from block `edge` on, and up to block `clear`.
-        (whole_start, whole_end), block_kv = self.rows.whole(), self.plan.block_kv
-        edge = jnp.clip(last + 1 - lax.div(whole_end, block_kv), 1, steps)
-        clear, masked_again = steps, self.plan.window is not None or self.plan.masks_any_block
-        if masked_again:
-            clear = jnp.clip(last + 1 - lax.div(whole_start + block_kv - 1, block_kv), edge, steps)
-        running = self._start()
-        running = lax.fori_loop(1, edge, functools.partial(self._step, True), running)
+    def pass_over(self, first, end):
+        """Lets go of blocks `first` to `end`; what all warpgroups do together with a block, it does too."""
+        if first is end:  # none of any tile
+            return
+
+        def step(i, _):
+            slot = self._slot_of(i)
+            plgpu.barrier_wait(self.keys_here.at[slot])
+            self._take_turn()
+            self._pass_turn()
+            plgpu.barrier_arrive(self.keys_free.at[slot])
+            plgpu.barrier_wait(self.values_here.at[slot])
+            self._clean_values(i)
+            plgpu.barrier_arrive(self.values_free.at[slot])
+
+        lax.fori_loop(first, end, step, None)
+
+    def run(self, first, end):
+        """Output and lse of the rows, which see no key but in blocks `first` to `end`."""
+        edge, clear = self.rows.whole_steps(first, end)
+        running = self._start(first)
+        running = self._masked_steps(first + 1, edge, running)
         if self.plan.polynomial is not None:
             edge, running = self._steps_by_polynomial(edge, clear, running)
-        running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
-        if masked_again:
-            running = lax.fori_loop(clear, steps, functools.partial(self._step, True), running)
-        return self._finish(running)
+        running = lax.fori_loop(edge, clear, functools.partial(self._step, None), running)
+        if self.plan.begins_late:
+            running = self._masked_steps(clear, end, running)
+        return self._finish(first, end - 1, running)
 
-    def _start(self) -> Running:
-        """Block 0: its logits, and no output yet."""
+    def _start(self, i) -> Running:
+        """Block i, the first: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
         self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.exact else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(0)])
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
         self._take_turn()
-        logits = self._logits_of(0)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(0)])
+        logits = self._logits_of(i)
+        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
         acc, m, l = self.softmax.start()
-        running = self.softmax.step(logits, lambda: acc, m, l, lambda: self.rows.visible(0))
-        plgpu.barrier_wait(self.values_here.at[self._slot_of(0)])
-        self._clean_values(0)
+        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.rows.seen(), i))
+        plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+        self._clean_values(i)
         return running
 
-    def _step(self, masked, i, running: Running) -> Running:
-        """Block i's logits and weights, and the output of block i - 1."""
+    def _masked_steps(self, first, end, running: Running) -> Running:
+        return lax.fori_loop(first, end, functools.partial(self._step, self.rows.seen()), running)
+
+    def _step(self, seen, i, running: Running) -> Running:
+        """Block i's logits and weights, and the output of block i - 1; `seen` is None where every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
-        running = self.softmax.step(logits, output, m, l, (lambda: self.rows.visible(i)) if masked else None)
-        if masked and self.plan.masks_any_block:
+        running = self.softmax.step(logits, output, m, l, seen and functools.partial(seen, i))
+        if seen and self.plan.masks_any_block:
             self._clean_values(i)
         return running
 
@@ -123,13 +141,12 @@ class _Attention:
         end, small, running = lax.while_loop(lambda carry: (carry[0] < end) & carry[1], one, carry)
         return end, lax.cond(small, lambda running: running, functools.partial(again, end - 1), running)
 
-    def _finish(self, running: Running):
-        """The output of the last block, and the rows' results."""
+    def _finish(self, first, last, running: Running):
+        """The output of block `last`, and the rows' results."""
         weights, acc, m, l = running
-        last = self.piece.steps - 1
         plgpu.barrier_arrive(self.query_free)
         if not self.plan.masks_any_block:  # else it is clean
-            pl.when(last > 0)(lambda: self._clean_values(last))
+            pl.when(last > first)(lambda: self._clean_values(last))
         self._take_turn()
 
         def product(output):
@@ -138,7 +155,8 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self.softmax.result(acc, m, l, map(self._scale_of, (0, 1)))
+        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.exact else None
+        return self.softmax.result(acc, m, l, self.rows.sinks(), scales)
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""

@@ -20,24 +20,24 @@ from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
-from paged_prefill.lowering.tiles import Tiles
-
-TABLE_COLUMNS = len(Tiles._fields) + 1
+from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
 def table_of(tiles: Tiles, first_row, page_indices):
-    """All integers that the kernel reads, in one array: a row a tile, its first_row last, and then the page indices.
+    """All integers that the kernel reads, in one array: a row a tile, its first_row first, and then the page indices.
 
     One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works
     out what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
-    column = jnp.arange(TABLE_COLUMNS, dtype=jnp.int32)
-    rows = sum(jnp.where(column == i, field[:, None], 0) for i, field in enumerate([*tiles, first_row]))
+    *fields, slabs = tiles
+    columns = [first_row, *fields, *(column for field in slabs for column in field.T)]
+    number = jnp.arange(len(columns), dtype=jnp.int32)
+    rows = sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns))
     return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
 
 
-def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_scale, value_scale):
-    """Runs the kernel; what comes after the caches may be None.
+def launch(plan: Plan, table, query, key_rows, value_rows, optional):
+    """Runs the kernel; `optional` are the other arrays of the call that there are, by name.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
@@ -73,7 +73,7 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_sca
     if plan.quantised:
         scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, list(optional)),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
@@ -88,35 +88,33 @@ def launch(plan: Plan, table, query, key_rows, value_rows, ranges, tree, key_sca
         ),
         kernel_name="paged_prefill",
     )
-    others = [x.reshape(-1) for x in (ranges, tree, key_scale, value_scale) if x is not None]
-    return kernel(table, query, key_rows, value_rows, *others)
+    return kernel(table, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
 
 
-def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
+def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *others, out, lse = others
-    num_masks = plan.has_ranges + (plan.tree_words > 0)
-    masks, scales = others[:num_masks], others[num_masks:]
+    *optional, out, lse = others
+    optional = dict(zip(names, optional))
     pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
-    block = lax.axis_index("block")
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
         """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
         def turn(i, done):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, jnp.minimum(index, pieces - 1))
+            piece = _piece(plan, table, jnp.minimum(index, pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
 
-    sources = _sources(plan, key_rows, value_rows, scales, **scratch)
-    warpgroup = lax.axis_index("warpgroup")
+    sources = _sources(plan, key_rows, value_rows, optional, **scratch)
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
@@ -124,7 +122,7 @@ def _kernel(plan: Plan, table, query, key_rows, value_rows, *others, **scratch):
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, masks, sources, *results, **scratch))
+        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, sources, *results, **scratch))
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
@@ -173,22 +171,23 @@ def _set_registers(number, action) -> None:
 class Piece(NamedTuple):
     """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
 
-    tile: Tiles
+    tile: Tiles  # all scalars too: of what slabs see, one slab's
     split: Int[Array, ""]
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
-    first_row: Int[Array, ""]  # of the KV head, in the caches as matrices of rows
+    first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
 
 
-def _piece(plan: Plan, table, index) -> Piece:
+def _piece(plan: Plan, table, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
     split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
-    row = lax.div(index, plan.head_tiles * plan.splits) * TABLE_COLUMNS
-    *fields, first_row = [table[row + i] for i in range(TABLE_COLUMNS)]
-    tile = Tiles(*fields)
+    row = lax.div(index, plan.head_tiles * plan.splits) * plan.columns
+    first_row, *fields = [table[row + i] for i in range(len(Tiles._fields))]
+    slabs = row + len(Tiles._fields) + slab
+    tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
@@ -202,7 +201,7 @@ def _piece(plan: Plan, table, index) -> Piece:
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
-        first_row=first_row + kv_head * plan.keys_per_head,
+        first_row=first_row + kv_head * plan.head_rows,
     )
 
 
@@ -213,7 +212,8 @@ class Source(NamedTuple):
     other blocks, which are what products read.
     """
 
-    rows: jax.Array  # of features, in global memory
+    rows: jax.Array  # of whole slots, in global memory
+    beside: int  # rows from those of keys to these
     features: int
     blocks: jax.Array
     here: jax.Array
@@ -226,18 +226,19 @@ class Source(NamedTuple):
     wide_free: jax.Array | None = None
 
 
-def _sources(plan: Plan, key_rows, value_rows, scales, **scratch) -> list[Source]:
-    found, scales = [], list(scales)
-    for i, (name, rows, features, scale) in enumerate((
-        ("keys", key_rows, plan.head_dim, plan.key_scale), ("values", value_rows, plan.value_dim, plan.value_scale)
+def _sources(plan: Plan, key_rows, value_rows, optional, **scratch) -> list[Source]:
+    found = []
+    for i, (name, of_rows, scale) in enumerate((
+        ("keys", (key_rows, 0, plan.head_dim), plan.key_scale),
+        ("values", (value_rows, plan.value_rows, plan.value_dim), plan.value_scale),
     )):  # fmt: skip
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
-        its_scales = None if scale is None else scales.pop(0)
+        its_scales = optional.get(("key_scale", "value_scale")[i])
         wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
-        found.append(Source(rows, features, *raw, scale, its_scales, *wide))
+        found.append(Source(*of_rows, *raw, scale, its_scales, *wide))
     return found
 
 
@@ -260,10 +261,11 @@ def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_h
     def copy(offsets, sources, before=None):
         """Copies the runs at these offsets of every block."""
 
-        def row_of(piece, key):
+        def row_of(piece, key, beside):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = table[plan.tiles * TABLE_COLUMNS + piece.tile.seq * plan.pages_per_seq + column]
-            return piece.first_row + page * plan.page_size + lax.rem(key, plan.page_size)
+            page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
+            first = lax.div(piece.first_row + beside, plan.slot_rows)
+            return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -271,14 +273,17 @@ def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_h
 
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)
-                rows = [row_of(piece, (piece.last - i) * plan.block_kv + offset) for offset in offsets]
+                rows = {
+                    beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
+                    for beside in {source.beside for source in sources}
+                }
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)
                     def _(source=source):
                         plgpu.barrier_wait(source.free.at[slot])
 
-                    _copy_runs(plan, source, slot, offsets, rows)
+                    _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
 
             lax.fori_loop(0, piece.steps, step, None)
 
@@ -299,12 +304,16 @@ def loading_warps(plan: Plan) -> int:
     return 1 if plan.loading_warpgroups == 1 or copies_of(plan) == 1 else 2
 
 
-def _copy_runs(plan: Plan, source: Source, slot, offsets, rows) -> None:
+def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
     if not plan.quantised:
         for offset, row in zip(offsets, rows):
+            place = pl.ds(row, plan.run)
+            if plan.slot_rows > 1:  # of a slot, one head's columns
+                first = lax.rem(piece.first_row + source.beside, plan.slot_rows) * source.features
+                place = place, pl.ds(first, source.features)
             slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
-            plgpu.copy_gmem_to_smem(source.rows.at[pl.ds(row, plan.run)], slots, source.here.at[slot])
+            plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
         return
     copies = []
     for offset, row in zip(offsets, rows):

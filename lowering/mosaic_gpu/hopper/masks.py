@@ -13,14 +13,12 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next.
 
-    `masks` are the ranges and the words of the trees in global memory, as far as the plan has them, as vectors.
+    `optional` are the ranges, the words of the trees, and the sinks that there are in global memory, as vectors.
     """
 
-    def __init__(self, plan: Plan, piece, warpgroup, masks):
+    def __init__(self, plan: Plan, piece, warpgroup, optional):
         self.plan, self.piece, self.tile, self.warpgroup = plan, piece, piece.tile, warpgroup
-        masks = list(masks)
-        self.ranges = masks.pop(0) if plan.has_ranges else None
-        self.tree = masks.pop(0) if plan.tree_words else None
+        self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
 
     def rows(self):
         """These, as rows of the tile."""
@@ -35,33 +33,62 @@ class Rows:
         head, token = self.head_and_token(row)
         return (token < self.tile.length) & (head < self.piece.heads_left)
 
+    def sinks(self):
+        """The logit of each row's sink, or None: -inf where no sequence owns the tokens."""
+        if self.all_sinks is None:
+            return None
+        pack = lax.div(self.tile.seq, self.plan.seqs_of_pack)
+        head, _ = self.head_and_token(self.rows())
+        head = self.piece.head + jnp.minimum(head, self.piece.heads_left - 1)
+        sinks = gathered(self.all_sinks, pack * self.plan.q_heads + head, ROWS)
+        return jnp.where(self.tile.owned > 0, sinks, -jnp.inf)
+
     def first_key_of(self, i):
         """The first key of the piece's block i."""
         return (self.piece.last - i) * self.plan.block_kv
 
-    def whole(self):
-        """Every row sees all of the keys from the first to the second of these."""
-        tile = self.tile
-        return tile.whole_start, tile.whole_end if self.tree is None else jnp.minimum(tile.whole_end, tile.first_new)
+    def seen_steps(self):
+        """No row sees a key but in the piece's blocks from the first to the second of these; one at least."""
+        plan, slab, steps, end_block = self.plan, self.tile.slabs, self.piece.steps, self.piece.last + 1
+        if plan.slabs == 1:
+            return 0, steps
+        first = jnp.clip(end_block - lax.div(slab.seen_end + plan.block_kv - 1, plan.block_kv), 0, steps - 1)
+        if not plan.begins_late:
+            return first, steps
+        return first, jnp.clip(end_block - lax.div(slab.seen_start, plan.block_kv), first + 1, steps)
 
-    def visible(self, i):
-        """Which of the rows see which keys of block i."""
-        shape, tile, start = (WARPGROUP_ROWS, self.plan.block_kv), self.tile, self.first_key_of(i)
+    def whole_steps(self, first, end):
+        """Every row sees all keys of the blocks from the first to the second of these, within first + 1 : end."""
+        plan, slab, end_block = self.plan, self.tile.slabs, self.piece.last + 1
+        whole_end = slab.whole_end if self.tree is None else jnp.minimum(slab.whole_end, self.tile.first_new)
+        edge = jnp.clip(end_block - lax.div(whole_end, plan.block_kv), first + 1, end)
+        if not plan.begins_late:
+            return edge, end
+        return edge, jnp.clip(end_block - lax.div(slab.whole_start + plan.block_kv - 1, plan.block_kv), edge, end)
+
+    def seen(self):
+        """A function of i: which of the rows see which keys of block i. What rows are to be asked, is asked here."""
+        shape, plan, tile = (WARPGROUP_ROWS, self.plan.block_kv), self.plan, self.tile
         _, token = self.head_and_token(self.rows())
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
-        if self.plan.has_ranges:
-            place = 2 * (tile.start + here)
-            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1 - start
-            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1 - start
+        if self.ranges is not None:
+            place, origin = 2 * (tile.start + here), 0
+            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1
+            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1
         else:  # positions relative to the tile's first token
-            block = start - tile.position
-            last = jnp.minimum(token, tile.end_key - tile.position - 1) - block
-            before = None if self.plan.window is None else token - block - self.plan.window
-        seen = key <= lax.broadcast_in_dim(last, shape, [0])
-        if before is not None:
-            seen &= key > lax.broadcast_in_dim(before, shape, [0])
-        return seen if self.tree is None else seen & self._in_tree(here, key, start)
+            origin = tile.position
+            last = jnp.minimum(token, tile.end_key - origin - 1)
+            before = None if plan.window is None else token - plan.window
+
+        def visible(i):
+            start = self.first_key_of(i)
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+            seen = key <= lax.broadcast_in_dim(last - (start - origin), shape, [0])
+            if before is not None:
+                seen &= key > lax.broadcast_in_dim(before - (start - origin), shape, [0])
+            return seen if self.tree is None else seen & self._in_tree(here, key, start)
+
+        return visible
 
     def _in_tree(self, token, key, start):
         """Whether tokens of the tile see the keys of the block that begins at `start`, as far as trees decide."""
@@ -124,7 +151,7 @@ class Rows:
     def _interval_of_one(self, token, start):
         """The keys that one token of the tile sees, low <= key < end, counted from key `start`."""
         tile, window = self.tile, self.plan.window
-        if self.plan.has_ranges:
+        if self.ranges is not None:
             place = 2 * (tile.start + token)
             low, end = jnp.maximum(self.ranges[place], 0), jnp.clip(self.ranges[place + 1], 0, tile.end_key)
             return low - start, end - start

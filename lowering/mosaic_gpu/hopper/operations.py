@@ -167,21 +167,23 @@ def _as_word(pair):
 
 def gathered(source, indices, layout):
     """source[indices]: numbers of 32 bits from a vector in global memory, to registers of that layout."""
-    its_type = plgpu.ShapeDtypeStruct(indices.shape, jnp.int32, layout=layout)
+    is_float = jnp.issubdtype(source.dtype, jnp.floating)
+    its_type = plgpu.ShapeDtypeStruct(indices.shape, source.dtype, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=its_type)
     def gather(_, source, indices):
-        i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
+        i64, number_type = ir.IntegerType.get_signless(64), ir.MemRefType(source.type).element_type
         start = utils.memref_ptr(source)
         registers = np.empty_like(indices.registers)
         for place, register in np.ndenumerate(indices.registers):
-            taken = register
-            for i in range(ir.VectorType(register.type).shape[0]):
+            size = ir.VectorType(register.type).shape
+            taken = llvm.mlir_undef(ir.VectorType.get(size, number_type))
+            for i in range(size[0]):
                 index = arith.extsi(i64, vector.extract(register, [], [i]))
-                number = llvm.load(i32, utils.getelementptr(start, [index], i32))
+                number = llvm.load(number_type, utils.getelementptr(start, [index], number_type))
                 taken = vector.insert(number, taken, [], [i])
             registers[place] = taken
-        return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=True)
+        return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=None if is_float else True)
 
     return gather(source, indices)
 

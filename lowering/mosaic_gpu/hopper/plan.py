@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
+from paged_prefill.lowering.tiles import Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 LOG2_E = math.log2(math.e)
@@ -52,13 +53,17 @@ class Plan:
     cores: int  # as many blocks are launched at most: any other number is right too, and less balanced
     group: int  # query heads of a KV head
     num_kv_heads: int
+    seqs_of_pack: int  # which share their sinks
     head_dim: int
     value_dim: int
     page_size: int
     tokens: int
     tiles: int
     pages_per_seq: int
-    keys_per_head: int  # slots of one head of one pool
+    head_rows: int  # in a cache as a matrix of rows, from one head to the next; likewise of pages, slots,
+    page_rows: int
+    slot_rows: int
+    value_rows: int  # and from a key to its value, where they lie in one array
     block_q: int
     block_kv: int
     warpgroups: int
@@ -109,6 +114,10 @@ class Plan:
     @property
     def registers(self) -> Registers:
         return REGISTERS[self.warpgroups, self.quantised]
+
+    @property
+    def q_heads(self) -> int:
+        return self.num_kv_heads * self.group
 
     @property
     def rows(self) -> int:
@@ -169,6 +178,11 @@ class Plan:
         return self.has_ranges or self.tree_words > 0
 
     @property
+    def begins_late(self) -> bool:
+        """Whether rows may not see the first keys of their sequence."""
+        return self.has_ranges or self.window is not None
+
+    @property
     def run(self) -> int:
         """Keys of one copy: they lie together, in one page."""
         return min(self.page_size, self.block_kv)
@@ -177,3 +191,13 @@ class Plan:
     def slab(self) -> int:
         """Rows of a warpgroup that belong to one head, and lie together in the query."""
         return min(self.block_q, WARPGROUP_ROWS)
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of a tile's tokens. Where there are several, a warpgroup has one, and may see less than the tile."""
+        return self.block_q // self.slab
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a row of the table that describes the tiles."""
+        return len(Tiles._fields) + len(Slabs._fields) * self.slabs

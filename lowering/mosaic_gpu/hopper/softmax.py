@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA, any_in_warp, moved
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import LOG2_E, WARPGROUP_ROWS, Plan
-from paged_prefill.primitive.attention import factor_and_lse
+from paged_prefill.primitive.attention import factor_and_lse, with_logit
 
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
 LARGEST_SUM = 256.0
@@ -103,16 +103,22 @@ class Softmax:
             return Running(weights.astype(self.dtype), *others)
         return self._step_by_old_maximum(logits, output, m, l)
 
-    def result(self, acc, m, l, scales):
-        """The rows' output and lse; `scales` are those of keys and values where the plan is `exact`."""
+    def result(self, acc, m, l, sinks=None, scales=None):
+        """The rows' output and lse.
+
+        `sinks` are logits that have a part in their softmax and no value; `scales` those of keys and values where the
+        plan is `exact`.
+        """
         plan = self.plan
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
-        total, maximum = l.sum(axis=1), m * to_natural
-        if self.has_units:
-            maximum = m * self.to_logits
-        factor, lse = factor_and_lse(total, maximum)
+        total, m, fade = l.sum(axis=1), m * (self.to_logits if self.has_units else to_natural), 1.0
+        seen = total != 0
+        if sinks is not None:
+            total, m, fade = with_logit(total, m, sinks)
+        factor, lse = factor_and_lse(total, m)
+        factor *= fade
         if plan.exact:
-            factor, lse = scaled_results(factor, lse, total != 0, *scales)
+            factor, lse = scaled_results(factor, lse, seen, *scales)
         return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
 
     def by_polynomial(self, logits, m):

@@ -114,7 +114,7 @@ def scale_of(plan: Plan, source, piece):
         case "tensor":
             return source.scales[piece.tile.pool]
         case "head":
-            return source.scales[lax.div(piece.first_row, plan.keys_per_head)]
+            return source.scales[lax.div(piece.first_row, plan.head_rows)]
     return None
 
 
