@@ -14,15 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, optional, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
     rows, tile = attention.rows, piece.tile
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
@@ -41,13 +42,14 @@ class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, optional, *, query_views, keys, values, query_here, query_free,
-        keys_here, values_here, keys_free, values_free, turn, cleaned,
+        self, plan, piece, done, warpgroup, optional, sources, *, query_views, keys, values, query_here, query_free,
+        keys_here, values_here, keys_free, values_free, turn, cleaned, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
-        self.rows, self.softmax = Rows(plan, piece, warpgroup, optional), Softmax(plan)
-        [_, [query]] = query_views
-        self.query, self.keys, self.values = query.at[warpgroup], keys, values
+        self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
+        _, *views = query_views
+        self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
+        self.keys, self.values = keys, values
         self.query_here, self.query_free = query_here, query_free
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
@@ -84,6 +86,7 @@ class _Attention:
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.exact else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
@@ -151,7 +154,8 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self.softmax.result(acc, m, l, self.rows.sinks())
+        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.exact else None
+        return self.softmax.result(acc, m, l, self.rows.sinks(), scales)
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""
@@ -184,7 +188,7 @@ class _Attention:
 
     def _clean_values(self, i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
-        plan, dtype = self.plan, jnp.dtype(self.plan.dtype)
+        plan, dtype = self.plan, jnp.dtype(self.plan.product_dtype)
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
@@ -213,8 +217,28 @@ class _Attention:
             columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
+    def _scale_rows(self):
+        """Turns the query into float16, each row by its largest number so that it has room; what makes products logits."""
+        plan = self.plan
+        parts = [
+            plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
+            for part in range(plan.query_parts)
+        ]
+        largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
+        factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
+        for part, numbers in enumerate(parts):
+            scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
+            self.query.at[part][...] = scaled.astype(jnp.float16)
+        plgpu.commit_smem()
+        return to_logits
+
+    def _scale_of(self, source):
+        """The scale of all keys, or of all values, that the piece sees."""
+        scale = scale_of(self.plan, self.sources[source], self.piece)
+        return jnp.float32(1) if scale is None else scale
+
     def _slot_of(self, i):
-        return lax.rem(self.done + i, self.plan.stages)
+        return lax.rem(self.done + i, self.plan.slots)
 
     def _take_turn(self):
         if self.plan.takes_turns:
