@@ -113,8 +113,8 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
             plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, *results, **scratch))
+        work = functools.partial(compute, plan, warpgroup=warpgroup, optional=optional, out=out, lse=lse, **scratch)
+        each_piece(work)
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
