@@ -353,13 +353,12 @@ def _named(**theirs):
 
 
 def _of_the_first(num_seqs, context_lens, page_indices, query_offsets):
-    """The index arrays of a pack whose sequences from `num_seqs` on are none, whatever they hold."""
+    """The index arrays of a pack whose sequences from `num_seqs` on own no token, so that nothing else of them counts."""
     checks.check_rank("context_lens", context_lens, "[seqs]", 1)
     checks.check_rank("query_offsets", query_offsets, "[seqs + 1]", 1)
     seqs = context_lens.shape[0]
     count = jnp.clip(num_seqs.reshape(-1)[0], 0, seqs)
     number = jnp.arange(seqs + 1, dtype=jnp.int32)
-    context_lens = jnp.where(number[:-1] < count, context_lens, 0)
     offsets = jnp.asarray(query_offsets).at[jnp.minimum(number, count)].get(mode="clip")
     return dict(context_lens=context_lens, page_indices=page_indices, query_offsets=offsets)
 

@@ -83,7 +83,7 @@ class ValuesTest(parameterized.TestCase):
         given = arguments(call, "ragged_page_attention_v2")
         pages = np.concatenate([call["page_indices"], np.full_like(call["page_indices"], 2**31 - 1)])
         lens = np.concatenate([call["context_lens"], [2**31 - 1, -5, 40]]).astype(np.int32)
-        offsets = np.concatenate([call["query_offsets"], [0, 9**9, 2]]).astype(np.int32)
+        offsets = np.concatenate([call["query_offsets"], [9**9, 0, 2]]).astype(np.int32)
         stale = [*given[:2], lens, pages, offsets]
         attend = jax.jit(functools.partial(ejkernel.ragged_page_attention_v2, cfg=CFG))
         for num_seqs in (np.int32(3), np.int32([3]), np.int32([3, 77])):
