@@ -42,8 +42,8 @@ CASES = {
     "4x1@512": (4, 1, 512, 32, 8, 128, None, None),
     "64x1@4096": (64, 1, 4096, 32, 8, 128, None, None),
 }
-# Decode steps over caches in 8 bits with a scale a head, and in bfloat16.
-IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768")}
+# Over caches in 8 bits with a scale a head, and in bfloat16.
+IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768", "2048@16384", "8192@8192")}
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 # name: sequences, new tokens of each, context of each; 8 heads of 128, in 8 layers
 APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}
