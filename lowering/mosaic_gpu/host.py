@@ -33,7 +33,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 8
+    version = 9
     platforms = ("cuda",)
     features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
@@ -121,7 +121,7 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab_tokens, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
         # The caches as plain matrices, of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.

@@ -21,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, s
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 
 
-def compute(plan: Plan, piece, done, warpgroup, optional, sources, q_heads, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
     rows, tile = attention.rows, piece.tile
@@ -32,8 +32,8 @@ def compute(plan: Plan, piece, done, warpgroup, optional, sources, q_heads, out,
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, tile.start + token
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    place = (piece.split * plan.tokens + token) * q_heads + head
-    lse_place = (piece.split * q_heads + head) * plan.tokens + token
+    place = (piece.split * plan.tokens + token) * plan.q_heads + head
+    lse_place = (piece.split * plan.q_heads + head) * plan.tokens + token
     store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
     attention.pass_over(end, piece.steps)
 
@@ -51,6 +51,7 @@ class _Attention:
         self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
         self.keys, self.values = keys, values
         self.query_here, self.query_free = query_here, query_free
+        self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned
@@ -63,8 +64,6 @@ class _Attention:
         def step(i, _):
             slot = self._slot_of(i)
             plgpu.barrier_wait(self.keys_here.at[slot])
-            self._take_turn()
-            self._pass_turn()
             plgpu.barrier_arrive(self.keys_free.at[slot])
             plgpu.barrier_wait(self.values_here.at[slot])
             self._clean_values(i)
@@ -95,16 +94,16 @@ class _Attention:
         logits = self._logits_of(i)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
         acc, m, l = self.softmax.start()
-        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.rows.seen(), i))
+        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.seen, i))
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
         self._clean_values(i)
         return running
 
     def _masked_steps(self, first, end, running: Running) -> Running:
-        return lax.fori_loop(first, end, functools.partial(self._step, self.rows.seen()), running)
+        return lax.fori_loop(first, end, functools.partial(self._step, self.seen), running)
 
     def _step(self, seen, i, running: Running) -> Running:
-        """Block i's logits and weights, and the output of block i - 1; `seen` is None where every row sees the block."""
+        """Block i's logits and weights, and the output of block i - 1; without `seen`, every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])

@@ -121,8 +121,9 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, sources, *results, **scratch))
+        results = dict(sources=sources, out=out, lse=lse)
+        work = functools.partial(compute, plan, warpgroup=warpgroup, optional=optional, **results, **scratch)
+        each_piece(work)
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""

@@ -194,8 +194,15 @@ class Plan:
 
     @property
     def slabs(self) -> int:
-        """Slabs of a tile's tokens. Where there are several, a warpgroup has one, and may see less than the tile."""
-        return self.block_q // self.slab
+        """Slabs of a tile's tokens. Where there are several, a warpgroup has one, and may see less than the tile.
+
+        Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
+        """
+        return 1 if self.takes_turns else self.block_q // self.slab
+
+    @property
+    def slab_tokens(self) -> int:
+        return self.block_q // self.slabs
 
     @property
     def columns(self) -> int:
