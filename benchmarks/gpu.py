@@ -49,8 +49,8 @@ CASES = {
     "8192@8192 d64": (1, 8192, 8192, 32, 8, 64, None, None),
     "8192@8192 d256": (1, 8192, 8192, 16, 8, 256, None, None),
 }
-# Decode steps over caches in 8 bits with a scale a head, and in bfloat16.
-IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768")}
+# Over caches in 8 bits with a scale a head, and in bfloat16.
+IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768", "2048@16384", "8192@8192")}
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 # name: sequences, new tokens of each, context of each; 8 heads of 128, in 8 layers
 APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}

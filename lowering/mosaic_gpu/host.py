@@ -33,7 +33,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 8
+    version = 9
     platforms = ("cuda",)
     features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
@@ -71,11 +71,11 @@ class MosaicGpu(Kernel):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
-        rows = _rows(problem, first)
+        rows = _rows(first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
-        found += [_sized(problem, first.block_q, 64, _warpgroups(problem, first))]
+        found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
@@ -84,7 +84,7 @@ class MosaicGpu(Kernel):
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if config.num_warps not in (8, 12, 16):
             return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
-        rows = _rows(problem, config)
+        rows = _rows(config)
         whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
         if config.block_q < 8 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
@@ -93,7 +93,7 @@ class MosaicGpu(Kernel):
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
         # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
-        if _warpgroups(problem, config) == 3 and problem.value_dim // 2 + block > 128:
+        if _warpgroups(config) == 3 and problem.value_dim // 2 + block > 128:
             return (
                 f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
                 f"{problem.value_dim} and cfg.block_kv {block}"
@@ -159,7 +159,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         value_rows=problem.rows.get("2", 0),
         block_q=config.block_q,
         block_kv=config.block_kv,
-        warpgroups=_warpgroups(problem, config),
+        warpgroups=_warpgroups(config),
         stages=config.num_stages,
         splits=config.num_splits,
         softmax_scale=problem.attention.softmax_scale,
@@ -210,7 +210,7 @@ def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
 
 def _most_warpgroups(problem: Problem) -> int:
     """Two that compute, unless the caches are quantised and their rows so wide that there is no room."""
-    sizes = _config(problem, WARPGROUP_ROWS, 64, 2, num_stages=2)
+    sizes = _config(WARPGROUP_ROWS, 64, 2, 2)
     return 2 if shared_bytes(problem, sizes) <= SHARED_BYTES else 1
 
 
@@ -226,16 +226,16 @@ def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> Pr
     """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
     stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
     sizes = [
-        _config(problem, block_q, block, warpgroups, num_stages=number)
+        _config(block_q, block, warpgroups, number)
         for least, block in ((2, block_kv), (_fewest_stages(problem), 64))
         for number in range(stages, least - 1, -1)
     ]
     return next((config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES), None)
 
 
-def _config(problem: Problem, block_q: int, block_kv: int, warpgroups: int, num_stages: int) -> PrefillPageAttentionConfig:
+def _config(block_q: int, block_kv: int, warpgroups: int, stages: int) -> PrefillPageAttentionConfig:
     num_warps = 4 * (warpgroups + 1)
-    return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+    return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages)
 
 
 def _fewest_stages(problem: Problem) -> int:
@@ -247,19 +247,19 @@ def _quantised(problem: Problem) -> bool:
     return "quantised" in problem.features
 
 
-def _warpgroups(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+def _warpgroups(config: PrefillPageAttentionConfig) -> int:
     """Those that compute: quantised caches have warps of their own beside, which no size counts."""
     return config.num_warps // 4 - 1
 
 
-def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+def _rows(config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
-    return _warpgroups(problem, config) * WARPGROUP_ROWS
+    return _warpgroups(config) * WARPGROUP_ROWS
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
-    heads = _rows(problem, config) // config.block_q
+    heads = _rows(config) // config.block_q
     tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
@@ -269,7 +269,7 @@ def _keeps_busy(problem: Problem, device: Device, three: PrefillPageAttentionCon
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
         return False
     tiles = programs(problem, three)
-    used = problem.tokens * problem.q_heads / (tiles * _rows(problem, three))
+    used = problem.tokens * problem.q_heads / (tiles * _rows(three))
     return tiles >= ROUNDS * device.cores and used >= 0.95
 
 
@@ -278,10 +278,10 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     block, features = config.block_kv, problem.head_dim + problem.value_dim
     blocks = config.num_stages * block * features
     if not _quantised(problem):
-        return 2 * (_rows(problem, config) * problem.head_dim + blocks) + 3072
+        return 2 * (_rows(config) * problem.head_dim + blocks) + 3072
     scales = 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         run = min(problem.page_size, block)
         scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
     wide = widened(block, features) * block * features
-    return 2 * (_rows(problem, config) * problem.head_dim + wide) + blocks + scales + 3072
+    return 2 * (_rows(config) * problem.head_dim + wide) + blocks + scales + 3072

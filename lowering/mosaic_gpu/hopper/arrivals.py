@@ -38,7 +38,7 @@ def initialise(barriers, warps: int) -> None:
 
 
 def copy_together(barriers, stage, copies) -> None:
-    """Starts this warp's copies of a block, (source, first row, rows, target), and announces them to barrier `stage`."""
+    """Starts this warp's copies of a block, (source, first row, rows, target), announced to barrier `stage`."""
     lengths = [length for _, _, length, _ in copies]
     types = [plgpu.RefType(), SPLAT]
     for _ in copies:

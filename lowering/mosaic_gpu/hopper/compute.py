@@ -218,7 +218,7 @@ class _Attention:
         plgpu.commit_smem()
 
     def _scale_rows(self):
-        """Turns the query into float16, each row by its largest number so that it has room; what makes products logits."""
+        """Turns the query into float16, each row over its largest number; what turns its products to logits."""
         plan = self.plan
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)

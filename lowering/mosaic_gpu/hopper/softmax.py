@@ -20,8 +20,8 @@ from paged_prefill.primitive.attention import factor_and_lse, with_logit
 
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
 LARGEST_SUM = 256.0
-# Where queries in bfloat16 have weights in float16, their maximum lies so far below the largest logit, in units of log 2:
-# so weights down to 2^-31 of the largest count, and those of the largest sum are within range.
+# Where weights are in float16 for the caches' sake, their maximum lies so far below the largest logit, in units of
+# log 2: so weights down to 2^-31 of the largest count, and those of the largest sum are within range.
 HEADROOM = 7
 SMALLEST = 1e-30  # that scales and rows of a query count as
 
@@ -50,7 +50,7 @@ def scaled_rows(plan: Plan, largest, key_scale):
 
 
 def scaled_results(factor, lse, seen, key_scale, value_scale):
-    """What to multiply the output of rows with, and their lse, likewise; NaN in a scale is only for rows that see keys."""
+    """What to multiply the output of rows with, and their lse; NaN in a scale is only for rows that see keys."""
     poison = jnp.where(jnp.abs(key_scale) < jnp.inf, 0.0, jnp.nan)
     factor *= jnp.where(seen, value_scale, 1.0)
     return [x + jnp.where(seen, poison, 0.0) for x in (factor, lse)]

@@ -140,11 +140,10 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
     others = [x for x in (scale, of_slots) if x is not None]
     assembly = _assembly(plan, scaled=len(others) > 0)
     types = [plgpu.RefType() if x is of_slots else plgpu.Layout.WG_SPLAT for x in others]
-    f32, i8, i32 = (lambda: ir.F32Type.get()), (lambda: ir.IntegerType.get_signless(8)), (lambda: ir.IntegerType.get_signless(32))
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT, *types))
     def go(_, raw, wide, warp, *others):
-        constant = lambda x: arith.constant(i32(), x)
+        f32, i8, i32 = ir.F32Type.get(), *(ir.IntegerType.get_signless(width) for width in (8, 32))
+        constant = lambda x: arith.constant(i32, x)
         times = lambda x, n: arith.muli(x, constant(n))
         start, target, warp = utils.memref_ptr(raw), utils.memref_ptr(wide), warp.registers.item()
         thread = arith.remui(utils.thread_idx(), constant(32))
@@ -167,28 +166,28 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
             slot = arith.addi(first_row, constant(first))
             copy, within = (op(slot, constant(plan.run)) for op in (arith.divui, arith.remui))
             index = arith.addi(times(copy, scales_shape(plan)[-1]), within)
-            return [llvm.load(f32(), utils.getelementptr(utils.memref_ptr(others[0]), [index], f32()))]
+            return [llvm.load(f32, utils.getelementptr(utils.memref_ptr(others[0]), [index], f32))]
 
         def load(first, part):
-            words = ir.VectorType.get((2,), i32())
-            pointer = utils.getelementptr(start, [source], i8())
-            return llvm.load(words, utils.getelementptr(pointer, [first * features + part], i8()))
+            words = ir.VectorType.get((2,), i32)
+            pointer = utils.getelementptr(start, [source], i8)
+            return llvm.load(words, utils.getelementptr(pointer, [first * features + part], i8))
 
         def turn(words, factor):
-            pair = llvm.StructType.get_literal([i32(), i32()])
-            result = llvm.mlir_undef(ir.VectorType.get((4,), i32()))
+            pair = llvm.StructType.get_literal([i32, i32])
+            result = llvm.mlir_undef(ir.VectorType.get((4,), i32))
             for i in range(2):
                 operands = [vector.extract(words, [], [i]), *factor]
                 turned = llvm.inline_asm(pair, operands, assembly, "=r,=r,r" + ",f" * len(factor))
                 for j in range(2):
-                    result = vector.insert(llvm.extractvalue(i32(), turned, [j]), result, [], [2 * i + j])
+                    result = vector.insert(llvm.extractvalue(i32, turned, [j]), result, [], [2 * i + j])
             return result
 
         def store(first, part, words):
             tiles = first // TILE_ROWS * (features // COLUMNS) + part // COLUMNS
-            pointer = utils.getelementptr(target, [places[first % TILE_ROWS]], i8())
+            pointer = utils.getelementptr(target, [places[first % TILE_ROWS]], i8)
             offset = tiles * TILE_BYTES + first % TILE_ROWS * 2 * COLUMNS
-            llvm.store(words, utils.getelementptr(pointer, [offset], i8()))
+            llvm.store(words, utils.getelementptr(pointer, [offset], i8))
 
         def widen_rows(firsts):
             chunks = [(first, part) for first in firsts for part in range(0, features, width)]
