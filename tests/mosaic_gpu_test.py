@@ -188,9 +188,12 @@ class SupportsTest(parameterized.TestCase):
         ("few_tiles", dict(tokens=2048), 12),
         ("empty_rows", dict(tokens=200 * 64, seqs=64), 12),
         ("other_dims", dict(tokens=8192, head_dim=64, value_dim=64), 12),
+        ("a_last_round_nearly_full", dict(tokens=4096, q_heads=64, pages_per_seq=2048), 16),  # 10.7 of 11
+        ("a_last_round_hardly_begun", dict(tokens=4096, num_kv_heads=4, pages_per_seq=2048), 12),  # 5.3 of 6
+        ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256), 16),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
-        given = problem(q_heads=32, num_kv_heads=8, **changes)
+        given = problem(**dict(q_heads=32, num_kv_heads=8) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
         self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {12, 16})
 
