@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
@@ -71,7 +71,6 @@ class Static(NamedTuple):
     window: int | None
     value_dim: int
     held: fetching.Held
-    scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
     by_row: bool  # whether what rows see is read from arrays
     tree: bool
 
@@ -81,7 +80,7 @@ def kernel(head_start_ref, *refs, static: Static):
     sizes = static.sizes
     refs = iter(refs)
     items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.scaled, static.held.kv_heads)
+    scales = Scales.of(refs, static.held)
     query_ref = next(refs)
     seen_refs = (next(refs), next(refs)) if static.by_row else None
     pages = Pages.of(refs, static.held)
@@ -99,7 +98,7 @@ def kernel(head_start_ref, *refs, static: Static):
         if static.by_row:
             first_new = items.first_new[item] if static.tree else None
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
-        return Mask(first_key, position + rows.first, key_end, static.window)
+        return Mask(first_key, position + rows.first, key_start, key_end, static.window)
 
     def attend_block(block, parts, seen_whole, rows_of, masked_at_once):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
@@ -115,6 +114,7 @@ def kernel(head_start_ref, *refs, static: Static):
             scratch=scratch,
             static=static,
             scale_of=scale_of,
+            slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
 
         def whole_chunk(chunk, copy=None):
@@ -224,10 +224,11 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 class Mask(NamedTuple):
-    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's end."""
+    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's ends."""
 
     first_key: object
     first_position: object
+    key_start: object
     key_end: object
     window: int | None
 
@@ -245,6 +246,10 @@ class Mask(NamedTuple):
     def zero(self, values):
         """The values of keys that no row sees, zeroed: already done, where they lie."""
         return values
+
+    def zero_scales(self, scales):
+        """Scales [1, keys] with zeros for keys that no row of the item sees."""
+        return zero_scales_outside(scales, (self.key_start - self.first_key, self.key_end - self.first_key))
 
 
 class MaskByRow(NamedTuple):
@@ -279,6 +284,13 @@ class MaskByRow(NamedTuple):
         sees = jnp.where(self._sees(columns, row, 0, values.shape[0]), 1, 0)
         return jnp.where(jnp.max(sees, axis=1, keepdims=True) > 0, values, 0)
 
+    def zero_scales(self, scales):
+        """Scales [1, keys] with zeros for keys that no row of the item sees."""
+        row = lax.broadcasted_iota(jnp.int32, (self.seen_ref.shape[0], 1), 0)
+        columns = [self.seen_ref[:, i : i + 1] for i in range(self.seen_ref.shape[1])]
+        sees = jnp.where(self._sees(columns, row, 1, scales.shape[1]), 1, 0)
+        return jnp.where(jnp.max(sees, axis=0, keepdims=True) > 0, scales, 0.0)
+
     def _sees(self, columns, row, keys_axis, keys):
         lo, hi, *words = columns
         shape = (1, keys) if keys_axis else (keys, 1)
@@ -293,11 +305,12 @@ class MaskByRow(NamedTuple):
 
 def _attend_step(
     chunk, products, mask: Mask | MaskByRow | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch,
-    static: Static, scale_of,
+    static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
 
-    Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, or None.
+    Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of
+    a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
@@ -320,8 +333,8 @@ def _attend_step(
     def softmax(buffer, head, rows):
         count = group * rows.count
         s = scratch.logits[buffer, :count]
-        if (scale := scale_of("key", head)) is not None:
-            s = s * scale
+        for scale in (scale_of("key", head), slot_scales_of("key", head, chunk)):
+            s = s if scale is None else s * scale
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
         if mask is not None:
@@ -334,6 +347,8 @@ def _attend_step(
         fade = jnp.exp2((m - shift) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
+        if (scales := slot_scales_of("value", head, chunk)) is not None:
+            p = p * (scales if mask is None else mask.zero_scales(scales))  # 0 * NaN is NaN
         scratch.weights[buffer, :count] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
@@ -395,7 +410,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     tiles = -(-tokens // block_q)
     query = jnp.pad(call.query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
     query = query.reshape(-1, num_kv_heads, group, problem.head_dim).transpose(1, 2, 0, 3)
-    pages, scales = fetching.pages_of(call, sizes), fetching.scales_of(call)
+    pages, scales, held = fetching.pages_of(call, sizes), fetching.scales_of(call), fetching.Held.by(call)
     by_row = call.ranges is not None or call.tree is not None
     seen = _seen(call, tiles, block_q) if by_row else []
 
@@ -417,8 +432,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 soft_cap=attention.attn_logits_soft_cap,
                 window=attention.sliding_window,
                 value_dim=problem.value_dim,
-                held=fetching.Held.by(problem),
-                scaled=tuple(scales),
+                held=held,
                 by_row=by_row,
                 tree=call.tree is not None,
             ),
@@ -435,7 +449,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 pl.BlockSpec((heads, group, block_q, problem.value_dim), tile_of),
                 pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
             ],
-            scratch_shapes=[fetching.buffers_of(problem, sizes, heads), scratch_of(problem, sizes, heads)],
+            scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(problem, sizes, heads)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, problem.value_dim), query.dtype),
