@@ -142,12 +142,21 @@ def kernel(head_start_ref, *refs, static: Static):
                 rows = rows_of(part)
                 mask = mask_of(rows, first)
 
-                @pl.loop(0, kv_heads // at_once)
-                def _(heads):
-                    # If every buffer's number were known when compiling, the compiler would keep the buffers in
-                    # registers, of which there are too few, and spill.
-                    buffers = [lax.rem(part + i, 2) for i in range(at_once)]
-                    step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask)
+                def first_keys(keys):
+                    @pl.loop(0, kv_heads // at_once)
+                    def _(heads):
+                        # If every buffer's number were known when compiling, the compiler would keep the buffers in
+                        # registers, of which there are too few, and spill.
+                        buffers = [lax.rem(part + i, 2) for i in range(at_once)]
+                        step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask, keys)
+
+                # What lies behind the last key that these rows see adds zeros, which change no bit of sums by lanes.
+                if sizes.chunk <= schedule.DEPTH or sizes.chunk % LANES or schedule.DEPTH % LANES:
+                    return first_keys(sizes.chunk)
+                end = key_end if static.by_row else jnp.minimum(key_end, position + rows.first + rows.count)
+                ends_early = end - first <= schedule.DEPTH
+                pl.when(ends_early)(lambda: first_keys(schedule.DEPTH))
+                pl.when(jnp.logical_not(ends_early))(lambda: first_keys(sizes.chunk))
 
         def whole_block():
             """No chunk needs a mask, and every run of the next block is needed."""
@@ -304,15 +313,16 @@ class MaskByRow(NamedTuple):
 
 
 def _attend_step(
-    chunk, products, mask: Mask | MaskByRow | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch,
-    static: Static, scale_of, slot_scales_of,
+    chunk, products, mask: Mask | MaskByRow | None = None, num_keys=None, *, query_ref, keys_ref, values_ref,
+    scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
 
-    Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of
+    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of
     a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
+    num_keys = num_keys or sizes.chunk
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
@@ -323,18 +333,27 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
+    def of_keys(ref, head):
+        """What the chunk's keys have in `ref`, [num_keys, features]."""
+        return ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:num_keys]
+
+    def times_slot_scales(x, name, head, seen):
+        """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
+        scales = slot_scales_of(name, head, chunk)
+        return x if scales is None else x * seen(scales[:, :num_keys])
+
     def logits(buffer, head, rows):
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = keys_ref[runs, head].astype(query.dtype).reshape(sizes.chunk, -1)
+        keys = of_keys(keys_ref, head)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
-            scratch.logits[buffer, strip] = product(query[strip], keys, 1)
+            scratch.logits[buffer, strip, :num_keys] = product(query[strip], keys, 1)
 
     def softmax(buffer, head, rows):
         count = group * rows.count
-        s = scratch.logits[buffer, :count]
-        for scale in (scale_of("key", head), slot_scales_of("key", head, chunk)):
-            s = s if scale is None else s * scale
+        s = times_slot_scales(scratch.logits[buffer, :count, :num_keys], "key", head, lambda scales: scales)
+        if (scale := scale_of("key", head)) is not None:
+            s = s * scale
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
         if mask is not None:
@@ -343,23 +362,22 @@ def _attend_step(
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         # A row that has seen no key yet would subtract infinity from itself.
         shift = m_next if mask is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
-        p = jnp.exp2((s - widen(shift, sizes.chunk)) * to_exponent)
+        p = jnp.exp2((s - widen(shift, num_keys)) * to_exponent)
         fade = jnp.exp2((m - shift) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
-        if (scales := slot_scales_of("value", head, chunk)) is not None:
-            p = p * (scales if mask is None else mask.zero_scales(scales))  # 0 * NaN is NaN
-        scratch.weights[buffer, :count] = p.astype(query_ref.dtype)
+        p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
+        scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
     def add_values(buffer, head, rows):
         count = group * rows.count
-        values = values_ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:, : static.value_dim]
+        values = of_keys(values_ref, head)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
-        parts = range(scratch.sums.shape[1])
+        parts = range(-(-num_keys // schedule.DEPTH))
         for part in parts:
-            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, sizes.chunk))
+            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, num_keys))
             scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
         acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2])
         acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
