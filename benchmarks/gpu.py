@@ -3,7 +3,8 @@
 Prints a row for each case and page size: TFLOP/s of this project's kernels and of peers over the same pages, and the
 ratios; with a soft cap, how much longer it takes than without; over caches in 8 bits, microseconds and how many times
 shorter than in bfloat16; for `append_to_pages`, microseconds. Peers are FlashInfer's FA3 and FA2 (`fa3`, `fa2`), its
-decode kernel in a CUDA graph (`fidecode`), and upstream's FA3 by the package flash-attn3-jax (`fa3jax`).
+decode kernel in a CUDA graph (`fidecode`), upstream's FA3 by the package flash-attn3-jax (`fa3jax`), and over keys that
+lie dense, where all of a context is new, that FA3 (`fa3dense`) and cuDNN by JAX (`cudnndense`).
 
 Every number is the median of several loops of calls that follow one another without a pause, the contenders taking
 turns in one process. A jitted function makes 4 calls with 4 queries, as the layers of a model do: so that the host,
@@ -41,9 +42,15 @@ CASES = {
     "1x1@8192": (1, 1, 8192, 32, 8, 128, None, None),
     "4x1@512": (4, 1, 512, 32, 8, 128, None, None),
     "64x1@4096": (64, 1, 4096, 32, 8, 128, None, None),
+    "256x1@1024": (256, 1, 1024, 32, 8, 128, None, None),
+    "1x1@131072": (1, 1, 131072, 32, 8, 128, None, None),
+    "32x4@8192": (32, 4, 8192, 32, 8, 128, None, None),
+    "4096@4096": (1, 4096, 4096, 32, 8, 128, None, None),
+    "8192@8192 d64": (1, 8192, 8192, 32, 8, 64, None, None),
+    "8192@8192 d256": (1, 8192, 8192, 16, 8, 256, None, None),
 }
-# Decode steps over caches in 8 bits with a scale a head, and in bfloat16.
-IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768")}
+# Over caches in 8 bits with a scale a head, and in bfloat16.
+IN_8_BITS = {f"{name} in 8 bits": CASES[name] for name in ("64x1@4096", "16x1@32768", "2048@16384", "8192@8192")}
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 # name: sequences, new tokens of each, context of each; 8 heads of 128, in 8 layers
 APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}
@@ -128,6 +135,30 @@ def fa3jax(page_size, case):
         )
 
     return layers(run, queries, (*caches, contexts, pages), case)
+
+
+def dense(attend, page_size, case):
+    """Calls of a kernel over keys and values of prompts that lie dense, [seqs, context, heads, head_dim]."""
+    seqs, chunk, context, q_heads, kv_heads, head_dim, window, _ = case
+    if chunk < context or window is not None:
+        raise ValueError("takes whole prompts without a window")
+    queries, _ = operands(page_size, *case)
+    queries = [query.reshape(seqs, chunk, q_heads, head_dim) for query in queries]
+    keys, values = jax.random.normal(jax.random.key(1), (2, seqs, context, kv_heads, head_dim), jnp.bfloat16)
+    return layers(attend, queries, (keys, values), case)
+
+
+def fa3dense(page_size, case):
+    """Calls of upstream's FA3."""
+    from flash_attn3_jax import flash_mha  # pylint: disable=import-outside-toplevel
+
+    return dense(functools.partial(flash_mha, is_causal=True), page_size, case)
+
+
+def cudnndense(page_size, case):
+    """Calls of cuDNN's kernel."""
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    return dense(attend, page_size, case)
 
 
 def flashinfer(backend, page_size, case):
@@ -229,7 +260,7 @@ def measure(name, page_size, platforms=("cuda",), peers=("fa3", "fa2")) -> dict:
     case = CASES[name]
     makers = {platform: functools.partial(ours, platform, page_size, case) for platform in platforms}
     if case[-1] is None:
-        own = dict(fidecode=fidecode, fa3jax=fa3jax)
+        own = dict(fidecode=fidecode, fa3jax=fa3jax, fa3dense=fa3dense, cudnndense=cudnndense)
         of_flashinfer = {peer: functools.partial(flashinfer, peer) for peer in peers if peer not in own}
         makers |= {peer: functools.partial((own | of_flashinfer)[peer], page_size, case) for peer in peers}
     else:
@@ -309,7 +340,7 @@ def main():
     parser.add_argument("--cases", default=",".join([*CASES, *IN_8_BITS, *APPENDS]))
     parser.add_argument("--pages", default="16,128")
     parser.add_argument("--platforms", default="cuda", help="this project's kernels, by commas: cuda, triton, xla")
-    parser.add_argument("--peers", default="fa3,fa2", help="fa3, fa2, fidecode, fa3jax by commas; empty for none")
+    parser.add_argument("--peers", default="fa3,fa2", help="by commas, as above; empty for none")
     arguments = parser.parse_args()
     peers = tuple(filter(None, arguments.peers.split(",")))
     print(json.dumps(dict(jax=jax.__version__, device=jax.devices()[0].device_kind)), flush=True)

@@ -8,10 +8,13 @@ them; and, where there are two devices, how many times as fast the heads on two 
 
 import argparse
 import collections
+from concurrent import futures
 import contextlib
+from dataclasses import dataclass
 import functools
 import json
 from pathlib import Path
+import re
 import statistics
 import tempfile
 import time
@@ -25,8 +28,9 @@ from paged_prefill.examples.serve import checkpoint, model as model_lib, runner
 from paged_prefill.examples.serve.config import Config, Layer, frequencies
 
 PAGE_SIZE = 16
-DENSE = "gather and dot_product_attention"
-OURS = ("paged_prefill", "append_to_pages", "scatter")  # in names of kernels and of what XLA made them from
+OURS, TWO, DENSE = "paged_prefill", "two devices", "gather and dot_product_attention"
+# What is in the names of their kernels, or of the operations that XLA made the kernels from.
+PARTS = dict(attention=("paged_prefill",), append=("append_to_pages", "append_tokens"))
 
 
 def llama_3_8b(layers: int = 32) -> Config:
@@ -38,8 +42,8 @@ def llama_3_8b(layers: int = 32) -> Config:
 
 
 def random_model(config: Config) -> checkpoint.Model:
-    """Weights made on the device."""
-    keys = iter(jax.random.split(jax.random.key(0), 16))
+    """Weights made on the device; by a generator that needs no more memory than they do."""
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 16))
     normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     return checkpoint.seeded(config, lambda shape: normal(next(keys), shape))
 
@@ -69,9 +73,9 @@ def cache_page_size(cache) -> int:
     return cache.shape[-2]
 
 
-def batch_of(run: runner.Runner, config: Config, *, seqs: int, new: int, context: int, num_pages: int) -> runner.Batch:
+def batch_of(run: runner.Runner, config: Config, case: dict, columns: int, num_pages: int) -> runner.Batch:
     """`seqs` sequences of `context` tokens, the last `new` of them in this step; pages are shared where too few."""
-    columns = -(-context // PAGE_SIZE)
+    seqs, new, context = case["seqs"], case["new"], case["context"]
     rng = np.random.default_rng(0)
     batch = runner.empty_batch(run.replicas, seqs * new, seqs, columns, 1, config.vocabulary)
     batch.tokens[:] = rng.integers(0, config.vocabulary, batch.tokens.shape)
@@ -80,21 +84,26 @@ def batch_of(run: runner.Runner, config: Config, *, seqs: int, new: int, context
     batch.page_indices[:] = (rng.permutation(seqs * columns) % num_pages).reshape(seqs, columns)
     batch.query_offsets[:] = np.arange(seqs + 1) * new
     batch.rows[:, :, 0] = np.arange(1, seqs + 1) * new - 1
-    return batch
+    return run.placed(batch)
 
 
+def lowered(run: runner.Runner, batch: runner.Batch, changes: dict):
+    """A step of such a batch, with `changes` of the model's functions."""
+    with contextlib.ExitStack() as stack:
+        for name, change in changes.items():
+            stack.enter_context(mock.patch.object(model_lib, name, change))
+        stack.enter_context(run.contexts())
+        jax.clear_caches()  # a trace knows nothing of the changes
+        return runner.next_tokens.lower(run.config, run.mesh, run.weights, run.caches, batch)
+
+
+@dataclass
 class Contender:
-    """A step, compiled with `changes` of the model's functions."""
+    """A compiled step, and what it is given."""
 
-    def __init__(self, run: runner.Runner, batch: runner.Batch, **changes):
-        self.run, self.batch = run, run.placed(batch)
-        with contextlib.ExitStack() as stack:
-            for name, change in changes.items():
-                stack.enter_context(mock.patch.object(model_lib, name, change))
-            stack.enter_context(run.contexts())
-            jax.clear_caches()  # a trace knows nothing of the changes
-            arguments = run.config, run.mesh, run.weights, run.caches, self.batch
-            self.step = runner.next_tokens.lower(*arguments).compile()
+    run: runner.Runner
+    batch: runner.Batch
+    step: jax.stages.Compiled
 
     def __call__(self) -> float:
         """Seconds of one step."""
@@ -113,88 +122,138 @@ def medians(contenders: dict, times: int) -> dict:
     return {name: round(1e3 * statistics.median(own[1:]), 3) for name, own in seconds.items()}
 
 
-def profiled(contender: Contender, steps: int = 5) -> dict:
-    """Where a step's time on the device goes: the share of kernels of ours, and the longest kernels by name."""
+# A contender's functions in place of the model's; "no attention" and "no append" show what a step takes without them.
+CHANGES = {
+    "no attention": dict(ragged_paged_prefill=lambda query, *_, **__: query),
+    "no append": dict(append_to_pages=lambda key, value, *_, **__: (key, value)),
+    DENSE: dict(ragged_paged_prefill=dense_attention),
+}
+
+
+def part_of(name: str) -> str:
+    """The part of a step that a kernel or an operation belongs to, by its name."""
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """The parts of a compiled program's kernels, by the names that XLA gives them."""
+    named = re.findall(r"%([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", text)
+    return {re.sub("[.-]", "_", name): part_of(operation) for name, operation in named}
+
+
+def profiled(contender: Contender, steps: int = 3) -> dict:
+    """Where a step's time on the first device goes: the share of each part of ours, and the longest kernels by name."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 contender()
         [file] = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        spent = collections.Counter()
-        for plane in planes:
-            if plane.name.startswith("/device:GPU:0"):
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            said = f"{event.name} {dict(event.stats).get('name', '')}"
-                            spent[said] += event.duration_ns / 1e6 / steps
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    spent = collections.Counter()
+    for plane in planes:
+        if plane.name.startswith("/device:GPU:0"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        spent[event.name] += event.duration_ns / 1e6 / steps
+    parts = parts_of(contender.step.as_text())
+    shares = collections.Counter()
+    for name, ms in spent.items():
+        shares[parts.get(name, part_of(name))] += ms
     total = sum(spent.values()) or 1.0
-    ours = sum(ms for name, ms in spent.items() if any(word in name for word in OURS))
-    longest = {name[:160]: round(ms, 3) for name, ms in spent.most_common(15)}
-    return {"device ms": round(total, 3), "share of ours by name": round(ours / total, 3), "longest": longest}
+    return {
+        "device ms": round(total, 3), "shares": {part: round(ms / total, 3) for part, ms in shares.items()},
+        "longest": {name[:60]: [round(ms, 3), parts.get(name)] for name, ms in spent.most_common(12)},
+    }  # fmt: skip
 
 
-def contenders_of(runs: dict[str, runner.Runner], config: Config, case: dict, num_pages: int) -> dict[str, Contender]:
-    """A step as it is, on two devices, without its parts, and with a dense attention if that fits into memory."""
-    one = runs["one"]
-    batches = {name: batch_of(run, config, num_pages=num_pages, **case) for name, run in runs.items()}
-    found = {"paged_prefill": Contender(one, batches["one"])}
-    if "two" in runs:
-        found["two devices"] = Contender(runs["two"], batches["two"])
-    found["no attention"] = Contender(one, batches["one"], ragged_paged_prefill=lambda query, *_, **__: query)
-    found["no append"] = Contender(one, batches["one"], append_to_pages=lambda key, value, *_, **__: (key, value))
+def contenders_of(names, runs: dict[str, runner.Runner], config: Config, cases, num_pages: int) -> list[dict]:
+    """For each case the contenders by name; XLA compiles all side by side.
+
+    The chunks of a prompt have one program, for the longest context, as in an engine; the dense attention, which reads
+    as much as its page table is wide, has one for each chunk.
+    """
+    programs, found = {}, []
+    for case in cases:
+        alike = [other for other in cases if other["seqs"] == case["seqs"] and other["new"] == case["new"]]
+        longest = max(other["context"] for other in alike)
+        found.append({})
+        for name in names:
+            run = runs["two" if name == TWO else "one"]
+            columns = -(-(case["context"] if name == DENSE else longest) // PAGE_SIZE)
+            batch = batch_of(run, config, case, columns, num_pages)
+            key = name, case["seqs"], case["new"], columns
+            if key not in programs:
+                programs[key] = lowered(run, batch, CHANGES.get(name, {}))
+            found[-1][name] = key, run, batch
+    with futures.ThreadPoolExecutor() as pool:
+        steps = dict(zip(programs, pool.map(lambda program: program.compile(), programs.values())))
+    return [
+        {name: Contender(run, batch, steps[key]) for name, (key, run, batch) in of_case.items()} for of_case in found
+    ]
+
+
+def runs_at_all(contender: Contender, name: str) -> bool:
+    """Whether it fits into memory, and a line that says why not."""
     try:
-        dense = Contender(one, batches["one"], ragged_paged_prefill=dense_attention)
-        dense()
-        found[DENSE] = dense
+        contender()
+        return True
     except jax.errors.JaxRuntimeError as error:
-        one.caches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one.caches)  # they had been donated
-        print(json.dumps({"failed": DENSE, "why": str(error)[:300]}), flush=True)
-    return found
+        run = contender.run
+        run.caches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.caches)  # they had been donated
+        print(json.dumps({"failed": name, "why": str(error)[:300]}), flush=True)
+        return False
 
 
-def measure(runs: dict[str, runner.Runner], config: Config, case: dict, num_pages: int, times: int) -> dict:
+def measure(contenders: dict[str, Contender], case: dict, times: int) -> dict:
     """One line."""
-    contenders = contenders_of(runs, config, case, num_pages)
+    contenders = {name: each for name, each in contenders.items() if name != DENSE or runs_at_all(each, name)}
     ms = medians(contenders, times)
-    tokens, whole = case["seqs"] * case["new"], ms["paged_prefill"]
+    tokens, whole = case["seqs"] * case["new"], ms[OURS]
     line = case | {"ms": ms, "tokens a second": {name: round(1e3 * tokens / own) for name, own in ms.items()}}
-    line |= {f"share of {what}": round(1 - ms[f"no {what}"] / whole, 3) for what in ("attention", "append")}
-    return line | profiled(contenders["paged_prefill"])
+    line["times as long as ours"] = {name: round(own / whole, 2) for name, own in ms.items()}
+    return line | profiled(contenders[OURS])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts, to see that it runs")
-    parser.add_argument("--times", type=int, default=15)
-    parser.add_argument("--gigabytes", type=float, default=40.0, help="for all caches on a device (%(default)s)")
+    parser.add_argument("--cases", choices=("all", "decode", "prefill"), default="all")
+    parser.add_argument("--times", type=int, default=9)
+    parser.add_argument("--gigabytes", type=float, default=32.0, help="for all caches on a device (%(default)s)")
+    parser.add_argument("--contenders", help=f"by commas; all by default: {', '.join((OURS, TWO, *CHANGES))}")
     options = parser.parse_args()
     config = checkpoint.tiny_config() if options.tiny else llama_3_8b(options.layers)
+    names = options.contenders.split(",") if options.contenders else [OURS, TWO, *CHANGES]
+    if len(jax.devices()) == 1 and TWO in names:
+        names.remove(TWO)
     shrink = 64 if options.tiny else 1
     model = random_model(config)
     layer = config.layers[0]
     of_a_page = len(config.layers) * layer.kv_heads * PAGE_SIZE * layer.head_dim * 2 * 2
     wanted = max(128 * 4096, 16_384) // PAGE_SIZE // shrink
-    share = 1.5 if len(jax.devices()) > 1 else 1.0  # the first of two devices has half of the other cache too
+    share = 1.5 if TWO in names else 1.0  # the first of two devices has half of the other cache too
     num_pages = min(wanted, int(options.gigabytes * 1e9 / share / of_a_page)) // 2 * 2
     new_runner = functools.partial(runner.Runner, num_pages=num_pages, page_size=PAGE_SIZE, policy=None)
     runs = {"one": new_runner(model)}
-    if len(jax.devices()) > 1:
+    if TWO in names:
         runs["two"] = new_runner(model, mesh=runner.make_mesh(dict(heads=2)))
     devices = [device.device_kind for device in jax.devices()]
     print(json.dumps(dict(jax=jax.__version__, devices=devices, pages=num_pages, pages_wanted=wanted)), flush=True)
-    prefill = [dict(seqs=1, new=2048 // shrink, context=2048 * (i + 1) // shrink) for i in range(8)]
-    decode = [dict(seqs=seqs, new=1, context=4096 // shrink) for seqs in (1, 32, 128)]
-    lines = []
-    for case in [*decode, *prefill]:
-        lines.append(measure(runs, config, case, num_pages, options.times))
-        print(json.dumps(lines[-1]), flush=True)
-    chunks = lines[len(decode) :]
-    names = set.intersection(*({*line["ms"]} for line in chunks))
-    rates = {name: round(1e3 * 16_384 / shrink / sum(line["ms"][name] for line in chunks)) for name in sorted(names)}
-    print(json.dumps({"prefill of all chunks, tokens a second": rates}))
+    groups = {
+        "decode": [dict(seqs=seqs, new=1, context=4096 // shrink) for seqs in (1, 32, 128)],
+        "prefill": [dict(seqs=1, new=2048 // shrink, context=2048 * (i + 1) // shrink) for i in range(8)],
+    }
+    for group in groups if options.cases == "all" else [options.cases]:
+        cases, lines = groups[group], []
+        for case, contenders in zip(cases, contenders_of(names, runs, config, cases, num_pages)):
+            lines.append(measure(contenders, case, options.times))
+            print(json.dumps(lines[-1]), flush=True)
+        if group == "prefill":
+            whole = [name for name in names if all(name in line["ms"] for line in lines)]
+            rates = {name: round(1e3 * 16_384 / shrink / sum(line["ms"][name] for line in lines)) for name in whole}
+            print(json.dumps({"prefill of all chunks, tokens a second": rates}))
 
 
 if __name__ == "__main__":

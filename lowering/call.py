@@ -99,7 +99,7 @@ class Problem:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" for a pool."""
+        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" too."""
         sizes = dict(kv_heads=self.cache_kv_heads, num_pages=self.num_pages, page_size=self.page_size)
         return self.layout.rows(sizes)
 
@@ -247,8 +247,7 @@ def flatten(
 ) -> Call:
     """Folds *C, layers and *B into one pack over a number of pools, and makes the index arrays harmless.
 
-    `operands` are those of `local_paged_prefill_p` by name. Runs on one device,
-    where folding costs nothing.
+    `operands` are those of `local_paged_prefill_p` by name. Runs on one device, where folding costs nothing.
     """
     query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
     lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
@@ -335,15 +334,20 @@ def last_index(size: int) -> int:
 def with_sinks(out, lse, sinks, query_offsets):
     """Results [*batch, tokens, ...] with a sink's logit [*batch, q_heads] in the softmax of each row.
 
-    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse'). It joins rows
-    that a sequence owns; the others have no softmax.
+    It joins rows that a sequence owns; the others have no softmax.
     """
-    owned = Owners(query_offsets, out.shape[-3]).owned
-    sinks = jnp.expand_dims(sinks, -2)
-    joined = jnp.logaddexp(lse, sinks)
+    owned = Owners(query_offsets, out.shape[-3]).owned[..., None]
+    joined, joined_lse = sinks_joined(out.astype(jnp.float32), lse, jnp.expand_dims(sinks, -2))
+    return jnp.where(owned[..., None], joined.astype(out.dtype), out), jnp.where(owned, joined_lse, lse)
+
+
+def sinks_joined(out, lse, sinks):
+    """Outputs and lse of rows, in float32, with a sink in each.
+
+    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse').
+    """
     share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))
-    joined, share = (jnp.where(owned[..., None], x, y) for x, y in ((joined, lse), (share, 1.0)))
-    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype), joined
+    return out * share[..., None], jnp.logaddexp(lse, sinks)
 
 
 def nothing_seen(problem: Problem):

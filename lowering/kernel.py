@@ -25,7 +25,7 @@ class Kernel(abc.ABC):
         window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
         takes no other kernel.
       joins_sinks: whether `attend` gives the sinks of a call their part in each softmax. A kernel that does not sees a
-        call without them, and they join its results.
+        call without them, and they join its results, which rounds an output of 16 bits twice.
     """
 
     name: ClassVar[str]

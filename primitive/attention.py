@@ -55,8 +55,9 @@ def normalised(
 def with_logit(total, largest, logit):
     """A softmax's sum and maximum with a logit that has no value, such as a sink's; and by what the weights fade.
 
-    The sums are of exp(logit - largest); where both are -inf, nothing is seen, and the maximum is 0.
+    The sum is of exp(logit - largest), 0 where nothing was seen yet; where nothing is seen at all, the maximum is 0 too.
     """
+    largest = jnp.where(total == 0, -jnp.inf, largest)
     together = jnp.maximum(largest, logit)
     together = jnp.where(together == -jnp.inf, 0.0, together)
     fade = jnp.exp(largest - together)

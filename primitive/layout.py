@@ -31,34 +31,30 @@ DEFAULT_LAYOUT = "kpsd"
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """One layout, by its name.
-
-    Attributes:
-      name: as callers give it.
-      dims: the names of a cache's dimensions behind the leading ones; the last are its features.
-      apart: the same with keys and values in a dimension of their own, as `split` puts them.
-      combined: whether keys and values lie in one array.
-    """
+    """One layout, by its name."""
 
     name: str
 
     @functools.cached_property
     def dims(self) -> tuple[str, ...]:
+        """The names of a cache's dimensions behind the leading ones; the last are its features."""
         return tuple(NAMES[letter] for letter in re.findall(r"\(k2\)|.", self.name))
 
     @functools.cached_property
     def apart(self) -> tuple[str, ...]:
+        """The same with keys and values in a dimension of their own, as `split` puts them."""
         return tuple(NAMES[letter] for letter in self.name if letter not in "()")
 
     @property
     def combined(self) -> bool:
+        """Whether keys and values lie in one array."""
         return "2" in self.name
 
     def ordered(self, form: tuple[str, ...]) -> tuple[str, ...]:
         """The names of an operand's dimensions in this order; what has no slots stays as it is."""
         if "page_size" not in form:
             return form
-        others = tuple(dim for dim in form if dim not in NAMES.values())  # what the features are called, if there are any
+        others = tuple(dim for dim in form if dim not in NAMES.values())  # what features are called, if there are any
         return (*self.dims[:-1], *others)
 
     def sizes(self, shape: Sequence[int]) -> dict[str, int]:

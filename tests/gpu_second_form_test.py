@@ -16,9 +16,11 @@ from paged_prefill.tests import oracle, poisoned
 from paged_prefill.tests.append_test import QUANTISED
 
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
+FEW = ((70, 300), (1, 513), (9, 4))
 DECODE = ((1, 300), (1, 1), (1, 900), (1, 64))
 SPLIT = PrefillPageAttentionConfig(num_splits=3)
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = {"triton": ("bfloat16", "float16", "float32"), "mosaic_gpu": ("bfloat16", "float16")}
+PLATFORMS = {"triton": "triton", "mosaic_gpu": "cuda"}
 
 ALONE = dict(
     key_ranges=dict(key_ranges=True),
@@ -43,51 +45,120 @@ COMBINED = dict(
 )
 
 
-def named(*tables):
-    """(name, arguments of `poisoned.make_call`, dtype), each in one dtype, the dtypes in turn; wide heads not in float32."""
-    everything = [item for table in tables for item in table.items()]
-    cases = [(name, kind, dtype) for (name, kind), dtype in zip(everything, itertools.cycle(DTYPES))]
-    wide = lambda kind, dtype: "bfloat16" if kind.get("head_dim", 0) > 256 and dtype == "float32" else dtype
-    return [(f"{name}_{wide(kind, dtype)}", kind, wide(kind, dtype)) for name, kind, dtype in cases]
+# What the Hopper kernel alone has ways of its own for.
+HOPPER = {
+    f"{name}_{dtype}_{scale}": dict(kind, cache_dtype=dtype, key_scale=scale, value_scale=scale)
+    for name, kind in dict(
+        d64=dict(head_dim=64),
+        d192=dict(head_dim=192, value_dim=128, key_ranges=True),
+        d256=dict(head_dim=256, page_size=8),
+        page_8=dict(page_size=8),
+        page_32=dict(page_size=32, tree_words=2),
+        page_64=dict(page_size=64, sinks=True),
+        page_256=dict(page_size=256),
+        group_of_16=dict(q_heads=16, kv_heads=1),
+    ).items()
+    for dtype, scale in (("float8_e4m3fn", "head"), ("int8", "slot"), ("float8_e5m2", "tensor"))
+}  # fmt: skip
+
+
+def takes(kernel, kind) -> bool:
+    """Whether the kernel has the features of such a call."""
+    needed = {"latent": kind.get("latent"), "quantised": "cache_dtype" in kind, "key_ranges": "key_ranges" in kind}
+    narrow = kernel == "triton" or kind.get("head_dim", 128) <= 256
+    return narrow and KERNELS["cuda"][kernel].features >= {name for name, has in needed.items() if has}
+
+
+def named(*tables, kernels=tuple(DTYPES)):
+    """(name, kernel, arguments of `poisoned.make_call`, dtype), each in one dtype of the kernel, the dtypes in turn.
+
+    Wide heads are not in float32.
+    """
+    found = []
+    for kernel in kernels:
+        everything = [(name, kind) for table in tables for name, kind in table.items() if takes(kernel, kind)]
+        for (name, kind), dtype in zip(everything, itertools.cycle(DTYPES[kernel])):
+            dtype = "bfloat16" if kind.get("head_dim", 0) > 256 and dtype == "float32" else dtype
+            found.append((f"{kernel}_{name}_{dtype}", kernel, kind, dtype))
+    return found
+
+
+def quantised_by(scale, dtype="float8_e4m3fn"):
+    """Arguments of `poisoned.make_call` for caches with such scales, or none."""
+    return {} if scale is None else dict(cache_dtype=dtype, key_scale=scale, value_scale=scale)
 
 
 class GpuSecondFormTest(parameterized.TestCase):
-    kernel = "triton"
-
     def setUp(self):
         super().setUp()
         try:
-            jax.devices("cuda")
+            [self.device, *_] = jax.devices("cuda")
         except RuntimeError as error:
             self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
 
-    def attend(self, call, **parameters):
-        run = functools.partial(ragged_paged_prefill, platform=self.kernel, return_lse=True, **parameters)
+    def attend(self, call, kernel="triton", **parameters):
+        if kernel == "mosaic_gpu" and self.device.compute_capability != "9.0":
+            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {self.device.compute_capability}")
+        run = functools.partial(ragged_paged_prefill, platform=PLATFORMS[kernel], return_lse=True, **parameters)
         return jax.jit(lambda call: run(**call))(call)
 
-    def check(self, seed, kind, *, cfg=None, **parameters):
+    def check(self, seed, kernel, kind, *, cfg=None, **parameters):
         kind = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, head_dim=128, page_size=16, tokens_before=3) | kind
         call = poisoned.make_call(seed, **kind)
         parameters |= dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
-        oracle.assert_matches(call, *self.attend(call, cfg=cfg, **parameters), **parameters)
+        oracle.assert_matches(call, *self.attend(call, kernel, cfg=cfg, **parameters), **parameters)
 
-    @parameterized.named_parameters(named(ALONE, QUANTISED_KINDS, COMBINED))
-    def test_matches_the_oracle(self, kind, dtype):
-        self.check(0, dict(kind, dtype=dtype))
+    @parameterized.named_parameters(named(ALONE, QUANTISED_KINDS, COMBINED) + named(HOPPER, kernels=("mosaic_gpu",)))
+    def test_matches_the_oracle(self, kernel, kind, dtype):
+        self.check(0, kernel, dict(kind, dtype=dtype))
 
-    @parameterized.named_parameters(named(COMBINED, QUANTISED_KINDS, ALONE))
-    def test_in_splits_of_decode_steps(self, kind, dtype):
-        self.check(1, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
+    @parameterized.named_parameters(named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, kernels=("mosaic_gpu",)))
+    def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
+        self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
-    @parameterized.product(page_size=(1, 5, 24, 128), dtype=DTYPES)
+    @parameterized.named_parameters(named(QUANTISED_KINDS))
+    def test_in_splits_without_a_cap(self, kernel, kind, dtype):
+        self.check(6, kernel, dict(kind, dtype=dtype), cfg=SPLIT)
+
+    @parameterized.product(page_size=(1, 5, 24, 128), dtype=DTYPES["triton"])
     def test_any_page_size(self, page_size, dtype):
         kind = dict(key_ranges=True, tree_words=1, dtype=dtype, page_size=page_size, **QUANTISED_KINDS["int8_slot"])
-        self.check(2, kind, softmax_scale=-0.1)
+        self.check(2, "triton", kind, softmax_scale=-0.1)
 
-    @parameterized.parameters(*QUANTISED)
-    def test_windows_over_quantised_caches(self, dtype):
-        for scale in poisoned.GRANULARITIES:
-            self.check(3, dict(QUANTISED_KINDS[f"{dtype}_{scale}"], dtype="bfloat16"), sliding_window=100)
+    @parameterized.named_parameters(named(QUANTISED_KINDS))
+    def test_windows_over_quantised_caches(self, kernel, kind, dtype):
+        self.check(3, kernel, dict(kind, dtype=dtype), sliding_window=100)
+
+    @parameterized.product(kernel=tuple(DTYPES), softmax_scale=(0.2, -0.1, 0.0), dtype=QUANTISED)
+    def test_scales_of_any_sign(self, kernel, softmax_scale, dtype):
+        """Those of heads and of all; rows of the query from 1e-6 to 1e6, each its own softmax."""
+        for scale in ("tensor", "head"):
+            kind = dict(sequences=FEW, q_heads=4, kv_heads=4, head_dim=128, page_size=16, dtype="bfloat16")
+            call = poisoned.make_call(7, **kind, cache_dtype=dtype, key_scale=scale, value_scale=scale)
+            factors = np.float32([-1.0, 0.0, 1e-3, 1.0]) if scale == "head" else np.float32(-1)
+            call["key_scale"], call["value_scale"] = call["key_scale"] * factors, call["value_scale"] * np.sign(factors)
+            magnitudes = 10.0 ** np.random.default_rng(0).integers(-6, 2, call["query"].shape[:2])
+            call["query"] = (call["query"].astype(np.float32) * magnitudes[..., None]).astype("bfloat16")
+            parameters = dict(softmax_scale=softmax_scale)
+            oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
+
+    @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED)
+    def test_many_small_weights_beside_a_large_one(self, kernel, dtype):
+        """The first key outweighs each other by 2^23, and its value is 0: the result is that of all the others."""
+        kind = dict(sequences=((20, 2000), (1, 3000)), q_heads=2, kv_heads=2, head_dim=128, page_size=16)
+        call = poisoned.make_call(8, **kind, dtype="bfloat16", cache_dtype=dtype, key_scale="head", value_scale="head")
+        call["key_scale"], call["value_scale"] = np.full(2, 1 / 32, np.float32), np.full(2, 1 / 32, np.float32)
+        call["query"][..., 0] = 8
+        for name in ("key_cache", "value_cache"):
+            numbers = np.clip(np.nan_to_num(call[name].astype(np.float32)), -100, 100)
+            call[name] = (numbers / (50 if name == "key_cache" else 1)).astype(call[name].dtype)
+        call["key_cache"][..., 0] = 0
+        for page in call["page_indices"][:, 0]:
+            call["key_cache"][:, page, 0] = 0
+            call["key_cache"][:, page, 0, 0] = 80
+            call["value_cache"][:, page, 0] = 0
+        parameters = dict(softmax_scale=0.8)
+        oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
 
     def test_calls_as_serving_makes_them(self):
         rng = np.random.default_rng(0)
@@ -95,21 +166,41 @@ class GpuSecondFormTest(parameterized.TestCase):
             call, parameters = poisoned.sample(rng)
             oracle.assert_matches(call, *self.attend(call, **parameters), **parameters)
 
-    @parameterized.parameters(1, 3)
-    def test_the_same_bits_each_time(self, num_splits):
+    @parameterized.product(kernel=tuple(DTYPES), num_splits=(1, 3), scale=(None, *poisoned.GRANULARITIES))
+    def test_the_same_bits_each_time(self, kernel, num_splits, scale):
         kind = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16")
-        call = poisoned.make_call(4, **kind, key_ranges=True)
+        call = poisoned.make_call(4, **kind, key_ranges=True, **quantised_by(scale))
         cfg = PrefillPageAttentionConfig(num_splits=num_splits)
-        first = self.attend(call, cfg=cfg)
+        first = self.attend(call, kernel, cfg=cfg)
         for _ in range(5):
-            chex.assert_trees_all_equal(self.attend(call, cfg=cfg), first)
+            chex.assert_trees_all_equal(self.attend(call, kernel, cfg=cfg), first)
 
-    def test_invariant(self):
+    @parameterized.product(scale=poisoned.GRANULARITIES, sliding_window=(None, 70))
+    def test_what_no_row_sees_has_no_effect_on_any_bit(self, scale, sliding_window):
+        kind = dict(sequences=SEQUENCES, q_heads=4, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16")
+        call = poisoned.make_call(9, **kind, **quantised_by(scale), sliding_window=sliding_window)
+        other = dict(call)
+        poisoned.poison_unseen(np.random.default_rng(99), other, sliding_window)
+        run = functools.partial(self.attend, kernel="mosaic_gpu", sliding_window=sliding_window)
+        chex.assert_trees_all_equal(run(call), run(other))
+
+    @parameterized.product(scale=("head", "slot"), dtype=QUANTISED)
+    def test_a_row_has_the_same_bits_whatever_the_rows_beside_it(self, scale, dtype):
+        kind = dict(sequences=((100, 900),), q_heads=4, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16")
+        call = poisoned.make_call(10, **kind, tokens_before=0, **quantised_by(scale, dtype))
+        wild = dict(call, query=call["query"].copy())
+        wild["query"][1::2] *= 100
+        results = [self.attend(each, "mosaic_gpu") for each in (call, wild)]
+        self.assertTrue(np.any(results[0][0][1::2] != results[1][0][1::2]))
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    @parameterized.product(kernel=tuple(DTYPES), scale=(None, "head", "slot"))
+    def test_invariant(self, kernel, scale):
         """Each sequence alone has the bits that it has in the pack."""
         kind = dict(q_heads=8, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
-        call = poisoned.make_call(5, SEQUENCES, **kind)
+        call = poisoned.make_call(5, SEQUENCES, **kind, **quantised_by(scale))
         with policy("invariant"):
-            together = self.attend(call)
+            together = self.attend(call, kernel)
             for seq, (length, _) in enumerate(SEQUENCES):
                 start = call["query_offsets"][seq]
                 rows = slice(start, start + length)
@@ -121,10 +212,10 @@ class GpuSecondFormTest(parameterized.TestCase):
                     page_indices=call["page_indices"][seq : seq + 1],
                     query_offsets=np.int32([0, length]),
                 )
-                chex.assert_trees_all_equal(self.attend(alone), tuple(x[rows] for x in together))
+                chex.assert_trees_all_equal(self.attend(alone, kernel), tuple(x[rows] for x in together))
 
     def test_every_feature_is_taken(self):
-        self.assertEqual(KERNELS["cuda"][self.kernel].features, KERNELS["cuda"]["xla"].features)
+        self.assertEqual(KERNELS["cuda"]["triton"].features, KERNELS["cuda"]["xla"].features)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float
     indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
     call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
     compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile(
-        compiler_options=compiling.AS_USERS_DO
+        compiler_options=compiling.FUSED_AS_USERS_DO
     )
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -130,7 +130,7 @@ class EngineTest(absltest.TestCase):
         weights, caches = job.init_weights(model), job.new_caches(model, table)
         arguments = np.zeros(16, np.int32), np.int32(16), np.int32(16), table.cover(16)
         lowered = job.paged_step.lower(weights, caches, *arguments, platform="auto")
-        memory = lowered.compile(compiler_options=compiling.AS_USERS_DO).memory_analysis()
+        memory = lowered.compile(compiler_options=compiling.FUSED_AS_USERS_DO).memory_analysis()
         caches_size = sum(x.nbytes for x in jax.tree.leaves(caches))
         self.assertGreaterEqual(memory.alias_size_in_bytes, caches_size)
         self.assertLess(memory.temp_size_in_bytes, caches_size / 4)

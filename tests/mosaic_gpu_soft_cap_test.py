@@ -1,4 +1,4 @@
-"""The polynomial that stands for tanh, on its own: how far it errs wherever its sums do not cast doubt on it."""
+"""The polynomial that stands for tanh, on its own: how far it errs where its sums do not cast doubt on it; and sinks."""
 
 import math
 
@@ -7,6 +7,7 @@ import numpy as np
 
 from paged_prefill.lowering.mosaic_gpu.hopper import soft_cap as soft_cap_module
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import SMALLEST_WEIGHT
+from paged_prefill.primitive.attention import factor_and_lse, with_logit
 
 GROUP = 16  # weights of a sum, of which a thread has four a block of 128 keys
 
@@ -60,6 +61,27 @@ class PolynomialTest(parameterized.TestCase):
 
     def test_small_caps_have_none(self):
         self.assertIsNone(polynomial(19.9)[0])
+
+
+class SinkTest(parameterized.TestCase):
+    @parameterized.product(sink=(-np.inf, -1e4, -90.0, 0.0, 1e4), start=(-np.inf, 26.0))
+    def test_a_row_without_keys_has_its_sink_alone(self, sink, start):
+        """`start` is the maximum before any key: a fixed one may lie far above the sink."""
+        total, largest, fade = with_logit(*(np.full(2, x, np.float32) for x in (0, start, sink)))
+        factor, lse = factor_and_lse(total, largest)
+        np.testing.assert_array_equal(lse, np.full(2, sink, np.float32))
+        self.assertTrue(np.all(np.isfinite(factor * fade)))
+
+    def test_a_sink_is_one_more_weight(self):
+        rng = np.random.default_rng(0)
+        logits, sink = rng.normal(size=(50, 9)).astype(np.float32) * 30, rng.normal(size=50).astype(np.float32) * 30
+        maximum = logits.max(axis=1) + rng.uniform(-5, 5, 50).astype(np.float32)
+        total, largest, fade = with_logit(np.exp(logits - maximum[:, None]).sum(axis=1), maximum, sink)
+        factor, lse = factor_and_lse(total, largest)
+        every = np.concatenate([logits, sink[:, None]], axis=1).astype(np.float64)
+        want = np.log(np.exp(every - every.max(axis=1, keepdims=True)).sum(axis=1)) + every.max(axis=1)
+        np.testing.assert_allclose(lse, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(fade * factor, np.exp(maximum - want), rtol=1e-4)  # of exp(logit - maximum)
 
 
 if __name__ == "__main__":

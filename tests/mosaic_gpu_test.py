@@ -13,7 +13,7 @@ from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.tests import packs, poisoned, problems
@@ -150,6 +150,8 @@ class SupportsTest(parameterized.TestCase):
         ("head_dim", dict(head_dim=80), HOPPER, "head_dim of 64, 128, 192 or 256, not 80"),
         ("head_dim_too_large", dict(head_dim=320), HOPPER, "320"),
         ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
+        ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
+        ("latent", dict(features=("latent",)), HOPPER, "does not take a latent cache"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
         ("endless_pool", dict(num_pages=2**26), HOPPER, "at most 2147483647 rows"),
@@ -165,18 +167,19 @@ class SupportsTest(parameterized.TestCase):
         head_dim=(64, 128, 192, 256),
         page_size=(8, 16, 128, 192),
         pack=((1, 1), (16, 16), (5000, 1), (40000, 1)),
+        features=((), ("quantised",), ("quantised", "slot_scales")),
     )
-    def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack):
+    def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack, features):
         (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
         given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
-                        q_heads=2 * group)
+                        q_heads=2 * group, features=features, cache_dtype="int8" if features else "bfloat16")
         self.assertIsNone(KERNEL.supports(given, device))
         configs = KERNEL.candidates(given, device)
         self.assertEqual(configs[0], KERNEL.heuristic(given, device))
         self.assertLen(set(configs), len(configs))
         for config in configs:
             self.assertEqual(config.block_kv % page_size * (page_size % config.block_kv), 0)
-            self.assertGreaterEqual(config.num_stages, 2)
+            self.assertGreaterEqual(config.num_stages, 1 if features else 2)
             self.assertLessEqual(host.shared_bytes(given, config), host.SHARED_BYTES)
             self.assertIsNone(KERNEL.misfit(given, device, config))
 
@@ -185,9 +188,12 @@ class SupportsTest(parameterized.TestCase):
         ("few_tiles", dict(tokens=2048), 12),
         ("empty_rows", dict(tokens=200 * 64, seqs=64), 12),
         ("other_dims", dict(tokens=8192, head_dim=64, value_dim=64), 12),
+        ("a_last_round_nearly_full", dict(tokens=4096, q_heads=64, pages_per_seq=2048), 16),  # 10.7 of 11
+        ("a_last_round_hardly_begun", dict(tokens=4096, num_kv_heads=4, pages_per_seq=2048), 12),  # 5.3 of 6
+        ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256), 16),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
-        given = problem(q_heads=32, num_kv_heads=8, **changes)
+        given = problem(**dict(q_heads=32, num_kv_heads=8) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
         self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {12, 16})
 
@@ -196,8 +202,9 @@ class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
                       tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
-                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False,
-                      tree_words=0, dtype="bfloat16")
+                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
+                      window=None, has_ranges=False, tree_words=0, dtype="bfloat16", cache_dtype="bfloat16",
+                      key_scale=None, value_scale=None)
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
@@ -230,6 +237,25 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual(self.plan(soft_cap=None, **changes).rounds_late, late)
 
 
+    @parameterized.parameters(
+        (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
+        (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
+    )  # fmt: skip
+    def test_numbers_of_8_bits_stay_what_they_are_where_float16_serves(self, changes, exact):
+        plan = self.plan(**(dict(soft_cap=None, cache_dtype="int8", key_scale="head", value_scale="head") | changes))
+        self.assertEqual(plan.exact, exact)
+        self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
+
+    def test_registers_of_a_block_are_what_the_chip_has(self):
+        for (warpgroups, quantised), registers in REGISTERS.items():
+            plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
+            others = plan.loading_warpgroups
+            threads = 128 * (warpgroups + others)
+            start = min(65536 // threads // 8 * 8, 255)
+            computes, *loads = [number or start for number in registers[: 1 + others]]
+            self.assertLessEqual(128 * (warpgroups * computes + sum(loads)), start * threads)
+
+
 class LoweringTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("chunk", {}, {}),
@@ -247,8 +273,9 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), sinks=(False, True))
-    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, sinks):
+    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0))
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap):
+        sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100)))
         tokens, q_heads, _ = operands["query"].shape
         operands |= {"key_ranges": jax.ShapeDtypeStruct((tokens, 2), jnp.int32)} if ranges else {}
@@ -259,14 +286,29 @@ class LoweringTest(parameterized.TestCase):
                                          sliding_window=window))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
+    @parameterized.product(
+        cache_dtype=("int8", "float8_e4m3fn", "float8_e5m2"),
+        scale=(None, (), (2,), (2, 64, 16)),
+        kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=256), dict(head_dim=192, value_dim=64)),
+        soft_cap=(None, 50.0),
+    )
+    def test_lowers_for_quantised_caches(self, cache_dtype, scale, kind, soft_cap):
+        operands = dict(zip(packs.Pack._fields, shapes(**kind)))
+        for name in ("key", "value"):
+            operands[f"{name}_cache"] = jax.ShapeDtypeStruct(operands[f"{name}_cache"].shape, cache_dtype)
+            operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
+        call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
+        self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
     @parameterized.parameters(1, 3)
     def test_sinks_have_their_part_before_results_are_rounded(self, num_splits):
-        """The results are those of the kernel, or of the one merge; what joins sinks afterwards is a sigmoid."""
+        """The results are those of the kernel, or of the one merge; what joins sinks afterwards has log1p."""
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
         call = functools.partial(ragged_paged_prefill, platform="cuda",
                                  cfg=PrefillPageAttentionConfig(num_splits=num_splits))
         text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
-        self.assertNotIn("logistic", text)
+        self.assertIn("mosaic_gpu", text)
+        self.assertNotIn("log_plus_one", text)
 
     @parameterized.parameters(3, 12)
     def test_merge_gives_sinks_to_rows_that_a_sequence_owns(self, seqs):
@@ -281,7 +323,8 @@ class LoweringTest(parameterized.TestCase):
         owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
         np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
         out = rng.standard_normal((2, tokens, 4, 8), np.float32)
-        lse = np.where(rng.random((2, tokens, 4)) < 0.3, -np.inf, rng.standard_normal((2, tokens, 4))).astype(np.float32)
+        seen, lse = rng.random((2, tokens, 4)) > 0.3, rng.standard_normal((2, tokens, 4), np.float32)
+        lse = np.where(seen, lse, np.float32(-np.inf))
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
         want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)

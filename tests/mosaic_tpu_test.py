@@ -70,9 +70,13 @@ class TableTest(parameterized.TestCase):
         self.assertLen(TABLE, 13)
 
 
+# The shapes, and so the program, of the table's first edges.
+EDGE = next(case for case in TABLE if case.name == "all_mixed_float32")
+EDGE_SIZES = dict(block_q=EDGE.cfg.block_q, block_kv=EDGE.cfg.block_kv)
+
+
 class MosaicTpuTest(chex.TestCase):
-    @parameterized.named_parameters(
-        ("plain", {}),
+    @parameterized.named_parameters(  # without parameters, the table has it
         ("window_of_one", dict(sliding_window=1)),
         ("window_and_cap_and_negative_scale", dict(sliding_window=20, attn_logits_soft_cap=2.0, softmax_scale=-0.3)),
         ("zero_scale", dict(softmax_scale=0.0)),
@@ -87,14 +91,11 @@ class MosaicTpuTest(chex.TestCase):
         packs.assert_matches_reference(pack, *run(pack, **SMALL, **parameters), **parameters)
 
     @parameterized.named_parameters(
-        ("bf16", dict(dtype=jnp.bfloat16, page_size=16)),
+        # Each is a program to compile, and so has two shapes that have nothing to do with one another.
         ("bf16_head_dim_80_value_dim_48", dict(dtype=jnp.bfloat16, page_size=16, head_dim=80, value_dim=48)),
-        ("value_dim_above_a_register", dict(head_dim=16, value_dim=192)),
-        ("group_of_5_and_one_kv_head", dict(q_heads=5, kv_heads=1)),
-        ("group_of_64", dict(q_heads=64, kv_heads=1)),
-        ("five_kv_heads_and_groups_of_1", dict(q_heads=5, kv_heads=5)),
-        ("page_of_no_power_of_2", dict(page_size=24, block_kv=48)),
-        ("page_larger_than_a_block", dict(page_size=32)),
+        ("value_dim_above_a_register_and_group_of_5", dict(head_dim=16, value_dim=192, q_heads=5, kv_heads=1)),
+        ("group_of_64_and_page_of_no_power_of_2", dict(q_heads=64, kv_heads=1, page_size=24, block_kv=48)),
+        ("five_kv_heads_and_page_larger_than_a_block", dict(q_heads=5, kv_heads=5, page_size=32)),
         ("block_of_lanes_and_tile_larger_than_the_pack", dict(block_kv=128, block_q=64)),
     )
     def test_shapes(self, shape):
@@ -103,17 +104,18 @@ class MosaicTpuTest(chex.TestCase):
         packs.assert_matches_reference(pack, *run(pack, **sizes, sliding_window=40), sliding_window=40)
 
     @parameterized.named_parameters(
-        ("groups_of_4", dict(q_heads=32, kv_heads=8)),
+        ("groups_of_4", dict(q_heads=16, kv_heads=4)),
         ("groups_of_1_with_a_window", dict(q_heads=16, kv_heads=16, sliding_window=70)),
         ("groups_of_5", dict(q_heads=40, kv_heads=8)),
         ("group_of_17_and_one_kv_head", dict(q_heads=17, kv_heads=1)),
-        ("two_cores", dict(q_heads=12, kv_heads=4, cores=2)),
+        ("beside_a_chunk_on_two_cores", dict(q_heads=12, kv_heads=4, cores=2, chunk=(20, 70))),
     )
     def test_decoding(self, shape):
         # Blocks of two chunks that are seen whole before others that are, and before those that are not, and at the ends
         # of what is seen; a sequence of more tokens between, one without any, and one that sees nothing.
         cores, window = shape.pop("cores", 1), dict(sliding_window=shape.get("sliding_window"))
-        lengths, contexts = [1, 1, 1, 0, 1, 2, 1], [64, 200, 96, 33, 0, 20, 70]
+        chunk, context = shape.pop("chunk", (2, 20))
+        lengths, contexts = [1, 1, 1, 0, 1, chunk, 1], [64, 200, 96, 33, 0, context, 70]
         pack = packs.make_pack(9, lengths, contexts, head_dim=16, tokens_before=1, tokens_after=1, **shape)
         with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=32):
             results = run(pack, block_q=16, block_kv=32, cores=cores, **window)
@@ -135,21 +137,17 @@ class MosaicTpuTest(chex.TestCase):
         packs.assert_matches_reference(pack, *results, sliding_window=window)
 
     def test_context_past_the_page_table(self):
-        pack = packs.make_pack(3, [9, 2], [40, 16], spare_columns=0)
-        longer = pack._replace(context_lens=jnp.array([43, 16], jnp.int32))
-        packs.assert_matches_reference(longer, *run(longer, **SMALL))
+        pack = replace(EDGE, sequences=((9, 112), (2, 16))).pack()
+        self.assertEqual(pack.page_indices.shape[1] * EDGE.page_size, 112)
+        longer = pack._replace(context_lens=pack.context_lens.at[0].add(3))
+        packs.assert_matches_reference(longer, *run(longer, **EDGE_SIZES))
 
     def test_a_page_table_of_more_slots_than_int32_counts(self):
         pack, parameters = cases.ENDLESS.pack(), cases.ENDLESS.parameters
         packs.assert_matches_reference(pack, *run(pack, **SMALL, sliding_window=50), **parameters)
 
-    def test_two_cores(self):
-        pack = packs.make_pack(8, [20, 1], [70, 33], q_heads=8, kv_heads=4)
-        packs.assert_matches_reference(pack, *run(pack, **SMALL, cores=2))
-
     def test_nothing_to_do(self):
-        pack = packs.make_pack(4, [0, 0], [20, 0], tokens_after=20)
-        out, lse = run(pack, **SMALL)
+        out, lse = run(replace(EDGE, sequences=((0, 20), (0, 0))).pack(), **EDGE_SIZES)
         np.testing.assert_array_equal(out, 0.0)
         np.testing.assert_array_equal(lse, -np.inf)
 
@@ -178,48 +176,49 @@ class MosaicTpuTest(chex.TestCase):
         np.testing.assert_allclose(lse, whole_lse[:, 4:6], atol=1e-5)
 
     def test_unseen_slots_change_no_bit(self):
-        results = [
-            run(packs.make_pack(6, [19, 1], [50, 21], sliding_window=11, poison=poison), **SMALL, sliding_window=11)
-            for poison in (np.nan, 3.0)
-        ]
+        case = replace(EDGE, sequences=((19, 50), (1, 21)), sliding_window=11)
+        results = [run(case.pack(poison=poison), **EDGE_SIZES, sliding_window=11) for poison in (np.nan, 3.0)]
         chex.assert_trees_all_equal(*results)
 
     def test_neighbours_change_no_bit(self):
         # A sequence behind one that shifts it to other rows of other tiles, and alone: then nobody owns the last rows.
-        pack = packs.make_pack(7, [3, 22], [40, 70], sliding_window=33)
-        out, lse = run(pack, **SMALL, sliding_window=33)
-        alone = pack._replace(query=jnp.roll(pack.query, -3, axis=0), query_offsets=jnp.array([0, 0, 22], jnp.int32))
-        alone_out, alone_lse = run(alone, **SMALL, sliding_window=33)
-        chex.assert_trees_all_equal((out[3:], lse[3:]), (alone_out[:22], alone_lse[:22]))
+        pack = replace(EDGE, sequences=((3, 40), (22, 70)), tokens_before=0, sliding_window=11).pack()
+        out, lse = run(pack, **EDGE_SIZES, sliding_window=11)
+        offsets = jnp.maximum(pack.query_offsets - 3, 0)
+        alone = pack._replace(query=jnp.roll(pack.query, -3, axis=0), query_offsets=offsets)
+        alone_out, alone_lse = run(alone, **EDGE_SIZES, sliding_window=11)
+        chex.assert_trees_all_equal((out[3:25], lse[3:25]), (alone_out[:22], alone_lse[:22]))
 
     def test_bits_are_those_of_a_sequence_alone_in_tiles_of_another_size_and_with_other_heads_beside(self):
         # What the heuristic may choose by pack and heads under the policy "invariant": all but the chunk.
-        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=24, kv_heads=8, head_dim=16)
+        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=12, kv_heads=4, head_dim=16)
         with mock.patch.multiple(schedule, CHUNK=32, ROWS=24, DEPTH=16, DECODE_KEYS=128):
             out, lse = run(pack, block_q=32, block_kv=64)
             heads = pack._replace(query=pack.query[:, :3])
             got = run(heads, block_q=16, block_kv=32, num_kv_heads=1)
             for rows, seq in ((slice(0, 1), 0), (slice(1, 34), 1)):
-                offsets = jnp.array([0, rows.stop - rows.start], jnp.int32)
-                alone = heads._replace(
-                    query=heads.query[rows],
-                    query_offsets=offsets,
+                count = rows.stop - rows.start
+                alone = heads._replace(  # with rows that nobody owns, so that both are one program
+                    query=jnp.roll(heads.query, -rows.start, axis=0)[:34],
+                    query_offsets=jnp.array([0, count], jnp.int32),
                     context_lens=pack.context_lens[seq : seq + 1],
                     page_indices=pack.page_indices[seq : seq + 1],
                 )
-                one = run(alone, block_q=16, block_kv=32, num_kv_heads=1)
-                chex.assert_trees_all_equal(one, (out[rows, :3], lse[rows, :3]))
+                one = [x[:count] for x in run(alone, block_q=16, block_kv=32, num_kv_heads=1)]
+                chex.assert_trees_all_equal(one, [out[rows, :3], lse[rows, :3]])
         chex.assert_trees_all_equal(got, (out[:, :3], lse[:, :3]))
 
     def test_broken_numbers_stay_in_their_sequence(self):
-        cases.check_broken(functools.partial(run, **SMALL))
+        broken = replace(EDGE, sequences=cases.BROKEN.sequences)
+        cases.check_broken(functools.partial(run, **EDGE_SIZES), broken)
 
 
 class ScheduleTest(chex.TestCase):
     @parameterized.parameters(range(8))
     def test_every_owned_row_is_in_one_item(self, seed):
         rng = np.random.default_rng(seed)
-        tokens, block_q, seqs = int(rng.integers(1, 60)), int(rng.integers(1, 20)), int(rng.integers(1, 9))
+        tokens, seqs = ((53, 8), (9, 1))[seed % 2]  # few shapes, since each compiles all that runs on them
+        block_q = int(rng.integers(1, 20))
         offsets = np.sort(rng.integers(0, tokens + 1, seqs + 1)).astype(np.int32)
         start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
         contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)

@@ -44,6 +44,23 @@ class PagesTest(parameterized.TestCase):
             if anchor:
                 self.assertIn(anchor.removeprefix("#"), anchors(path), target)
 
+    def test_rows_of_moving_over_are_run(self):
+        """Each row's name is one that the section's example passes, but where a row says that there is nothing to pass."""
+        _, text = (ROOT / "docs/serving.md").read_text().split("## Moving over\n")
+        sections = re.split(r"^### (.*)$", text, flags=re.MULTILINE)[1:]
+        checked = 0
+        for title, section in zip(sections[::2], sections[1::2], strict=True):
+            code = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+            rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", section, re.MULTILINE)
+            self.assertNotEmpty(rows, title)
+            for theirs, here in rows:
+                names = re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", theirs)))
+                if not here.startswith(("nothing", "not there", "accepted, without effect", "its platform", "as they are")):
+                    run = [name for name in names if re.search(rf"\b{name}\b ?[=(]", code)]
+                    self.assertNotEmpty(run, f"{title}: {theirs}")
+                    checked += 1
+        self.assertGreater(checked, 40)
+
     def test_every_page_is_read(self):
         self.assertEqual({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}, set(PAGES))
 

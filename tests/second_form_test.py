@@ -11,6 +11,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.xla import host, walks
+from paged_prefill.lowering.xla.kernel import attend
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests import oracle, poisoned
 
@@ -76,8 +77,8 @@ class AloneTest(parameterized.TestCase):
         operands = poisoned.make_call(20, **SIZES, dtype="float16", cache_dtype="int8", **scales)
         with np.errstate(over="ignore"):  # of what is poison
             operands["value_scale"] = operands["value_scale"] * np.float32(2.0**-13)
-        attend = functools.partial(host._attend, jnp.float16)
-        with absltest.mock.patch.object(host, "_attend", lambda product_dtype, config, call: attend(config, call)):
+        in_float16 = lambda call, config, _: attend(call, config, jnp.float16)
+        with absltest.mock.patch.object(host, "attend", in_float16):
             check(operands)
 
 
@@ -234,6 +235,11 @@ class SinksTest(parameterized.TestCase):
         np.testing.assert_array_equal(lse[: offsets[0]], -np.inf)
         np.testing.assert_array_equal(lse[offsets[-1] :], -np.inf)
 
+    @parameterized.parameters(None, SMALL_TILES)
+    def test_single_rows_without_keys(self, cfg):
+        """They have a result all the same, which is the sink."""
+        check(poisoned.make_call(18, ((1, 0), (1, 70), (2, 1), (1, 0)), **SIZES, sinks=True), cfg=cfg)
+
     def test_packs_in_which_nothing_can_be_seen(self):
         """Not a page, or not a column of the page table: still the sink alone."""
         operands = poisoned.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=True)
@@ -242,6 +248,14 @@ class SinksTest(parameterized.TestCase):
             {name: operands[name][:, :0] for name in ("key_cache", "value_cache")},
         ):
             check(operands | changed)
+
+    @parameterized.parameters(((5, 9),), ((1, 9),))
+    def test_an_output_of_16_bits_is_rounded_once(self, sequence):
+        """CPUs multiply float16 in float32: the same numbers in float32 are what is to be rounded."""
+        operands = poisoned.make_call(17, (sequence,) * 8, **SIZES, sinks=True, dtype="float16", poison=False)
+        wide = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in operands.items()}
+        half, single = (ragged_paged_prefill(**x, cfg=SMALL_TILES) for x in (operands, wide))
+        np.testing.assert_array_equal(half, single.astype(jnp.float16))
 
     @parameterized.parameters(-np.inf, -1e30, 1e30, np.inf)
     def test_of_any_size(self, sink):

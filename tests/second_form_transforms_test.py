@@ -105,7 +105,7 @@ class VmapTest(parameterized.TestCase):
         for name, var in zip(equation.params["present"], equation.invars):
             if name not in mapped:
                 self.assertIs(var, places[name], name)
-        compiled = jax.jit(vmapped).lower(operands).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jax.jit(vmapped).lower(operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, call["key_scale"].nbytes / 2 / 4)
 
 

@@ -238,7 +238,7 @@ class AppendTest(parameterized.TestCase):
         append = jax.jit(lambda caches, call: append_to_pages(**caches, **call, **hints), donate_argnums=0)
         operands = meshes.put_call(mesh, caches, cut), meshes.put_call(mesh, call, cut)
         with meshes.partitioner(shardy=way != "gspmd"):
-            compiled = append.lower(*operands).compile(compiler_options=compiling.AS_USERS_DO)
+            compiled = append.lower(*operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         for got, right in zip(compiled(*operands), want, strict=True):
             np.testing.assert_array_equal(got, right)
             self.assertEqual([x for x in got.sharding.spec if x], ["data", "model"])
@@ -276,7 +276,7 @@ class ScanTest(parameterized.TestCase):
         operands = [tuple(jax.device_put(x, at) for x in caches), jax.device_put(query, heads)]
         operands += [jax.device_put(x, jax.sharding.NamedSharding(mesh, P())) for x in pack]
         step = jax.jit(functools.partial(model, hints), donate_argnums=0, out_shardings=(heads, at, at))
-        compiled = step.lower(*operands).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = step.lower(*operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         for got, right in zip(compiled(*operands), want, strict=True):
             np.testing.assert_allclose(got, right, atol=1e-4, rtol=1e-4)
         self.assertEqual({op for op, _ in sizes_of(compiled)}, {"all-reduce"})

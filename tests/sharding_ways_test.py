@@ -152,7 +152,7 @@ class CacheTest(parameterized.TestCase):
         caches = NamedSharding(mesh, P("model"))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(None, caches, caches))
         want = jax.jit(append_to_pages)(*host[1:3], *host_new, *host[3:])
-        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         results, *written = compiled(pack, *new)
         chex.assert_trees_all_equal(tuple(map(np.asarray, written)), tuple(map(np.asarray, want)))
         meshes.assert_close(results, meshes.expected(host._replace(key_cache=want[0], value_cache=want[1])))
@@ -181,7 +181,7 @@ class CacheTest(parameterized.TestCase):
         want = jax.jit(model)(Pack(*map(jnp.asarray, host)), *host_new)
         caches = NamedSharding(mesh, P(None, "model"))
         jitted = jax.jit(model, donate_argnums=0, out_shardings=(None, caches, caches))
-        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jitted.lower(pack, *new).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         results = compiled(pack, *new)
         for got, right in zip(results, want):
             np.testing.assert_allclose(got, right, atol=1e-4, rtol=1e-4)

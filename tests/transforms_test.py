@@ -111,7 +111,7 @@ class VmapTest(parameterized.TestCase):
         self.assertIs(eqn.invars[KEYS], jaxpr.invars[KEYS])
         self.assertIs(eqn.invars[VALUES], jaxpr.invars[VALUES])
         self.assertEqual(eqn.params["cache_batch_dims"], 0)
-        compiled = jax.jit(vmapped).lower(*operands).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jax.jit(vmapped).lower(*operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, pack.key_cache.nbytes / 10)
 
     @parameterized.parameters(KEYS, VALUES)
@@ -123,7 +123,7 @@ class VmapTest(parameterized.TestCase):
         vmapped = jax.vmap(bind, axes)
         (eqn,) = [e for e in jax.make_jaxpr(vmapped)(*operands).eqns if e.primitive is paged_prefill_p]
         self.assertEqual([eqn.invars[i].aval.shape[0] for i in (KEYS, VALUES)], [3 if i == mapped else 1 for i in (KEYS, VALUES)])
-        compiled = jax.jit(vmapped).lower(*operands).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jax.jit(vmapped).lower(*operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, pack.key_cache.nbytes / 10)
         want = bind(*pack)
         for got, one in zip(compiled(*operands), want):
@@ -132,7 +132,7 @@ class VmapTest(parameterized.TestCase):
     def test_a_vmapped_cache_is_not_copied_either(self):
         pack = CASE.pack(spare_pages=10_000)
         operands = [jnp.stack([x] * 2) for x in pack]
-        compiled = jax.jit(jax.vmap(bind)).lower(*operands).compile(compiler_options=compiling.AS_USERS_DO)
+        compiled = jax.jit(jax.vmap(bind)).lower(*operands).compile(compiler_options=compiling.FUSED_AS_USERS_DO)
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, pack.key_cache.nbytes / 10)
 
     def test_spmd_axis_name(self):

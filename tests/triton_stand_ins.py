@@ -273,8 +273,8 @@ def compile_one(target, problem, device, config, **optional):
     return _compile(target, *launch)
 
 
-def _call(p, scale=None, ranges=False, tree=False):
-    """A call of a problem, without values; with scales of this granularity, key_ranges, a tree_mask of 64 tokens."""
+def _call(p, scale=None, ranges=False, tree=False, sinks=False):
+    """A call of a problem, without values; scales of this granularity, key_ranges, a tree of 64 tokens, sinks."""
     import jax
 
     from paged_prefill.lowering.call import Call, Sequences
@@ -301,6 +301,7 @@ def _call(p, scale=None, ranges=False, tree=False):
         layout=p.layout,
         ranges=of_type((p.tokens, 2)) if ranges else None,
         tree=of_type((p.tokens, 2), "uint32") if tree else None,
+        sinks=of_type((1, p.q_heads), "float32") if sinks else None,
     )
 
 

@@ -133,6 +133,7 @@ MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
     (problem(**WIDE, sliding_window=4096, page_size=128, pages_per_seq=128), {}),
     (problem(cache_dtype="float8_e4m3fn"), dict(scale="head")),
     (problem(), dict(ranges=True, tree=True)),
+    (problem(), dict(sinks=True)),
     (problem(**DECODE | GEMMA_4), dict(tree=True)),
 )
 

@@ -5,6 +5,7 @@ calls: which problems it supports, the sizes it runs with, and the call itself.
 """
 
 from dataclasses import replace
+import math
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -14,26 +15,29 @@ from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
 from paged_prefill.lowering.tiles import schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
-from paged_prefill.primitive.layout import LAYOUTS
+from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
+MOST_QUANTISED_STAGES = 6  # of half the bytes
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
-ROUNDS = 4  # of tiles over the cores: from there on the last one, which is not full, costs little
+ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
+THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
 class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 7
+    version = 9
     platforms = ("cuda",)
-    features = frozenset({"key_ranges", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
+    features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
     joins_sinks = True
 
@@ -42,6 +46,10 @@ class MosaicGpu(Kernel):
             return f"needs compute capability 9.0 (H100, H200), the device has {device.compute_capability}"
         if problem.dtype not in ("bfloat16", "float16"):
             return f"takes bfloat16 and float16, not {problem.dtype}"
+        if _quantised(problem) and problem.cache_dtype not in QUANTISED:
+            return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
+        if _quantised(problem) and problem.layout.name != DEFAULT_LAYOUT:
+            return f'takes quantised caches in cache_layout="{DEFAULT_LAYOUT}" only'
         for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
             if size % COLUMNS or not 0 < size <= 256:
                 return f"takes a {name} of 64, 128, 192 or 256, not {size}"
@@ -57,21 +65,24 @@ class MosaicGpu(Kernel):
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three = _with_three_warpgroups(problem)
-        config = three if _keeps_busy(problem, device, three) else _with_at_most_two(problem)
+        config = _with_at_most_two(problem)
+        if three is not None and _ends_sooner(problem, device, three, config):
+            config = three
         config = replace(config, num_splits=self.num_splits(problem, device, config))
-        return replace(config, num_stages=STAGES_OF_A_PART) if config.num_splits > 1 else config
+        few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
+        return replace(config, num_stages=min(config.num_stages, few)) if config.num_splits > 1 else config
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         rows = _rows(first)
-        changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
+        changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
-        found += [_sized(problem, first.block_q, 64, first.num_warps // 4 - 1)]
+        found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
-        fitting = [c for c in found if self.misfit(problem, device, c) is None]
+        fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
@@ -86,13 +97,14 @@ class MosaicGpu(Kernel):
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
         # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
-        if config.num_warps == 16 and problem.value_dim // 2 + block > 128:
+        if _warpgroups(config) == 3 and problem.value_dim // 2 + block > 128:
             return (
                 f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
                 f"{problem.value_dim} and cfg.block_kv {block}"
             )
-        if config.num_stages < 2 or shared_bytes(problem, config) > SHARED_BYTES:
-            return f"cfg.num_stages must be at least 2 and fit the shared memory, got {config.num_stages}"
+        fewest = _fewest_stages(problem)
+        if config.num_stages < fewest or shared_bytes(problem, config) > SHARED_BYTES:
+            return f"cfg.num_stages must be at least {fewest} and fit the shared memory, got {config.num_stages}"
         return None
 
     def num_splits(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
@@ -113,9 +125,9 @@ class MosaicGpu(Kernel):
         plan = _plan(call, config, device)
         tiles = schedule(
             call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            slab=plan.slab, ranges=call.ranges, ordered=plan.pieces > plan.cores,
+            slab=plan.slab_tokens, ranges=call.ranges, ordered=plan.pieces > plan.cores,
         )  # fmt: skip
-        # The caches as plain matrices, of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
+        # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
         first_row = tiles.pool * problem.rows["pool"] + call.kv_head_start * plan.head_rows
         table = table_of(tiles, first_row, call.sequences.page_indices)
@@ -124,6 +136,7 @@ class MosaicGpu(Kernel):
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         out, lse = launch(plan, table, query, *rows, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
@@ -150,7 +163,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         value_rows=problem.rows.get("2", 0),
         block_q=config.block_q,
         block_kv=config.block_kv,
-        warpgroups=config.num_warps // 4 - 1,
+        warpgroups=_warpgroups(config),
         stages=config.num_stages,
         splits=config.num_splits,
         softmax_scale=problem.attention.softmax_scale,
@@ -159,7 +172,14 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         has_ranges=call.ranges is not None,
         tree_words=0 if call.tree is None else call.tree.shape[1],
         dtype=problem.dtype,
+        cache_dtype=problem.cache_dtype,
+        key_scale=_granularity(call.key_scale),
+        value_scale=_granularity(call.value_scale),
     )
+
+
+def _granularity(scale) -> str | None:
+    return None if scale is None else {1: "tensor", 2: "head", 4: "slot"}[scale.ndim]
 
 
 def _block_kv(problem: Problem) -> int | None:
@@ -171,45 +191,74 @@ def _block_kv(problem: Problem) -> int | None:
 
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
-    tokens_per_seq = problem.tokens_per_seq
-    warpgroups = 2
+    tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
+    warpgroups = _most_warpgroups(problem)
     if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
-        warpgroups = 1 if rows <= WARPGROUP_ROWS else 2
+        warpgroups = 1 if rows <= WARPGROUP_ROWS else warpgroups
     else:
         # One head's tokens are a little faster than two heads', but for wide dims, and where more rows stay empty.
-        one = _block_kv(problem) == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
+        one = block_kv == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
         heads = 1 if one or problem.group % 2 else 2
-    return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
+    return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups)
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
     """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
     heads = min(16, pl.next_power_of_2(problem.group))
-    config = _sized(problem, 2 * WARPGROUP_ROWS // heads, _block_kv(problem), 2)
+    warpgroups = _most_warpgroups(problem)
+    config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
     return replace(config, num_splits=1)
 
 
-def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig:
-    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers."""
+def _most_warpgroups(problem: Problem) -> int:
+    """Two that compute, unless the caches are quantised and their rows so wide that there is no room."""
+    sizes = _config(WARPGROUP_ROWS, 64, 2, 2)
+    return 2 if shared_bytes(problem, sizes) <= SHARED_BYTES else 1
+
+
+def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None:
+    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers.
+
+    None where blocks of a quantised cache leave no room for so many rows.
+    """
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
-def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig:
-    """Tile sizes with as many stages as the shared memory has room for."""
-    stages = MOST_STAGES[warpgroups]
-    config = PrefillPageAttentionConfig(
-        block_q=block_q, block_kv=block_kv, num_warps=4 * (warpgroups + 1), num_stages=stages
-    )
-    while shared_bytes(problem, config) > SHARED_BYTES:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return config
+def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
+    """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
+    stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
+    sizes = [
+        _config(block_q, block, warpgroups, number)
+        for least, block in ((2, block_kv), (_fewest_stages(problem), 64))
+        for number in range(stages, least - 1, -1)
+    ]
+    return next((config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES), None)
+
+
+def _config(block_q: int, block_kv: int, warpgroups: int, stages: int) -> PrefillPageAttentionConfig:
+    num_warps = 4 * (warpgroups + 1)
+    return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages)
+
+
+def _fewest_stages(problem: Problem) -> int:
+    """Blocks of a quantised cache, once widened, have others to lie in."""
+    return 1 if _quantised(problem) else 2
+
+
+def _quantised(problem: Problem) -> bool:
+    return "quantised" in problem.features
+
+
+def _warpgroups(config: PrefillPageAttentionConfig) -> int:
+    """Those that compute: quantised caches have warps of their own beside, which no size counts."""
+    return config.num_warps // 4 - 1
 
 
 def _rows(config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
-    return (config.num_warps // 4 - 1) * WARPGROUP_ROWS
+    return _warpgroups(config) * WARPGROUP_ROWS
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -219,16 +268,35 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
 
-def _keeps_busy(problem: Problem, device: Device, three: PrefillPageAttentionConfig) -> bool:
-    """Whether tiles of three warpgroups fill the chip for several rounds, and hardly any of their rows is empty."""
+def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
+    """Whether tiles of three warpgroups end sooner than those of at most two, longest first over the cores.
+
+    Tiles of early tokens see fewer keys. Where all see as many, the last round takes as long as the others, however few
+    tiles it has; the more they differ, the better short ones fill what it leaves.
+    """
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
         return False
-    tiles = programs(problem, three)
-    used = problem.tokens * problem.q_heads / (tiles * _rows(three))
-    return tiles >= ROUNDS * device.cores and used >= 0.95
+    if programs(problem, three) < ROUNDS * device.cores:
+        return False
+    most = most_keys(problem, three.block_q)
+    fewest = min(most, max(problem.capacity - problem.tokens_per_seq, 0))
+
+    def time(config):
+        rounds = programs(problem, config) / device.cores
+        return _rows(config) * (rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest)
+
+    return time(three) < THREE_WARPGROUPS * time(two)
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
-    ring = config.num_stages * config.block_kv * (problem.head_dim + problem.value_dim)
-    return 2 * (_rows(config) * problem.head_dim + ring) + 3072
+    block, features = config.block_kv, problem.head_dim + problem.value_dim
+    blocks = config.num_stages * block * features
+    if not _quantised(problem):
+        return 2 * (_rows(config) * problem.head_dim + blocks) + 3072
+    scales = 0
+    if "slot_scales" in problem.features:  # of keys, of values or of both
+        run = min(problem.page_size, block)
+        scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
+    wide = widened(block, features) * block * features
+    return 2 * (_rows(config) * problem.head_dim + wide) + blocks + scales + 3072

@@ -102,7 +102,7 @@ class MosaicTpuWriter(Writer):
         )
         scales = {name: x for name, x in stored.items() if name not in CACHES}
         results = [x.reshape(operands[name].shape) for name, x in zip(caches, written, strict=True)]
-        return [*results, *xla.scattered(scales, cache_batch_dims, layout)]
+        return [*results, *xla.scattered(scales, cache_batch_dims, layout).values()]
 
 
 def vmem_bytes(caches, ahead: int) -> int:

@@ -131,14 +131,15 @@ class Fetcher:
     """
 
     def __init__(
-        self, items, item, num_items, pages: Pages, held: Held, buffers: Buffers, first_head, kv_heads: int, sizes: Sizes
+        self, items, item, num_items, pages: Pages, held: Held, buffers: Buffers, first_head, kv_heads, sizes: Sizes
     ):
         self.items, self.item, self.num_items, self.pages_first = items, item, num_items, held.pages_first
         self.pages, self.buffers, self.sizes = pages, buffers, sizes
         heads = pl.ds(first_head, kv_heads)
         self.streams = [(pages.keys, heads, buffers.keys, items.key_pool)]
         if held.combined:
-            self.streams.append((pages.keys, pl.ds(held.kv_heads + first_head, kv_heads), buffers.values, items.key_pool))
+            value_heads = pl.ds(held.kv_heads + first_head, kv_heads)
+            self.streams.append((pages.keys, value_heads, buffers.values, items.key_pool))
         elif not held.latent:
             self.streams.append((pages.values, heads, buffers.values, items.value_pool))
         of_core = pl.ds(pl.program_id(0) * kv_heads, kv_heads)

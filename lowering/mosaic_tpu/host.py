@@ -39,8 +39,8 @@ class MosaicTpu(Kernel):
         dims = problem.layout.apart
         if dims.index("kv_heads") > dims.index("page_size"):
             return (
-                f"cache_layout={problem.layout.name!r} has the slots of a head apart, and the chip copies whole tiles of them: "
-                'it takes those with slots behind heads, "kpsd", "pksd" and "p2ksd"'
+                f"cache_layout={problem.layout.name!r} has the slots of a head apart, and the chip copies whole tiles of "
+                'them: it takes those with slots behind heads, "kpsd", "pksd" and "p2ksd"'
             )
         packing = sublanes(problem.dtype)
         if problem.page_size % packing:

@@ -71,6 +71,7 @@ class Triton(Kernel):
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
+    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if reason := reason_against(device, problem.cache_dtype):
@@ -175,6 +176,7 @@ class Triton(Kernel):
         # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         block_kv = _power_of_2(config.block_kv)
+        sinks = call.sinks if splits == 1 else None  # else the merge has them
         run = functools.partial(
             launch,
             attend_tile,
@@ -193,6 +195,7 @@ class Triton(Kernel):
             # Masks of ranges and trees take more registers.
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
+            SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
             **_constants(call, widths),
         )
         inputs = [
@@ -205,6 +208,7 @@ class Triton(Kernel):
             call.ranges,
             call.tree,
             *_scales_of(call),
+            sinks,
         ]
         inputs = [schedule if x is None else x for x in inputs]
         # Which GPU this is compiled for is known only where it is lowered.
@@ -213,7 +217,7 @@ class Triton(Kernel):
             cuda=functools.partial(run, HARDWARE_TANH=True),
             default=functools.partial(run, HARDWARE_TANH=False),
         )
-        return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype)
+        return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:

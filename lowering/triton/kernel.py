@@ -205,6 +205,7 @@ def attend_tile(
     tree,  # [TOKENS, TREE_WORDS]
     key_scales,  # [pools], [pools, CACHE_KV_HEADS] or [rows], as KEY_SCALE says
     value_scales,
+    sinks,  # [packs, KV_HEADS * GROUP]
     out,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP, VALUE_DIM]
     lse,  # [NUM_SPLITS, TOKENS, KV_HEADS * GROUP]
     TOKENS: tl.constexpr,
@@ -236,6 +237,7 @@ def attend_tile(
     VALUE_SCALE: tl.constexpr,
     RANGES: tl.constexpr,
     TREE_WORDS: tl.constexpr,  # 0 for no tree
+    SEQS_OF_PACK: tl.constexpr,  # which share their sinks; None without
     SCALE: tl.constexpr,
     NEGATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -384,6 +386,16 @@ def attend_tile(
             acc = acc * unit
     elif VALUE_SCALE != "one":
         acc = acc * tl.where(unseen, 1.0, value_scale)[:, None]  # nobody may look at the scale of what nobody sees
+    if SEQS_OF_PACK is not None:  # one more weight, without a value
+        has_sink = rows < tl.where(interval < SEQS, length * GROUP, 0)  # others are no sequence's
+        sink_place = interval // SEQS_OF_PACK * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
+        sink = tl.load(sinks + sink_place, mask=has_sink, other=float("-inf")) * LOG2_E
+        top = tl.maximum(running_max, sink)
+        fade = tl.exp2(running_max - top)
+        acc = acc * fade[:, None]
+        total = total * fade + tl.exp2(sink - top)
+        running_max = top
+        unseen = total == 0
     acc = acc / tl.where(unseen, 1.0, total)[:, None]
     row_lse = tl.where(unseen, float("-inf"), (running_max + tl.log2(total)) * LN_2)
     result_row = query_row + split.to(tl.int64) * (TOKENS * KV_HEADS * GROUP)

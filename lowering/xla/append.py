@@ -1,7 +1,9 @@
-"""`append_to_pages` in plain XLA operations: one scatter a cache, in place where the cache is donated.
+"""`append_to_pages` in plain XLA operations, in place where the cache is donated. What is stored is the token, or its
+quantised form.
 
 A scatter goes to slots [.., page, slot]. The pools of *C are batch dimensions of it, and so are the heads where they lie
-before the slots; where they lie behind, a slot holds them all. What is stored is the token, or its quantised form.
+before the slots; where they lie behind, a slot holds them all. XLA's CPU compiler scatters some floats in wider copies of
+the whole cache: there a loop writes them token by token.
 """
 
 import functools
@@ -20,6 +22,7 @@ from paged_prefill.primitive.packing import Owners
 from paged_prefill.primitive.quantised import quantised, scale_of
 
 RESULTS = tuple(row.name for row in APPEND.results)
+PLACES = ("layers", "num_pages", "page_size")
 HEADS = ("kv_heads", "2", "2 * kv_heads")
 
 
@@ -35,8 +38,14 @@ class XlaWriter(Writer):
 
     def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
         """As it says above."""
-        as_bits = _converted_on_cpu if device.platform == "cpu" else lambda dtype: False
-        return scattered(stored(operands, cache_batch_dims, layout), cache_batch_dims, layout, as_bits)
+        # Else XLA for GPU draws a product that makes them, for one token, into the scatter: a loop for each element.
+        new = {name: operands[name] for name in ("key", "value") if name in operands}
+        operands = operands | lax.optimization_barrier(new)
+        all_stored = stored(operands, cache_batch_dims, layout)
+        in_turn = {name: x for name, x in all_stored.items() if device.platform == "cpu" and _widened(x.into.dtype)}
+        rest = {name: x for name, x in all_stored.items() if name not in in_turn}
+        written = scattered(rest, cache_batch_dims, layout) | written_in_turn(in_turn, layout)
+        return [written[name] for name in all_stored]
 
 
 class Stored(NamedTuple):
@@ -60,14 +69,49 @@ def stored(operands, cache_batch_dims, layout: CacheLayout) -> dict[str, Stored]
     return {name: Stored(operands[name], new[name], at) for name in RESULTS if name in new}
 
 
-def scattered(
-    stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout, as_bits=lambda dtype: False
-) -> list[Array]:
-    """The operands with it; `as_bits(dtype)` says what is scattered as integers."""
-    scatter = functools.partial(_scatter, layout, as_bits)
+def scattered(stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout) -> dict[str, Array]:
+    """The operands with it."""
+    scatter = functools.partial(_scatter, layout)
     for _ in range(cache_batch_dims):
         scatter = jax.vmap(scatter)
-    return [scatter(*x) for x in stored.values()]
+    return {name: scatter(*x) for name, x in stored.items()}
+
+
+def written_in_turn(stored: dict[str, Stored], layout: CacheLayout) -> dict[str, Array]:
+    """The operands, which are caches, with it, token by token.
+
+    XLA's CPU compiler updates a slice in place, whatever the dtype, if the whole is cast to integers just before and
+    back just after, and is in use nowhere else.
+    """
+    if not stored:
+        return {}
+    into, all_new, (at, *_) = zip(*stored.values())
+    *own, tokens, places = at.shape
+    if 0 in (*own, tokens):
+        return dict(zip(stored, into))
+    pool = [lax.broadcasted_iota(jnp.int32, (*own, tokens, 1), axis) for axis in range(len(own))]
+    corners = jnp.concatenate([*pool, at], axis=-1).reshape(-1, len(own) + places)
+    of_slot = [dim for dim in layout.dims if dim not in ("num_pages", "page_size")]
+    ordered = functools.partial(_ordered, layout, dims=["tokens", *of_slot])
+    for _ in own:
+        ordered = jax.vmap(ordered)
+    rows = [new.reshape(-1, *new.shape[len(own) + 1 :]) for new in map(ordered, map(_bits, all_new))]
+    exists = corners[:, -2] >= 0
+    # A token without a page repeats one that has one.
+    token = jnp.where(exists, jnp.arange(exists.shape[0], dtype=jnp.int32), lax.argmax(exists, 0, jnp.int32))
+    one_wide = [places + len(own) - 2 + layout.dims.index(dim) for dim in ("num_pages", "page_size")]
+
+    def write(i, arrays):
+        *lead, page, slot = jnp.unstack(corners[token[i]])
+        corner = (*lead, *(dict(num_pages=page, page_size=slot).get(dim, 0) for dim in layout.dims))
+
+        def with_row(array, row):
+            row = lax.expand_dims(row[token[i]], (*range(len(lead)), *one_wide))
+            return lax.bitcast_convert_type(lax.dynamic_update_slice(_bits(array), row, corner), array.dtype)
+
+        return tuple(map(with_row, arrays, rows))
+
+    return dict(zip(stored, lax.fori_loop(0, jnp.where(jnp.any(exists), exists.shape[0], 0), write, into)))
 
 
 def _new_of_pool(layout: CacheLayout, named):
@@ -112,18 +156,15 @@ def _given_scale(scale, at, layered):
     return by_token.reshape(-1, by_token.shape[-1])
 
 
-def _scatter(layout: CacheLayout, as_bits, cache, new, at):
-    """`cache` [(layers,) *layout's dimensions], maybe without features, with `new` [kv_heads, (2,) tokens, ...] at its slots."""
-    dtype = cache.dtype
-    if as_bits(dtype):
-        cache, new = (lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}") for x in (cache, new))
+def _scatter(layout: CacheLayout, cache, new, at):
+    """`cache` [(layers,) *layout's dimensions], maybe without features, with `new` [kv_heads, (2,) tokens, ...]."""
     dims = ["layers"] * (at.shape[-1] - 2) + [*layout.dims]
     dims = dims[: cache.ndim]  # scales have no features
     before, behind = dims[: dims.index("page_size")], dims[dims.index("page_size") + 1 :]
     # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
     # vmap would bring the heads before the layers, which copies it too.
     batch = [dim for dim in before if dim in HEADS]
-    places = [dim for dim in ("layers", "num_pages", "page_size") if dim in dims]
+    places = [dim for dim in PLACES if dim in dims]
     new = _ordered(layout, new, [*batch, "tokens", *behind])
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(len(batch) + 1, new.ndim)),
@@ -133,8 +174,7 @@ def _scatter(layout: CacheLayout, as_bits, cache, new, at):
         scatter_indices_batching_dims=tuple(range(len(batch))),
     )
     indices = jnp.broadcast_to(at, (*new.shape[: len(batch)], *at.shape))
-    written = lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
-    return lax.bitcast_convert_type(written, dtype) if written.dtype != dtype else written
+    return lax.scatter(cache, indices, new, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def _ordered(layout: CacheLayout, new, dims):
@@ -161,6 +201,11 @@ def slots(context_lens, page_indices, query_offsets, *, tokens, num_pages, page_
     return jnp.where(exists, page, -1), jnp.where(exists, lax.rem(position, jnp.int32(page_size)), 0)
 
 
-def _converted_on_cpu(dtype) -> bool:
-    """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache: as integers it takes one of its size."""
+def _bits(x):
+    """Floats as the integers of their size."""
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _widened(dtype) -> bool:
+    """Whether XLA's CPU compiler scatters a dtype in wider copies of the cache."""
     return dtype.name.startswith("float8") or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))

@@ -2,7 +2,6 @@
 
 import functools
 
-from jax import lax
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
@@ -22,6 +21,7 @@ class Xla(Kernel):
     version = 4
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
+    joins_sinks = True
     invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
@@ -51,24 +51,15 @@ class Xla(Kernel):
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
         dtype = call.query.dtype
-        if dtype == jnp.float32:
-            return _attend(jnp.float32, config, call)
         # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
-        on_cpu = dtype if dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16() else jnp.float32
-        return lax.platform_dependent(
-            call,
-            cpu=functools.partial(_attend, on_cpu, config),
-            default=functools.partial(_attend, dtype, config),
-        )
+        if device.platform == "cpu" and not (dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16()):
+            dtype = jnp.dtype(jnp.float32)
+        return attend(call, config, dtype)
 
 
 def _in_eights(keys: int) -> int:
     """The next multiple of 8."""
     return -(-keys // 8) * 8
-
-
-def _attend(product_dtype, config, call: Call):
-    return attend(call, config, product_dtype)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-from paged_prefill.lowering.call import Call
+from paged_prefill.lowering.call import Call, sinks_joined
 from paged_prefill.lowering.xla import softmax
 from paged_prefill.lowering.xla.walks import Walk, shared, tiles_of, walks
 from paged_prefill.primitive.attention import normalised
@@ -101,7 +101,9 @@ class Walker:
             tile, _, _ = self._tile(sequences, jnp.zeros_like(tiles), tiles, ranges)
             blocks = jnp.where(tiles > 0, self._blocks(tile), 0)
             splits = jnp.where(shared(blocks, self.walk.splits), self.walk.splits, 1)
-            sequences = sequences._replace(tiles=jnp.where(blocks > 0, splits, 0), splits=splits)
+            if call.sinks is None:  # else a row that sees no key has a result too
+                tiles = jnp.where(blocks > 0, tiles, 0)
+            sequences = sequences._replace(tiles=tiles * splits, splits=splits)
             more = blocks[:, None] > blocks[None, :]
             before = more | (before & (blocks[:, None] == blocks[None, :]))
         # A sum over all pairs is one kernel, where a sort and a running sum are ten.
@@ -157,6 +159,8 @@ class Walker:
             running = softmax.merge_lanes(running, sequence.splits > 1, walk.splits)
             place = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)  # the first has it all
         out, lse = normalised(running.unnormalised, running.total, running.largest)
+        if self.call.sinks is not None:
+            out, lse = sinks_joined(out, lse, self._sinks(sequence.seq, head_block))
 
         def rows_first(x):
             x = x.reshape(lanes, walk.heads, height, -1, *x.shape[3:])[:, :, :, :group]
@@ -167,6 +171,14 @@ class Walker:
             result.at[place].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
             for result, x in zip(results, (_bits(out.astype(self.call.query.dtype)), lse), strict=True)
         )
+
+    def _sinks(self, seq, head_block):
+        """The sinks of each row of a group, [lanes, kv_heads, height * group]."""
+        walk, packs = self.walk, self.call.sinks.shape[0]
+        sinks = self.call.sinks.reshape(packs, -1, walk.heads, 1, self.problem.group)
+        sinks = _taken(sinks, _divided(seq, self.problem.seqs // packs), head_block)
+        shape = walk.lanes, walk.heads, walk.height, self.problem.group
+        return jnp.broadcast_to(sinks, shape).reshape(*shape[:2], -1)
 
     def _blocks(self, tile: "_Tile"):
         """How many blocks tiles walk over."""

@@ -14,15 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 
 
-def compute(plan: Plan, piece, done, warpgroup, optional, q_heads, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, optional, **scratch)
+    attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
     rows, tile = attention.rows, piece.tile
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
@@ -31,8 +32,8 @@ def compute(plan: Plan, piece, done, warpgroup, optional, q_heads, out, lse, **s
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, tile.start + token
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    place = (piece.split * plan.tokens + token) * q_heads + head
-    lse_place = (piece.split * q_heads + head) * plan.tokens + token
+    place = (piece.split * plan.tokens + token) * plan.q_heads + head
+    lse_place = (piece.split * plan.q_heads + head) * plan.tokens + token
     store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
     attention.pass_over(end, piece.steps)
 
@@ -41,14 +42,16 @@ class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, optional, *, query_views, keys, values, query_here, query_free, keys_here,
-        values_here, keys_free, values_free, turn, cleaned,
+        self, plan, piece, done, warpgroup, optional, sources, *, query_views, keys, values, query_here, query_free,
+        keys_here, values_here, keys_free, values_free, turn, cleaned, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
-        self.rows, self.softmax = Rows(plan, piece, warpgroup, optional), Softmax(plan)
-        [_, [query]] = query_views
-        self.query, self.keys, self.values = query.at[warpgroup], keys, values
+        self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
+        _, *views = query_views
+        self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
+        self.keys, self.values = keys, values
         self.query_here, self.query_free = query_here, query_free
+        self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned
@@ -61,8 +64,6 @@ class _Attention:
         def step(i, _):
             slot = self._slot_of(i)
             plgpu.barrier_wait(self.keys_here.at[slot])
-            self._take_turn()
-            self._pass_turn()
             plgpu.barrier_arrive(self.keys_free.at[slot])
             plgpu.barrier_wait(self.values_here.at[slot])
             self._clean_values(i)
@@ -85,6 +86,7 @@ class _Attention:
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.exact else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
@@ -92,16 +94,16 @@ class _Attention:
         logits = self._logits_of(i)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
         acc, m, l = self.softmax.start()
-        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.rows.seen(), i))
+        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.seen, i))
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
         self._clean_values(i)
         return running
 
     def _masked_steps(self, first, end, running: Running) -> Running:
-        return lax.fori_loop(first, end, functools.partial(self._step, self.rows.seen()), running)
+        return lax.fori_loop(first, end, functools.partial(self._step, self.seen), running)
 
     def _step(self, seen, i, running: Running) -> Running:
-        """Block i's logits and weights, and the output of block i - 1; `seen` is None where every row sees the block."""
+        """Block i's logits and weights, and the output of block i - 1; without `seen`, every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
@@ -152,7 +154,8 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self.softmax.result(acc, m, l, self.rows.sinks())
+        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.exact else None
+        return self.softmax.result(acc, m, l, self.rows.sinks(), scales)
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""
@@ -185,7 +188,7 @@ class _Attention:
 
     def _clean_values(self, i):
         """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
-        plan, dtype = self.plan, jnp.dtype(self.plan.dtype)
+        plan, dtype = self.plan, jnp.dtype(self.plan.product_dtype)
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
@@ -214,8 +217,28 @@ class _Attention:
             columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
+    def _scale_rows(self):
+        """Turns the query into float16, each row over its largest number; what turns its products to logits."""
+        plan = self.plan
+        parts = [
+            plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
+            for part in range(plan.query_parts)
+        ]
+        largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
+        factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
+        for part, numbers in enumerate(parts):
+            scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
+            self.query.at[part][...] = scaled.astype(jnp.float16)
+        plgpu.commit_smem()
+        return to_logits
+
+    def _scale_of(self, source):
+        """The scale of all keys, or of all values, that the piece sees."""
+        scale = scale_of(self.plan, self.sources[source], self.piece)
+        return jnp.float32(1) if scale is None else scale
+
     def _slot_of(self, i):
-        return lax.rem(self.done + i, self.plan.stages)
+        return lax.rem(self.done + i, self.plan.slots)
 
     def _take_turn(self):
         if self.plan.takes_turns:

@@ -15,13 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
-
-# Registers of a thread that computes and of one that loads, by the number of computing warpgroups; one has enough.
-REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 
 def table_of(tiles: Tiles, first_row, page_indices):
@@ -42,18 +41,21 @@ def launch(plan: Plan, table, query, key_rows, value_rows, optional):
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
-    dtype = jnp.dtype(plan.dtype)
+    dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     rows = plan.splits * plan.tokens * query.shape[1]
     out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
     lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
     def ring(features):
-        return plgpu.SMEM((plan.stages, plan.block_kv, features), dtype, transforms=TILED)
+        return plgpu.SMEM((plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
 
-    # The same bytes seen in two ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's.
+    # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
+    # and products may be of another dtype.
     query_shape = (plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
-    query_views = [plgpu.SMEM(query_shape, dtype, transforms=transforms) for transforms in (TILED[1:], TILED)]
-    copies = plan.block_kv // plan.run
+    views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
+    query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
+    # Each copy of a block arrives, or each warp that widens it.
+    arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
     slabs = plan.rows // plan.slab
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
@@ -61,23 +63,28 @@ def launch(plan: Plan, table, query, key_rows, value_rows, optional):
         values=ring(plan.value_dim),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
-        keys_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        values_here=plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
-        values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
+        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+        values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
+        values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
         turn=plgpu.Barrier(num_barriers=plan.warpgroups),
         cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
+    if plan.quantised:
+        scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
         out_type=(out_type, lse_type),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
-        num_threads=plan.warpgroups + 1,
+        num_threads=plan.warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=1024,  # the least there is: no reduction here goes over warps
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         kernel_name="paged_prefill",
     )
@@ -107,20 +114,58 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
 
+    sources = _sources(plan, key_rows, value_rows, optional, **scratch)
+
     @pl.when(warpgroup < plan.warpgroups)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][0], action="increase")
+        _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        results = (query.shape[1], out, lse)
-        each_piece(lambda piece, done: compute(plan, piece, done, warpgroup, optional, *results, **scratch))
+        shared = dict(warpgroup=warpgroup, optional=optional, sources=sources, out=out, lse=lse)
+        each_piece(functools.partial(compute, plan, **shared, **scratch))
+
+    def start_barriers():
+        """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
+        for source in sources:
+            initialise(source.here, loading_warps(plan))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["started"])
+
+    def load(warp):
+        if not plan.quantised or plan.loading_warpgroups > 1:
+            return _load(plan, each_piece, table, query, sources, warp, **scratch)
+        pl.when(warp == 0)(lambda: _load(plan, each_piece, table, query, sources, None, **scratch))
+        pl.when(warp > 0)(lambda: widen(plan, each_piece, sources, warp - 1))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS[plan.warpgroups][1], action="decrease")
-        _load(plan, each_piece, table, query, key_rows, value_rows, **scratch)
+        _set_registers(plan.registers.loads, "decrease")
+        if plan.quantised:
+            start_barriers()
+        _each_warp(load)
+
+    if plan.loading_warpgroups == 2:
+
+        @pl.when(warpgroup == plan.warpgroups + 1)
+        def _():
+            _set_registers(plan.registers.widens, "decrease")
+            plgpu.barrier_wait(scratch["started"])
+            _each_warp(functools.partial(widen, plan, each_piece, sources))
+
+
+def _each_warp(do) -> None:
+    """Calls do(warp) for each warp of a warpgroup."""
+
+    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+    def call():
+        do(lax.axis_index("warp"))
+
+    call()
+
+
+def _set_registers(number, action) -> None:
+    if number is not None:
+        plgpu.set_max_registers(number, action=action)
 
 
 class Piece(NamedTuple):
@@ -160,12 +205,49 @@ def _piece(plan: Plan, table, index, slab) -> Piece:
     )
 
 
-def _load(
-    plan, each_piece, table, query, key_rows, value_rows, *,
-    query_views, keys, values, query_here, query_free, keys_here, values_here, keys_free, values_free, **_
-):
-    """Copies each piece's query rows, and its blocks of keys and values page by page: half a block is a warp's work."""
-    [[query_slots], _] = query_views
+class Source(NamedTuple):
+    """The keys, or the values: where they lie, and the blocks that copies bring, to be written once `free` says so.
+
+    Those of a quantised cache come as they are, with the scales of their slots if each has one. They are widened into
+    other blocks, which are what products read.
+    """
+
+    rows: jax.Array  # of whole slots, in global memory
+    beside: int  # rows from those of keys to these
+    features: int
+    blocks: jax.Array
+    here: jax.Array
+    free: jax.Array
+    scale: str | None
+    scales: jax.Array | None  # in global memory
+    scale_blocks: jax.Array | None = None
+    wide_blocks: jax.Array | None = None
+    wide_here: jax.Array | None = None
+    wide_free: jax.Array | None = None
+
+
+def _sources(plan: Plan, key_rows, value_rows, optional, **scratch) -> list[Source]:
+    found = []
+    for i, (name, of_rows, scale) in enumerate((
+        ("keys", (key_rows, 0, plan.head_dim), plan.key_scale),
+        ("values", (value_rows, plan.value_rows, plan.value_dim), plan.value_scale),
+    )):  # fmt: skip
+        blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
+        raw = blocks
+        if plan.quantised:
+            raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
+        its_scales = optional.get(("key_scale", "value_scale")[i])
+        wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
+        found.append(Source(*of_rows, *raw, scale, its_scales, *wide))
+    return found
+
+
+def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_here, query_free, **_):
+    """Copies each piece's query rows, and its blocks of keys and values page by page.
+
+    Half a block of keys, or of values, is a warp's work; all is one's where `warp` is None.
+    """
+    [[query_slots], *_] = query_views
 
     def copy_query(piece, done):
         pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
@@ -176,18 +258,14 @@ def _load(
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
                 plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
 
-    def copy(offsets, source, beside, ring, here, free, before=None):
-        """Copies the runs at these offsets of every block, so many rows `beside` the keys."""
+    def copy(offsets, sources, before=None):
+        """Copies the runs at these offsets of every block."""
 
-        def row_of(piece, key):
+        def row_of(piece, key, beside):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
             page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
             first = lax.div(piece.first_row + beside, plan.slot_rows)
             return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
-
-        def columns_of(piece):
-            features = ring.shape[-1]
-            return pl.ds(lax.rem(piece.first_row + beside, plan.slot_rows) * features, features)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -195,34 +273,52 @@ def _load(
 
             def step(i, _):
                 slot = lax.rem(done + i, plan.stages)
-                rows = [row_of(piece, (piece.last - i) * plan.block_kv + offset) for offset in offsets]
+                rows = {
+                    beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
+                    for beside in {source.beside for source in sources}
+                }
+                for source in sources:
 
-                @pl.when(done + i >= plan.stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
+                    @pl.when(done + i >= plan.stages)
+                    def _(source=source):
+                        plgpu.barrier_wait(source.free.at[slot])
 
-                for offset, row in zip(offsets, rows):
-                    slots = ring.at[slot, pl.ds(offset, plan.run)]
-                    place = (pl.ds(row, plan.run), columns_of(piece)) if plan.slot_rows > 1 else pl.ds(row, plan.run)
-                    plgpu.copy_gmem_to_smem(source.at[place], slots, here.at[slot])
+                    _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
 
             lax.fori_loop(0, piece.steps, step, None)
 
         each_piece(copy_piece)
 
     offsets = range(0, plan.block_kv, plan.run)
+    if warp is None:
+        return copy(offsets, sources, copy_query)
     half = -(-len(offsets) // 2)
+    for part, share in enumerate((offsets[:half], offsets[half:])):
+        for i, source in enumerate(sources) if share else ():
+            before = copy_query if part == 0 and i == 1 else None
+            pl.when(warp == 2 * part + i)(functools.partial(copy, share, [source], before))
 
-    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
-    def each_warp():
-        warp = lax.axis_index("warp")
-        for part, share in enumerate((offsets[:half], offsets[half:])):
-            if share:
-                before = copy_query if part == 0 else None
-                copy_keys = functools.partial(copy, share, key_rows, 0, keys, keys_here, keys_free)
-                beside = plan.value_rows
-                copy_values = functools.partial(copy, share, value_rows, beside, values, values_here, values_free, before)
-                pl.when(warp == 2 * part)(copy_keys)
-                pl.when(warp == 2 * part + 1)(copy_values)
 
-    each_warp()
+def loading_warps(plan: Plan) -> int:
+    """Warps that share the copies of a block of keys, or of values."""
+    return 1 if plan.loading_warpgroups == 1 or copies_of(plan) == 1 else 2
+
+
+def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
+    """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
+    if not plan.quantised:
+        for offset, row in zip(offsets, rows):
+            place = pl.ds(row, plan.run)
+            if plan.slot_rows > 1:  # of a slot, one head's columns
+                first = lax.rem(piece.first_row + source.beside, plan.slot_rows) * source.features
+                place = place, pl.ds(first, source.features)
+            slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
+            plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
+        return
+    copies = []
+    for offset, row in zip(offsets, rows):
+        copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
+        if source.scale == "slot":
+            scales = source.scale_blocks.at[slot, offset // plan.run]
+            copies.append((source.scales, row, scales.shape[0], scales))
+    copy_together(source.here, slot, copies)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 import functools
 import math
+from typing import NamedTuple
 
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
@@ -13,6 +14,36 @@ LOG2_E = math.log2(math.e)
 # How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
 # products of weights up to 2^40 with values up to 1e20 have finite sums in float32.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
+
+
+
+
+def widened(block_kv: int, features: int) -> int:
+    """Blocks of a quantised cache in 16 bits: one for the products, one that is widened, and a third if they are small.
+
+    Without it, the values of a block have their place only from when all warpgroups are done with those of the last but
+    one, until the first of them needs them.
+    """
+    return 3 if block_kv * features <= 64 * 256 else 2
+
+
+class Registers(NamedTuple):
+    """Of a thread that computes, that loads and that widens; None where a warpgroup keeps what it starts with."""
+
+    computes: int | None
+    loads: int | None
+    widens: int | None = None
+
+
+# By the number of computing warpgroups, and whether caches are quantised.
+REGISTERS = {
+    (1, False): Registers(None, None),
+    (2, False): Registers(240, 24),
+    (3, False): Registers(160, 32),
+    (1, True): Registers(240, 40, 168),
+    (2, True): Registers(232, 40),
+    (3, True): Registers(160, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,45 @@ class Plan:
     has_ranges: bool  # each row says which keys it sees
     tree_words: int  # of 32 new tokens each, of which a row says which it sees; 0 where it sees all
     dtype: str
+    cache_dtype: str  # another one in a quantised cache
+    key_scale: str | None  # one for a "tensor", a "head" or a "slot"
+    value_scale: str | None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the caches hold 8 bits a number, which one more warpgroup widens (widen.py)."""
+        return self.cache_dtype != self.dtype
+
+    @property
+    def slots(self) -> int:
+        """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
+        return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
+
+    @property
+    def exact(self) -> bool:
+        """Whether 8 bits are widened to float16, which holds them exactly, and scales join the results.
+
+        That is the least to do for a number. A scale of each slot would leave the numbers that float16 has.
+        """
+        return self.quantised and "slot" not in (self.key_scale, self.value_scale)
+
+    @property
+    def product_dtype(self) -> str:
+        return "float16" if self.exact else self.dtype
+
+    @property
+    def widening_warps(self) -> int:
+        """A warpgroup of their own, or those of the loading one but the first: no thread has registers for five."""
+        return 4 if self.warpgroups < 2 else 3
+
+    @property
+    def loading_warpgroups(self) -> int:
+        """Those that do not compute."""
+        return 2 if self.quantised and self.warpgroups < 2 else 1
+
+    @property
+    def registers(self) -> Registers:
+        return REGISTERS[self.warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -84,12 +154,12 @@ class Plan:
     def rounds_late(self) -> bool:
         """Whether a thread has registers for logits and weights in 32 bits, beside the output and the last weights."""
         needed = self.value_dim // 2 + self.block_kv + self.block_kv // 4
-        return self.warpgroups < 3 and needed <= 200  # of 240, and 255 for one warpgroup
+        return self.warpgroups < 3 and needed + 40 <= (self.registers.computes or 255)
 
     @property
     def fixed_maximum(self) -> float | None:
         """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all."""
-        if self.soft_cap is None or self.dtype != "bfloat16":
+        if self.soft_cap is None or self.product_dtype != "bfloat16":
             return None
         largest = self.soft_cap * LOG2_E
         maximum = min(largest, -SMALLEST_WEIGHT - largest)
@@ -97,8 +167,8 @@ class Plan:
 
     @functools.cached_property
     def polynomial(self) -> Polynomial | None:
-        """What stands for tanh where logits are small."""
-        if self.fixed_maximum is None:
+        """What stands for tanh where logits are small, and tiles of several warpgroups wait for it, not for memory."""
+        if self.fixed_maximum is None or self.warpgroups == 1:
             return None
         return polynomial(self.softmax_scale, self.soft_cap, self.fixed_maximum)
 
@@ -124,8 +194,15 @@ class Plan:
 
     @property
     def slabs(self) -> int:
-        """Slabs of a tile's tokens. Where there are several, a warpgroup has one, and may see less than the tile."""
-        return self.block_q // self.slab
+        """Slabs of a tile's tokens. Where there are several, a warpgroup has one, and may see less than the tile.
+
+        Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
+        """
+        return 1 if self.takes_turns else self.block_q // self.slab
+
+    @property
+    def slab_tokens(self) -> int:
+        return self.block_q // self.slabs
 
     @property
     def columns(self) -> int:

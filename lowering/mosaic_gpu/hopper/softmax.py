@@ -20,6 +20,10 @@ from paged_prefill.primitive.attention import factor_and_lse, with_logit
 
 # Of 16 weights: none of which is too large for 16 bits then, and the largest is more than 16 where the sum is more.
 LARGEST_SUM = 256.0
+# Where weights are in float16 for the caches' sake, their maximum lies so far below the largest logit, in units of
+# log 2: so weights down to 2^-31 of the largest count, and those of the largest sum are within range.
+HEADROOM = 7
+SMALLEST = 1e-30  # that scales and rows of a query count as
 
 
 class Running(NamedTuple):
@@ -31,19 +35,48 @@ class Running(NamedTuple):
     l: jax.Array  # [64, 8], sums over every eighth column
 
 
-class Softmax:
-    """The steps of a plan's softmax."""
+def scaled_rows(plan: Plan, largest, key_scale):
+    """(factors of a query's rows, what turns its products to logits), where keys' scales join the softmax (Plan.exact).
 
-    def __init__(self, plan: Plan):
-        self.plan, self.dtype = plan, jnp.dtype(plan.dtype)
+    Rows with these largest magnitudes come to have one of 1, so that float16 has room. Both are of rows; the second is
+    positive.
+    """
+    # Nobody may look at a scale that is not finite where no row sees a key; `scaled_results` does where one does.
+    scale = jnp.where(jnp.abs(key_scale) < jnp.inf, key_scale, 1.0) * plan.softmax_scale
+    largest = jnp.maximum(largest, SMALLEST)
+    # A scale of 0 has the same softmax as one too small to see.
+    to_logits = jnp.maximum(largest * jnp.abs(scale), SMALLEST)
+    return jnp.where(scale < 0, -1.0, 1.0) / largest, to_logits
+
+
+def scaled_results(factor, lse, seen, key_scale, value_scale):
+    """What to multiply the output of rows with, and their lse; NaN in a scale is only for rows that see keys."""
+    poison = jnp.where(jnp.abs(key_scale) < jnp.inf, 0.0, jnp.nan)
+    factor *= jnp.where(seen, value_scale, 1.0)
+    return [x + jnp.where(seen, poison, 0.0) for x in (factor, lse)]
+
+
+class Softmax:
+    """The steps of a plan's softmax; `to_logits` is what turns each row's products to logits where it is `exact`."""
+
+    def __init__(self, plan: Plan, to_logits=None):
+        self.plan, self.dtype, self.to_logits = plan, jnp.dtype(plan.product_dtype), to_logits
         self.shape = (WARPGROUP_ROWS, plan.block_kv)
         # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
         if plan.soft_cap is not None:
-            self.unit, self.largest = plan.soft_cap * LOG2_E, 1
+            self.unit, largest = plan.soft_cap * LOG2_E, 1
         elif plan.softmax_scale > 0:
-            self.unit, self.largest = plan.softmax_scale * LOG2_E, 4096
+            self.unit, largest = plan.softmax_scale * LOG2_E, 4096
         else:
-            self.unit, self.largest = LOG2_E, math.inf
+            self.unit, largest = LOG2_E, math.inf
+        # One fused operation for a weight errs by 2^-24 of the product: too much where it is huge.
+        self.fuses = self.unit * largest <= 4096
+        self.largest_sum = LARGEST_SUM
+        if plan.exact:
+            self.largest_sum = LARGEST_SUM * 2**HEADROOM
+        self.has_units = plan.exact and plan.soft_cap is None  # of its own, each row
+        if self.has_units:
+            self.unit, self.fuses = to_logits * LOG2_E, abs(plan.softmax_scale) * LOG2_E <= 1
 
     def start(self):
         """(acc, m, l) before the first block."""
@@ -70,15 +103,22 @@ class Softmax:
             return Running(weights.astype(self.dtype), *others)
         return self._step_by_old_maximum(logits, output, m, l)
 
-    def result(self, acc, m, l, sinks=None):
-        """The rows' output and lse; `sinks` are logits that have a part in their softmax and no value."""
+    def result(self, acc, m, l, sinks=None, scales=None):
+        """The rows' output and lse.
+
+        `sinks` are logits that have a part in their softmax and no value; `scales` those of keys and values where the
+        plan is `exact`.
+        """
         plan = self.plan
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
-        total, m, fade = l.sum(axis=1), m * to_natural, 1.0
+        total, m, fade = l.sum(axis=1), m * (self.to_logits if self.has_units else to_natural), 1.0
+        seen = total != 0
         if sinks is not None:
             total, m, fade = with_logit(total, m, sinks)
         factor, lse = factor_and_lse(total, m)
         factor *= fade
+        if plan.exact:
+            factor, lse = scaled_results(factor, lse, seen, *scales)
         return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
 
     def by_polynomial(self, logits, m):
@@ -94,27 +134,37 @@ class Softmax:
         plan = self.plan
         if plan.polynomial is not None:
             return jnp.tanh(products * plan.polynomial.to_tanh)
+        if plan.soft_cap is not None and plan.exact:
+            return jnp.tanh(products * self._of_rows(self.to_logits / plan.soft_cap))
         if plan.soft_cap is not None:
             return jnp.tanh(products * (plan.softmax_scale / plan.soft_cap))
-        if plan.softmax_scale <= 0:
+        if plan.softmax_scale <= 0 and not plan.exact:
             return lax.optimization_barrier(products * plan.softmax_scale)
         return products
 
+    def _of_rows(self, rows):
+        """Numbers of rows, for each of their logits."""
+        return lax.broadcast_in_dim(rows, self.shape, [0])
+
     def _weigh(self, logits, m):
         """Weights by the maximum m, and their sums over every eighth column."""
-        if self.unit * self.largest <= 4096:
-            # One fused operation, which errs by 2^-24 of the product: too much where it is huge. The barriers here and
-            # in `step` settle which product is fused, so that a row's bits are the same whichever way its warp goes.
-            unit = lax.optimization_barrier(m * self.unit)
-            exponents = logits * self.unit - lax.broadcast_in_dim(unit, self.shape, [0])
+        unit = self._of_rows(self.unit) if self.has_units else self.unit
+        if self.fuses:
+            # The barriers here and in `step` settle which product is fused, so that a row's bits are the same whichever
+            # way its warp goes.
+            exponents = logits * unit - self._of_rows(lax.optimization_barrier(m * self.unit))
         else:
-            exponents = (logits - lax.broadcast_in_dim(m, self.shape, [0])) * self.unit
+            exponents = (logits - self._of_rows(m)) * unit
         weights = jnp.exp2(exponents)
         return weights, fold(jnp.add, weights)
 
     def _follow(self, logits, acc, m, l, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
-        m_next = jnp.maximum(m, fold(jnp.maximum, logits).max(axis=1))
+        largest = fold(jnp.maximum, logits).max(axis=1)
+        if self.plan.exact:
+            unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
+            largest -= HEADROOM / unit
+        m_next = jnp.maximum(m, largest)
         if passed is None:
             shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
         else:
@@ -130,7 +180,7 @@ class Softmax:
         weights, sums = self._weigh(logits, m)
         if not late:
             weights = weights.astype(self.dtype)
-        passed = ~(sums <= LARGEST_SUM)  # also where a sum is NaN
+        passed = ~(sums <= self.largest_sum)  # also where a sum is NaN
         anyone = any_in_warp(passed, after=None if late else weights)
         acc = output()
         if not late:
