@@ -22,6 +22,7 @@ from paged_prefill.tests import calls, problems
 from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of
 
 KERNEL = MosaicTpu()
+OF_SLOTS = ("quantised", "slot_scales")
 
 # Small tiles keep the compiler's time short; what the tiling refuses does not depend on them.
 SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
@@ -29,24 +30,30 @@ SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
 
 def compile_for(
     generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
-    pages_per_seq=40, dtype="bfloat16", config=SMALL, platform="pallas", row_major=False, **parameters,
+    pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False, **parameters,
 ):  # fmt: skip
-    """Compiles the public call; with `row_major`, for caches in row-major layout, else in the one that XLA chooses."""
+    """Compiles the public call; with `row_major`, for caches in row-major layout, else in the one that XLA chooses.
+
+    Caches of a dtype of their own have scales of each slot.
+    """
     device = device_of(generation)
     cache = (kv_heads, pages, page_size)
     shapes = [(tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim)]
     shapes += [(seqs,), (seqs, pages_per_seq), (seqs + 1,)]
     sharding = SingleDeviceSharding(device)
     of_cache = Format(Layout((0, 1, 2, 3)), sharding) if row_major else sharding
+    dtypes = [dtype] + 2 * [cache_dtype or dtype] + 3 * ["int32"]
     operands = [
-        jax.ShapeDtypeStruct(shape, dtype if i < 3 else "int32", sharding=of_cache if i in (1, 2) else sharding)
+        jax.ShapeDtypeStruct(shape, dtypes[i], sharding=of_cache if i in (1, 2) else sharding)
         for i, shape in enumerate(shapes)
     ]
+    scale = jax.ShapeDtypeStruct(cache, "float32", sharding=sharding)
+    scales = dict(key_scale=scale, value_scale=scale) if cache_dtype else {}
     call = functools.partial(
         paged_prefill.ragged_paged_prefill, **parameters, return_lse=True, platform=platform, cfg=config
     )
     with compiling_for(device):
-        return jax.jit(call).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(call).trace(*operands, **scales).lower(lowering_platforms=("tpu",)).compile()
 
 
 @unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
@@ -57,6 +64,13 @@ class CompileTest(parameterized.TestCase):
     @parameterized.parameters(*TOPOLOGIES)
     def test_generations(self, generation):
         self.check(compile_for(generation, sliding_window=100, attn_logits_soft_cap=30.0))
+
+    @parameterized.parameters(("v5e", "float8_e4m3fn"), ("v6e", "int8"), ("7x", "float8_e5m2"))
+    def test_scales_of_each_slot_take_less_than_the_caches(self, generation, cache_dtype):
+        compiled = compile_for(generation, pages=2**17, cache_dtype=cache_dtype)
+        self.check(compiled)
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 7)
 
     def test_float32(self):
         self.check(compile_for("v6e", dtype="float32", page_size=8, head_dim=64, value_dim=128))
@@ -141,6 +155,7 @@ class SupportsTest(parameterized.TestCase):
         ("no_tpu", {}, None, "use_abstract_mesh"),
         ("old_tpu", {}, "TPU v3", "not for TPU v3"),
         ("heads_past_vmem", dict(q_heads=4096, num_kv_heads=4096, cache_kv_heads=4096), "TPU v4", "VMEM"),
+        ("tables_larger_than_the_caches", dict(seqs=3, cache_dtype="int8", features=OF_SLOTS), "TPU v5e", "fewer columns"),
         ("sequences_past_smem", dict(seqs=10**5, tokens=10**5), "TPU v5e", "SMEM"),
     )
     def test_reason(self, changes, kind, words):
@@ -178,7 +193,9 @@ class SupportsTest(parameterized.TestCase):
             if problem.head_dim == 576:
                 problem = dataclasses.replace(problem, features=("latent",))
             quantised = dict(features=tuple(sorted((*problem.features, "quantised"))), cache_dtype="int8")
-            for each in (problem, dataclasses.replace(problem, **quantised)):
+            of_slots = dict(quantised, features=tuple(sorted((*problem.features, *OF_SLOTS))))
+            of_slots["num_pages"] = problem.seqs * problem.pages_per_seq
+            for each in (problem, *(dataclasses.replace(problem, **changes) for changes in (quantised, of_slots))):
                 self.assertIsNone(KERNEL.supports(each, device), each)
                 self.assertIsNone(KERNEL.misfit(each, device, KERNEL.heuristic(each, device)), each)
                 asked += 1

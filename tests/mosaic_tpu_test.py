@@ -129,6 +129,13 @@ class MosaicTpuTest(chex.TestCase):
             results = run(pack, block_q=32, block_kv=48, sliding_window=window)
         packs.assert_matches_reference(pack, *results, sliding_window=window)
 
+    @parameterized.parameters(None, 110)
+    def test_keys_that_end_before_at_and_behind_the_first_of_a_chunk(self, window):
+        pack = packs.make_pack(11, [20, 20, 20, 3], [370, 384, 392, 130], head_dim=16, sliding_window=window)
+        with mock.patch.multiple(schedule, CHUNK=256, ROWS=32, DEPTH=128):
+            results = run(pack, block_q=32, block_kv=256, sliding_window=window)
+        packs.assert_matches_reference(pack, *results, sliding_window=window)
+
     def test_context_past_the_page_table(self):
         pack = replace(EDGE, sequences=((9, 112), (2, 16))).pack()
         self.assertEqual(pack.page_indices.shape[1] * EDGE.page_size, 112)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
 from paged_prefill.primitive.attention import factor_and_lse
@@ -78,7 +78,6 @@ class Static(NamedTuple):
     soft_cap: float | None
     value_dim: int
     held: fetching.Held
-    scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
 
 
 class Scratch(NamedTuple):
@@ -94,7 +93,7 @@ def kernel(head_start_ref, *refs, static: Static):
     sizes, row_tiles = static.sizes, static.row_tiles
     refs = iter(refs)
     items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.scaled, static.held.kv_heads)
+    scales = Scales.of(refs, static.held)
     query_ref, pages = next(refs), Pages.of(refs, static.held)
     out_ref, lse_ref, buffers, scratch = refs
     first_head = head_start_ref[0] + pl.program_id(0) * row_tiles.kv_heads
@@ -102,13 +101,6 @@ def kernel(head_start_ref, *refs, static: Static):
     kv_heads = row_tiles.kv_heads
     fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
     key_start, key_end, block_kv = items.key_start[item], items.key_end[item], fetcher.block_kv
-    step = functools.partial(
-        _attend_step,
-        query_ref=query_ref,
-        scratch=scratch,
-        static=static,
-        scale_of=functools.partial(scales.of_head, items.pool[item], first_head),
-    )
     at_once = schedule.largest_divisor(row_tiles.tiles // row_tiles.period, _periods_at_once(row_tiles, sizes))
     steps = row_tiles.tiles // row_tiles.period // at_once
 
@@ -123,6 +115,16 @@ def kernel(head_start_ref, *refs, static: Static):
         following, exists = fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
         values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
+        step = functools.partial(
+            _attend_step,
+            query_ref=query_ref,
+            keys_ref=keys_ref,
+            values_ref=values_ref,
+            scratch=scratch,
+            static=static,
+            scale_of=functools.partial(scales.of_head, items.pool[item], first_head),
+            slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
+        )
         seen_whole = (key_start <= first_key) & (first_key + block_kv <= key_end)
         hot = seen_whole & exists & fetcher.whole(following)
 
@@ -142,11 +144,11 @@ def kernel(head_start_ref, *refs, static: Static):
 
                 @pl.loop(0, steps_with_copies)
                 def _(part):
-                    step(chunk, part * at_once, at_once, keys_ref, values_ref, beside=copies(part))
+                    step(chunk, part * at_once, at_once, beside=copies(part))
 
                 @pl.loop(steps_with_copies, steps)
                 def _(part):
-                    step(chunk, part * at_once, at_once, keys_ref, values_ref)
+                    step(chunk, part * at_once, at_once)
 
         @pl.when(jnp.logical_not(hot))
         def masked():
@@ -163,7 +165,7 @@ def kernel(head_start_ref, *refs, static: Static):
 
                 @pl.loop(0, steps)
                 def _(part):
-                    step(chunk, part * at_once, at_once, keys_ref, values_ref, interval)
+                    step(chunk, part * at_once, at_once, interval)
 
     _write(out_ref, lse_ref, scratch, static.softmax_scale if static.soft_cap is None else static.soft_cap)
 
@@ -175,14 +177,14 @@ def _periods_at_once(row_tiles: RowTiles, sizes: Sizes) -> int:
 
 
 def _attend_step(
-    chunk, first_period, periods, keys_ref, values_ref, interval=None, beside=(), *, query_ref, scratch: Scratch,
-    static: Static, scale_of,
+    chunk, first_period, periods, interval=None, beside=(), *, query_ref, keys_ref, values_ref, scratch: Scratch,
+    static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of some periods of tiles; `interval` is what is seen of it.
 
     `beside` are functions that start copies, spread evenly over the products: the compiler keeps loads and copies in the
     order of the program, and only what lies between them runs at the same time. `scale_of` is the scale of "key" or
-    "value" of a KV head, or None.
+    "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
     """
     sizes, row_tiles, softmax_scale, soft_cap = static.sizes, static.row_tiles, static.softmax_scale, static.soft_cap
     rows, period = row_tiles.rows, row_tiles.period
@@ -200,23 +202,29 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
+    def weighted(p, head):
+        """Weights [rows, keys] times the scales of values, as they come to be multiplied."""
+        if (scales := slot_scales_of("value", head, chunk)) is not None:
+            p = p * (scales if interval is None else zero_scales_outside(scales, interval))  # 0 * NaN is NaN
+        return p.astype(query_ref.dtype)
+
     def of_each_head(tile, x, ref, contract, name):
-        """The product of each row with what its KV head has in `ref`, times the head's scale."""
+        """The product of each row with what its KV head has in `ref`, times the scales."""
         result = None
         for head in row_tiles.kv_heads_of(tile % period):
             place = (first_period + tile // period) * (period * rows // row_tiles.group) + head
-            here = []
+            rows_of_x, here = weighted(x, place) if contract == 0 else x, []
             for piece in pieces:
                 keys = slice(piece * sizes.run, min(piece + piece_runs, sizes.runs_per_chunk) * sizes.run)
                 y = ref[pl.ds(chunk * sizes.runs_per_chunk + piece, (keys.stop - keys.start) // sizes.run), place]
                 y = y.astype(query_ref.dtype).reshape(-1, y.shape[-1])
                 y = y[:, : static.value_dim] if contract == 0 else y
-                here.append(product(x[:, keys] if contract == 0 else x, y, contract))
+                here.append(product(rows_of_x[:, keys] if contract == 0 else x, y, contract))
                 for start in next(shares):
                     start()
             here = sum(here) if contract == 0 else jnp.concatenate(here, axis=1)
-            if (scale := scale_of(name, place)) is not None:
-                here = here * scale
+            for scale in (scale_of(name, place), slot_scales_of(name, place, chunk) if contract == 1 else None):
+                here = here if scale is None else here * scale
             first_row = head * row_tiles.group - tile % period * rows
             result = here if result is None else jnp.where(row >= first_row, here, result)
         return result
@@ -236,7 +244,7 @@ def _attend_step(
         fade = jnp.exp2((m - shift) * to_exponent)
         scratch.m[at] = m_next
         scratch.l[at] = scratch.l[at] * fade + lane_sums(p)
-        return p.astype(query_ref.dtype), fade
+        return p, fade
 
     logits = [of_each_head(tile, query_ref[first_period * period + tile], keys_ref, 1, "key") for tile in tiles]
     weights = [softmax(tile, s) for tile, s in zip(tiles, logits)]
@@ -297,7 +305,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
     query = jnp.pad(query, ((0, 0), (0, 0), (0, tiles * rows - of_core), (0, 0)))
     query = query.reshape(-1, splits, tiles, rows, head_dim)
     lanes = round_up(tiles * rows, LANES)
-    pages, scales = fetching.pages_of(call, sizes), fetching.scales_of(call)
+    pages, scales, held = fetching.pages_of(call, sizes), fetching.scales_of(call), fetching.Held.by(call)
     ones, ones_lse = pl.pallas_call(
         functools.partial(
             kernel,
@@ -307,8 +315,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
                 softmax_scale=abs(attention.softmax_scale) or 1.0,
                 soft_cap=attention.attn_logits_soft_cap,
                 value_dim=value_dim,
-                held=fetching.Held.by(problem),
-                scaled=tuple(scales),
+                held=held,
             ),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -325,7 +332,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int, out, ls
                 pl.BlockSpec((None, None, tiles, rows, value_dim), lambda split, item, *_: (item, split, 0, 0, 0)),
                 pl.BlockSpec((None, None, 1, lanes), lambda split, item, *_: (item, split, 0, 0)),
             ],
-            scratch_shapes=[fetching.buffers_of(problem, sizes, heads), scratch_of(row_tiles, value_dim)],
+            scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(row_tiles, value_dim)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((problem.seqs, splits, tiles, rows, value_dim), query.dtype),

@@ -5,6 +5,10 @@ sequence's keys, so the bits of a row do not depend on the pack it is in. Two bu
 with, the pages of the next block, be it this item's or the next one's, are copied into the other, each page by one
 strided copy for all KV heads. The page table stays in HBM, however large: an item's row of it is copied to SMEM while
 the item before it computes.
+
+Scales of slots are gathered by XLA before the kernel starts, and a block's are one copy. XLA lays such arrays out with the
+pages on the lanes, so a page's are strewn over registers and no kernel could fetch them. What is gathered has
+4 / head_dim of the numbers of the keys that are read.
 """
 
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Sizes, round_up
@@ -30,19 +34,27 @@ class Held(NamedTuple):
       combined: whether keys and values are one array.
       pages_first: whether pages stand before heads.
       kv_heads: of the caches.
+      scaled: "key" and "value" where each head has a scale of them.
+      slots_scaled: "key" and "value" where each slot has a scale of them that is fetched; not values that are keys.
     """
 
     latent: bool
     combined: bool
     pages_first: bool
     kv_heads: int
+    scaled: tuple[str, ...]
+    slots_scaled: tuple[str, ...]
 
     @classmethod
-    def by(cls, problem: Problem) -> "Held":
+    def by(cls, call: Call) -> "Held":
         """Those of a call."""
-        dims = problem.layout.apart
+        problem, latent = call.problem, "latent" in call.problem.features
+        dims, combined = problem.layout.apart, problem.layout.combined
         pages_first = dims.index("num_pages") < dims.index("kv_heads")
-        return cls("latent" in problem.features, problem.layout.combined, pages_first, problem.cache_kv_heads)
+        of_slots = {name for name, scale in _scales(call).items() if scale.ndim > 2}
+        scaled = tuple(name for name in _scales(call) if name not in of_slots)
+        slots_scaled = tuple(name for name in sorted(of_slots) if not (latent and name == "value"))
+        return cls(latent, combined, pages_first, problem.cache_kv_heads, scaled, slots_scaled)
 
 
 class Pages(NamedTuple):
@@ -52,29 +64,33 @@ class Pages(NamedTuple):
       keys, values: HBM [pools, kv_heads, runs, run, features]; with pages before heads
         [pools, num_pages, kv_heads, runs_per_page, run, features], and the values' heads behind the keys' in one array.
       table: HBM [seqs, 1, pages_per_seq], in whole registers.
+      key_scales, value_scales: those of slots, or None, HBM [seqs, kv_heads of all cores, chunks, 1, chunk].
     """
 
     keys: object
     values: object
     table: object
+    key_scales: object
+    value_scales: object
 
     @classmethod
     def of(cls, refs: Iterator, held: Held) -> "Pages":
         """The next of the references that a kernel is given."""
-        return cls(next(refs), None if held.latent or held.combined else next(refs), next(refs))
+        keys, values, table = next(refs), None if held.latent or held.combined else next(refs), next(refs)
+        return cls(keys, values, table, *(next(refs) if name in held.slots_scaled else None for name in ("key", "value")))
 
 
 class Scales(NamedTuple):
-    """The scales of keys and of values, None where there are none: SMEM [pools * cache_kv_heads]."""
+    """The scales of keys and of values of each head, None where there are none: SMEM [pools * cache_kv_heads]."""
 
     key: object
     value: object
     cache_kv_heads: int
 
     @classmethod
-    def of(cls, refs: Iterator, scaled: tuple[str, ...], cache_kv_heads: int) -> "Scales":
+    def of(cls, refs: Iterator, held: Held) -> "Scales":
         """The next of the references that a kernel is given, of those that there are."""
-        return cls(*(next(refs) if name in scaled else None for name in ("key", "value")), cache_kv_heads)
+        return cls(*(next(refs) if name in held.scaled else None for name in ("key", "value")), held.kv_heads)
 
     def of_head(self, pool, first_head, name: str, head):
         """The scale of "key" or "value" of a head counted from the first, or None."""
@@ -87,10 +103,18 @@ class Buffers(NamedTuple):
 
     keys: object  # VMEM [2, runs_per_block, kv_heads, run, head_dim]
     values: object  # VMEM [2, runs_per_block, kv_heads, run, value_dim]
+    key_scales: object  # VMEM [2, kv_heads, chunks_per_block, 1, chunk], or None like the next
+    value_scales: object
     table: object  # SMEM [2 * pages_per_seq]
     slot: object  # SMEM [1], the buffer that holds the next block to compute with
     page_sems: object  # DMA [2]
     table_sems: object  # DMA [2]
+
+
+    def scales_of_slots(self, held: Held, slot, name: str, head, chunk):
+        """The scales of "key" or "value" of each slot of a chunk, [1, chunk], or None."""
+        ref = self.key_scales if name == "key" or held.latent else self.value_scales
+        return None if ref is None else ref[slot, head, chunk]
 
 
 class Block(NamedTuple):
@@ -118,6 +142,9 @@ class Fetcher:
             self.streams.append((pages.keys, value_heads, buffers.values, items.key_pool))
         elif not held.latent:
             self.streams.append((pages.values, heads, buffers.values, items.value_pool))
+        of_core = pl.ds(pl.program_id(0) * kv_heads, kv_heads)
+        scales = (pages.key_scales, buffers.key_scales), (pages.value_scales, buffers.value_scales)
+        self.scales = [(array.at[:, of_core], buffer) for array, buffer in scales if array is not None]
         self.block_kv = sizes.runs_per_block * sizes.run
         self.first_block = lax.div(items.key_start[item], self.block_kv)
         self.last_block = jnp.maximum(lax.div(items.key_end[item] - 1, self.block_kv), self.first_block)
@@ -176,7 +203,12 @@ class Fetcher:
         pl.loop(rest, end)(copy)
 
     def copier(self, block: Block, slot):
-        """The function that starts to copy run `at + i` of a block; where `i` is static, `at` is added up but once."""
+        """Starts to copy a block's scales. Returns the function that starts to copy run `at + i` of it.
+
+        Where `i` is static, `at` is added up but once.
+        """
+        for copy in self._scale_copies(block, slot):
+            copy.start()
         runs_per_page, sem = self.sizes.runs_per_page, self.buffers.page_sems.at[slot]
         first = block.number * self.sizes.runs_per_block
         table = self._table_slot(block.item)[0]
@@ -197,6 +229,8 @@ class Fetcher:
     def wait(self, block, slot):
         """Waits for what was started of a block of the item."""
         start, end, whole = self._needed(Block(self.item, block))
+        for copy in self._scale_copies(Block(self.item, block), slot):
+            copy.wait()
 
         def wait(*at):  # a copy of the same size stands for the ones that were started
             for buffer in (self.buffers.keys, self.buffers.values):
@@ -213,6 +247,13 @@ class Fetcher:
         start = jnp.maximum(lax.div(self.items.key_start[block.item], self.sizes.run) - first, 0)
         end = jnp.minimum(pl.cdiv(self.items.key_end[block.item], self.sizes.run) - first, runs)
         return start, end, (start == 0) & (end == runs)
+
+    def _scale_copies(self, block: Block, slot):
+        """The copies of the scales of a block's slots."""
+        chunks = self.sizes.chunks_per_block
+        for array, buffer in self.scales:
+            of_block = array.at[self.items.seq[block.item], :, pl.ds(block.number * chunks, chunks)]
+            yield pltpu.make_async_copy(of_block, buffer.at[slot], self.buffers.page_sems.at[slot])
 
     def _table_slot(self, item):
         width = self.pages.table.shape[-1]
@@ -239,31 +280,61 @@ def zero_outside(values_ref, chunk, interval, sizes: Sizes):
             values_ref[at] = jnp.where((key >= start) & (key < end), values_ref[at], 0)
 
 
+def zero_scales_outside(scales, interval):
+    """A chunk's scales [1, chunk], zeroed outside an interval of its keys."""
+    key = lax.broadcasted_iota(jnp.int32, scales.shape, 1)
+    return jnp.where((key >= interval[0]) & (key < interval[1]), scales, 0.0)
+
+
 def pages_of(call: Call, sizes: Sizes) -> Pages:
     """The arrays that a kernel is given to fetch from."""
-    sequences, width = call.sequences, call.problem.pages_per_seq
+    sequences, width, held = call.sequences, call.problem.pages_per_seq, Held.by(call)
 
     def in_runs(pages):
         if pages is None:
             return None
         runs, problem = (sizes.run, pages.shape[-1]), call.problem
-        if Held.by(problem).pages_first:  # heads of keys and values as one dimension
+        if held.pages_first:  # heads of keys and values as one dimension
             return pages.reshape(problem.pools, problem.num_pages, -1, sizes.runs_per_page, *runs)
         return pages.reshape(problem.pools, -1, problem.num_pages * sizes.runs_per_page, *runs)
 
     table = jnp.pad(sequences.page_indices, ((0, 0), (0, -width % LANES)))[:, None]
-    return Pages(in_runs(call.key_pages), in_runs(call.value_pages), table)
+    scales = [_gathered(call, name, sizes) if name in held.slots_scaled else None for name in ("key", "value")]
+    return Pages(in_runs(call.key_pages), in_runs(call.value_pages), table, *scales)
 
 
 def scales_of(call: Call) -> dict[str, Array]:
-    """The scales that a call has, by "key" and "value", as a kernel takes them; a latent cache's values are keys."""
-    scales = dict(key=call.key_scale, value=call.key_scale if Held.by(call.problem).latent else call.value_scale)
+    """The scales of heads that a call has, by "key" and "value", as a kernel takes them."""
 
     def of_heads(scale):
         by_pool = scale.reshape(scale.shape[0], -1)
         return jnp.broadcast_to(by_pool, (scale.shape[0], call.problem.cache_kv_heads)).reshape(-1)
 
-    return {name: of_heads(scale) for name, scale in scales.items() if scale is not None}
+    scales = _scales(call)
+    return {name: of_heads(scales[name]) for name in Held.by(call).scaled}
+
+
+def _scales(call: Call) -> dict[str, Array]:
+    """The scales of a call by what they are of, "key" and "value"; those of slots with values apart from keys."""
+    key_scale, value_scale = call.key_scale, call.value_scale
+    if "latent" in call.problem.features:
+        value_scale = key_scale
+    elif call.problem.layout.combined and key_scale is not None and key_scale.ndim > 2:
+        key_scale, value_scale = jnp.unstack(key_scale, axis=1 + call.problem.layout.apart.index("2"))
+    return {name: x for name, x in (("key", key_scale), ("value", value_scale)) if x is not None}
+
+
+def _gathered(call: Call, name: str, sizes: Sizes) -> Float[Array, "seqs kv_heads chunks 1 chunk"]:
+    """The scales of each slot of the sequences' pages, in the order of their keys, of the heads that are attended to."""
+    problem, sequences = call.problem, call.sequences
+    dims = [dim for dim in problem.layout.apart if dim in ("kv_heads", "num_pages", "page_size")]
+    pages = sequences.page_indices[:, : problem.columns]
+    at = (sequences.pool[:, None], *(pages if dim == "num_pages" else slice(None) for dim in dims))
+    scales = _scales(call)[name].at[at].get(mode="promise_in_bounds")  # [seqs, pages, cache_kv_heads, page_size]
+    scales = lax.dynamic_slice_in_dim(scales, call.kv_head_start, problem.num_kv_heads, axis=2)
+    scales = scales.swapaxes(1, 2).reshape(problem.seqs, problem.num_kv_heads, -1)
+    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[2] % (sizes.chunk * sizes.chunks_per_block))))
+    return scales.reshape(problem.seqs, problem.num_kv_heads, -1, 1, sizes.chunk)
 
 
 def in_hbm(pages: Pages):
@@ -271,15 +342,21 @@ def in_hbm(pages: Pages):
     return [pl.BlockSpec(memory_space=pltpu.HBM) for array in pages if array is not None]
 
 
-def buffers_of(problem: Problem, sizes: Sizes, heads: int) -> Buffers:
+def buffers_of(problem: Problem, held: Held, sizes: Sizes, heads: int) -> Buffers:
     """The buffers for so many KV heads."""
+
+    def scales(name):
+        shape = (2, heads, sizes.chunks_per_block, 1, sizes.chunk)
+        return pltpu.VMEM(shape, jnp.float32) if name in held.slots_scaled else None
 
     def buffer(features):
         return pltpu.VMEM((2, sizes.runs_per_block, heads, sizes.run, features), jnp.dtype(problem.cache_dtype))
 
     return Buffers(
         keys=buffer(problem.head_dim),
-        values=None if "latent" in problem.features else buffer(problem.value_dim),
+        values=None if held.latent else buffer(problem.value_dim),
+        key_scales=scales("key"),
+        value_scales=scales("value"),
         table=pltpu.SMEM((2 * round_up(problem.pages_per_seq, LANES),), jnp.int32),
         slot=pltpu.SMEM((1,), jnp.int32),
         page_sems=pltpu.SemaphoreType.DMA((2,)),
@@ -293,4 +370,7 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     features = round_up(problem.head_dim, LANES) + round_up(value_dim, LANES)
     itemsize = jnp.dtype(problem.cache_dtype).itemsize
     run = round_up(sizes.run, 8 if itemsize > 1 else 32)
-    return 2 * problem.num_kv_heads * run * sizes.runs_per_block * features * itemsize
+    of_head_bytes = features * itemsize * run * sizes.runs_per_block
+    if "slot_scales" in problem.features:
+        of_head_bytes += 2 * 4 * sizes.chunks_per_block * round_up(sizes.chunk, LANES)
+    return 2 * problem.num_kv_heads * of_head_bytes

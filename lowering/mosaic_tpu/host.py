@@ -28,7 +28,7 @@ class MosaicTpu(Kernel):
     name = "mosaic_tpu"
     version = 3
     platforms = ("tpu",)
-    features = frozenset(FEATURES) - {"slot_scales"}
+    features = frozenset(FEATURES)
     invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
@@ -45,6 +45,12 @@ class MosaicTpu(Kernel):
         packing = sublanes(problem.dtype)
         if problem.page_size % packing:
             return f"page_size {problem.page_size} must be a multiple of {packing} for {problem.dtype}"
+        if "slot_scales" in problem.features and problem.seqs * problem.columns > 2 * problem.pools * problem.num_pages:
+            return (
+                f"scales of each slot are gathered by page_indices, and {problem.seqs} rows of {problem.pages_per_seq} are "
+                f"more than twice the {problem.pools * problem.num_pages} pages of the caches: give it fewer columns, as "
+                "many as the longest context needs"
+            )
         return self.misfit(problem, device, self.heuristic(problem, device))
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
@@ -71,7 +71,6 @@ class Static(NamedTuple):
     window: int | None
     value_dim: int
     held: fetching.Held
-    scaled: tuple[str, ...]  # "key" and "value" where there are scales of them
     by_row: bool  # whether what rows see is read from arrays
     tree: bool
 
@@ -81,7 +80,7 @@ def kernel(head_start_ref, *refs, static: Static):
     sizes = static.sizes
     refs = iter(refs)
     items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.scaled, static.held.kv_heads)
+    scales = Scales.of(refs, static.held)
     query_ref = next(refs)
     seen_refs = (next(refs), next(refs)) if static.by_row else None
     pages = Pages.of(refs, static.held)
@@ -99,7 +98,7 @@ def kernel(head_start_ref, *refs, static: Static):
         if static.by_row:
             first_new = items.first_new[item] if static.tree else None
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
-        return Mask(first_key, position + rows.first, key_end, static.window)
+        return Mask(first_key, position + rows.first, key_start, key_end, static.window)
 
     def attend_block(block, parts, seen_whole, rows_of, masked_at_once):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
@@ -115,6 +114,7 @@ def kernel(head_start_ref, *refs, static: Static):
             scratch=scratch,
             static=static,
             scale_of=scale_of,
+            slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
 
         def whole_chunk(chunk, copy=None):
@@ -142,12 +142,21 @@ def kernel(head_start_ref, *refs, static: Static):
                 rows = rows_of(part)
                 mask = mask_of(rows, first)
 
-                @pl.loop(0, kv_heads // at_once)
-                def _(heads):
-                    # If every buffer's number were known when compiling, the compiler would keep the buffers in
-                    # registers, of which there are too few, and spill.
-                    buffers = [lax.rem(part + i, 2) for i in range(at_once)]
-                    step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask)
+                def first_keys(keys):
+                    @pl.loop(0, kv_heads // at_once)
+                    def _(heads):
+                        # If every buffer's number were known when compiling, the compiler would keep the buffers in
+                        # registers, of which there are too few, and spill.
+                        buffers = [lax.rem(part + i, 2) for i in range(at_once)]
+                        step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask, keys)
+
+                # What lies behind the last key that these rows see adds zeros, which change no bit of sums by lanes.
+                if sizes.chunk <= schedule.DEPTH or sizes.chunk % LANES or schedule.DEPTH % LANES:
+                    return first_keys(sizes.chunk)
+                end = key_end if static.by_row else jnp.minimum(key_end, position + rows.first + rows.count)
+                ends_early = end - first <= schedule.DEPTH
+                pl.when(ends_early)(lambda: first_keys(schedule.DEPTH))
+                pl.when(jnp.logical_not(ends_early))(lambda: first_keys(sizes.chunk))
 
         def whole_block():
             """No chunk needs a mask, and every run of the next block is needed."""
@@ -224,10 +233,11 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 class Mask(NamedTuple):
-    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's end."""
+    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's ends."""
 
     first_key: object
     first_position: object
+    key_start: object
     key_end: object
     window: int | None
 
@@ -245,6 +255,10 @@ class Mask(NamedTuple):
     def zero(self, values):
         """The values of keys that no row sees, zeroed: already done, where they lie."""
         return values
+
+    def zero_scales(self, scales):
+        """Scales [1, keys] with zeros for keys that no row of the item sees."""
+        return zero_scales_outside(scales, (self.key_start - self.first_key, self.key_end - self.first_key))
 
 
 class MaskByRow(NamedTuple):
@@ -279,6 +293,13 @@ class MaskByRow(NamedTuple):
         sees = jnp.where(self._sees(columns, row, 0, values.shape[0]), 1, 0)
         return jnp.where(jnp.max(sees, axis=1, keepdims=True) > 0, values, 0)
 
+    def zero_scales(self, scales):
+        """Scales [1, keys] with zeros for keys that no row of the item sees."""
+        row = lax.broadcasted_iota(jnp.int32, (self.seen_ref.shape[0], 1), 0)
+        columns = [self.seen_ref[:, i : i + 1] for i in range(self.seen_ref.shape[1])]
+        sees = jnp.where(self._sees(columns, row, 1, scales.shape[1]), 1, 0)
+        return jnp.where(jnp.max(sees, axis=0, keepdims=True) > 0, scales, 0.0)
+
     def _sees(self, columns, row, keys_axis, keys):
         lo, hi, *words = columns
         shape = (1, keys) if keys_axis else (keys, 1)
@@ -292,14 +313,16 @@ class MaskByRow(NamedTuple):
 
 
 def _attend_step(
-    chunk, products, mask: Mask | MaskByRow | None = None, *, query_ref, keys_ref, values_ref, scratch: Scratch,
-    static: Static, scale_of,
+    chunk, products, mask: Mask | MaskByRow | None = None, num_keys=None, *, query_ref, keys_ref, values_ref,
+    scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
 
-    Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, or None.
+    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of
+    a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
+    num_keys = num_keys or sizes.chunk
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
@@ -310,16 +333,25 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
+    def of_keys(ref, head):
+        """What the chunk's keys have in `ref`, [num_keys, features]."""
+        return ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:num_keys]
+
+    def times_slot_scales(x, name, head, seen):
+        """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
+        scales = slot_scales_of(name, head, chunk)
+        return x if scales is None else x * seen(scales[:, :num_keys])
+
     def logits(buffer, head, rows):
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = keys_ref[runs, head].astype(query.dtype).reshape(sizes.chunk, -1)
+        keys = of_keys(keys_ref, head)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
-            scratch.logits[buffer, strip] = product(query[strip], keys, 1)
+            scratch.logits[buffer, strip, :num_keys] = product(query[strip], keys, 1)
 
     def softmax(buffer, head, rows):
         count = group * rows.count
-        s = scratch.logits[buffer, :count]
+        s = times_slot_scales(scratch.logits[buffer, :count, :num_keys], "key", head, lambda scales: scales)
         if (scale := scale_of("key", head)) is not None:
             s = s * scale
         if soft_cap is not None:
@@ -330,21 +362,22 @@ def _attend_step(
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         # A row that has seen no key yet would subtract infinity from itself.
         shift = m_next if mask is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
-        p = jnp.exp2((s - widen(shift, sizes.chunk)) * to_exponent)
+        p = jnp.exp2((s - widen(shift, num_keys)) * to_exponent)
         fade = jnp.exp2((m - shift) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
-        scratch.weights[buffer, :count] = p.astype(query_ref.dtype)
+        p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
+        scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
     def add_values(buffer, head, rows):
         count = group * rows.count
-        values = values_ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:, : static.value_dim]
+        values = of_keys(values_ref, head)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
-        parts = range(scratch.sums.shape[1])
+        parts = range(-(-num_keys // schedule.DEPTH))
         for part in parts:
-            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, sizes.chunk))
+            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, num_keys))
             scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
         acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2])
         acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
@@ -395,7 +428,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     tiles = -(-tokens // block_q)
     query = jnp.pad(call.query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
     query = query.reshape(-1, num_kv_heads, group, problem.head_dim).transpose(1, 2, 0, 3)
-    pages, scales = fetching.pages_of(call, sizes), fetching.scales_of(call)
+    pages, scales, held = fetching.pages_of(call, sizes), fetching.scales_of(call), fetching.Held.by(call)
     by_row = call.ranges is not None or call.tree is not None
     seen = _seen(call, tiles, block_q) if by_row else []
 
@@ -417,8 +450,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 soft_cap=attention.attn_logits_soft_cap,
                 window=attention.sliding_window,
                 value_dim=problem.value_dim,
-                held=fetching.Held.by(problem),
-                scaled=tuple(scales),
+                held=held,
                 by_row=by_row,
                 tree=call.tree is not None,
             ),
@@ -435,7 +467,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 pl.BlockSpec((heads, group, block_q, problem.value_dim), tile_of),
                 pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
             ],
-            scratch_shapes=[fetching.buffers_of(problem, sizes, heads), scratch_of(problem, sizes, heads)],
+            scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(problem, sizes, heads)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, problem.value_dim), query.dtype),
