@@ -215,7 +215,9 @@ class PlanTest(parameterized.TestCase):
         self.assertLessEqual(largest, 40)
         self.assertGreaterEqual(largest, 0)
 
-    @parameterized.parameters(dict(soft_cap=None), dict(soft_cap=60.0), dict(soft_cap=1e4), dict(dtype="float16"))
+    @parameterized.parameters(
+        dict(soft_cap=None), dict(soft_cap=60.0), dict(soft_cap=1e4), dict(warpgroups=1), dict(dtype="float16")
+    )
     def test_a_maximum_is_looked_for_where_no_fixed_one_does(self, **changes):
         self.assertIsNone(self.plan(**changes).fixed_maximum)
 

@@ -158,8 +158,12 @@ class Plan:
 
     @property
     def fixed_maximum(self) -> float | None:
-        """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all."""
-        if self.soft_cap is None or self.product_dtype != "bfloat16":
+        """What stands for every row's maximum, in units of the soft cap, where capped logits allow one for all.
+
+        A key seen alone has weight 1 by its own maximum, and a rounded one by this. So it stands only where tiles of
+        several warpgroups wait for their arithmetic, and not for memory.
+        """
+        if self.soft_cap is None or self.product_dtype != "bfloat16" or self.warpgroups == 1:
             return None
         largest = self.soft_cap * LOG2_E
         maximum = min(largest, -SMALLEST_WEIGHT - largest)
@@ -167,8 +171,8 @@ class Plan:
 
     @functools.cached_property
     def polynomial(self) -> Polynomial | None:
-        """What stands for tanh where logits are small, and tiles of several warpgroups wait for it, not for memory."""
-        if self.fixed_maximum is None or self.warpgroups == 1:
+        """What stands for tanh where logits are small."""
+        if self.fixed_maximum is None:
             return None
         return polynomial(self.softmax_scale, self.soft_cap, self.fixed_maximum)
 
