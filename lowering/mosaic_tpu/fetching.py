@@ -295,8 +295,8 @@ def pages_of(call: Call, sizes: Sizes) -> Pages:
             return None
         runs, problem = (sizes.run, pages.shape[-1]), call.problem
         if held.pages_first:  # heads of keys and values as one dimension
-            return pages.reshape(problem.pools, problem.num_pages, -1, sizes.runs_per_page, *runs)
-        return pages.reshape(problem.pools, -1, problem.num_pages * sizes.runs_per_page, *runs)
+            return pages.reshape(pages.shape[0], problem.num_pages, -1, sizes.runs_per_page, *runs)
+        return pages.reshape(pages.shape[0], -1, problem.num_pages * sizes.runs_per_page, *runs)
 
     table = jnp.pad(sequences.page_indices, ((0, 0), (0, -width % LANES)))[:, None]
     scales = [_gathered(call, name, sizes) if name in held.slots_scaled else None for name in ("key", "value")]
