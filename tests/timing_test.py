@@ -154,20 +154,6 @@ class TimingTest(TuningTestCase):
         self.assertIn("does not fit", timings[1].problem)
         self.assertIsNotNone(timings[2].milliseconds)
 
-    @parameterized.parameters(("tpu", 64, timing.TURNS), ("tpu", 8192, 1), ("cpu", 64, 1))
-    def test_short_calls_fill_a_function_on_a_device_that_a_host_feeds(self, platform, tokens, turns):
-        """What is timed would be the host otherwise. On CPU it is, and a function of many calls takes seconds."""
-        shape = problem(tokens=tokens, pages_per_seq=1024, q_heads=64)
-        self.assertEqual(timing.calls_each(shape, DEVICE._replace(platform=platform)), 4 * turns)
-
-    def test_calls_that_repeat_are_all_made(self):
-        """Not once before the loop, as what does not change in it."""
-        shape, config = problem(tokens=8), XLA.heuristic(problem(tokens=8), DEVICE)
-        with mock.patch.object(timing, "_turns", return_value=5):
-            compiled = timing._compiled(XLA, shape, DEVICE, config).as_text()
-        self.assertIn('known_trip_count":{"n":"5"}', compiled)
-        self.assertNotRegex(compiled[compiled.index("ENTRY") :], r"\b(dot|while)\(.*\n.* while\(")
-
     def test_a_spent_budget_leaves_the_rest_untimed(self):
         timings, chosen, settled = self.compare(Config(block_q=4), budget_seconds=0.0)
         self.assertIsNotNone(timings[0].milliseconds)
