@@ -96,6 +96,18 @@ class ImportsTest(parameterized.TestCase):
         lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
         self.assertEmpty({name: length for name, length in lengths.items() if length > LONGEST})
 
+    def test_no_definition_hides_another_of_its_name(self):
+        """A merge may leave a test twice, of which Python runs the last."""
+        hidden = set()
+        for path in sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples"):
+            for scope in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(scope, (ast.Module, ast.ClassDef)):
+                    kinds = (ast.FunctionDef, ast.ClassDef)
+                    names = [n.name for n in scope.body if isinstance(n, kinds) and not n.decorator_list]
+                    names += [n.name for n in scope.body if isinstance(n, kinds) and n.name.startswith("test_")]
+                    hidden |= {(path.name, name) for name in names if names.count(name) > 1 + name.startswith("test_")}
+        self.assertEmpty(hidden)
+
 
 class BazelTest(absltest.TestCase):
     def setUp(self):
