@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from paged_prefill.lowering.cores import cores_of
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.attention import Attention, factor_and_lse, with_logit
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS, OWN_LAYOUT, CacheLayout
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
 
@@ -337,17 +337,15 @@ def with_sinks(out, lse, sinks, query_offsets):
     It joins rows that a sequence owns; the others have no softmax.
     """
     owned = Owners(query_offsets, out.shape[-3]).owned[..., None]
-    joined, joined_lse = sinks_joined(out.astype(jnp.float32), lse, jnp.expand_dims(sinks, -2))
-    return jnp.where(owned[..., None], joined.astype(out.dtype), out), jnp.where(owned, joined_lse, lse)
+    joined, lse = sinks_joined(out.astype(jnp.float32), lse, jnp.where(owned, jnp.expand_dims(sinks, -2), -jnp.inf))
+    return joined.astype(out.dtype), lse
 
 
 def sinks_joined(out, lse, sinks):
-    """Outputs and lse of rows, in float32, with a sink in each.
-
-    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse').
-    """
-    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))
-    return out * share[..., None], jnp.logaddexp(lse, sinks)
+    """Outputs and lse of rows, in float32, with a sink in each: their softmax is one logit, and the sink another."""
+    total, largest, fade = with_logit(jnp.where(jnp.isneginf(lse), 0.0, 1.0), lse, sinks)
+    factor, lse = factor_and_lse(total, largest)
+    return out * (fade * factor)[..., None], lse
 
 
 def nothing_seen(problem: Problem):
