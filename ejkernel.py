@@ -378,7 +378,7 @@ def _attend(arrays, softmax_aux, *, causal, sliding_window, attn_logits_soft_cap
     if softmax_aux is not None:
         if softmax_aux.shape != query.shape[-2:-1]:
             raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {softmax_aux.shape}")
-        operands["sinks"] = checks.sinks_of(softmax_aux, ())
+        operands |= checks.of_packs((), sinks=softmax_aux)
     window = sliding_window or None
     if not causal:
         operands["key_ranges"], window = _not_causal(operands, window), None

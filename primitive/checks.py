@@ -17,6 +17,7 @@ from paged_prefill.primitive.operands import (
     BATCH,
     KEY_CACHE,
     POOLS,
+    PREFILL,
     QUANTISED_DTYPES,
     VALUE_CACHE,
     Operand,
@@ -412,20 +413,17 @@ def scales_of(pools: tuple[int, ...], **scales) -> dict[str, jax.Array | None]:
     return {name: scale_of(name, scale) for name, scale in scales.items()}
 
 
-def layer_of(layer, batch: tuple[int, ...]):
-    """The layer of each pack as int32, or None; one number stands for all packs."""
-    if layer is None:
-        return None
-    layer = _int32("layer", layer)
-    return jnp.broadcast_to(layer, batch) if jnp.ndim(layer) == 0 else layer
+def of_packs(batch: tuple[int, ...], **operands) -> dict[str, jax.Array | None]:
+    """Optional operands that each pack of `batch` has its own of, in their dtype; one alone stands for all packs."""
+    rows = {row.name: row for row in PREFILL.operands}
 
+    def of_each(array, row):
+        if array is None:
+            return None
+        array = dict(int32=_int32, float32=_float32)[row.dtype](row.name, array)
+        return jnp.broadcast_to(array, (*batch, *array.shape)) if array.ndim == len(row.forms[0]) else array
 
-def sinks_of(sinks, batch: tuple[int, ...]):
-    """The sinks of each pack as float32, or None; one [q_heads] stands for all packs."""
-    if sinks is None:
-        return None
-    sinks = _float32("sinks", sinks)
-    return jnp.broadcast_to(sinks, (*batch, *sinks.shape)) if sinks.ndim == 1 else sinks
+    return {name: of_each(array, rows[name]) for name, array in operands.items()}
 
 
 def _float32(name, array):

@@ -78,7 +78,7 @@ def append_to_pages(
     ) | dict(key_cache=key_cache, value_cache=value_cache, key=key, value=value)
     pools = layout.lead(key_cache.shape)
     named |= checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
-    named["layer"] = checks.layer_of(layer, key.shape[:-3])
+    named |= checks.of_packs(key.shape[:-3], layer=layer)
     form = dict(cache_batch_dims=len(pools) - layered, cache_layout=cache_layout)
     hint = context.hint_of(head_axis, batch_axis, page_axis, key.ndim - 3)
     written = append_to_pages_p.bind(**named, hint=hint, **form)
