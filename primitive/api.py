@@ -71,9 +71,9 @@ def prefill_page_attention(
         sliding_window=sliding_window,
         platform=platform,
         config=cfg,
-        hint=context.hint_of(head_axis, batch_axis, page_axis, 0),
     )
-    return _attend_one(query, key_cache, value_cache, *indices, **parameters)
+    hint = context.hint_of(head_axis, batch_axis, page_axis, 0)
+    return _attend_one(query, key_cache, value_cache, *indices, hint=hint, **parameters)
 
 
 STATIC = ("attention", "value_dim", "cache_batch_dims", "cache_layout", "platform", "config", "hint")

@@ -461,6 +461,7 @@ def abstract_pack_of_one(query, key_cache, value_cache, context_len, page_indice
 
 def check_new_tokens(name, tokens, cache_name, cache, layout: CacheLayout, layered) -> None:
     """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
+    check_array(name, tokens)
     check_cache_rank(cache_name, cache, layout, layered=layered)
     expected = (layout.sizes(cache.shape)["kv_heads"], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
