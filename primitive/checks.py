@@ -391,9 +391,9 @@ def _int32(name, array):
     if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
         return array
     # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+        raise TypeError(f"{name} must be an array of integers, got {given if array.dtype == object else array.dtype.name}")
     if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
         limits = jnp.iinfo(jnp.int32)
         unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
@@ -427,9 +427,9 @@ def of_packs(batch: tuple[int, ...], **operands) -> dict[str, jax.Array | None]:
 
 
 def _float32(name, array):
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be an array of numbers, got {array.dtype.name}")
+        raise TypeError(f"{name} must be an array of numbers, got {given if array.dtype == object else array.dtype.name}")
     return jnp.asarray(array, jnp.float32)
 
 

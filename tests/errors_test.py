@@ -118,6 +118,10 @@ class OperandErrorsTest(parameterized.TestCase):
         with self.assertRaisesRegex(TypeError, rf"{name} must be an array, got \[\[1\.0\]\]"):
             jax.eval_shape(functools.partial(ragged_paged_prefill, **{name: [[1.0]]}), **others)
 
+    def test_shapes_alone_where_arrays_are_wanted(self):
+        with self.assertRaisesRegex(TypeError, r"context_lens must be an array of integers, got ShapeDtypeStruct"):
+            ragged_paged_prefill(**OPERANDS)
+
     @parameterized.parameters("key_cache", "value_cache", "key", "value")
     def test_append_to_pages_of_what_is_no_array(self, name):
         cache, new = jnp.zeros((2, 3, 4, 8)), jnp.zeros((5, 2, 8))
