@@ -380,7 +380,7 @@ def _attend(arrays, softmax_aux, *, causal, sliding_window, attn_logits_soft_cap
     if softmax_aux is not None:
         operands |= checks.of_packs((), sinks=softmax_aux)
         if operands["sinks"].shape != query.shape[-2:-1]:
-            raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {jnp.shape(softmax_aux)}")
+            raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {operands['sinks'].shape}")
     window = sliding_window or None
     if not causal:
         operands["key_ranges"], window = _not_causal(operands, window), None

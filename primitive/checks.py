@@ -497,7 +497,13 @@ def check_parts(name, tokens, count) -> None:
         raise ValueError(f"{name} must have a multiple of {count} tokens, which so many devices share, got {tokens}")
 
 
-def check_partial(name, shape, expected) -> None:
-    """Checks a shape of `merge` against the one that `out_a` asks for."""
-    if shape != expected:
-        raise ValueError(f"{name} must have shape {expected} to go with out_a, got {shape}")
+def check_partials(**partials) -> None:
+    """Checks outputs and lse of the same rows, by the names that `merge` has for them: the first output says the shape."""
+    first, out = next(iter(partials.items()))
+    for name, array in partials.items():
+        check_array(name, array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be an array of floats, got {array.dtype.name}")
+        expected = out.shape[:-1] if name.startswith("lse") else out.shape
+        if array.shape != expected:
+            raise ValueError(f"{name} must have shape {expected} to go with {first}, got {array.shape}")

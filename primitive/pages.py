@@ -111,11 +111,9 @@ def merge(
       The output in `out_a`'s dtype, and its lse.
 
     Raises:
-      ValueError: the shapes do not agree; names the argument.
+      ValueError, TypeError: the shapes do not agree, or a dtype is no float; names the argument.
     """
-    checks.check_partial("out_b", out_b.shape, out_a.shape)
-    checks.check_partial("lse_a", lse_a.shape, out_a.shape[:-1])
-    checks.check_partial("lse_b", lse_b.shape, out_a.shape[:-1])
+    checks.check_partials(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     wide = jnp.dtype("float64" if jnp.dtype("float64") in {x.dtype for x in (out_a, lse_a, out_b, lse_b)} else "float32")
     largest = jnp.maximum(lse_a.astype(wide), lse_b.astype(wide))
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
