@@ -104,14 +104,15 @@ class InterpretedTest(WithInterpreter):
         self.interpreter.submit(triton_stand_ins.check_broken_interpreted, case, numbers).result()
 
 
+# Triton's target, the device, KiB of shared memory, and the instructions that Triton multiplies and copies by.
 TARGETS = {
-    "sm_80": (("cuda", 80, 32), Device("cuda", "NVIDIA A100-SXM4-80GB", "8.0"), 163),
-    "sm_89": (("cuda", 89, 32), Device("cuda", "NVIDIA GeForce RTX 4090", "8.9"), 99),
-    "sm_90": (("cuda", 90, 32), H200, 227),
-    "sm_100": (("cuda", 100, 32), Device("cuda", "NVIDIA B200", "10.0"), 227),
-    "sm_120": (("cuda", 120, 32), Device("cuda", "NVIDIA GeForce RTX 5090", "12.0"), 99),
-    "gfx942": (("hip", "gfx942", 64), Device("rocm", "AMD Instinct MI300X", "gfx942"), 64),
-    "gfx950": (("hip", "gfx950", 64), Device("rocm", "AMD Instinct MI355X", "gfx950"), 160),
+    "sm_80": (("cuda", 80, 32), Device("cuda", "NVIDIA A100-SXM4-80GB", "8.0"), 163, "mma"),
+    "sm_89": (("cuda", 89, 32), Device("cuda", "NVIDIA GeForce RTX 4090", "8.9"), 99, "mma"),
+    "sm_90": (("cuda", 90, 32), H200, 227, "wgmma"),
+    "sm_100": (("cuda", 100, 32), Device("cuda", "NVIDIA B200", "10.0"), 227, "tcgen05"),
+    "sm_120": (("cuda", 120, 32), Device("cuda", "NVIDIA GeForce RTX 5090", "12.0"), 99, "mma"),
+    "gfx942": (("hip", "gfx942", 64), Device("rocm", "AMD Instinct MI300X", "gfx942"), 64, "mfma"),
+    "gfx950": (("hip", "gfx950", 64), Device("rocm", "AMD Instinct MI355X", "gfx950"), 160, "mfma, asynchronous copies"),
 }
 WIDE = dict(head_dim=256, value_dim=256, q_heads=16)
 GEMMA_4 = dict(head_dim=512, value_dim=512, q_heads=16, num_kv_heads=4, cache_kv_heads=4)
@@ -129,13 +130,24 @@ PROBLEMS = (
 )
 MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
     (problem(head_dim=64, value_dim=64, sliding_window=4096), {}),
-    (problem(tokens=64, seqs=64, page_size=128, pages_per_seq=32), {}),
     (problem(**WIDE, sliding_window=4096, page_size=128, pages_per_seq=128), {}),
     (problem(cache_dtype="float8_e4m3fn"), dict(scale="head")),
-    (problem(), dict(ranges=True, tree=True)),
-    (problem(), dict(sinks=True)),
+    (problem(), dict(ranges=True, tree=True, sinks=True)),
     (problem(**DECODE | GEMMA_4), dict(tree=True)),
 )
+
+
+def taking_turns(name, number, problem) -> list[str]:
+    """The targets that run a problem with the same program as this one, in the order of which one compiles it."""
+
+    def program(name):
+        _, device, _, tensor_cores = TARGETS[name]
+        config = KERNEL.heuristic(problem, device)
+        return tensor_cores, replace(config, num_splits=min(2, config.num_splits))
+
+    alike = [other for other in TARGETS if program(other) == program(name)]
+    first = number % len(alike)
+    return alike[first:] + alike[:first]
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
@@ -148,24 +160,29 @@ class CompiledTest(parameterized.TestCase):
 
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling(self, name):
-        target, device, shared_kib = TARGETS[name]
-        problems = PROBLEMS + (MORE_PROBLEMS if name in ("sm_90", "gfx942") else ())
-        for (each, optional), found in zip(problems, self.resources(target, device, problems), strict=True):
+        target, device, *_ = TARGETS[name]
+        turns = [(each, taking_turns(name, number, each[0])) for number, each in enumerate(PROBLEMS)]
+        turns += [(each, [name]) for each in MORE_PROBLEMS if name in ("sm_90", "gfx942")]
+        for (each, _), _ in turns:
+            self.assertIsNone(KERNEL.misfit(each, device, KERNEL.heuristic(each, device)))
+        problems = [each for each, alike in turns if alike[0] == name]
+        shared = [min(TARGETS[other][2] for other in alike) for _, alike in turns if alike[0] == name]
+        self.assertNotEmpty(problems)
+        resources = self.resources(target, device, problems)
+        for (each, optional), shared_kib, found in zip(problems, shared, resources, strict=True):
             with self.subTest(f"{each} {optional}"):
                 self.assertLessEqual(found["tensor_memory"], 512, found)  # Blackwell's, which jax_triton holds to
                 self.assertEqual(found["spilled"], 0, found)
                 self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
-                config = KERNEL.heuristic(each, device)
-                self.assertIsNone(KERNEL.misfit(each, device, config))
                 if target[0] == "cuda" and each.dtype == each.cache_dtype != "float32" and not each.features:
-                    least = host.shared_bytes(each, device, config)
+                    least = host.shared_bytes(each, device, KERNEL.heuristic(each, device))
                     self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
 
     def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
         capped = [(problem(attn_logits_soft_cap=50.0, dtype=dtype), {}) for dtype in ("bfloat16", "float32")]
         counts = []
         for name in ("sm_80", "gfx942"):
-            target, device, _ = TARGETS[name]
+            target, device, *_ = TARGETS[name]
             counts += [found["tanh_instructions"] > 0 for found in self.resources(target, device, capped)]
         self.assertEqual(counts, [True, False, False, False])
 
