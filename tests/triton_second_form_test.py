@@ -142,7 +142,7 @@ def check_shared_columns():
 
     config = PrefillPageAttentionConfig(block_q=32, block_kv=32, num_warps=8, num_splits=1)  # 64 rows
     kind = dict(SIZES, seed=12, sequences=((37, 90), (1, 44), (5, 0)), kv_heads=2, q_heads=4, latent=True, value_dim=12)
-    with mock.patch.object(host, "_device_class", lambda device: "hopper"):
+    with mock.patch.multiple(host, _device_class=lambda device: "hopper", MOST_VALUES=8):
         triton_stand_ins.check_second_form_interpreted(kind, dict(cfg=config, value_dim=12))
 
 

@@ -247,8 +247,8 @@ def _record():
 def compile_launches(launches):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 
-    `launches` are arguments of Triton's GPUTarget, the Device, the Problem, and what `_call` takes beside. Returns for each
-    what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how often it has
+    `launches` are arguments of Triton's GPUTarget, the Device, the Problem, and what `_call` takes beside. Returns for
+    each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how often it has
     NVIDIA's instruction for tanh.
     """
     from paged_prefill.lowering.triton.host import Triton

@@ -120,8 +120,8 @@ DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
 LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
 SLOTS = ("quantised", "slot_scales")
 CAPPED = dict(attn_logits_soft_cap=50.0)
-# What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside. All sizes of Hopper;
-# of the others, which share tables and differ in shared memory, each size where there is least of it, and each target.
+# What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
+# Hopper; of the others, which share tables, each size where there is least shared memory, and each target.
 COMPILED = {
     "sm_80": [(CAPPED, {})],
     "sm_89": [(GEMMA_4, dict(ranges=True)), (CAPPED | dict(dtype="float32"), {})],

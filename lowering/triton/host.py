@@ -108,6 +108,7 @@ class Triton(Kernel):
                 if width > 128:
                     sizes = sizes._replace(num_warps=8)
                 elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
+                    # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows >= problem.group:
             sizes = LATENT
@@ -160,9 +161,9 @@ class Triton(Kernel):
         if config.block_q * problem.group <= DECODE.rows:
             if all_keys < SHORT_BYTES * device.cores:
                 warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
-            elif problem.cache_dtype != problem.dtype:
-                # More tiles, or numbers are turned too slowly: as many as registers let into a core. They differ in nothing
-                # but the round in which they come.
+            elif problem.cache_dtype != problem.dtype and config.num_warps == 4:
+                # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
+                # They are equally long, so that rounds tell.
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
         slots = device.cores * max(1, warps // config.num_warps)
         rows = problem.tokens * problem.q_heads
@@ -205,8 +206,7 @@ class Triton(Kernel):
             # Masks of ranges and trees take more registers.
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
-            # NVIDIA's GPUs make float16 of such a number, and bfloat16 of that: where memory is the limit, too much.
-            FLOAT16_PRODUCTS=rows <= DECODE.rows and (problem.dtype, problem.cache_dtype) == ("bfloat16", "float8_e4m3fn"),
+            FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
             **_constants(call, widths),
@@ -247,12 +247,21 @@ def _device_class(device: Device) -> str:
 
 
 def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: int = 8) -> bool:
-    """Whether warps share a product's columns: where keys are values too, on Hopper, whose matrix unit has four take 64 rows.
+    """Whether warps share a product's columns: in a wide latent cache, on Hopper, of whose warps four take 64 rows.
 
     Then a tile's sums fit the registers of eight, and the first product is made once.
     """
-    latent = "latent" in problem.features and problem.cache_dtype == problem.dtype
-    return latent and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+    wide = problem.value_dim > MOST_VALUES and problem.cache_dtype == problem.dtype
+    return wide and "latent" in problem.features and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+
+
+def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
+    """Whether bfloat16 queries are multiplied in float16: where memory is the limit, with keys of float8_e4m3fn.
+
+    NVIDIA's GPUs make float16 of such a number, exactly, and bfloat16 only of that.
+    """
+    of = (problem.dtype, problem.cache_dtype)
+    return rows <= DECODE.rows and of == ("bfloat16", "float8_e4m3fn") and device.platform != "rocm"
 
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
