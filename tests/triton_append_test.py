@@ -114,7 +114,7 @@ def operands(cache_dtype="bfloat16", granularity=None, head_dim=128, value_dim=1
 class CompiledTest(parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling_and_stores_whole_vectors(self, name):
-        target, *_ = TARGETS[name]
+        target, _, _ = TARGETS[name]
         dtypes = QUANTISED if target[1] != 80 else QUANTISED[1:]
         kinds = [dict(), dict(head_dim=576, value_dim=None)]
         kinds += [dict(cache_dtype=dtype, granularity=scale) for dtype in dtypes for scale in poisoned.GRANULARITIES]
