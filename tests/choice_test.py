@@ -1,7 +1,6 @@
 """Protects the choice of a kernel: the device's order, what is passed over and why, and what a call may ask for."""
 
 import importlib.util
-import os
 import tempfile
 from unittest import mock
 
@@ -16,8 +15,10 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import _log_once as log_once, XLA, choose, device_of, log_passed_over
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import packs
 from paged_prefill.tests.problems import problem
+from paged_prefill.tests.tuning_stand_ins import environment
 
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 
@@ -56,15 +57,22 @@ class ChoiceTest(parameterized.TestCase):
         for each in words:
             self.assertIn(each, record.getMessage())
 
-    def test_another_kernel_in_place_of_the_first_is_no_warning(self):
+    @parameterized.named_parameters(
+        ("float32", dict(dtype="float32"), "takes bfloat16 and float16, not float32"),
+        *((layout, dict(cache_dtype="int8", features=tuple(sorted(("quantised", layout)))), 'in cache_layout="kpsd" only')
+          for layout in LAYOUTS if layout != "kpsd"),
+    )
+    def test_another_kernel_in_place_of_the_first_is_no_warning(self, changes, words):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):
-            chosen = choose(problem(dtype="float32"), HOPPER)
+            chosen = choose(problem(**changes), HOPPER)
         self.assertEqual(chosen[0], "triton")
         log_once.cache_clear()
         with self.assertLogs("absl", "INFO") as logs:
             log_passed_over(HOPPER, *chosen)
+            log_passed_over(HOPPER, *chosen)
             log_passed_over(HOPPER, "mosaic_gpu", {})
         [record] = logs.records
+        self.assertIn(words, record.getMessage())
         self.assertEqual((record.levelname, record.args[1]), ("INFO", "triton"))
 
     def test_a_lowered_call_warns(self):
@@ -138,7 +146,7 @@ class ExportTest(parameterized.TestCase):
     def test_no_table_or_timing_of_this_machine_is_in_it(self):
         _, untuned = self.export("cpu")
         folder = self.enter_context(tempfile.TemporaryDirectory())
-        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}))
+        self.enter_context(environment(XDG_CACHE_HOME=folder))
         device = device_of("cpu")
         of = tune.problem_of_shape(1, 20, self.PACK.page_indices.size * 16, 2, 1, 128, None, None, page_size=16)
         row = tables.entry_of(tables.key_of(XLA, of, device), Config(block_q=4, block_kv=16), source="timed")

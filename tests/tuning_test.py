@@ -22,7 +22,7 @@ from paged_prefill.primitive import context
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
 from paged_prefill.tests import packs
-from paged_prefill.tests.tuning_stand_ins import DEVICE, HEURISTIC, TuningTestCase, entry, kernel, problem
+from paged_prefill.tests.tuning_stand_ins import DEVICE, HEURISTIC, TuningTestCase, entry, environment, kernel, problem
 
 
 class LookupTest(TuningTestCase):
@@ -80,12 +80,12 @@ class LookupTest(TuningTestCase):
 
     def test_policy_comes_from_the_environment_when_used(self):
         tables.write(self.path, [entry(Config(block_kv=128))])
-        os.environ[tuning.POLICY_VARIABLE] = "off"
-        self.assertEqual(self.resolve().source, "heuristic")
-        with tuning.policy("cache"):
-            self.assertIn("user's table", self.resolve().source)
-        os.environ[tuning.POLICY_VARIABLE] = "sometimes"
-        with self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, invariant, got 'sometimes'"):
+        with environment(**{tuning.POLICY_VARIABLE: "off"}):
+            self.assertEqual(self.resolve().source, "heuristic")
+            with tuning.policy("cache"):
+                self.assertIn("user's table", self.resolve().source)
+        unknown = environment(**{tuning.POLICY_VARIABLE: "sometimes"})
+        with unknown, self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, invariant, got 'sometimes'"):
             self.resolve()
 
     def test_policy_on_times_once_and_remembers(self):
@@ -212,6 +212,8 @@ class TablesTest(TuningTestCase):
         "", "{", "[]", '{"format": 99, "entries": []}', '{"format": 2, "entries": 7}', '{"format": 2}',
         '{"format": 2, "entries": [{"key": {}}]}', '{"format": 2, "entries": [{"key": 1}, 7]}',
         '{"format": 2, "entries": [{"key": {"kernel": [], "version": "x"}, "config": {"block_q": 1}, "source": ""}]}',
+        '{"format": 2, "entries": [{"key": {"a": 0, "kernel": "fake", "version": 1}, "config": {"block_q": 1}, "source": ""}]}',
+        "[" * 10**5,
     )  # fmt: skip
     def test_a_corrupt_file_costs_a_warning(self, text):
         self.path.parent.mkdir(parents=True)
