@@ -79,8 +79,11 @@ def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False):
     largest, weights, total = _weights(parts)
     summed = functools.reduce(jnp.add, [w * o for w, o in zip(weights, out)])
     factor, _ = factor_and_lse(total, largest)
-    largest, _, narrow_total = _weights([*(jnp.matrix_transpose(lse) if by_head else lse), *([] if sinks is None else [sinks])])
-    return jnp.where(total == 0, 0.0, summed * factor).astype(dtype), factor_and_lse(narrow_total, largest)[1]
+    merged = jnp.where(total == 0, 0.0, summed * factor).astype(dtype)
+
+    of_rows = [*(jnp.matrix_transpose(lse) if by_head else lse), *([] if sinks is None else [sinks])]
+    largest, _, total = _weights(of_rows)
+    return merged, factor_and_lse(total, largest)[1]
 
 
 def _weights(parts):
