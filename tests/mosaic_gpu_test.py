@@ -330,6 +330,7 @@ class LoweringTest(parameterized.TestCase):
         lse = np.where(seen, lse, np.float32(-np.inf))
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
+        chex.assert_trees_all_equal(merge_splits(out, lse.swapaxes(1, 2), jnp.float32, sinks, by_head=True), merged)
         want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
         chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 

@@ -134,9 +134,11 @@ class MosaicGpu(Kernel):
         optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         out, lse = launch(plan, _schedule(call, plan), query, *rows, optional)
-        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
-        out = out.reshape(*lse.shape, problem.value_dim)
-        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
+        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
+        out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
+        if plan.splits == 1:
+            return out[0], lse[0].T
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True)
 
 
 def _schedule(call: Call, plan: Plan):
