@@ -91,9 +91,10 @@ def start_logits(query, keys, share, shares: int):
 
     @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT), return_type=its_type)
     def start(_, query, keys, share):
-        own = _share(share, ir.MemRefType(keys.type).shape[0] // shares)
+        own, parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
+        query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), parts))
         logits = mgpu.WGMMAAccumulator.zero(*shape)
-        for part in range(ir.MemRefType(query.type).shape[0]):
+        for part in range(parts):
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
         _asm("wgmma.commit_group.sync.aligned;")
@@ -120,14 +121,19 @@ def start_output(acc, weights, values, share):
 
 
 def _share(number, size: int):
-    """The slice of a share: so many tiles.
+    """The slice of a share: so many tiles."""
+    first = arith.muli(number.registers.item(), arith.constant(ir.IntegerType.get_signless(32), size))
+    return mgpu.ds(_anew(first), size)
 
-    It is worked out anew each time: else all descriptors of a loop's products are kept from step to step, and spilled.
+
+def _anew(number):
+    """The same as an index, of which ptxas knows nothing: so what depends on it is worked out each time.
+
+    Else the descriptors of all of a loop's products are kept from step to step, and spilled.
     """
     i32 = ir.IntegerType.get_signless(32)
-    number = llvm.inline_asm(i32, [number.registers.item()], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
-    first = arith.muli(number, arith.constant(i32, size))
-    return mgpu.ds(arith.index_cast(ir.IndexType.get(), first), size)
+    number = llvm.inline_asm(i32, [number], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+    return arith.index_cast(ir.IndexType.get(), number)
 
 
 def store_weights(weights, target, share) -> None:
