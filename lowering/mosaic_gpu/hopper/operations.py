@@ -165,14 +165,44 @@ def store_weights(weights, target, share) -> None:
 
 def meet(warpgroups: int) -> None:
     """The threads of the first so many warpgroups wait for one another, and see what all have written."""
+    plgpu.inline_mgpu(arg_types=())(lambda _: _meet(warpgroups))()
 
-    @plgpu.inline_mgpu(arg_types=())
-    def wait(_):
-        # Pallas uses the first five of 16 barriers.
-        barrier = f"bar.sync 8, {128 * warpgroups};"
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], barrier, "~{memory}", has_side_effects=True)
 
-    wait()
+def _meet(warpgroups: int):
+    # Pallas uses the first five of 16 barriers.
+    _asm(f"bar.sync 8, {128 * warpgroups};", "~{memory}")
+
+
+def swapped(numbers, board, warpgroup):
+    """Numbers of rows of the other of two warpgroups, for a warpgroup's own: both `meet`.
+
+    `board` is shared memory for both, which each may write again once both have met once more.
+    """
+    its_type = plgpu.ShapeDtypeStruct(numbers.shape, numbers.dtype, layout=ROWS)
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def swap(_, numbers, board, warpgroup):
+        i32, rows, number_type = ir.IntegerType.get_signless(32), numbers.shape[0], numbers.mlir_dtype
+        constant = lambda x: arith.constant(i32, x)
+        thread, start = arith.remui(utils.thread_idx(), constant(128)), utils.memref_ptr(board)
+        # 4 neighbouring threads hold the same two rows, 8 apart; a warp has 16.
+        warp, row = arith.divui(thread, constant(32)), arith.divui(arith.remui(thread, constant(32)), constant(4))
+        row = arith.addi(arith.muli(warp, constant(16)), row)
+        own = arith.addi(row, arith.muli(warpgroup.registers.item(), constant(rows)))
+        other = arith.subi(arith.addi(row, arith.addi(row, constant(rows))), own)
+        for half, register in enumerate(numbers.registers.flat):
+            place = utils.getelementptr(start, [arith.addi(own, constant(8 * half))], number_type)
+            llvm.store(vector.extract(register, [], [0]), place)
+        _meet(2)
+        registers = np.empty_like(numbers.registers)
+        for half, (place, register) in enumerate(np.ndenumerate(numbers.registers)):
+            taken = llvm.load(
+                number_type, utils.getelementptr(start, [arith.addi(other, constant(8 * half))], number_type)
+            )
+            registers[place] = vector.broadcast(register.type, taken)
+        return mgpu.FragmentedArray(_registers=registers, _layout=numbers.layout, _is_signed=None)
+
+    return swap(numbers, board, warpgroup)
 
 
 def settled(product, still_running: int):
@@ -201,24 +231,32 @@ def moved(array):
 
 def any_in_warpgroup(flags, warpgroup):
     """Whether any element of `flags` is set: a scalar, for which the threads of the warpgroup wait for one another."""
+    return _any_behind_barrier(flags, warpgroup, 128)
 
+
+def any_in_warpgroups(flags, warpgroups: int):
+    """The same of the first so many warpgroups, which `meet` there."""
+    return _any_behind_barrier(flags, jnp.int32(0), 128 * warpgroups)
+
+
+def _any_behind_barrier(flags, number, threads: int):
     @plgpu.inline_mgpu(
         arg_types=(WGMMA, plgpu.Layout.WG_SPLAT),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
-    def vote(_, flags, warpgroup):
+    def vote(_, flags, number):
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
         # Pallas uses the first five of 16 barriers. The vote of the warp tells ptxas that all of it goes one way.
-        barrier = arith.addi(warpgroup.registers.item(), arith.constant(i32, 8))
+        barrier = arith.addi(number.registers.item(), arith.constant(i32, 8))
         ballot = (
-            "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, 128, p; "
+            f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, {threads}, p; "
             "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         )
-        anyone = llvm.inline_asm(i32, [mine, barrier], ballot, "=r,r,r", has_side_effects=True)
+        anyone = llvm.inline_asm(i32, [mine, barrier], ballot, "=r,r,r,~{memory}", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
 
-    return vote(flags, warpgroup) > 0
+    return vote(flags, number) > 0
 
 
 def _elements(array):
@@ -319,5 +357,5 @@ def _same_type(function, array):
     return plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=its_type)(function)(array)
 
 
-def _asm(text: str):
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
+def _asm(text: str, constraints: str = ""):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, constraints, has_side_effects=True)
