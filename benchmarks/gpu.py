@@ -55,7 +55,7 @@ QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 # name: sequences, new tokens of each, context of each; 8 heads of 128, in 8 layers
 APPENDS = {"append 2048": (1, 2048, 2048), "append 8": (8, 1, 1024)}
 LAYERS = 8
-LOOPS, MILLISECONDS = 7, 30.0
+LOOPS, MILLISECONDS = 8, 30.0
 
 
 def calls_of(case) -> int:
@@ -235,7 +235,10 @@ def matmul():
 
 
 def median_ms(contenders: dict) -> dict[str, float]:
-    """Milliseconds a function call: for each contender the median over loops, the contenders taking turns."""
+    """Milliseconds a function call: for each contender the median over loops, the contenders taking turns.
+
+    Every other turn goes backwards, so that none follows the same other, which may have heated the chip, every time.
+    """
 
     def loop(call, wait, count):
         start = time.perf_counter()
@@ -249,9 +252,9 @@ def median_ms(contenders: dict) -> dict[str, float]:
         loop(*contender, 3)
         counts[name] = max(3, int(MILLISECONDS / loop(*contender, 5)))
     times = {name: [] for name in contenders}
-    for _ in range(LOOPS):
-        for name, contender in contenders.items():
-            times[name].append(loop(*contender, counts[name]))
+    for turn in range(LOOPS):
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            times[name].append(loop(*contenders[name], counts[name]))
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
