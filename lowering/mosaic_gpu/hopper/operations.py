@@ -231,32 +231,24 @@ def moved(array):
 
 def any_in_warpgroup(flags, warpgroup):
     """Whether any element of `flags` is set: a scalar, for which the threads of the warpgroup wait for one another."""
-    return _any_behind_barrier(flags, warpgroup, 128)
 
-
-def any_in_warpgroups(flags, warpgroups: int):
-    """The same of the first so many warpgroups, which `meet` there."""
-    return _any_behind_barrier(flags, jnp.int32(0), 128 * warpgroups)
-
-
-def _any_behind_barrier(flags, number, threads: int):
     @plgpu.inline_mgpu(
         arg_types=(WGMMA, plgpu.Layout.WG_SPLAT),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
     )
-    def vote(_, flags, number):
+    def vote(_, flags, warpgroup):
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
         # Pallas uses the first five of 16 barriers. The vote of the warp tells ptxas that all of it goes one way.
-        barrier = arith.addi(number.registers.item(), arith.constant(i32, 8))
+        barrier = arith.addi(warpgroup.registers.item(), arith.constant(i32, 8))
         ballot = (
-            f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, {threads}, p; "
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, 128, p; "
             "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         )
-        anyone = llvm.inline_asm(i32, [mine, barrier], ballot, "=r,r,r,~{memory}", has_side_effects=True)
+        anyone = llvm.inline_asm(i32, [mine, barrier], ballot, "=r,r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
 
-    return vote(flags, number) > 0
+    return vote(flags, warpgroup) > 0
 
 
 def _elements(array):

@@ -121,11 +121,6 @@ class Softmax:
             factor, lse = scaled_results(factor, lse, seen, *scales)
         return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
 
-    def by_last_maximum(self, logits, m):
-        """The weights of these logits, their sums, and where these say that a logit has passed the maximum by far."""
-        weights, sums = self._weigh(logits, m)
-        return weights, sums, ~(sums <= self.largest_sum)
-
     def step_together(self, logits, largest, acc, m, l):
         """The weights of these logits, and the output, m and l by the same maximum, where warpgroups share rows.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, any_in_warpgroups, meet, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, meet, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_output, store_weights, swapped
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, fold
@@ -28,7 +28,6 @@ def wide_scratch(plan: Plan) -> dict:
     return dict(
         weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.dtype), transforms=TILED),
         boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),
-        weights_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
 
 
@@ -45,7 +44,7 @@ class _Attention:
 
     def __init__(
         self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
-        weights, weights_free, boards, values=None, values_here=None, values_free=None, **_,
+        weights, boards, values=None, values_here=None, values_free=None, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
         self.softmax, self.seen = Softmax(plan), rows.seen()
@@ -54,17 +53,16 @@ class _Attention:
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
         self.values = keys if plan.latent else values
         self.values_here, self.values_free = values_here, keys_free if plan.latent else values_free
-        self.weights, self.weights_free = weights, weights_free
-        self.maxima, self.sums = boards.at[0], boards.at[1]
+        self.weights, self.maxima, self.sums = weights, boards.at[0], boards.at[1]
 
     def run(self):
         """Output and lse of the rows, of the warpgroup's columns."""
         end = self.piece.steps
         edge, clear = self.rows.whole_steps(0, end)
         running = self._start()
-        masked = functools.partial(self._step, self._weigh_masked)
+        masked = functools.partial(self._step, True)
         running = lax.fori_loop(1, edge, masked, running)
-        running = lax.fori_loop(edge, clear, functools.partial(self._step, self._weigh), running)
+        running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
         if self.plan.begins_late:
             running = lax.fori_loop(clear, end, masked, running)
         return self._finish(end - 1, *running)
@@ -73,19 +71,16 @@ class _Attention:
         """The weights of block 0."""
         plgpu.barrier_wait(self.query_here)
         products = self._products_of(self._start_logits(0), 0)
-        return self._weigh_masked(0, products, *self.softmax.start())
+        return self._weigh(True, 0, products, *self.softmax.start())
 
-    def _step(self, weigh, i, running):
-        """The output of block i - 1, and the weights of block i."""
+    def _step(self, masked, i, running):
+        """The output of block i - 1, and the weights of block i; unless it is masked, every row sees all of it."""
         acc, m, l = running
         acc = self._start_output(i - 1, acc)
         products = self._start_logits(i)
         acc = settled(acc, still_running=1)
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
-        plgpu.barrier_arrive(self.weights_free)
-        products = self._products_of(products, i)
-        plgpu.barrier_wait(self.weights_free)
-        return weigh(i, products, acc, m, l)
+        return self._weigh(masked, i, self._products_of(products, i), acc, m, l)
 
     def _finish(self, last, acc, m, l):
         """The output of block `last`, and the rows' results."""
@@ -95,51 +90,27 @@ class _Attention:
         total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
         return self.softmax.result(acc, m, total, self.rows.sinks())
 
-    def _weigh(self, i, products, acc, m, l):
-        """Block i's weights, laid where both read them, and what is running by them: of a block that every row sees.
-
-        They are by the maximum so far. Only where a sum says that a logit has passed it, in any row, both weigh again.
-        """
+    def _weigh(self, masked, i, products, acc, m, l):
+        """Lays block i's weights where both warpgroups read them; what is running by a maximum of both."""
         logits = self.softmax.logits(products)
-        weights, sums, passed = self.softmax.by_last_maximum(logits, m)
-        self._lay(weights)
-        self._await_values(i)
-
-        def again():
-            running = self._weigh_together(logits, acc, m, l)
-            meet(self.plan.warpgroups)
-            return running
-
-        return lax.cond(any_in_warpgroups(passed, self.plan.warpgroups), again, lambda: (acc, m, l + sums))
-
-    def _weigh_masked(self, i, products, acc, m, l):
-        """The same of a block that not all rows see. Values that none sees are zeroed."""
-        logits = jnp.where(self.seen(i), self.softmax.logits(products), -jnp.inf)
-        running = self._weigh_together(logits, acc, m, l)
-        self._await_values(i)
-        values = self.values.at[self._slot_of(i)]
-        unseen = functools.partial(zero_unseen, self.plan, self.rows, self.warpgroup, i, values)
-        pl.when(self.rows.may_hold_nothing(i))(unseen)
-        meet(self.plan.warpgroups)
-        return running
-
-    def _weigh_together(self, logits, acc, m, l):
-        """Lays the weights of these logits by a maximum of both warpgroups' keys. Returns what is running by it."""
+        if masked:
+            logits = jnp.where(self.seen(i), logits, -jnp.inf)
+        # Where both have met, the last block's weights have been read.
         largest = self._of_both(jnp.maximum, fold(jnp.maximum, logits).max(axis=1), self.maxima)
-        weights, *running = self.softmax.step_together(logits, largest, acc, m, l)
-        self._lay(weights)
-        return tuple(running)
-
-    def _lay(self, weights):
+        weights, acc, m, l = self.softmax.step_together(logits, largest, acc, m, l)
         store_weights(weights.astype(self.plan.dtype), self.weights, self.warpgroup)
+        if not self.plan.latent:
+            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+        if masked:
+            values = self.values.at[self._slot_of(i)]
+            unseen = functools.partial(zero_unseen, self.plan, self.rows, self.warpgroup, i, values)
+            pl.when(self.rows.may_hold_nothing(i))(unseen)
+        meet(self.plan.warpgroups)
+        return acc, m, l
 
     def _of_both(self, combine, numbers, board):
         """Numbers of rows, combined with the other warpgroup's."""
         return combine(numbers, swapped(numbers, board, self.warpgroup))
-
-    def _await_values(self, i):
-        if not self.plan.latent:
-            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
 
     def _products_of(self, products, i):
         """Those of queries and keys, once they are there; a latent cache's keys are still to be values."""
