@@ -356,6 +356,8 @@ def _of_the_first(num_seqs, context_lens, page_indices, query_offsets):
     """The index arrays of a pack whose sequences from `num_seqs` on own no token, so that nothing else of them counts."""
     checks.check_rank("context_lens", context_lens, "[seqs]", 1)
     checks.check_rank("query_offsets", query_offsets, "[seqs + 1]", 1)
+    if not num_seqs.size:
+        raise ValueError(f"num_seqs must be a number, or an array that begins with it, got shape {num_seqs.shape}")
     seqs = context_lens.shape[0]
     count = jnp.clip(num_seqs.reshape(-1)[0], 0, seqs)
     number = jnp.arange(seqs + 1, dtype=jnp.int32)
@@ -369,16 +371,16 @@ def _attend(arrays, softmax_aux, *, causal, sliding_window, attn_logits_soft_cap
     `arrays` are the operands that there are in any case; `cut` is (mesh, in_specs, out_specs), and `order` names what
     stands where in in_specs.
     """
-    for name in ("query", "key_cache"):
+    for name in arrays.keys() - {*_PACK}:
         checks.check_array(name, arrays[name])
     query, cache_dtype = arrays["query"], arrays["key_cache"].dtype
     operands = arrays | checks.int32_indices(**{name: arrays[name] for name in _PACK})
     if cache_dtype != query.dtype and cache_dtype.name in ATTENTION_DTYPES and query.dtype.name in ATTENTION_DTYPES:
         operands["query"] = query.astype(cache_dtype)
     if softmax_aux is not None:
-        if softmax_aux.shape != query.shape[-2:-1]:
-            raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {softmax_aux.shape}")
-        operands["sinks"] = checks.sinks_of(softmax_aux, ())
+        operands |= checks.of_packs((), sinks=softmax_aux)
+        if operands["sinks"].shape != query.shape[-2:-1]:
+            raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {operands['sinks'].shape}")
     window = sliding_window or None
     if not causal:
         operands["key_ranges"], window = _not_causal(operands, window), None

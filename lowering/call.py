@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from paged_prefill.lowering.cores import cores_of
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.attention import Attention, factor_and_lse, with_logit
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS, OWN_LAYOUT, CacheLayout
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
 
@@ -255,8 +255,6 @@ def flatten(
     sizes = layout.sizes(key_cache.shape)
     seqs = operands["page_indices"].shape[-2]
     own, layered = lead[:cache_batch_dims], "layer" in operands
-    layers = key_cache.shape[cache_batch_dims] if layered else 1
-    layer = jnp.clip(operands["layer"], 0, layers - 1) if layered else None
 
     def per_sequence(name):
         return operands[name].reshape(packs * seqs, *operands[name].shape[len(lead) + 1 :])
@@ -274,12 +272,13 @@ def flatten(
         if name not in operands:
             return None
         rest = operands[name].shape[cache_batch_dims:]
-        folded = jnp.broadcast_to(operands[name], (*own, *rest)).reshape(math.prod(own) * layers, *rest[layered:])
+        folded = jnp.broadcast_to(operands[name], (*own, *rest))
+        folded = folded.reshape(math.prod(folded.shape[: len(own) + layered]), *rest[layered:])
         return layout.split(folded, 1) if folded.ndim > 2 else folded
 
     def pool_among(sizes):
-        """The pool of each sequence where *C has these sizes; 1 serves all of a dimension."""
-        pool = _pool_of_packs(lead, sizes) if layer is None else _pool_of_packs(lead, sizes) * layers + layer
+        """The pool of each sequence; see `pool_of_packs`."""
+        pool = pool_of_packs(operands, lead, sizes)
         return jnp.broadcast_to(pool.reshape(packs, 1), (packs, seqs)).reshape(-1)
 
     def pool_apart(cache):
@@ -317,13 +316,19 @@ def flatten(
     )
 
 
-def _pool_of_packs(lead, sizes):
-    """Which of prod(sizes) pools each pack of `lead` reads; the sizes are those of its first dimensions, or 1."""
+def pool_of_packs(operands: Mapping[str, jax.Array], lead, sizes):
+    """Which pool each pack of `lead` reads or writes, where *C has these sizes; each layer is a pool.
+
+    The sizes are those of the first dimensions of `lead`, or 1 where a pool serves all of a dimension.
+    """
     pool = jnp.zeros(lead, jnp.int32)
     for dim, size in enumerate(sizes):
         if not (isinstance(size, int) and size == 1):
             pool = pool * size + jax.lax.broadcasted_iota(jnp.int32, lead, dim)
-    return pool
+    if "layer" not in operands:
+        return pool
+    layers = operands["key_cache"].shape[len(sizes)]
+    return pool * layers + jnp.clip(operands["layer"], 0, layers - 1)
 
 
 def last_index(size: int) -> int:
@@ -337,17 +342,15 @@ def with_sinks(out, lse, sinks, query_offsets):
     It joins rows that a sequence owns; the others have no softmax.
     """
     owned = Owners(query_offsets, out.shape[-3]).owned[..., None]
-    joined, joined_lse = sinks_joined(out.astype(jnp.float32), lse, jnp.expand_dims(sinks, -2))
-    return jnp.where(owned[..., None], joined.astype(out.dtype), out), jnp.where(owned, joined_lse, lse)
+    joined, lse = sinks_joined(out.astype(jnp.float32), lse, jnp.where(owned, jnp.expand_dims(sinks, -2), -jnp.inf))
+    return joined.astype(out.dtype), lse
 
 
 def sinks_joined(out, lse, sinks):
-    """Outputs and lse of rows, in float32, with a sink in each.
-
-    The sink is a key whose value is 0: lse' = log(exp(lse) + exp(sink)), out' = out * exp(lse - lse').
-    """
-    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))
-    return out * share[..., None], jnp.logaddexp(lse, sinks)
+    """Outputs and lse of rows, in float32, with a sink in each: their softmax is one logit, and the sink another."""
+    total, largest, fade = with_logit(jnp.where(jnp.isneginf(lse), 0.0, 1.0), lse, sinks)
+    factor, lse = factor_and_lse(total, largest)
+    return out * (fade * factor)[..., None], lse
 
 
 def nothing_seen(problem: Problem):

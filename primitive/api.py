@@ -71,9 +71,9 @@ def prefill_page_attention(
         sliding_window=sliding_window,
         platform=platform,
         config=cfg,
-        hint=context.hint_of(head_axis, batch_axis, page_axis, 0),
     )
-    return _attend_one(query, key_cache, value_cache, *indices, **parameters)
+    hint = context.hint_of(head_axis, batch_axis, page_axis, 0)
+    return _attend_one(query, key_cache, value_cache, *indices, hint=hint, **parameters)
 
 
 STATIC = ("attention", "value_dim", "cache_batch_dims", "cache_layout", "platform", "config", "hint")
@@ -175,8 +175,7 @@ def ragged_paged_prefill(
         value_cache,
         **named,
         tree_mask=tree_mask,
-        sinks=checks.sinks_of(sinks, batch),
-        layer=checks.layer_of(layer, batch),
+        **checks.of_packs(batch, sinks=sinks, layer=layer),
         value_dim=value_dim,
         softmax_scale=softmax_scale,
         attn_logits_soft_cap=attn_logits_soft_cap,

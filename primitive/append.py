@@ -22,13 +22,12 @@ from paged_prefill.primitive.operands import APPEND
 LOCAL = APPEND._replace(name="local_append_to_pages")
 
 
-def _parameters(operands, *, cache_batch_dims: int = 0, cache_layout: str = DEFAULT_LAYOUT, **others) -> dict:
-    form = dict(cache_batch_dims=operator.index(cache_batch_dims), cache_layout=checks.check_layout(cache_layout).name)
-    return form | others
+def _parameters(operands, *, cache_batch_dims: int = 0, cache_layout: str = DEFAULT_LAYOUT) -> dict:
+    return dict(cache_batch_dims=operator.index(cache_batch_dims), cache_layout=checks.check_layout(cache_layout).name)
 
 
 def _append_parameters(operands, *, hint=None, **given):
-    return _parameters(operands, hint=hint, **given)
+    return _parameters(operands, **given) | dict(hint=hint)
 
 
 # Twins for the same reason as those of the attention.

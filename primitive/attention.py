@@ -56,6 +56,7 @@ def with_logit(total, largest, logit):
     """A softmax's sum and maximum with a logit that has no value, such as a sink's; and by what the weights fade.
 
     The sum is of exp(logit - largest), 0 where nothing was seen yet; where nothing is seen at all, the maximum is 0 too.
+    Of logits, -inf is none, and +inf makes the row NaN as NaN does.
     """
     largest = jnp.where(total == 0, -jnp.inf, largest)
     together = jnp.maximum(largest, logit)

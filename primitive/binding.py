@@ -49,8 +49,9 @@ class OperationPrimitive(Primitive):
                 raise TypeError(f"{self.name} got {name} twice, by position and by name")
             named[name] = given.pop(name)
         for row in self.operation.operands:
-            if named.get(row.name) is None and not row.optional:
-                raise TypeError(f"{row.name} must be an array, got None")
+            array = named.get(row.name)
+            if not (array is None and row.optional or isinstance(array, (int, float))):  # a number is of rank 0
+                checks.check_array(row.name, array)
         return named, given
 
 

@@ -17,6 +17,7 @@ from paged_prefill.primitive.operands import (
     BATCH,
     KEY_CACHE,
     POOLS,
+    PREFILL,
     QUANTISED_DTYPES,
     VALUE_CACHE,
     Operand,
@@ -390,9 +391,9 @@ def _int32(name, array):
     if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
         return array
     # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an array of integers, got {array.dtype.name}")
+        raise TypeError(f"{name} must be an array of integers, got {given if array.dtype == object else array.dtype.name}")
     if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
         limits = jnp.iinfo(jnp.int32)
         unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
@@ -412,26 +413,23 @@ def scales_of(pools: tuple[int, ...], **scales) -> dict[str, jax.Array | None]:
     return {name: scale_of(name, scale) for name, scale in scales.items()}
 
 
-def layer_of(layer, batch: tuple[int, ...]):
-    """The layer of each pack as int32, or None; one number stands for all packs."""
-    if layer is None:
-        return None
-    layer = _int32("layer", layer)
-    return jnp.broadcast_to(layer, batch) if jnp.ndim(layer) == 0 else layer
+def of_packs(batch: tuple[int, ...], **operands) -> dict[str, jax.Array | None]:
+    """Optional operands that each pack of `batch` has its own of, in their dtype; one alone stands for all packs."""
+    rows = {row.name: row for row in PREFILL.operands}
 
+    def of_each(array, row):
+        if array is None:
+            return None
+        array = dict(int32=_int32, float32=_float32)[row.dtype](row.name, array)
+        return jnp.broadcast_to(array, (*batch, *array.shape)) if array.ndim == len(row.forms[0]) else array
 
-def sinks_of(sinks, batch: tuple[int, ...]):
-    """The sinks of each pack as float32, or None; one [q_heads] stands for all packs."""
-    if sinks is None:
-        return None
-    sinks = _float32("sinks", sinks)
-    return jnp.broadcast_to(sinks, (*batch, *sinks.shape)) if sinks.ndim == 1 else sinks
+    return {name: of_each(array, rows[name]) for name, array in operands.items()}
 
 
 def _float32(name, array):
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be an array of numbers, got {array.dtype.name}")
+        raise TypeError(f"{name} must be an array of numbers, got {given if array.dtype == object else array.dtype.name}")
     return jnp.asarray(array, jnp.float32)
 
 
@@ -463,6 +461,7 @@ def abstract_pack_of_one(query, key_cache, value_cache, context_len, page_indice
 
 def check_new_tokens(name, tokens, cache_name, cache, layout: CacheLayout, layered) -> None:
     """Checks that `tokens` (key or value of `append_to_pages`) can be written into `cache`."""
+    check_array(name, tokens)
     check_cache_rank(cache_name, cache, layout, layered=layered)
     expected = (layout.sizes(cache.shape)["kv_heads"], cache.shape[-1])
     if tokens.ndim < 3 or tokens.shape[-2:] != expected:
@@ -498,7 +497,13 @@ def check_parts(name, tokens, count) -> None:
         raise ValueError(f"{name} must have a multiple of {count} tokens, which so many devices share, got {tokens}")
 
 
-def check_partial(name, shape, expected) -> None:
-    """Checks a shape of `merge` against the one that `out_a` asks for."""
-    if shape != expected:
-        raise ValueError(f"{name} must have shape {expected} to go with out_a, got {shape}")
+def check_partials(**partials) -> None:
+    """Checks outputs and lse of the same rows, by the names that `merge` has for them: the first output says the shape."""
+    first, out = next(iter(partials.items()))
+    for name, array in partials.items():
+        check_array(name, array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be an array of floats, got {array.dtype.name}")
+        expected = out.shape[:-1] if name.startswith("lse") else out.shape
+        if array.shape != expected:
+            raise ValueError(f"{name} must have shape {expected} to go with {first}, got {array.shape}")

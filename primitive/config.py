@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from paged_prefill.primitive import checks
+from paged_prefill.primitive.packing import MAX_CONTEXT
 
 SIZES = ("block_q", "block_kv", "num_warps", "num_stages", "num_splits")
 BACKENDS = ("any", "gpu", "tpu", "cpu")
@@ -103,3 +104,5 @@ class PrefillPageAttentionConfig:
 def _check_size(name, value) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"cfg.{name} must be a positive integer or None, got {value!r}")
+    if value is not None and value > MAX_CONTEXT:
+        raise ValueError(f"cfg.{name} must be at most {MAX_CONTEXT}, got {value}")

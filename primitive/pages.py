@@ -78,7 +78,7 @@ def append_to_pages(
     ) | dict(key_cache=key_cache, value_cache=value_cache, key=key, value=value)
     pools = layout.lead(key_cache.shape)
     named |= checks.scales_of(pools, key_scale=key_scale, value_scale=value_scale)
-    named["layer"] = checks.layer_of(layer, key.shape[:-3])
+    named |= checks.of_packs(key.shape[:-3], layer=layer)
     form = dict(cache_batch_dims=len(pools) - layered, cache_layout=cache_layout)
     hint = context.hint_of(head_axis, batch_axis, page_axis, key.ndim - 3)
     written = append_to_pages_p.bind(**named, hint=hint, **form)
@@ -111,11 +111,9 @@ def merge(
       The output in `out_a`'s dtype, and its lse.
 
     Raises:
-      ValueError: the shapes do not agree; names the argument.
+      ValueError, TypeError: the shapes do not agree, or a dtype is no float; names the argument.
     """
-    checks.check_partial("out_b", out_b.shape, out_a.shape)
-    checks.check_partial("lse_a", lse_a.shape, out_a.shape[:-1])
-    checks.check_partial("lse_b", lse_b.shape, out_a.shape[:-1])
+    checks.check_partials(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     wide = jnp.dtype("float64" if jnp.dtype("float64") in {x.dtype for x in (out_a, lse_a, out_b, lse_b)} else "float32")
     largest = jnp.maximum(lse_a.astype(wide), lse_b.astype(wide))
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)

@@ -42,9 +42,8 @@ def parameters_of(
     cache_layout: str = DEFAULT_LAYOUT,
     platform: str | None = "auto",
     config=None,
-    **others,
 ) -> dict:
-    """The parameters of a call, checked; `others` are those that only one of the primitives has."""
+    """The parameters that both primitives have of a call, checked."""
     checks.check_config("config", config)
     platform = checks.check_platform(platform)
     config = context.with_overlay(config, platform)
@@ -62,16 +61,15 @@ def parameters_of(
         cache_layout=checks.check_layout(cache_layout).name,
         platform=checks.requested_platform(platform, config),
         config=config,
-        **others,
     )
 
 
 def _prefill_parameters(operands, *, hint=None, **given):
-    return parameters_of(operands, hint=hint, **given)
+    return parameters_of(operands, **given) | dict(hint=hint)
 
 
 def _local_parameters(operands, *, num_kv_heads, **given):
-    return parameters_of(operands, num_kv_heads=checks.check_num_kv_heads(num_kv_heads), **given)
+    return parameters_of(operands, **given) | dict(num_kv_heads=checks.check_num_kv_heads(num_kv_heads))
 
 
 # What `paged_prefill_p.bind` becomes where types tell the cut. Apart, since lowering then needs no devices, which jit

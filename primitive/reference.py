@@ -8,7 +8,7 @@ the page table has a page for:
     visible[j] = j <= p,  and j > p - W with a window W;  lo <= j < hi in place of both with key_ranges
                  and, with a tree_mask, for token k = j - (context_len - n) with 0 <= k < 32 * words:
                  bit k % 32 of word k // 32 is set
-    total      = sum_j exp(logits[j]) over the visible keys,  + exp(sink) with sinks
+    total      = sum_j exp(logits[j]) over the visible keys,  + exp(sink) with sinks; one of +inf counts as NaN
     out        = sum_j exp(logits[j]) v[j] / total over the visible keys;  0 where there are none
     lse        = log(total);  -inf where total is 0
 

@@ -236,9 +236,9 @@ def merge_over(
       The output in `out`'s dtype, and its lse.
 
     Raises:
-      ValueError: the shapes do not agree, or the tokens do not divide; names the argument.
+      ValueError, TypeError: shapes do not agree, a dtype is no float, or the tokens do not divide; names the argument.
     """
-    checks.check_partial("lse", lse.shape, out.shape[:-1])
+    checks.check_partials(out=out, lse=lse)
     axes, tokens_axis = axes_of(page_axis), lse.ndim - 2
     largest = lax.pmax(lse, axes)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)

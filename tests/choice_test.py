@@ -1,7 +1,6 @@
 """Protects the choice of a kernel: the device's order, what is passed over and why, and what a call may ask for."""
 
 import importlib.util
-import os
 import tempfile
 from unittest import mock
 
@@ -18,6 +17,7 @@ from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
 from paged_prefill.tests import packs
 from paged_prefill.tests.problems import problem
+from paged_prefill.tests.tuning_stand_ins import environment
 
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 
@@ -138,7 +138,7 @@ class ExportTest(parameterized.TestCase):
     def test_no_table_or_timing_of_this_machine_is_in_it(self):
         _, untuned = self.export("cpu")
         folder = self.enter_context(tempfile.TemporaryDirectory())
-        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}))
+        self.enter_context(environment(XDG_CACHE_HOME=folder))
         device = device_of("cpu")
         of = tune.problem_of_shape(1, 20, self.PACK.page_indices.size * 16, 2, 1, 128, None, None, page_size=16)
         row = tables.entry_of(tables.key_of(XLA, of, device), Config(block_q=4, block_kv=16), source="timed")

@@ -158,6 +158,16 @@ class ErrorTest(parameterized.TestCase):
         given = self.given()
         with self.assertRaisesRegex(ValueError, r"softmax_aux must have shape \[q_heads\], \(4,\), got \(2, 1\)"):
             ejkernel.unified_attention(*given, softmax_aux=np.ones((2, 1), np.float32))
+        with self.assertRaisesRegex(ValueError, r"softmax_aux must have shape \[q_heads\], \(4,\), got \(3,\)"):
+            ejkernel.unified_attention(*given, softmax_aux=[0.0, 1.0, 2.0])
+        with self.assertRaisesRegex(TypeError, "value_cache must be an array, got None"):
+            ejkernel.unified_attention(*given[:2], None, *given[3:])
+        for num_seqs, error, words in (
+            (np.zeros(0, np.int32), ValueError, r"num_seqs must be a number, or an array that begins with it, got shape \(0,\)"),
+            (None, TypeError, "num_seqs must be an array of integers, got None"),
+        ):
+            with self.assertRaisesRegex(error, words):
+                ejkernel.ragged_page_attention_v2(*self.given("ragged_page_attention_v2")[:5], num_seqs)
         with self.assertRaisesRegex(ValueError, "page_indices must have shape") as caught:
             ejkernel.unified_attention(*given[:4], given[4][:, 0], given[5])
         self.assertIn("page_indices is block_tables", "".join(caught.exception.__notes__))

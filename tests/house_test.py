@@ -108,6 +108,13 @@ class ImportsTest(parameterized.TestCase):
                     hidden |= {(path.name, name) for name in names if names.count(name) > 1 + name.startswith("test_")}
         self.assertEmpty(hidden)
 
+    def test_no_test_changes_the_environment_of_its_process(self):
+        """XLA's threads read it at any time: see `environment` in tuning_stand_ins.py. Before JAX starts, two do."""
+        written = r"environ(\[\S+\])? \|?= |environ\.(update|pop|setdefault|clear)"
+        changes = re.compile(rf"{written}|dict\(os\.environ|(putenv|setenv)\(")
+        changing = {path.name for path in sources("tests") if changes.search(path.read_text(encoding="utf-8"))}
+        self.assertEqual(changing, {"conftest.py", "triton_stand_ins.py"})
+
 
 class BazelTest(absltest.TestCase):
     def setUp(self):

@@ -72,6 +72,12 @@ class SinkTest(parameterized.TestCase):
         np.testing.assert_array_equal(lse, np.full(2, sink, np.float32))
         self.assertTrue(np.all(np.isfinite(factor * fade)))
 
+    @parameterized.product(sink=(np.inf, np.nan), total=(0, 3))
+    def test_a_sink_that_is_no_number_makes_its_row_nan(self, sink, total):
+        total, largest, fade = with_logit(*(np.full(2, x, np.float32) for x in (total, 1.0, sink)))
+        for result in (*factor_and_lse(total, largest), fade * factor_and_lse(total, largest)[0]):
+            np.testing.assert_array_equal(result, np.nan)
+
     def test_a_sink_is_one_more_weight(self):
         rng = np.random.default_rng(0)
         logits, sink = rng.normal(size=(50, 9)).astype(np.float32) * 30, rng.normal(size=50).astype(np.float32) * 30

@@ -60,6 +60,7 @@ class SecondFormTest(parameterized.TestCase):
         ("key_ranges", dict(key_ranges=True)),
         ("tree_mask", dict(tree_words=1)),
         ("key_ranges_tree_and_sinks", dict(key_ranges=True, tree_words=2, sinks=True)),
+        ("sinks_of_any_size", dict(sinks=poisoned.EXTREME_SINKS)),
         ("e4m3_of_each_head", dict(cache_dtype="float8_e4m3fn", key_scale="head", value_scale="head")),
         ("e4m3_of_each_slot", dict(cache_dtype="float8_e4m3fn", **SLOTS)),
         ("e5m2_keys_of_each_slot", dict(cache_dtype="float8_e5m2", **SLOTS | dict(value_scale="head"), **BF16)),

@@ -14,6 +14,8 @@ from paged_prefill.tests import oracle, packs
 GRANULARITIES = ("tensor", "head", "slot")
 # Chunks of several tiles and blocks of small sizes, decode steps, no tokens, no keys, and fewer keys than tokens.
 SEQUENCES = ((21, 34), (0, 7), (5, 0), (1, 44), (7, 3), (9, 9))
+# No sink, two that make a head's rows NaN, those that see no key included, and one far above every logit.
+EXTREME_SINKS = (-np.inf, np.inf, np.nan, 1e4)
 
 
 def make_call(
@@ -31,7 +33,7 @@ def make_call(
     latent: bool = False,
     key_ranges: bool = False,
     tree_words: int = 0,
-    sinks: bool = False,
+    sinks: bool | tuple[float, ...] = False,
     sliding_window: int | None = None,
     poison: bool = True,
     **of_pack,
@@ -40,7 +42,7 @@ def make_call(
 
     The first `pools` dimensions of `batch` have pools of their own; packs that share one have pages of their own in it.
     With `layers`, each pack reads a layer of its own. `key_scale` and `value_scale` are one of GRANULARITIES. A latent
-    cache takes its `value_dim` as a parameter of the call too. Other arguments are those of `packs.make_pack`.
+    cache takes its `value_dim` as a parameter of the call too. `sinks` are random, or those of each head. Other arguments are those of `packs.make_pack`.
 
     Unless told otherwise, whatever no row sees is poison: NaN, infinities or the largest numbers, in slots and in their
     scales, in the layers and heads' scales that nobody reads, in ranges and trees of tokens that no sequence owns.
@@ -78,6 +80,8 @@ def make_call(
         operands["tree_mask"] = rng.integers(0, 2**32, (*batch, tokens, tree_words), dtype=np.uint32)
     if sinks:
         operands["sinks"] = 2 * rng.standard_normal((*batch, q_heads), np.float32)
+        if isinstance(sinks, tuple):
+            operands["sinks"][:] = sinks
     if latent:
         operands["value_cache"] = None
     for name, granularity in dict(key=key_scale, value=value_scale).items():

@@ -240,9 +240,10 @@ class SinksTest(parameterized.TestCase):
         """They have a result all the same, which is the sink."""
         check(poisoned.make_call(18, ((1, 0), (1, 70), (2, 1), (1, 0)), **SIZES, sinks=True), cfg=cfg)
 
-    def test_packs_in_which_nothing_can_be_seen(self):
+    @parameterized.parameters((True,), (poisoned.EXTREME_SINKS,))
+    def test_packs_in_which_nothing_can_be_seen(self, sinks):
         """Not a page, or not a column of the page table: still the sink alone."""
-        operands = poisoned.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=True)
+        operands = poisoned.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=sinks)
         for changed in (
             dict(page_indices=operands["page_indices"][:, :0]),
             {name: operands[name][:, :0] for name in ("key_cache", "value_cache")},
@@ -257,16 +258,20 @@ class SinksTest(parameterized.TestCase):
         half, single = (ragged_paged_prefill(**x, cfg=SMALL_TILES) for x in (operands, wide))
         np.testing.assert_array_equal(half, single.astype(jnp.float16))
 
-    @parameterized.parameters(-np.inf, -1e30, 1e30, np.inf)
-    def test_of_any_size(self, sink):
-        operands = poisoned.make_call(16, **SIZES) | dict(sinks=np.full(4, sink, np.float32))
-        out, lse = ragged_paged_prefill(**operands, cfg=SMALL_TILES, return_lse=True)
-        self.assertFalse(np.isnan(out).any() or np.isnan(lse).any())
-        without = ragged_paged_prefill(**operands | dict(sinks=None), cfg=SMALL_TILES, return_lse=True)
-        if sink < 0:
-            np.testing.assert_array_equal(out, without[0])
-        else:
-            np.testing.assert_array_equal(out, 0)
+    @parameterized.parameters("float32", "bfloat16")
+    def test_of_any_size(self, dtype):
+        operands = poisoned.make_call(16, **SIZES, sinks=poisoned.EXTREME_SINKS, dtype=dtype)
+        check(operands)
+        out, without = (ragged_paged_prefill(**operands | x, cfg=SMALL_TILES) for x in ({}, dict(sinks=None)))
+        np.testing.assert_array_equal(out[:, 0], without[:, 0])
+
+    @parameterized.parameters(-1e30, 1e30)
+    def test_finite_and_far_from_all_logits(self, sink):
+        check(poisoned.make_call(16, **SIZES, sinks=(sink,) * 4))
+
+    def test_of_any_size_in_the_reference(self):
+        operands = poisoned.make_call(16, **SIZES, sinks=poisoned.EXTREME_SINKS)
+        oracle.assert_matches(operands, *reference(**operands))
 
 
 class HarmlessTest(parameterized.TestCase):

@@ -319,7 +319,7 @@ class MergeTest(parameterized.TestCase):
             oracle.assert_matches(call, *jax.jit(mapped)(call))
 
     @parameterized.named_parameters(
-        ("lse", (6, 4, 8), (6, 2), False, r"lse must have shape \(6, 4\) to go with out_a, got \(6, 2\)"),
+        ("lse", (6, 4, 8), (6, 2), False, r"lse must have shape \(6, 4\) to go with out, got \(6, 2\)"),
         ("tokens", (6, 4, 8), (6, 4), True, "out must have a multiple of 4 tokens, which so many devices share, got 6"),
     )
     def test_errors(self, out, lse, scatter, message):

@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import importlib.util
-import os
 from pathlib import Path
 import re
 import tempfile
@@ -30,6 +29,7 @@ from paged_prefill.lowering import tuning
 from paged_prefill.primitive.context import current_policy, policy
 from paged_prefill.tests import compiling, meshes
 from paged_prefill.tests.packs import Pack
+from paged_prefill.tests.tuning_stand_ins import environment
 
 CUT = meshes.specs("data", "model", "model")
 WAYS = ("automatic", "explicit", "hint")
@@ -480,7 +480,7 @@ class TracingTest(parameterized.TestCase):
     def test_module_names_the_tables_that_decide_its_sizes(self):
         """So that a persistent cache gives nobody the executable of another table."""
         folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}))
+        self.enter_context(environment(XDG_CACHE_HOME=str(folder)))
         operands = meshes.put(meshes.mesh(), self.PACK, CUT)
 
         def reads():

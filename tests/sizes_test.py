@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import tempfile
 from unittest import mock
 
@@ -15,6 +14,7 @@ from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.tests import calls
+from paged_prefill.tests.tuning_stand_ins import environment
 from paged_prefill.tune import problem_of_shape
 
 DEVICES = (
@@ -71,7 +71,7 @@ class TablesDoNoHarmTest(parameterized.TestCase):
         super().setUp()
         self.enter_context(PACKAGES)
         no_user = self.enter_context(tempfile.TemporaryDirectory())
-        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": no_user}))
+        self.enter_context(environment(XDG_CACHE_HOME=no_user))
         self.rng = np.random.default_rng(0)
 
     def check(self, device, problems):

@@ -1,7 +1,6 @@
 """TPUs that are not here, for tests that compile for them."""
 
 import functools
-import os
 
 import jax
 from jax.experimental import topologies
@@ -13,7 +12,6 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 @functools.cache
 def device_of(generation):
     """A device of a generation, known to the compiler alone."""
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
 
 

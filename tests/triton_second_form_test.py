@@ -35,6 +35,7 @@ class SecondFormTest(WithInterpreter):
         ("tree_mask", dict(tree_words=1)),
         ("tree_mask_of_several_words", dict(tree_words=3, sequences=((70, 90), (1, 9), (40, 9)))),
         ("sinks", dict(sinks=True)),
+        ("sinks_of_any_size", dict(sinks=poisoned.EXTREME_SINKS)),
         ("layer", dict(layers=3)),
         ("latent", LATENT),
         ("key_ranges_bfloat16", dict(key_ranges=True, dtype="bfloat16")),
@@ -80,6 +81,9 @@ class SecondFormTest(WithInterpreter):
     def test_ranges_tree_sinks_cap_quantised_and_layer_in_splits(self, kind):
         kind = dict(kind, key_ranges=True, tree_words=1, sinks=True, layers=2)
         self.check(3, kind, cfg=SPLIT, attn_logits_soft_cap=2.0, softmax_scale=0.7)
+
+    def test_sinks_of_any_size_in_splits(self):
+        self.check(11, dict(sinks=poisoned.EXTREME_SINKS), cfg=SPLIT)
 
     def test_tree_sinks_window_latent_and_quantised(self):
         kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot")

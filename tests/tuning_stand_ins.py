@@ -63,14 +63,23 @@ def entry(config, *, version=1, of=None, device=DEVICE, source="timed"):
     return tables.entry_of(tables.key_of(kernel(version=version), of or problem(), device), config, source=source)
 
 
+def environment(**changes: str | None):
+    """Within it, Python reads these variables, and those that are None are not there.
+
+    Python alone: XLA's threads read the environment of the process at any time, and one that reads while another thread
+    changes it may end the process, as in glibc before 2.41.
+    """
+    variables = {name: value for name, value in (os.environ | changes).items() if value is not None}
+    return mock.patch.object(os, "environ", variables)
+
+
 class TuningTestCase(parameterized.TestCase):
     """Gives each test a cache folder and an environment of its own."""
 
     def setUp(self):
         super().setUp()
         self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        self.enter_context(mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.folder)}))
-        os.environ.pop(context.POLICY_VARIABLE, None)
+        self.enter_context(environment(**{"XDG_CACHE_HOME": str(self.folder), context.POLICY_VARIABLE: None}))
         self.path = tables.user_path(DEVICE.kind)
         self.assertTrue(self.path.is_relative_to(self.folder))
         self.shipped = self.folder / "shipped.json"

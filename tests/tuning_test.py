@@ -22,7 +22,7 @@ from paged_prefill.primitive import context
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
 from paged_prefill.tests import packs
-from paged_prefill.tests.tuning_stand_ins import DEVICE, HEURISTIC, TuningTestCase, entry, kernel, problem
+from paged_prefill.tests.tuning_stand_ins import DEVICE, HEURISTIC, TuningTestCase, entry, environment, kernel, problem
 
 
 class LookupTest(TuningTestCase):
@@ -80,12 +80,12 @@ class LookupTest(TuningTestCase):
 
     def test_policy_comes_from_the_environment_when_used(self):
         tables.write(self.path, [entry(Config(block_kv=128))])
-        os.environ[tuning.POLICY_VARIABLE] = "off"
-        self.assertEqual(self.resolve().source, "heuristic")
-        with tuning.policy("cache"):
-            self.assertIn("user's table", self.resolve().source)
-        os.environ[tuning.POLICY_VARIABLE] = "sometimes"
-        with self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, invariant, got 'sometimes'"):
+        with environment(**{tuning.POLICY_VARIABLE: "off"}):
+            self.assertEqual(self.resolve().source, "heuristic")
+            with tuning.policy("cache"):
+                self.assertIn("user's table", self.resolve().source)
+        unknown = environment(**{tuning.POLICY_VARIABLE: "sometimes"})
+        with unknown, self.assertRaisesRegex(ValueError, "PAGED_PREFILL_AUTOTUNE must be one of off, cache, on, invariant, got 'sometimes'"):
             self.resolve()
 
     def test_policy_on_times_once_and_remembers(self):

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.call import Device, pool_of_packs
 from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, round_up, sublanes
 from paged_prefill.lowering.writer import Writer
@@ -84,11 +84,6 @@ class MosaicTpuWriter(Writer):
         lead, (tokens, heads) = key.shape[:-3], key.shape[-3:-1]
         if 0 in (*key.shape, *key_cache.shape, *operands["page_indices"].shape):
             return [operands[name] for name in stored]
-        pools, packs = math.prod(lead[:cache_batch_dims]), math.prod(lead[cache_batch_dims:])
-        pool = lax.broadcasted_iota(jnp.int32, (pools, packs), 0)
-        if "layer" in operands:
-            layers = key_cache.shape[cache_batch_dims]
-            pool = pool * layers + jnp.clip(operands["layer"].reshape(pool.shape), 0, layers - 1)
 
         def of_packs(name):
             return operands[name].reshape(-1, *operands[name].shape[len(lead) :])
@@ -97,7 +92,7 @@ class MosaicTpuWriter(Writer):
             [x.into.reshape(-1, *x.into.shape[-4:]) for x in map(stored.get, caches)],
             [jnp.moveaxis(x.new, -3, -2).reshape(-1, tokens, heads, x.new.shape[-1]) for x in map(stored.get, caches)],
             *map(of_packs, ("context_lens", "page_indices", "query_offsets")),
-            pool.reshape(-1),
+            pool_of_packs(operands, lead, lead[:cache_batch_dims]).reshape(-1),
             device,
         )
         scales = {name: x for name, x in stored.items() if name not in CACHES}
