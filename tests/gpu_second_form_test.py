@@ -129,11 +129,15 @@ class GpuSecondFormTest(parameterized.TestCase):
         parameters |= dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
         oracle.assert_matches(call, *self.attend(call, kernel, cfg=cfg, **parameters), **parameters)
 
-    @parameterized.named_parameters(named(ALONE, QUANTISED_KINDS, COMBINED) + named(HOPPER, WIDE, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(
+        named(ALONE, QUANTISED_KINDS, COMBINED) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+    )
     def test_matches_the_oracle(self, kernel, kind, dtype):
         self.check(0, kernel, dict(kind, dtype=dtype))
 
-    @parameterized.named_parameters(named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(
+        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+    )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 

@@ -155,10 +155,10 @@ class SupportsTest(parameterized.TestCase):
         ("head_dim_too_large", dict(head_dim=640), HOPPER, "up to 576"),
         ("value_dim", dict(value_dim=72), HOPPER, "value_dim of a multiple of 64 up to 512, not 72"),
         ("value_dim_too_large", dict(value_dim=576), HOPPER, "up to 512"),
-        ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "value_dim of a multiple of 128 up to 512 with"),
+        ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "multiple of 128 up to 512 with"),
         ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
         ("latent_values_of_192", dict(features=("latent",), head_dim=256, value_dim=192), HOPPER, "a latent cache or"),
-        ("quantised_and_wide", dict(head_dim=512, cache_dtype="int8", features=("quantised",)), HOPPER, "up to 256 only"),
+        ("quantised_and_wide", dict(head_dim=512, cache_dtype="int8", features=("quantised",)), HOPPER, "up to 256"),
         ("quantised_and_latent", dict(cache_dtype="int8", features=("latent", "quantised")), HOPPER, "no latent ones"),
         ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
@@ -245,8 +245,8 @@ class PlanTest(parameterized.TestCase):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
                       tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
                       block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
-                      window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16", cache_dtype="bfloat16",
-                      key_scale=None, value_scale=None)
+                      window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
+                      cache_dtype="bfloat16", key_scale=None, value_scale=None)
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)

@@ -38,7 +38,9 @@ class MosaicGpu(Kernel):
     name = "mosaic_gpu"
     version = 10
     platforms = ("cuda",)
-    features = frozenset({"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
+    features = frozenset(
+        {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
+    )
     invariant = True
     joins_sinks = True
 
@@ -54,13 +56,15 @@ class MosaicGpu(Kernel):
         if _quantised(problem) and _wide(problem):
             return f"takes quantised caches of heads up to {WARPGROUP_COLUMNS} only, and no latent ones"
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
-        unit = 2 * COLUMNS if _wide(problem) else COLUMNS
-        where = ' with a latent cache or a head_dim or value_dim above 256' if _wide(problem) else ''
-        for name, size, unit, most in (
-            ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM), ("value_dim", problem.value_dim, unit, MOST_VALUE_DIM)
+        shares, where = 1, ""
+        if _wide(problem):
+            shares, where = 2, f" with a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"
+        for name, size, multiple, most in (
+            ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM),
+            ("value_dim", problem.value_dim, shares * COLUMNS, MOST_VALUE_DIM),
         ):
-            if size % unit or not 0 < size <= most:
-                return f"takes a {name} of a multiple of {unit} up to {most}{where}, not {size}"
+            if size % multiple or not 0 < size <= most:
+                return f"takes a {name} of a multiple of {multiple} up to {most}{where}, not {size}"
         if _block_kv(problem) is None:
             return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
         rows = problem.pools * problem.rows["pool"]

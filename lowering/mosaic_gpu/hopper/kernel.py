@@ -257,8 +257,8 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
 def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_here, query_free, **_):
     """Copies each piece's query rows, and its blocks of keys and values page by page.
 
-    Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone; all is one's where `warp`
-    is None.
+    Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone; all is one's where
+    `warp` is None.
     """
     [[query_slots], *_] = query_views
 

@@ -13,7 +13,8 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next, or heads of one token.
 
-    Where warpgroups share rows, each asks for its own share of a block's keys. `optional` are the ranges, the words of the trees, and the sinks that there are in global memory, as vectors.
+    Where warpgroups share rows, each asks for its own share of a block's keys. `optional` are the ranges, the words of
+    the trees, and the sinks that there are in global memory, as vectors.
     """
 
     def __init__(self, plan: Plan, piece, warpgroup, optional):
@@ -69,7 +70,7 @@ class Rows:
         return edge, jnp.clip(end_block - lax.div(slab.whole_start + plan.block_kv - 1, plan.block_kv), edge, end)
 
     def seen(self):
-        """A function of i: which rows see which keys of its share of block i. What rows are to be asked, is asked here."""
+        """A function of i: which rows see which keys of its share of block i. What is to be asked, is asked here."""
         shape, plan, tile = (WARPGROUP_ROWS, self.plan.logit_columns), self.plan, self.tile
         _, token = self.head_and_token(self.rows())
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like

@@ -137,7 +137,7 @@ def _anew(number):
 
 
 def store_weights(weights, target, share) -> None:
-    """Writes [64, columns] of 16 bits to a share of the columns of a tiled reference [64, 64] that products may read."""
+    """Writes [64, columns] of 16 bits to a share of the columns of a tiled reference [64, 64] that products read."""
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT))
     def store(_, weights, target, share):

@@ -217,7 +217,7 @@ class Plan:
 
     @property
     def by_token(self) -> bool:
-        """Whether rows are a token's heads, and then the next one's, and not a head's tokens: 8 at least lie together."""
+        """Whether rows are a token's heads, then the next one's, and not a head's tokens: 8 at least lie together."""
         return self.block_q < 8
 
     @property
