@@ -32,14 +32,15 @@ def best_splits(
     slots: int,
     rows: int,
     most: int,
+    enough: float = 0.5,
 ) -> int:
     """The fewest parts, up to `most`, by which a launch takes nearly the least time, by an estimate.
 
     Pieces, `unsplit` times the splits, go in rounds over `slots`, so many at a time. A launch ends with its last round,
     with its longest piece, or when memory has delivered all keys; the merge follows, of as many `rows` from each split.
-    Where half of the slots have work as it is, the merge costs more than the others would save.
+    Where `enough` of the slots, half of them, have work as it is, the merge costs more than the others would save.
     """
-    if most < 2 or unsplit >= slots / 2:
+    if most < 2 or unsplit >= slots * enough:
         return 1
     keys = most_keys(problem, config.block_q)
     mean_keys = max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer

@@ -3,6 +3,8 @@
 On GPUs, gpu_second_form_test.py runs them.
 """
 
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 
 from paged_prefill import PrefillPageAttentionConfig
@@ -73,6 +75,14 @@ class SecondFormTest(WithInterpreter):
         """A weight times a small scale is no normal number of float16."""
         self.interpreter.submit(check_small_values).result()
 
+    def test_warps_that_share_columns(self):
+        """As on Hopper, where the kernel's products are in branches."""
+        self.interpreter.submit(check_shared_columns).result()
+
+    def test_queries_that_float16_has_no_room_for(self):
+        """Products of float8 numbers are float16's in short tiles, of whatever size bfloat16 queries are."""
+        self.interpreter.submit(check_queries_of_any_size).result()
+
     @parameterized.named_parameters(
         ("float32", dict(cache_dtype="float8_e5m2", key_scale="head", value_scale="slot")),
         ("bfloat16", dict(dtype="bfloat16", cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="slot")),
@@ -124,6 +134,34 @@ def check_small_values():
             call["value_scale"] = call["value_scale"] * np.float32(2.0**-13)
         out, lse = ragged_paged_prefill(**call, cfg=SMALL_TILES, platform="triton", return_lse=True)
         oracle.assert_matches(call, out, lse)
+
+
+def check_shared_columns():
+    """In a process prepared by `interpret_triton`."""
+    from paged_prefill.lowering.triton import host
+
+    config = PrefillPageAttentionConfig(block_q=32, block_kv=32, num_warps=8, num_splits=1)  # 64 rows
+    kind = dict(SIZES, seed=12, sequences=((37, 90), (1, 44), (5, 0)), kv_heads=2, q_heads=4, latent=True, value_dim=12)
+    with mock.patch.multiple(host, _device_class=lambda device: "hopper", MOST_VALUES=8):
+        triton_stand_ins.check_second_form_interpreted(kind, dict(cfg=config, value_dim=12))
+
+
+def check_queries_of_any_size():
+    """In a process prepared by `interpret_triton`."""
+    import numpy as np
+
+    from paged_prefill import ragged_paged_prefill
+    from paged_prefill.tests import oracle
+
+    scales = dict(key_scale="slot", value_scale="head")
+    call = poisoned.make_call(11, **SIZES, dtype="bfloat16", cache_dtype="float8_e4m3fn", **scales)
+    query = call["query"].astype(np.float32)
+    for size in (2.0**-100, 2.0**60):
+        rows = size * 2.0 ** np.array([-9, 0, 3])[np.arange(len(query)) % 3]
+        call["query"] = (query * rows[:, None, None].astype(np.float32)).astype(call["query"].dtype)
+        parameters = dict(softmax_scale=0.25 / size)
+        out, lse = ragged_paged_prefill(**call, **parameters, cfg=SMALL_TILES, platform="triton", return_lse=True)
+        oracle.assert_matches(call, out, lse, **parameters)
 
 
 if __name__ == "__main__":

@@ -244,20 +244,19 @@ def _record():
     return launches
 
 
-def compile_launches(target, problems):
+def compile_launches(launches):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 
-    `target` is the arguments of Triton's GPUTarget and `problems` are (Problem, Device) pairs, or have what `_call` takes
-    as a third. Returns for each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it
-    spills, and how often it has NVIDIA's instruction for tanh.
+    `launches` are arguments of Triton's GPUTarget, the Device, the Problem, and what `_call` takes beside. Returns for
+    each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how often it has
+    NVIDIA's instruction for tanh.
     """
     from paged_prefill.lowering.triton.host import Triton
 
-    resources = []
-    for problem, device, *optional in problems:
-        config = Triton().heuristic(problem, device)
-        resources.append(compile_one(target, problem, device, config, **(optional[0] if optional else {})))
-    return resources
+    return [
+        compile_one(target, problem, device, Triton().heuristic(problem, device), **optional)
+        for target, device, problem, optional in launches
+    ]
 
 
 def compile_one(target, problem, device, config, **optional):

@@ -117,57 +117,59 @@ WIDE = dict(head_dim=256, value_dim=256, q_heads=16)
 GEMMA_4 = dict(head_dim=512, value_dim=512, q_heads=16, num_kv_heads=4, cache_kv_heads=4)
 MLA = dict(head_dim=576, value_dim=512, q_heads=16, num_kv_heads=1, cache_kv_heads=1, features=("latent",))
 DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
-# Problems and what `triton_stand_ins._call` takes beside.
-PROBLEMS = (
-    (problem(), {}),
-    (problem(**WIDE), {}),
-    (problem(dtype="float32"), {}),
-    (problem(**GEMMA_4), dict(ranges=True)),
-    (problem(**MLA), {}),
-    (problem(**DECODE, cache_dtype="int8", features=("quantised", "slot_scales")), dict(scale="slot")),
-    (problem(**DECODE | MLA, cache_dtype="float8_e5m2"), dict(scale="slot")),
-)
-MORE_PROBLEMS = (  # for the targets at either end: most and least shared memory
-    (problem(head_dim=64, value_dim=64, sliding_window=4096), {}),
-    (problem(tokens=64, seqs=64, page_size=128, pages_per_seq=32), {}),
-    (problem(**WIDE, sliding_window=4096, page_size=128, pages_per_seq=128), {}),
-    (problem(cache_dtype="float8_e4m3fn"), dict(scale="head")),
-    (problem(), dict(ranges=True, tree=True)),
-    (problem(), dict(sinks=True)),
-    (problem(**DECODE | GEMMA_4), dict(tree=True)),
-)
+LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
+SLOTS = ("quantised", "slot_scales")
+CAPPED = dict(attn_logits_soft_cap=50.0)
+# What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
+# Hopper; of the others, which share tables, each size where there is least shared memory, and each target.
+COMPILED = {
+    "sm_80": [(CAPPED, {})],
+    "sm_89": [(GEMMA_4, dict(ranges=True)), (CAPPED | dict(dtype="float32"), {})],
+    "sm_90": [
+        (dict(head_dim=64, value_dim=64, sliding_window=4096), {}),
+        ({}, dict(ranges=True, sinks=True)),
+        (WIDE | dict(sliding_window=4096, page_size=128, pages_per_seq=128), {}),
+        (GEMMA_4, dict(ranges=True)),
+        (MLA, {}),
+        (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
+    ],
+    "sm_100": [({}, {}), (MLA, {})],
+    "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
+    "gfx942": [(CAPPED, {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
+    "gfx950": [({}, {})],
+}
+# Addresses of a latent cache's keys for Hopper's matrix unit, read again for each block: 72 bytes, 336 by Triton 3.6. A
+# tile that spills none has each of its first products made twice, in 1.13 times the time.
+SPILLED = {("sm_90", "latent"): 336}
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
 class CompiledTest(parameterized.TestCase):
-    def resources(self, target, device, problems):
-        """What the machine code of each problem takes; a process compiles for one target, which Triton remembers."""
-        launches = [(each, device, optional) for each, optional in problems]
-        with process() as compiler:
-            return compiler.submit(triton_stand_ins.compile_launches, target, launches).result()
-
-    @parameterized.named_parameters((name, name) for name in TARGETS)
-    def test_compiles_without_spilling(self, name):
-        target, device, shared_kib = TARGETS[name]
-        problems = PROBLEMS + (MORE_PROBLEMS if name in ("sm_90", "gfx942") else ())
-        for (each, optional), found in zip(problems, self.resources(target, device, problems), strict=True):
-            with self.subTest(f"{each} {optional}"):
+    @parameterized.parameters("cuda", "hip")
+    def test_fits_without_spilling_and_takes_the_instruction_for_tanh_where_there_is_one(self, kind):
+        launches = [
+            (*TARGETS[name][:2], problem(**changes), optional)
+            for name, each in COMPILED.items()
+            for changes, optional in each
+            if TARGETS[name][0][0] == kind
+        ]
+        with process() as compiler:  # Triton keeps to NVIDIA or AMD
+            resources = compiler.submit(triton_stand_ins.compile_launches, launches).result()
+        for (target, device, each, optional), found in zip(launches, resources, strict=True):
+            with self.subTest(f"{target} {each} {optional}"):
+                [(name, shared_kib)] = [(name, kib) for name, (_, of, kib) in TARGETS.items() if of == device]
                 self.assertLessEqual(found["tensor_memory"], 512, found)  # Blackwell's, which jax_triton holds to
-                self.assertEqual(found["spilled"], 0, found)
+                spilled = max((SPILLED.get((name, feature), 0) for feature in each.features), default=0)
+                self.assertLessEqual(found["spilled"], spilled, found)
                 self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
                 config = KERNEL.heuristic(each, device)
                 self.assertIsNone(KERNEL.misfit(each, device, config))
-                if target[0] == "cuda" and each.dtype == each.cache_dtype != "float32" and not each.features:
+                if kind == "cuda" and each.dtype == each.cache_dtype != "float32" and not each.features:
                     least = host.shared_bytes(each, device, config)
                     self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
-
-    def test_a_soft_cap_is_one_instruction_on_nvidia_in_16_bit_dtypes(self):
-        capped = [(problem(attn_logits_soft_cap=50.0, dtype=dtype), {}) for dtype in ("bfloat16", "float32")]
-        counts = []
-        for name in ("sm_80", "gfx942"):
-            target, device, _ = TARGETS[name]
-            counts += [found["tanh_instructions"] > 0 for found in self.resources(target, device, capped)]
-        self.assertEqual(counts, [True, False, False, False])
+                capped = each.attention.attn_logits_soft_cap is not None
+                in_hardware = capped and kind == "cuda" and each.dtype != "float32"
+                self.assertEqual(found["tanh_instructions"] > 0, in_hardware)
 
 
 class HeuristicTest(parameterized.TestCase):
@@ -181,6 +183,10 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_into_more_than_the_merge_repays", dict(tokens=1, pages_per_seq=512), 32),
         ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=8), 1),
         ("nor_are_short_windows", dict(tokens=16, sliding_window=128), 1),
+        ("few_tiles_of_8_bits_are_four_to_a_core", LONG_DECODE | dict(cache_dtype="int8", features=("quantised",)), 4),
+        ("with_scales_of_slots_three", LONG_DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
+        ("and_a_round_is_not_left_half_empty", DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
+        ("of_16_bits_a_full_grid_is_not_split_for_that", DECODE, 1),
     )
     def test_splits(self, changes, splits):
         self.assertEqual(KERNEL.heuristic(problem(**changes), H200).num_splits, splits)
@@ -191,6 +197,11 @@ class HeuristicTest(parameterized.TestCase):
         with policy("invariant"):
             [config] = {KERNEL.heuristic(problem(**dims | pack), H200) for pack in packs}
             self.assertEqual(config.num_splits, 1)
+
+    @parameterized.parameters((8, 64, 64), (16, 64, 64), (64, 64, 64), (128, 128, 32))
+    def test_a_latent_tile_is_64_rows_where_it_can_hold_all_heads(self, q_heads, rows, block_kv):
+        config = KERNEL.heuristic(problem(**MLA | dict(q_heads=q_heads)), H200)
+        self.assertEqual((config.block_q * q_heads, config.block_kv), (rows, block_kv))
 
     @parameterized.parameters(4, 5, 6, 7, 8)
     def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):

@@ -9,6 +9,7 @@ write 0 and -inf. A launch has as many programs as the most tiles that any pack 
 
 from dataclasses import replace
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,7 @@ class _Sizes(NamedTuple):
 # are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
 SIZES = {
     "hopper": (
-        _Sizes(128, 128, 4, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
     ),
     "blackwell": (
         _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)
@@ -54,6 +55,7 @@ SIZES = {
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
 # AMD's, where Triton 3.6 does not compile more stages of scales.
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
+LATENT = _Sizes(64, 64, 8, 2)  # of a latent cache on Hopper, where a tile can hold all heads of a group
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
@@ -67,7 +69,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 3
+    version = 4
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -105,8 +107,11 @@ class Triton(Kernel):
             if problem.cache_dtype != problem.dtype and device.platform == "cuda":
                 if width > 128:
                     sizes = sizes._replace(num_warps=8)
-                elif "slot_scales" not in problem.features:  # which take registers too
+                elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
+                    # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
+        elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows >= problem.group:
+            sizes = LATENT
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
@@ -150,14 +155,19 @@ class Triton(Kernel):
             return 1
         unsplit = programs(problem, config)
         keys = most_keys(problem, config.block_q)
-        warps, most = WARPS, keys // KEYS_PER_SPLIT
+        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT, 0.5
         key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
         all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
-        if config.block_q * problem.group <= DECODE.rows and all_keys < SHORT_BYTES * device.cores:
-            warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
+        if config.block_q * problem.group <= DECODE.rows:
+            if all_keys < SHORT_BYTES * device.cores:
+                warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
+            elif problem.cache_dtype != problem.dtype and config.num_warps == 4:
+                # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
+                # They are equally long, so that rounds tell.
+                warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
         slots = device.cores * max(1, warps // config.num_warps)
         rows = problem.tokens * problem.q_heads
-        return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most)
+        return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
@@ -171,7 +181,8 @@ class Triton(Kernel):
         rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
         schedule = _schedule(call, rows)
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
-        widths = _Widths.of(problem, rows)
+        share_columns = _share_columns(problem, device, rows, config.num_warps)
+        widths = _Widths.of(problem, rows, share_columns)
         # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
         # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
@@ -195,6 +206,8 @@ class Triton(Kernel):
             # Masks of ranges and trees take more registers.
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
+            FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
+            SHARE_COLUMNS=share_columns,
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
             **_constants(call, widths),
         )
@@ -233,10 +246,28 @@ def _device_class(device: Device) -> str:
     return {9: "hopper", 10: "blackwell"}.get(capability(device) // 10, "ampere")
 
 
+def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: int = 8) -> bool:
+    """Whether warps share a product's columns: in a wide latent cache, on Hopper, of whose warps four take 64 rows.
+
+    Then a tile's sums fit the registers of eight, and the first product is made once.
+    """
+    wide = problem.value_dim > MOST_VALUES and problem.cache_dtype == problem.dtype
+    return wide and "latent" in problem.features and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+
+
+def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
+    """Whether bfloat16 queries are multiplied in float16: where memory is the limit, with keys of float8_e4m3fn.
+
+    NVIDIA's GPUs make float16 of such a number, exactly, and bfloat16 only of that.
+    """
+    of = (problem.dtype, problem.cache_dtype)
+    return rows <= DECODE.rows and of == ("bfloat16", "float8_e4m3fn") and device.platform != "rocm"
+
+
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
     rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
-    widths = _Widths.of(problem, rows)
+    widths = _Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
     # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in
@@ -261,7 +292,7 @@ class _Widths(NamedTuple):
     value_parts: int
 
     @classmethod
-    def of(cls, problem: Problem, rows: int) -> "_Widths":
+    def of(cls, problem: Problem, rows: int, share_columns: bool) -> "_Widths":
         latent = "latent" in problem.features
         whole = _power_of_2(problem.head_dim)
         main, other, rest = whole // 2, 0, _power_of_2(problem.head_dim - whole // 2)
@@ -269,9 +300,10 @@ class _Widths(NamedTuple):
         if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
             main, rest = whole, 0
         value = main if latent else _power_of_2(problem.value_dim)
-        parts = value // MOST_VALUES if rows > DECODE.rows and value > MOST_VALUES else 1
+        most = value if rows <= DECODE.rows else MOST_VALUES * (2 if share_columns else 1)
+        parts = max(1, value // most)
         if parts > 1 and latent:
-            main, other = MOST_VALUES, main - MOST_VALUES
+            main, other = most, main - most
         return cls(main, other, rest, value // parts, parts)
 
 

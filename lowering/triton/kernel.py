@@ -89,6 +89,16 @@ def _load_heads(
 
 
 @triton.jit
+def _power_of_2_of(tile, tile_other, tile_rest):
+    """The power of two of each row's largest number: counted in it, a row fits float16 as far as it matters."""
+    largest = tl.max(tl.abs(tile.to(tl.float32)), 1)
+    largest = tl.maximum(largest, tl.max(tl.abs(tile_other.to(tl.float32)), 1))
+    largest = tl.maximum(largest, tl.max(tl.abs(tile_rest.to(tl.float32)), 1))
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
+    return exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _scale(scales, pool, pool_head, first_row, PER: tl.constexpr):
     """The scale of all keys or values that a tile sees, or where those of its slots lie."""
     if PER == "tensor":
@@ -131,6 +141,8 @@ def _fold_block(
     value_scale,
     pool_rows,
     visible,  # None: all rows see all keys
+    row_unit,  # what each row's queries are counted in, or None
+    always,  # True, to the compiler or at run time
     HEAD_DIM: tl.constexpr,
     HEAD_MAIN: tl.constexpr,
     HEAD_OTHER: tl.constexpr,
@@ -157,11 +169,15 @@ def _fold_block(
     values = keys
     if not LATENT:
         values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE).to(tile.dtype)
-    logits = tl.dot(tile, keys.T, input_precision=PRECISION)
+    logits = tl.zeros((tile.shape[0], keys.shape[0]), tl.float32)
+    if always:
+        logits = tl.dot(tile, keys.T, input_precision=PRECISION)
     if HEAD_OTHER != 0:
         logits = tl.dot(tile_other, keys_other.T, logits, input_precision=PRECISION)
     if HEAD_REST != 0:
         logits = tl.dot(tile_rest, keys_rest.T, logits, input_precision=PRECISION)
+    if row_unit is not None:
+        logits = logits * row_unit[:, None]
     if KEY_SCALE == "slot":
         logits = logits * tl.load(key_scale + pool_rows)[None, :]
     elif KEY_SCALE != "one":
@@ -172,10 +188,14 @@ def _fold_block(
         logits = _tanh(logits * (SCALE / SOFT_CAP), tile.dtype == tl.float32, HARDWARE_TANH)
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
-    new_max = tl.maximum(running_max, tl.max(logits, 1) * TO_BASE_2)
-    weights = tl.exp2(logits * TO_BASE_2 - new_max[:, None])
-    fade = tl.exp2(running_max - new_max)
-    total = total * fade + tl.sum(weights, 1)
+    new_max = running_max
+    weights = logits
+    fade = total
+    if always:
+        new_max = tl.maximum(running_max, tl.max(logits, 1) * TO_BASE_2)
+        weights = tl.exp2(logits * TO_BASE_2 - new_max[:, None])
+        fade = tl.exp2(running_max - new_max)
+        total = total * fade + tl.sum(weights, 1)
     if VALUE_SCALE == "slot":
         share = tl.load(value_scale + pool_rows)
         if GAPS and visible is not None:
@@ -247,6 +267,8 @@ def attend_tile(
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    FLOAT16_PRODUCTS: tl.constexpr,  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
+    SHARE_COLUMNS: tl.constexpr,
     HARDWARE_TANH: tl.constexpr,
 ):
     program = tl.program_id(0) // VALUE_PARTS
@@ -331,6 +353,15 @@ def attend_tile(
     tile, tile_other, tile_rest = _load_heads(
         query, query_rows, first_feature if LATENT else 0, query.dtype.element_ty, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
     )
+    row_unit = None
+    if FLOAT16_PRODUCTS:
+        row_unit = _power_of_2_of(tile, tile_other, tile_rest)
+        tile = (tile / row_unit[:, None]).to(tl.float16)
+        tile_other = (tile_other / row_unit[:, None]).to(tl.float16)
+        tile_rest = (tile_rest / row_unit[:, None]).to(tl.float16)
+    # Triton gives the warps a product's rows where another product follows, and what more warps there are than rows do
+    # the same again. It does not follow a result out of a branch: behind one, they share the columns.
+    always = seen_end > 0 if SHARE_COLUMNS else True
     VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
     running_max = tl.full((ROWS,), LOWEST, tl.float32)
@@ -357,7 +388,7 @@ def attend_tile(
             visible &= _in_tree(tree, token, row_exists, key, first_new, TREE_WORDS)
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-            key_scale, value_scale, pool_rows, visible, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            key_scale, value_scale, pool_rows, visible, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
             VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
@@ -374,7 +405,7 @@ def attend_tile(
         next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-            key_scale, value_scale, pool_rows, None, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            key_scale, value_scale, pool_rows, None, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
             VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
