@@ -1,258 +1,293 @@
 """The static schedule of TPU kernels, read from the real compiler on a machine without a TPU.
 
-    python benchmarks/tpu_schedule.py [--generations v5e,v6e,7x] [--shapes llama_page_16,...] [--kernels ...]
+    python benchmarks/tpu_schedule.py [--calls 2048_at_2048,...] [--generations v5e,v6e,7x] [--kernels ...]
 
-Compiles this project's kernel and, beside it, JAX's ragged_paged_attention and, where the environment's TPU_INFERENCE
-names the directory of an unpacked wheel, tpu-inference's v3, each for the same attention, and has the compiler write
-its final bundles. A bundle is one cycle when nothing stalls; what waiting for copies costs is not in it. Prints, of the
-loop that does the matrix products of unmasked keys: multiply-adds of q . k and p . v (what the attention needs, not
-what the matrix unit pads it to) per bundle, as a share of the chip's peak; its bundles and the vector registers spilled
-in it, both per 2**28 multiply-adds so that they compare; and the bundles outside it that one key block costs, for 1024
-keys and 256 query tokens. With --decode, all bundles that one sequence of a decoding step takes in this project's
-kernel, loops times their trips, beside the cycles that HBM needs. Needs `pip install "jax[tpu]"`.
+Compiles this project's kernels and, beside them, JAX's ragged_paged_attention and those of other projects that can be
+had, each for the same attention, has the compiler write its final bundles, and counts all that the call runs, each
+loop's bundles times its trips (bundles.py). A bundle is one cycle when nothing stalls; what waiting for copies costs is not
+in it, nor what XLA does before and after the kernels. Prints of each call: its bundles; the vector registers spilled in
+them; the multiply-adds of q . k and p . v that the attention needs, masked ones not counted, as a share of what the
+matrix units do in so many cycles; and the cycles in which HBM gives the keys and values.
+
+Needs `pip install "jax[tpu]"`. The environment's TPU_INFERENCE and TOKAMAX name directories of unpacked wheels
+(`pip download --no-deps tpu-inference==0.32.0 tokamax==0.0.17`), of which only the kernels' files are loaded.
 """
 
 import argparse
-import dataclasses
-import functools
 import glob
 import importlib
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 import types
+from typing import NamedTuple
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 # Multiply-adds a cycle of one core's matrix units. Up to v5 four units of 128 x 128; from v6 on two of 256 x 256, which
 # take two rows a cycle: the data sheet's 918 TFLOP/s at 1.75 GHz.
 PEAK = {"v4": 65536, "v5e": 65536, "v5p": 65536, "v6e": 262144, "7x": 262144}
-
-SHAPES = {
-    "llama_page_16": dict(q_heads=32, kv_heads=8, head_dim=128, page_size=16),
-    "llama_page_64": dict(q_heads=32, kv_heads=8, head_dim=128, page_size=64),
-    "head_dim_64": dict(q_heads=32, kv_heads=8, head_dim=64, page_size=16),
-    "head_dim_256": dict(q_heads=16, kv_heads=8, head_dim=256, page_size=16),
-}
-CHUNK_TOKENS, CONTEXT = 2048, 16384
-# Of the same caches, a token each of 64 sequences.
-DECODING = {
-    f"decode_{q_heads}_{kv_heads}_page_{page_size}{name}": dict(
-        q_heads=q_heads, kv_heads=kv_heads, head_dim=128, page_size=page_size, cache_dtype=cache_dtype
-    )
-    for q_heads, kv_heads in ((32, 8), (8, 1))
-    for name, cache_dtype in (("", "bfloat16"), ("_int8", "int8"), ("_e5m2", "float8_e5m2"))
-    for page_size in (16, 64, 256)
-}
-DECODING_CONTEXT = 4096
 HBM_BYTES_A_CYCLE = {"v5e": 545, "v6e": 937, "7x": 1677}
+# Bundles behind a branch that run before it is taken; on 7x as many as there are up to the next region.
+BRANCH_DELAY = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "7x": None}
+POOL_BYTES = 2**29  # of a cache: the compiler would keep a small one on the chip
 
 
-def paged_prefill(device, *, q_heads, kv_heads, head_dim, page_size, block_q=None, block_kv=None):
-    shape = dict(q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
-    attend, operands, sizes = _ours(device, CHUNK_TOKENS, 1, CONTEXT, shape, block_q=block_q, block_kv=block_kv)
-    about = {}
+class Attention(NamedTuple):
+    """A call: sequences of (new tokens, context), and their attention."""
 
-    def attend_and_tell(*operands):
-        results = attend(*operands)
-        found, group = sizes[0], q_heads // kv_heads
-        about.update(
-            # A step of the hot loop takes some of the heads, all parts of the tile and one chunk.
-            macs=found.heads_at_once(kv_heads) * group * found.block_q * found.chunk * 2 * head_dim,
-            inner_loops=(found.chunks_per_block,) if found.chunks_per_block > 1 else (),
-            tile=(found.block_q, found.chunk * found.chunks_per_block),
-        )
-        return results
+    sequences: tuple[tuple[int, int], ...]
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    window: int | None = None
+    cache_dtype: str = "bfloat16"
 
-    return attend_and_tell, operands, about
+    @property
+    def tokens(self) -> int:
+        return sum(new for new, _ in self.sequences)
+
+    @property
+    def pages_per_seq(self) -> int:
+        return max(context for _, context in self.sequences) // self.page_size
+
+    @property
+    def num_pages(self) -> int:
+        itemsize = 2 if self.cache_dtype == "bfloat16" else 1
+        return POOL_BYTES // (self.kv_heads * self.page_size * self.head_dim * itemsize)
+
+    def integers(self):
+        """context_lens, page_indices and query_offsets."""
+        import numpy as np
+
+        new, context = np.array(self.sequences, np.int32).T
+        pages = np.arange(len(new) * self.pages_per_seq, dtype=np.int32).reshape(len(new), -1)
+        return context, pages, np.cumsum([0, *new], dtype=np.int32)
+
+    def multiply_adds(self) -> int:
+        """Of the keys that are seen, not of those that are masked."""
+        seen = 0
+        for new, context in self.sequences:
+            positions = range(context - new, context)
+            seen += sum(min(position + 1, self.window or context) for position in positions)
+        return 2 * seen * self.q_heads * self.head_dim
+
+    def bytes_read(self) -> int:
+        """Of keys and values, each but once."""
+        itemsize = 2 if self.cache_dtype == "bfloat16" else 1
+        keys = sum(min(context, (self.window or context) + new - 1) for new, context in self.sequences)
+        return 2 * keys * self.kv_heads * self.head_dim * itemsize
 
 
-def paged_decode(device, *, cache_dtype, **shape):
-    """The other kernel of this project, for sequences of one new token."""
-    attend, operands, sizes = _ours(device, 64, 64, DECODING_CONTEXT, shape, cache_dtype=cache_dtype)
-    about = {}
+CALLS = {
+    **{f"2048_at_{context}": Attention(((2048, context),)) for context in (2048, 4096, 16384)},
+    "window_1024_d256": Attention(((2048, 8192),), 16, 8, 256, window=1024),
+    "d64": Attention(((2048, 8192),), 64, 8, 64),
+    "mixed": Attention(((1, 4096),) * 32 + ((1024, 4096),)),
+    "mixed_only_prefill": Attention(((1024, 4096),)),
+    "mixed_only_decode": Attention(((1, 4096),) * 32),
+    "decode_32_8": Attention(((1, 4096),) * 64),
+    "decode_8_1": Attention(((1, 4096),) * 64, 8, 1),
+    "decode_32_8_int8": Attention(((1, 4096),) * 64, cache_dtype="int8"),
+    "decode_32_8_e5m2": Attention(((1, 4096),) * 64, cache_dtype="float8_e5m2"),
+}
 
-    def attend_and_tell(*operands):
-        results = attend(*operands)
-        chunks = sizes[0].chunks_per_block
-        about.update(chunks=chunks, blocks=DECODING_CONTEXT // (sizes[0].chunk * chunks))
-        return results
 
-    return attend_and_tell, operands, about
-
-
-def _ours(device, tokens, seqs, context, shape, cache_dtype="bfloat16", **chosen):
-    """The function of one call, its operands, and a list that holds the sizes it runs with, once it was traced."""
+def paged_prefill(call: Attention, device):
+    """This project's kernels."""
     import jax.numpy as jnp
 
     from paged_prefill.lowering.call import Device, flatten
-    from paged_prefill.lowering.mosaic_tpu import schedule
     from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
-    from paged_prefill.primitive.attention import Attention
-    from paged_prefill.primitive.config import PrefillPageAttentionConfig
+    from paged_prefill.primitive.attention import Attention as Parameters
 
     kernel, described = MosaicTpu(), Device("tpu", device.device_kind, core_count=1)
-    q_heads, kv_heads, head_dim, page_size = (shape[x] for x in ("q_heads", "kv_heads", "head_dim", "page_size"))
-    # Of 512 MiB: the compiler would keep a small pool on the chip.
-    num_pages = 2**29 // (kv_heads * page_size * head_dim * jnp.dtype(cache_dtype).itemsize)
-    cache = ((kv_heads, num_pages, page_size, head_dim), cache_dtype)
+    cache = ((call.kv_heads, call.num_pages, call.page_size, call.head_dim), call.cache_dtype)
+    context_lens, page_indices, query_offsets = call.integers()
     operands = dict(
-        query=((tokens, q_heads, head_dim), "bfloat16"),
+        query=((call.tokens, call.q_heads, call.head_dim), "bfloat16"),
         key_cache=cache,
         value_cache=cache,
-        context_lens=((seqs,), "int32"),
-        page_indices=((seqs, context // page_size), "int32"),
-        query_offsets=((seqs + 1,), "int32"),
+        context_lens=context_lens,
+        page_indices=page_indices,
+        query_offsets=query_offsets,
     )
-    if cache_dtype != "bfloat16":
+    if call.cache_dtype != "bfloat16":
         operands |= dict(key_scale=((), "float32"), value_scale=((), "float32"))
-    sizes = []
+    attention = Parameters(call.head_dim**-0.5, None, call.window)
 
     def attend(*arrays):
         named = dict(zip(operands, arrays, strict=True)) | dict(kv_head_start=jnp.int32(0))
-        call = flatten(named, cache_batch_dims=0, num_kv_heads=kv_heads, attention=Attention(head_dim**-0.5))
-        config = PrefillPageAttentionConfig(**chosen).over(kernel.heuristic(call.problem, described))
-        sizes.append(schedule.sizes_of(config, call.problem.group, page_size, "bfloat16"))
-        return kernel.attend(call, config, described)
+        flat = flatten(named, cache_batch_dims=0, num_kv_heads=call.kv_heads, attention=attention)
+        return kernel.attend(flat, kernel.heuristic(flat.problem, described), described)
 
-    return attend, [*operands.values()], sizes
+    return attend, [*operands.values()]
 
 
-def jax_ragged_paged_attention(device, *, q_heads, kv_heads, head_dim, page_size, block_q=64, block_kv=512):
+def jax_ragged_paged_attention(call: Attention, device):
     """The kernel that comes with JAX, with the sizes of its tuning table for v5e."""
+    import numpy as np
+
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    pages = CONTEXT // page_size
-    attend = functools.partial(
-        ragged_paged_attention,
-        sm_scale=head_dim**-0.5,
-        num_queries_per_block=block_q,
-        num_kv_pages_per_block=block_kv // page_size,
-        vmem_limit_bytes=60 * 2**20,
-    )
+    def attend(*arrays):
+        return ragged_paged_attention(
+            *arrays,
+            sm_scale=call.head_dim**-0.5,
+            sliding_window=call.window,
+            num_queries_per_block=64,
+            num_kv_pages_per_block=512 // call.page_size,
+            vmem_limit_bytes=60 * 2**20,
+        )
+
+    context_lens, page_indices, query_offsets = call.integers()
     operands = [
-        ((CHUNK_TOKENS, q_heads, head_dim), "bfloat16"),
-        ((pages, page_size, 2 * kv_heads, head_dim), "bfloat16"),
-        *(((1,), "int32"), ((1, pages), "int32"), ((2,), "int32"), ((1,), "int32")),
+        ((call.tokens, call.q_heads, call.head_dim), "bfloat16"),
+        ((call.num_pages, call.page_size, 2 * call.kv_heads, call.head_dim), call.cache_dtype),
+        *(context_lens, page_indices, query_offsets, np.array([len(context_lens)], np.int32)),
     ]
-    about = dict(macs=block_q * q_heads * block_kv * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
-    return attend, operands, about
+    return attend, operands
 
 
-def tpu_inference_v3(device, *, q_heads, kv_heads, head_dim, page_size):
-    """tpu-inference's kernel, of which only the files are loaded, not the package around them.
+def tpu_inference_v3(call: Attention, device):
+    """tpu-inference's kernel, with its default sizes for v5 and v6.
 
-    With its default sizes for v5 and v6, on 7x too: of its own there, 512 queries x 2048 keys, it needs more VMEM than
-    the 64 MiB that JAX reports.
+    On 7x too: of its own there, 512 queries x 2048 keys, it needs more VMEM than the 64 MiB that JAX reports.
     """
     import jax.numpy as jnp
 
-    for name in ("tpu_inference", "tpu_inference.kernels"):
-        package = types.ModuleType(name)
-        package.__path__ = [os.path.join(os.environ["TPU_INFERENCE"], *name.split("."))]
-        sys.modules[name] = package
-    v3 = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
+    name = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
+    v3 = _loaded("TPU_INFERENCE", name, "tpu_inference.kernels")
     v3.get_tpu_version = lambda: 6 if "6" in device.device_kind or "7" in device.device_kind else 5
-    group, block_kv, chunk = q_heads // kv_heads, 1024, 512
-    block_q, pages = 1024 // group, CONTEXT // page_size
-    attend = functools.partial(
-        v3.ragged_paged_attention,
-        sm_scale=head_dim**-0.5,
-        m_block_sizes=(block_q, block_kv, 512 // group, chunk),
-        d_block_sizes=(1, 128, 1, 128),  # of its kernel for decoding, which has no work here: small, to compile fast
-        vmem_limit_bytes=60 * 2**20,
-    )
-    new = ((CHUNK_TOKENS, kv_heads, head_dim), "bfloat16")
-    operands = [((CHUNK_TOKENS, q_heads, head_dim), "bfloat16"), new, new]
-    operands += [(v3.get_kv_cache_shape(pages, page_size, kv_heads, head_dim, jnp.bfloat16), "bfloat16")]
-    operands += [((1,), "int32"), ((pages,), "int32"), ((2,), "int32"), ((3,), "int32")]
-    about = dict(macs=block_q * q_heads * chunk * 2 * head_dim, inner_loops=(), tile=(block_q, block_kv))
-    return attend, operands, about
+    group = call.q_heads // call.kv_heads
+    # Of its kernel for decoding, where that has no work: small, to compile fast.
+    decoding = None if any(new == 1 for new, _ in call.sequences) else (1, 128, 1, 128)
+
+    def attend(*arrays):
+        return v3.ragged_paged_attention(
+            *arrays,
+            sm_scale=call.head_dim**-0.5,
+            sliding_window=call.window,
+            d_block_sizes=decoding,
+            m_block_sizes=(1024 // group, 1024, 512 // group, 512),
+            vmem_limit_bytes=60 * 2**20,
+        )
+
+    shape = v3.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
+    return attend, _with_new_keys(call, shape)
 
 
-KERNELS = {k.__name__: k for k in (paged_prefill, paged_decode, jax_ragged_paged_attention, tpu_inference_v3)}
+def tokamax_batched_rpa(call: Attention, device):
+    """tokamax's kernel, with the sizes that it computes for a chip."""
+    import jax.numpy as jnp
+
+    name = "tokamax._src.ops.batched_rpa.kernel.wrapper"
+    wrapper = _loaded("TOKAMAX", name, "tokamax._src.ops.batched_rpa.kernel")
+
+    def attend(*arrays):
+        return wrapper.ragged_paged_attention(*arrays, sm_scale=call.head_dim**-0.5, sliding_window=call.window)
+
+    shape = wrapper.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
+    return attend, _with_new_keys(call, shape)
 
 
-def compile_one(generation, kernel, shape):
-    """Compiles in this process, and prints what the kernel's sizes are as the last line."""
+def _with_new_keys(call: Attention, cache_shape):
+    """The operands of a kernel that also writes the new keys and values, and wants decoding sequences first."""
+    import numpy as np
+
+    context_lens, page_indices, query_offsets = call.integers()
+    new = ((call.tokens, call.kv_heads, call.head_dim), "bfloat16")
+    decoding = sum(tokens == 1 for tokens, _ in call.sequences)
+    distribution = np.array([decoding, decoding, len(context_lens)], np.int32)
+    cache = (cache_shape, call.cache_dtype)
+    query = ((call.tokens, call.q_heads, call.head_dim), "bfloat16")
+    return [query, new, new, cache, context_lens, page_indices.reshape(-1), query_offsets, distribution]
+
+
+def _loaded(variable: str, module: str, package: str):
+    """A module from an unpacked wheel, without running the packages around it."""
+    parts = package.split(".")
+    for i in range(1, len(parts) + 1):
+        around = types.ModuleType(".".join(parts[:i]))
+        around.__path__ = [os.path.join(os.environ[variable], *parts[:i])]
+        sys.modules[around.__name__] = around
+    return importlib.import_module(module)
+
+
+KERNELS = {k.__name__: k for k in (paged_prefill, jax_ragged_paged_attention, tpu_inference_v3, tokamax_batched_rpa)}
+FROM_WHEELS = {"tpu_inference_v3": "TPU_INFERENCE", "tokamax_batched_rpa": "TOKAMAX"}
+
+
+def measure_here(generation, kernel, call, dump):
+    """Compiles a call in this process, whose compiler writes to `dump`, and counts what it runs."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+    import numpy as np
+
+    from paged_prefill.benchmarks import bundles
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
-        attend, operands, about = KERNELS[kernel](device, **(SHAPES | DECODING)[shape])
-        operands = [jax.ShapeDtypeStruct(*o, sharding=SingleDeviceSharding(device)) for o in operands]
+        attend, operands = KERNELS[kernel](call, device)
+        programs = _operands_of_programs(attend, operands)
+        on_device = SingleDeviceSharding(device)
+        shapes = [(x.shape, x.dtype) if isinstance(x, np.ndarray) else x for x in operands]
+        shapes = [jax.ShapeDtypeStruct(*x, sharding=on_device) for x in shapes]
         started = time.perf_counter()
-        jax.jit(attend).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
-    print(json.dumps({**about, "seconds": time.perf_counter() - started}))
+        jax.jit(attend).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+        seconds = time.perf_counter() - started
+    counts = []
+    for name, integers in programs.items():
+        paths = [x for x in glob.glob(f"{dump}/*-{name}*final_bundles.txt") if "schedule-analysis" not in x]
+        if len(paths) != 1:
+            raise ValueError(f"the final bundles of {name} are in {len(paths)} files: {paths}")
+        counts.append(bundles.count(paths[0], integers, BRANCH_DELAY[generation]))
+    total = {key: sum(getattr(x, key) for x in counts) for key in ("bundles", "spills")}
+    return dict(seconds=seconds, parts={name: x.bundles for name, x in zip(programs, counts)}, **total)
 
 
-@dataclasses.dataclass(eq=False)
-class Loop:
-    depth: int
-    parent: "Loop | None"
-    bundles: int = 0
-    products: int = 0
-    copies: int = 0
-    spills: int = 0
+def _operands_of_programs(attend, operands):
+    """The integers among the operands of each Pallas program of a call, by the program's name and their numbers."""
+    import jax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+    import jax.numpy as jnp
+    import numpy as np
+
+    found, pallas_call = {}, pl.pallas_call
+
+    def recorded(body, *, out_shape, grid_spec=None, name=None, **others):
+        def run(*arrays):
+            results, arrays_given = jax.tree.leaves(out_shape), jax.tree.leaves(arrays)
+            grid = (x for x in (grid_spec.grid if grid_spec else ()) if not isinstance(x, int))
+            integers = {i: x for i, x in enumerate([*grid, *arrays_given]) if jnp.issubdtype(x.dtype, jnp.integer)}
+            jax.debug.callback(lambda integers: found.update({name or body.__name__: integers}), integers)
+            if all(jnp.issubdtype(x.dtype, jnp.integer) for x in [*arrays_given, *results]):  # it makes a schedule
+                interpreted = dict(out_shape=out_shape, grid_spec=grid_spec, interpret=pltpu.InterpretParams())
+                return pallas_call(body, **interpreted)(*arrays)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
+
+        return run
+
+    def attend_to_zeros(given):
+        given = iter(given)
+        return attend(*(next(given) if isinstance(x, np.ndarray) else jnp.zeros(*x) for x in operands))
+
+    pl.pallas_call = recorded
+    jax.block_until_ready(jax.jit(attend_to_zeros)([x for x in operands if isinstance(x, np.ndarray)]))
+    jax.effects_barrier()
+    pl.pallas_call = pallas_call
+    jax.clear_caches()  # functions that are jitted inside would keep to what was put in the programs' place
+    return {name: {int(i): np.asarray(x) for i, x in integers.items()} for name, integers in found.items()}
 
 
-BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*((?:(?:LH|LB|LE|PB|PF|CT)\s*)*):\s*((?:> ?)*)\s*\{(.*)")
-
-
-def loops_of(path):
-    """The loops of a program's final bundles, and in the order of the text each bundle's loop."""
-    innermost = {0: Loop(0, None)}  # of each depth, the loop that the text is in, or was in last
-    loops, order, depth = [innermost[0]], [], 0
-    with open(path, errors="replace") as lines:
-        for match in filter(None, map(BUNDLE.match, lines)):
-            labels, marks, slots = match.groups()
-            if not slots.startswith("}"):  # an empty bundle has no marks
-                depth = marks.count(">")
-            if "LB" in labels:
-                innermost[depth] = Loop(depth, innermost[depth - 1])
-                loops.append(innermost[depth])
-            loop = innermost[depth]
-            loop.bundles += 1
-            loop.products += len(re.findall(r"= vmatmul", slots))
-            loop.copies += slots.count("dma.hbm_to_vmem")
-            loop.spills += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots))
-            order.append(loop)
-    return loops, order
-
-
-def hot_loop(dump, program=""):
-    """The hot loop of the kernel in a dump, and the bundles that run around it, by loop, from the inside out."""
-    paths = glob.glob(f"{dump}/*{program}*final_bundles.txt")
-    programs = [loops_of(path) for path in paths if "schedule-analysis" not in path]
-    # Of the loops with the most matrix products, it is the one that starts copies beside them, or the shortest, which
-    # is the unmasked one. A kernel for decoding alone has few.
-    hot, order = min(
-        ((loop, order) for loops, order in programs for loop in loops),
-        key=lambda x: (-x[0].products, not x[0].copies, x[0].bundles),
-    )
-    # What follows the hot loop up to the next one belongs to it; then comes what runs instead of it.
-    seen = []
-    for loop in order:
-        if hot in seen and loop not in seen:
-            break
-        seen = seen if loop in seen else [*seen, loop]
-    end = order.index(loop, order.index(hot)) if loop is not order[-1] else len(order)
-    around, parent = [], hot.parent
-    while parent is not None:
-        around.append(order[:end].count(parent))
-        parent = parent.parent
-    return hot, around
-
-
-def measure(generation, kernel, shape):
+def measure(generation, kernel, name):
     """One row of the table, as a dict, or the compiler's last words."""
     with tempfile.TemporaryDirectory() as dump:
         flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -264,67 +299,46 @@ def measure(generation, kernel, shape):
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
             LIBTPU_INIT_ARGS=flags,
         )
-        command = [sys.executable, __file__, "--child", generation, kernel, shape]
+        command = [sys.executable, __file__, "--child", generation, kernel, name, dump]
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
-            return dict(error=child.stderr.strip().splitlines()[-1])
-        about = json.loads(child.stdout.strip().splitlines()[-1])
-        hot, around = hot_loop(dump, kernel if kernel.startswith("paged") else "")
-    if kernel == "paged_decode":
-        whole = hot.bundles * about["chunks"] * about["blocks"] + around[0] * about["blocks"] + around[1]
-        return dict(seconds=about["seconds"], bundles=whole, spills=hot.spills * about["chunks"] * about["blocks"])
-    trips = (*about["inner_loops"], 1)  # of the loops around the hot one, from the inside out, for one key block
-    outside = sum(bundles * math.prod(trips[level:]) for level, bundles in enumerate(around[: len(trips)]))
-    block_q, block_kv = about["tile"]
-    rate = about["macs"] / hot.bundles
-    return dict(
-        seconds=about["seconds"],
-        bundles=2**28 / rate,
-        rate=rate,
-        share=rate / PEAK[generation],
-        spills=hot.spills * 2**28 / about["macs"],
-        outside=outside * (256 / block_q) * (1024 / block_kv),
-    )
-
-
-def decoding_table(generations, shapes):
-    """Bundles of one sequence of a call of 64, each of one new token, beside the cycles that HBM needs for its keys."""
-    print("| call | TPU | bundles of a sequence | spills in them | cycles of HBM | compile s |")
-    print("|---|---|---|---|---|---|")
-    for shape in shapes:
-        sizes = DECODING[shape]
-        for generation in generations:
-            row = measure(generation, "paged_decode", shape)
-            itemsize = 2 if sizes["cache_dtype"] == "bfloat16" else 1
-            bytes_read = 2 * DECODING_CONTEXT * sizes["kv_heads"] * sizes["head_dim"] * itemsize
-            cells = "{bundles:,} | {spills:,} | {hbm:,.0f} | {seconds:.0f}"
-            cells = row.get("error") or cells.format(**row, hbm=bytes_read / HBM_BYTES_A_CYCLE[generation])
-            print(f"| {shape} | {generation} | {cells} |", flush=True)
+            return dict(error=(child.stderr.strip().splitlines() or ["it was killed"])[-1])
+        return json.loads(child.stdout.strip().splitlines()[-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", default="v5e,v6e,7x")
-    parser.add_argument("--shapes", help="all by default")
-    parser.add_argument("--kernels", default=",".join(k for k in KERNELS if k != "paged_decode"))
-    parser.add_argument("--decode", action="store_true", help="the table of decoding instead")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--calls", default=",".join(CALLS))
+    parser.add_argument("--page-sizes", default="16")
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return compile_one(*arguments.child)
-    if arguments.decode:
-        shapes = arguments.shapes.split(",") if arguments.shapes else [*DECODING]
-        return decoding_table(arguments.generations.split(","), shapes)
-    kernels = [k for k in arguments.kernels.split(",") if k != "tpu_inference_v3" or "TPU_INFERENCE" in os.environ]
-    print("| shape | TPU | kernel | multiply-adds per bundle | of peak | bundles | spills | outside | compile s |")
+        generation, kernel, name, dump = arguments.child
+        return print(json.dumps(measure_here(generation, kernel, call_of(name), dump)))
+    kernels = [k for k in arguments.kernels.split(",") if FROM_WHEELS.get(k, "PATH") in os.environ]
+    print("| call | page | TPU | kernel | bundles | spills | of peak | cycles of HBM | compile s |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for shape in arguments.shapes.split(",") if arguments.shapes else SHAPES:
-        for generation in arguments.generations.split(","):
-            for kernel in kernels:
-                row = measure(generation, kernel, shape)
-                cells = "{rate:,.0f} | {share:.0%} | {bundles:,.0f} | {spills:,.0f} | {outside:,.0f} | {seconds:.0f}"
-                cells = row.get("error") or cells.format(**row)
-                print(f"| {shape} | {generation} | {kernel} | {cells} |", flush=True)
+    for name in arguments.calls.split(","):
+        for page_size in arguments.page_sizes.split(","):
+            call = call_of(f"{name}/{page_size}")
+            for generation in arguments.generations.split(","):
+                for kernel in kernels:
+                    row = measure(generation, kernel, f"{name}/{page_size}")
+                    cells = row.get("error")
+                    if cells is None:
+                        share = call.multiply_adds() / row["bundles"] / PEAK[generation]
+                        hbm = call.bytes_read() / HBM_BYTES_A_CYCLE[generation]
+                        cells = f"{row['bundles']:,} | {row['spills']:,} | {share:.0%} | {hbm:,.0f}"
+                        cells += f" | {row['seconds']:.0f}"
+                    print(f"| {name} | {page_size} | {generation} | {kernel} | {cells} |", flush=True)
+
+
+def call_of(name: str) -> Attention:
+    """A call by its name and page size."""
+    name, page_size = name.split("/")
+    return CALLS[name]._replace(page_size=int(page_size))
 
 
 if __name__ == "__main__":

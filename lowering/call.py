@@ -45,6 +45,18 @@ class Sequences(NamedTuple):
     page_indices: Int[Array, "seqs pages_per_seq"]
 
 
+class Indices(NamedTuple):
+    """The index arrays of a call as they were given, for a kernel that makes them harmless itself.
+
+    What is computed from them before a kernel is one more small kernel.
+    """
+
+    query_offsets: Int[Array, "packs seqs_of_pack_plus_1"]
+    context_lens: Int[Array, " seqs"]
+    page_indices: Int[Array, "seqs pages_per_seq"]
+    pools: Int[Array, " packs"]  # of which one pack may give one that does not exist
+
+
 class Device(NamedTuple):
     """What a kernel may depend on. `kind` and `compute_capability` are None where no such device is known.
 
@@ -152,6 +164,7 @@ class Call:
         values are one array.
       sinks: the logit of each head's sink, for each pack.
       key_pool, value_pool: the pool of each sequence in a cache that has fewer pools than sequences.pool counts.
+      indices: what `sequences` were made of, where that is at hand.
     """
 
     query: Float[Array, "tokens q_heads head_dim"]
@@ -167,6 +180,7 @@ class Call:
     value_scale: Float[Array, "pools ..."] | None = None
     key_pool: Int[Array, " seqs"] | None = None
     value_pool: Int[Array, " seqs"] | None = None
+    indices: Indices | None = None
 
     @classmethod
     def of(
@@ -276,10 +290,13 @@ def flatten(
         folded = folded.reshape(math.prod(folded.shape[: len(own) + layered]), *rest[layered:])
         return layout.split(folded, 1) if folded.ndim > 2 else folded
 
+    def pools_among(sizes):
+        """The pool of each pack; see `pool_of_packs`."""
+        return pool_of_packs(operands, lead, sizes).reshape(packs)
+
     def pool_among(sizes):
-        """The pool of each sequence; see `pool_of_packs`."""
-        pool = pool_of_packs(operands, lead, sizes)
-        return jnp.broadcast_to(pool.reshape(packs, 1), (packs, seqs)).reshape(-1)
+        """The same of each sequence."""
+        return jnp.broadcast_to(pools_among(sizes)[:, None], (packs, seqs)).reshape(-1)
 
     def pool_apart(cache):
         """The same for a cache that has fewer pools than the call, or None."""
@@ -313,6 +330,12 @@ def flatten(
         value_scale=scale("value_scale"),
         key_pool=pool_apart(key_cache),
         value_pool=pool_apart(value_cache),
+        indices=Indices(
+            operands["query_offsets"].reshape(packs, seqs + 1),
+            per_sequence("context_lens"),
+            per_sequence("page_indices"),
+            operands["layer"].reshape(1) if layered and isinstance(packs, int) and packs == 1 else pools_among(own),
+        ),
     )
 
 

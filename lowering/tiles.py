@@ -1,12 +1,13 @@
 """How a GPU kernel's launch covers a pack: tiles of query tokens, the one with the most keys first."""
 
+from dataclasses import dataclass
 import itertools
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from paged_prefill.lowering.call import Sequences
 from paged_prefill.primitive.attention import Attention
@@ -35,12 +36,21 @@ class Tiles(NamedTuple):
     first_block: Int[Array, " tiles"]
     end_block: Int[Array, " tiles"]
     seq: Int[Array, " tiles"]
-    pool: Int[Array, " tiles"]
     first_key: Int[Array, " tiles"]
     end_key: Int[Array, " tiles"]
     owned: Int[Array, " tiles"]  # 1 where a sequence owns its tokens
     holes: Int[Array, " tiles"]  # 1 where between first_key and end_key may lie keys that no row sees
     slabs: Slabs
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens that a sequence owns, or that none does; an entry a tile, or a scalar."""
+
+    begin: Int[Array, " tiles"]
+    size: Int[Array, " tiles"]
+    owned: Bool[Array, " tiles"]
+    seq: Int[Array, " tiles"]  # the sequence, or one that stands for none
+    context_len: Int[Array, " tiles"]  # of that sequence
 
 
 def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
@@ -49,28 +59,90 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
     return (tokens - stretches) // block_q + stretches
 
 
-def schedule(
-    sequences: Sequences,
-    tokens: int,
-    capacity: int,
-    block_q: int,
-    block_kv: int,
-    attention: Attention,
-    *,
-    slab: int,
-    ranges: Int[Array, "tokens 2"] | None = None,
-    ordered: bool = True,
-) -> Tiles:
-    """Cuts every token of a pack into tiles: `ordered`, those of most work first; those that do not exist are last.
+@dataclass(frozen=True)
+class Tiling:
+    """How a pack is cut into tiles: `ordered`, those of most work first; those that do not exist are last.
 
     A tile's work is the blocks of keys that its slabs of `slab` tokens see.
+    """
+
+    tokens: int
+    seqs: int
+    capacity: int
+    block_q: int
+    block_kv: int
+    attention: Attention
+    slab: int
+    ordered: bool = True
+
+    @property
+    def tiles(self) -> int:
+        return tiles_at_most(self.tokens, self.seqs, self.block_q)
+
+    def tiles_of(self, size):
+        """The tiles of a stretch."""
+        return lax.div(size + (self.block_q - 1), jnp.int32(self.block_q))
+
+    def reversed(self, tile, tiles):
+        """The order of a single sequence's tiles: the later the tile, the more keys it sees."""
+        return jnp.where(tile < tiles, tiles - 1 - tile, tile)
+
+    def tile(self, stretch: Stretch, within) -> Tiles:
+        """The tile from that token of its stretch on: empty at its end and behind. `slabs` is a list, one a slab."""
+        context_len = jnp.where(stretch.owned, stretch.context_len, 0)
+        length = jnp.clip(stretch.size - within, 0, self.block_q)
+        first_new = context_len - stretch.size
+        position = first_new + within
+        end_key = jnp.minimum(context_len, self.capacity)
+
+        def slab(token):
+            """What slabs see whose first tokens stand so far behind the tile's."""
+            first, rows = position + token, jnp.clip(length - token, 0, self.slab)
+            seen_start, whole_end = self.attention.visible_keys(first)
+            whole_start, seen_end = self.attention.visible_keys(first + (rows - 1))
+            seen_end = jnp.where(rows > 0, seen_end, seen_start)
+            return Slabs(*(jnp.minimum(x, end_key) for x in (seen_start, seen_end, whole_start, whole_end)))
+
+        seq_from, _ = self.attention.visible_keys(first_new)
+        seen_from, _ = self.attention.visible_keys(position)
+        _, seen_to = self.attention.visible_keys(position + (length - 1))
+        first_key, seen_from, seen_to = (jnp.minimum(x, end_key) for x in (seq_from, seen_from, seen_to))
+        first_block, end_block = self.blocks(seen_from, seen_to)
+        return Tiles(
+            start=jnp.minimum(stretch.begin + within, self.tokens),
+            length=length,
+            position=position,
+            first_new=first_new,
+            first_block=first_block,
+            end_block=end_block,
+            seq=stretch.seq,
+            first_key=first_key,
+            end_key=end_key,
+            owned=jnp.where(stretch.owned, 1, 0),
+            holes=jnp.zeros_like(length),
+            slabs=[slab(token) for token in range(0, self.block_q, self.slab)],
+        )
+
+    def blocks(self, seen_start, seen_end):
+        """The blocks that hold these keys, first to end."""
+        first = lax.div(seen_start, jnp.int32(self.block_kv))
+        return first, jnp.maximum(lax.div(seen_end + (self.block_kv - 1), jnp.int32(self.block_kv)), first)
+
+    def work(self, length, slabs):
+        """By which tiles are ordered; `slabs` one by one."""
+        ends = [self.blocks(slab.seen_start, slab.seen_end) for slab in slabs]
+        return jnp.where(length > 0, sum(end - first for first, end in ends), -1)
+
+
+def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"] | None = None) -> Tiles:
+    """Cuts every token of a pack into tiles.
 
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
     `sequences` ascend in the pack, as `call.flatten` lays them. What rows see is said by `ranges`, if there are any.
     """
-    seqs = sequences.start.shape[0]
+    seqs, block_q = tiling.seqs, tiling.block_q
     few = seqs <= FEW_SEQUENCES
-    begin, size, firsts, ends = _stretches(sequences.start, sequences.length, tokens, block_q)
+    begin, size, firsts, ends = _stretches(sequences.start, sequences.length, tiling)
 
     def take(values, places):
         """values[places], for places within."""
@@ -85,69 +157,32 @@ def schedule(
         else:
             stretch = jnp.sum(tile[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
         seq = jnp.minimum(lax.div(stretch, jnp.int32(2)), seqs - 1)
-        stretch_size = take(size, stretch)
         within = (tile - take(firsts, stretch)) * block_q  # first token, in its stretch
-
         owned = stretch == 2 * seq + 1
-        context_len = jnp.where(owned, take(sequences.context_len, seq), 0)
-        length = jnp.clip(stretch_size - within, 0, block_q)
-        first_new = context_len - stretch_size
-        position = first_new + within
-        end_key = jnp.minimum(context_len, capacity)
-        start = jnp.minimum(take(begin, stretch) + within, tokens)
+        its = Stretch(take(begin, stretch), take(size, stretch), owned, seq, take(sequences.context_len, seq))
+        found = tiling.tile(its, within)
         if ranges is None:
-            token = jnp.arange(0, block_q, slab, dtype=jnp.int32)[None, :]  # the first of each slab, in the tile
-            rows = jnp.clip(length[:, None] - token, 0, slab)
-            slabs = _slabs(attention, position[:, None] + token, rows, end_key[:, None])
-            seq_from, _ = attention.visible_keys(first_new)
-            seen_from, _ = attention.visible_keys(position)
-            _, seen_to = attention.visible_keys(position + (length - 1))
-            first_key, seen_from, seen_to = (jnp.minimum(x, end_key) for x in (seq_from, seen_from, seen_to))
-            holes = jnp.zeros_like(tile)
-        else:
-            slabs, holes = _slabs_of_ranges(ranges, start, length, end_key, block_q, slab)
-            end_key = seen_to = jnp.max(slabs.seen_end, axis=1)
-            first_key = seen_from = jnp.minimum(jnp.min(slabs.seen_start, axis=1), seen_to)
-        first_block = lax.div(seen_from, jnp.int32(block_kv))
-        end_block = lax.div(seen_to + (block_kv - 1), jnp.int32(block_kv))
-        return Tiles(
-            start=start,
-            length=length,
-            position=position,
-            first_new=first_new,
-            first_block=first_block,
-            end_block=jnp.maximum(end_block, first_block),
-            seq=seq,
-            pool=take(sequences.pool, seq),
-            first_key=first_key,
-            end_key=end_key,
-            owned=owned.astype(jnp.int32),
-            holes=holes,
-            slabs=slabs,
+            return found._replace(slabs=jax.tree.map(lambda *slabs: jnp.stack(slabs, axis=1), *found.slabs))
+        slabs, holes = _slabs_of_ranges(ranges, found.start, found.length, found.end_key, block_q, tiling.slab)
+        end_key = jnp.max(slabs.seen_end, axis=1)
+        first_key = jnp.minimum(jnp.min(slabs.seen_start, axis=1), end_key)
+        first_block, end_block = tiling.blocks(first_key, end_key)
+        return found._replace(
+            slabs=slabs, holes=holes, first_key=first_key, end_key=end_key, first_block=first_block, end_block=end_block
         )
 
-    index = jnp.arange(tiles_at_most(tokens, seqs, block_q), dtype=jnp.int32)
-    if not ordered:
+    index = jnp.arange(tiling.tiles, dtype=jnp.int32)
+    if not tiling.ordered:
         return describe(index)
-    if seqs == 1 and ranges is None:  # the later the tile, the more keys it sees
-        return describe(jnp.where(index < ends[-1], ends[-1] - 1 - index, index))
+    if seqs == 1 and ranges is None:
+        return describe(tiling.reversed(index, ends[-1]))
     natural = describe(index)
-    seen_end, seen_start = natural.slabs.seen_end + (block_kv - 1), natural.slabs.seen_start
-    blocks = jnp.maximum(lax.div(seen_end, jnp.int32(block_kv)) - lax.div(seen_start, jnp.int32(block_kv)), 0)
-    blocks = jnp.where(natural.length > 0, jnp.sum(blocks, axis=1), -1)
+    work = tiling.work(natural.length, [Slabs(*columns) for columns in zip(*(field.T for field in natural.slabs))])
     # Comparing all with all is quicker than a sort: tiles are few.
-    more, alike = blocks[None, :] > blocks[:, None], blocks[None, :] == blocks[:, None]
+    more, alike = work[None, :] > work[:, None], work[None, :] == work[:, None]
     rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
     order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
     return describe(order) if few and ranges is None else jax.tree.map(lambda field: field[order], natural)
-
-
-def _slabs(attention, position, rows, end_key):
-    """What slabs see whose first tokens stand at these positions, with so many rows; before end_key, where keys end."""
-    seen_start, whole_end = attention.visible_keys(position)
-    whole_start, seen_end = attention.visible_keys(position + (rows - 1))
-    seen_end = jnp.where(rows > 0, seen_end, seen_start)
-    return Slabs(*(jnp.minimum(x, end_key) for x in (seen_start, seen_end, whole_start, whole_end)))
 
 
 def _slabs_of_ranges(ranges, start, length, end_key, block_q, slab):
@@ -177,7 +212,7 @@ def _slabs_of_ranges(ranges, start, length, end_key, block_q, slab):
     return slabs, holes.astype(jnp.int32)
 
 
-def _stretches(starts, lengths, tokens, block_q):
+def _stretches(starts, lengths, tiling):
     """The stretches of tokens before the first sequence, of it, between it and the second, ... after the last.
 
     Returns their first tokens, their sizes, their first tiles, and the number of tiles up to their ends: arrays, or
@@ -186,13 +221,13 @@ def _stretches(starts, lengths, tokens, block_q):
     if starts.shape[0] <= FEW_SEQUENCES:
         bounds = [bound for start, length in zip(starts, lengths) for bound in (start, start + length)]
         begin = [jnp.int32(0), *bounds]
-        size = [end - first for first, end in zip(begin, [*bounds, jnp.int32(tokens)])]
-        counts = [lax.div(n + (block_q - 1), jnp.int32(block_q)) for n in size]
+        size = [end - first for first, end in zip(begin, [*bounds, jnp.int32(tiling.tokens)])]
+        counts = [tiling.tiles_of(n) for n in size]
         ends = list(itertools.accumulate(counts))
         return begin, size, [jnp.int32(0), *ends[:-1]], ends
     bounds = jnp.stack([starts, starts + lengths], axis=1).reshape(-1)
     begin = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
-    size = jnp.concatenate([bounds, jnp.full(1, tokens, jnp.int32)]) - begin
-    counts = lax.div(size + (block_q - 1), jnp.int32(block_q))
+    size = jnp.concatenate([bounds, jnp.full(1, tiling.tokens, jnp.int32)]) - begin
+    counts = tiling.tiles_of(size)
     ends = jnp.cumsum(counts)
     return begin, size, ends - counts, ends

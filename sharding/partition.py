@@ -128,7 +128,7 @@ def _bind_local(primitive, call: Call, named, **changes):
     return tuple(primitive.bind(*(named[name] for name in present), present=present, **parameters))
 
 
-def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -> Cut:
+def _settle(mesh, shapes: Shapes, specs, hint: Hint | None = None) -> Cut:
     """The plan for operands and results that are cut as `specs` say, by name, and for a hint."""
     if hint is None:
         return settle(mesh.shape, shapes, specs)
@@ -151,7 +151,7 @@ def _settle(mesh, call: Call, shapes: Shapes, specs, hint: Hint | None = None) -
 def _known_cut(mesh, avals, call: Call, hint: Hint | None):
     shapes = call.shapes(avals)
     types = {name: aval.sharding.spec for name, aval in zip(call.present, avals, strict=True)}
-    cut = _settle(mesh, call, shapes, types, hint)
+    cut = _settle(mesh, shapes, types, hint)
     specs = cut.specs(shapes)
     mapped = jax.shard_map(
         on_one_device(mesh.shape, cut, shapes, call),
@@ -213,7 +213,7 @@ def _partition(call: Call, mesh, operands, results):
     shapes = call.shapes(operands)
     names = [row.name for row in shapes.results()]
     given = _specs(call, names, results) | _specs(call, call.present, operands)
-    cut = _settle(mesh, call, shapes, given)
+    cut = _settle(mesh, shapes, given)
     specs = cut.specs(shapes)
     for name in CACHES:
         if name in given:
@@ -236,7 +236,7 @@ def _partition(call: Call, mesh, operands, results):
 def _infer(call: Call, mesh, operands, results):
     """How the results are cut. Only GSPMD asks (jax_use_shardy_partitioner=False); JAX 0.10 aborts without it."""
     shapes = call.shapes(operands)
-    specs = _settle(mesh, call, shapes, _specs(call, call.present, operands)).specs(shapes)
+    specs = _settle(mesh, shapes, _specs(call, call.present, operands)).specs(shapes)
     return tuple(NamedSharding(mesh, specs[row.name]) for row in shapes.results())
 
 

@@ -197,7 +197,7 @@ class ErrorTest(parameterized.TestCase):
     """What storing keys and values in 8 bits costs: the error of the output beside that of caches left as they are."""
 
     # Root mean squares over that of the output, for a loud and a quiet KV head: keys and values are Gaussian, one in
-    # twenty features ten times as large, and all of the quiet head a tenth. As in the table for users.
+    # twenty features ten times as large, and all of the quiet head a tenth.
     MEASURED = {
         ("float8_e4m3fn", "tensor"): (0.045, 0.050),
         ("float8_e4m3fn", "head"): (0.045, 0.042),
@@ -240,7 +240,7 @@ class ErrorTest(parameterized.TestCase):
         size = lambda x: np.sqrt((x.reshape(tokens, heads, -1) ** 2).mean((0, 2)))
         errors = size(got - want) / size(want)
         self.assertTrue(np.all(errors < 1.2 * np.asarray(measured)), errors)
-        self.assertTrue(np.all(errors > np.asarray(measured) / 1.2), errors)  # else the table says too much
+        self.assertTrue(np.all(errors > np.asarray(measured) / 1.2), errors)  # else they are not what was measured
 
 
 if __name__ == "__main__":

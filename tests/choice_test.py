@@ -15,6 +15,7 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import _log_once as log_once, XLA, choose, device_of, log_passed_over
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import packs
 from paged_prefill.tests.problems import problem
 from paged_prefill.tests.tuning_stand_ins import environment
@@ -56,15 +57,22 @@ class ChoiceTest(parameterized.TestCase):
         for each in words:
             self.assertIn(each, record.getMessage())
 
-    def test_another_kernel_in_place_of_the_first_is_no_warning(self):
+    @parameterized.named_parameters(
+        ("float32", dict(dtype="float32"), "takes bfloat16 and float16, not float32"),
+        *((layout, dict(cache_dtype="int8", features=tuple(sorted(("quantised", layout)))), 'in cache_layout="kpsd" only')
+          for layout in LAYOUTS if layout != "kpsd"),
+    )
+    def test_another_kernel_in_place_of_the_first_is_no_warning(self, changes, words):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):
-            chosen = choose(problem(dtype="float32"), HOPPER)
+            chosen = choose(problem(**changes), HOPPER)
         self.assertEqual(chosen[0], "triton")
         log_once.cache_clear()
         with self.assertLogs("absl", "INFO") as logs:
             log_passed_over(HOPPER, *chosen)
+            log_passed_over(HOPPER, *chosen)
             log_passed_over(HOPPER, "mosaic_gpu", {})
         [record] = logs.records
+        self.assertIn(words, record.getMessage())
         self.assertEqual((record.levelname, record.args[1]), ("INFO", "triton"))
 
     def test_a_lowered_call_warns(self):

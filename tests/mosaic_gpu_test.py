@@ -58,7 +58,7 @@ class ScheduleTest(parameterized.TestCase):
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
-                sequences, tokens, capacity, block_q, block_kv, attention, slab=slab, ordered=ordered
+                sequences, tiles.Tiling(tokens, 6, capacity, block_q, block_kv, attention, slab, ordered)
             )
         )(sequences)
         schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
@@ -75,7 +75,7 @@ class ScheduleTest(parameterized.TestCase):
                 position = contexts[seq] - lengths[seq] + token - starts[seq]
                 first = 0 if window is None else max(0, position - window + 1)
                 last = min(position, capacity - 1)
-                self.assertEqual((tile.seq, tile.pool, tile.position + row), (seq, seq % 2, position))
+                self.assertEqual((tile.seq, tile.position + row), (seq, position))
                 seen_start, seen_end, whole_start, whole_end = (field[row // slab] for field in tile.slabs)
                 seen = np.arange(first, max(last + 1, first))
                 np.testing.assert_array_equal(seen, seen[(seen >= seen_start) & (seen < seen_end)])
@@ -104,7 +104,7 @@ class ScheduleTest(parameterized.TestCase):
         self.addCleanup(setattr, tiles, "FEW_SEQUENCES", old)
         schedule = jax.jit(
             lambda sequences, ranges: tiles.schedule(
-                sequences, tokens, 320, 16, 64, Attention(1.0), slab=slab, ranges=ranges, ordered=ordered
+                sequences, tiles.Tiling(tokens, 5, 320, 16, 64, Attention(1.0), slab, ordered), ranges
             )
         )(sequences, ranges)
         found = each_of(jax.tree.map(np.asarray, schedule))
@@ -138,9 +138,8 @@ class ScheduleTest(parameterized.TestCase):
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        schedule = jax.jit(tiles.schedule, static_argnums=range(1, 6), static_argnames="slab")(
-            sequences, 200, 960, 64, 64, Attention(1.0), slab=64
-        )
+        tiling = tiles.Tiling(200, 1, 960, 64, 64, Attention(1.0), slab=64)
+        schedule = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -202,7 +201,8 @@ class SupportsTest(parameterized.TestCase):
 class PlanTest(parameterized.TestCase):
     def plan(self, **changes):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
-                      tokens=100, tiles=3, pages_per_seq=20, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
+                      tokens=100, tiles=3, num_pages=64, pages_per_seq=20, pools=1,
+                      pool_rows=2048, seqs_of_pool=1, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
                       block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
                       window=None, has_ranges=False, tree_words=0, dtype="bfloat16", cache_dtype="bfloat16",
                       key_scale=None, value_scale=None)

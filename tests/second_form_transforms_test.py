@@ -75,6 +75,7 @@ class VmapTest(parameterized.TestCase):
         ("queries_of_layers", ["query", "sinks", "key_ranges"], ["layer"]),
         ("pools_of_scales", ["key_scale"], ["key_cache", "layer", "tree_mask"]),
         ("layers_of_pools", ["layer", "value_scale"], ["key_cache", "value_cache", "query"]),
+        ("queries_of_pools", ["query", "sinks", "layer"], ["key_cache", "value_scale"]),
     )
     def test_nested(self, outer, inner):
         base = variants(6, NAMES)

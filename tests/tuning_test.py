@@ -212,6 +212,8 @@ class TablesTest(TuningTestCase):
         "", "{", "[]", '{"format": 99, "entries": []}', '{"format": 2, "entries": 7}', '{"format": 2}',
         '{"format": 2, "entries": [{"key": {}}]}', '{"format": 2, "entries": [{"key": 1}, 7]}',
         '{"format": 2, "entries": [{"key": {"kernel": [], "version": "x"}, "config": {"block_q": 1}, "source": ""}]}',
+        '{"format": 2, "entries": [{"key": {"a": 0, "kernel": "fake", "version": 1}, "config": {"block_q": 1}, "source": ""}]}',
+        "[" * 10**5,
     )  # fmt: skip
     def test_a_corrupt_file_costs_a_warning(self, text):
         self.path.parent.mkdir(parents=True)

@@ -16,9 +16,10 @@ from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
-from paged_prefill.lowering.tiles import schedule, tiles_at_most
+from paged_prefill.lowering.tiles import Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
@@ -35,7 +36,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 9
+    version = 10
     platforms = ("cuda",)
     features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
     invariant = True
@@ -123,14 +124,8 @@ class MosaicGpu(Kernel):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
-        tiles = schedule(
-            call.sequences, problem.tokens, problem.capacity, plan.block_q, plan.block_kv, problem.attention,
-            slab=plan.slab_tokens, ranges=call.ranges, ordered=plan.pieces > plan.cores,
-        )  # fmt: skip
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
-        first_row = tiles.pool * problem.rows["pool"] + call.kv_head_start * plan.head_rows
-        table = table_of(tiles, first_row, call.sequences.page_indices)
         values = call.key_pages if problem.layout.combined else call.value_pages
         rows = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in (call.key_pages, values)]
         optional = dict(ranges=call.ranges)
@@ -138,10 +133,38 @@ class MosaicGpu(Kernel):
         optional["sinks"] = call.sinks if plan.splits == 1 else None
         optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
-        out, lse = launch(plan, table, query, *rows, optional)
+        out, lse = launch(plan, _schedule(call, plan), query, *rows, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
         out = out.reshape(*lse.shape, problem.value_dim)
         return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
+
+
+def _schedule(call: Call, plan: Plan):
+    """What the kernel reads of the pack: the table of its tiles, the page table, pools, and the first KV head.
+
+    Of the table, layers that differ in their pool alone share one.
+    """
+    problem, indices = call.problem, call.indices
+    tiling = Tiling(
+        tokens=problem.tokens,
+        seqs=problem.seqs,
+        capacity=problem.capacity,
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+        attention=problem.attention,
+        slab=plan.slab_tokens,
+        ordered=plan.pieces > plan.cores,
+    )
+    if indices is not None and call.ranges is None and fits(tiling):
+        table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
+    else:
+        table = table_of(schedule(call.sequences, tiling, call.ranges))
+    pages, pools = call.sequences.page_indices, call.sequences.pool
+    if indices is not None:
+        pages, pools = indices.page_indices, indices.pools
+    if plan.pools == 1:  # a constant, which no kernel writes
+        pools = jnp.zeros(1, jnp.int32)
+    return table, pages.reshape(-1), pools, call.kv_head_start.reshape(1)
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
@@ -151,12 +174,16 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
         seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
+        seqs_of_pool=1 if call.indices is None else problem.seqs // call.indices.pools.shape[0],
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         page_size=problem.page_size,
         tokens=problem.tokens,
         tiles=tiles_at_most(problem.tokens, problem.seqs, config.block_q),
+        num_pages=problem.num_pages,
         pages_per_seq=problem.pages_per_seq,
+        pools=problem.pools,
+        pool_rows=problem.rows["pool"],
         head_rows=problem.rows["kv_heads"],
         page_rows=problem.rows["num_pages"],
         slot_rows=problem.rows["page_size"],

@@ -111,7 +111,7 @@ def read(path: Path) -> Table:
         entries = [*content["entries"]]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         logging.warning("paged_prefill does without the table %s, which cannot be read: %r", path, error)
         return {}
     table = {}
@@ -156,8 +156,8 @@ def canonical(key: dict[str, Any]) -> str:
 def _check(entry: Entry) -> None:
     """Raises ValueError, TypeError or KeyError where an entry is no row of a table."""
     key, config, source = entry["key"], entry["config"], entry["source"]
-    if not isinstance(key["kernel"], str) or not isinstance(key["version"], int) or not isinstance(source, str):
-        raise TypeError("kernel and source must be strings, and version an integer")
+    if not isinstance(key["version"], int) or not all(isinstance(x, str) for x in (key["device"], key["kernel"], source)):
+        raise TypeError("device, kernel and source must be strings, and version an integer")
     if not config or not {*config} <= {*TILE_SIZES}:
         raise ValueError(f"a row holds some of {', '.join(TILE_SIZES)}, got {config!r}")
     PrefillPageAttentionConfig(**config)

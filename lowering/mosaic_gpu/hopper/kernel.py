@@ -18,26 +18,27 @@ from jaxtyping import Array, Int
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
-def table_of(tiles: Tiles, first_row, page_indices):
-    """All integers that the kernel reads, in one array: a row a tile, its first_row first, and then the page indices.
+def table_of(tiles: Tiles):
+    """All integers that the kernel reads of the tiles, in one array: a row a tile.
 
-    One array is one small kernel before this one, where two are two. XLA writes a stack out field by field, and works
-    out what fields have in common as often, or in a kernel of its own; so each element picks its field here.
+    XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
+    so each element picks its field here.
     """
     *fields, slabs = tiles
-    columns = [first_row, *fields, *(column for field in slabs for column in field.T)]
+    columns = [*fields, *(column for field in slabs for column in field.T)]
     number = jnp.arange(len(columns), dtype=jnp.int32)
-    rows = sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns))
-    return jnp.concatenate([rows.reshape(-1), page_indices.reshape(-1)])
+    return sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
 
 
-def launch(plan: Plan, table, query, key_rows, value_rows, optional):
-    """Runs the kernel; `optional` are the other arrays of the call that there are, by name.
+def launch(plan: Plan, schedule, query, key_rows, value_rows, optional):
+    """Runs the kernel over a schedule: its table, the page table, the pools (of each pack, or sequence), kv_head_start.
+
+    `optional` are the other arrays of the call that there are, by name.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
@@ -88,10 +89,11 @@ def launch(plan: Plan, table, query, key_rows, value_rows, optional):
         ),
         kernel_name="paged_prefill",
     )
-    return kernel(table, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
+    arrays = (*schedule, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
+    return kernel(*arrays)
 
 
-def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **scratch):
+def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, key_rows, value_rows, *others, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
@@ -107,7 +109,7 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
 
         def turn(i, done):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, jnp.minimum(index, pieces - 1), slab)
+            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
@@ -133,8 +135,8 @@ def _kernel(plan: Plan, names, table, query, key_rows, value_rows, *others, **sc
 
     def load(warp):
         if not plan.quantised or plan.loading_warpgroups > 1:
-            return _load(plan, each_piece, table, query, sources, warp, **scratch)
-        pl.when(warp == 0)(lambda: _load(plan, each_piece, table, query, sources, None, **scratch))
+            return _load(plan, each_piece, pages, query, sources, warp, **scratch)
+        pl.when(warp == 0)(lambda: _load(plan, each_piece, pages, query, sources, None, **scratch))
         pl.when(warp > 0)(lambda: widen(plan, each_piece, sources, warp - 1))
 
     @pl.when(warpgroup == plan.warpgroups)
@@ -172,6 +174,7 @@ class Piece(NamedTuple):
     """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
 
     tile: Tiles  # all scalars too: of what slabs see, one slab's
+    pool: Int[Array, ""]
     split: Int[Array, ""]
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
@@ -181,13 +184,16 @@ class Piece(NamedTuple):
     first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
 
 
-def _piece(plan: Plan, table, index, slab) -> Piece:
+def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
     split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
     row = lax.div(index, plan.head_tiles * plan.splits) * plan.columns
-    first_row, *fields = [table[row + i] for i in range(len(Tiles._fields))]
-    slabs = row + len(Tiles._fields) + slab
+    fields = [table[row + i] for i in range(TILE_COLUMNS)]
+    slabs = row + TILE_COLUMNS + slab
     tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
+    pool = jnp.int32(0)
+    if plan.pools > 1:
+        pool = jnp.clip(pools[lax.div(tile.seq, plan.seqs_of_pool)], 0, plan.pools - 1)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
@@ -195,13 +201,14 @@ def _piece(plan: Plan, table, index, slab) -> Piece:
     steps = jnp.maximum(jnp.minimum(share, tile.end_block - first), 1)
     return Piece(
         tile=tile,
+        pool=pool,
         split=split,
         head_tile=head_tile,
         last=first + steps - 1,
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
-        first_row=first_row + kv_head * plan.head_rows,
+        first_row=pool * plan.pool_rows + (kv_head_start[0] + kv_head) * plan.head_rows,
     )
 
 
@@ -242,7 +249,7 @@ def _sources(plan: Plan, key_rows, value_rows, optional, **scratch) -> list[Sour
     return found
 
 
-def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_here, query_free, **_):
+def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_here, query_free, **_):
     """Copies each piece's query rows, and its blocks of keys and values page by page.
 
     Half a block of keys, or of values, is a warp's work; all is one's where `warp` is None.
@@ -263,7 +270,7 @@ def _load(plan, each_piece, table, query, sources, warp, *, query_views, query_h
 
         def row_of(piece, key, beside):
             column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = table[plan.tiles * plan.columns + piece.tile.seq * plan.pages_per_seq + column]
+            page = jnp.clip(pages[piece.tile.seq * plan.pages_per_seq + column], 0, plan.num_pages - 1)
             first = lax.div(piece.first_row + beside, plan.slot_rows)
             return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
 

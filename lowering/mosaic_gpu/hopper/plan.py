@@ -10,6 +10,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
 # How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
 # products of weights up to 2^40 with values up to 1e20 have finite sums in float32.
@@ -54,13 +55,17 @@ class Plan:
     group: int  # query heads of a KV head
     num_kv_heads: int
     seqs_of_pack: int  # which share their sinks
+    seqs_of_pool: int  # that have one entry among the pools
     head_dim: int
     value_dim: int
     page_size: int
     tokens: int
     tiles: int
+    num_pages: int
     pages_per_seq: int
-    head_rows: int  # in a cache as a matrix of rows, from one head to the next; likewise of pages, slots,
+    pools: int
+    pool_rows: int  # in a cache as a matrix of rows, from one pool to the next; likewise of heads, pages, slots,
+    head_rows: int
     page_rows: int
     slot_rows: int
     value_rows: int  # and from a key to its value, where they lie in one array
@@ -211,4 +216,4 @@ class Plan:
     @property
     def columns(self) -> int:
         """Numbers of a row of the table that describes the tiles."""
-        return len(Tiles._fields) + len(Slabs._fields) * self.slabs
+        return TILE_COLUMNS + len(Slabs._fields) * self.slabs

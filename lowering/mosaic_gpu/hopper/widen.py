@@ -112,7 +112,7 @@ def scale_of(plan: Plan, source, piece):
     """The scale of all that a piece sees, or None where there is none or each slot has its own."""
     match source.scale:
         case "tensor":
-            return source.scales[piece.tile.pool]
+            return source.scales[piece.pool]
         case "head":
             return source.scales[lax.div(piece.first_row, plan.head_rows)]
     return None

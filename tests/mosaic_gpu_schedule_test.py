@@ -1,0 +1,157 @@
+"""The kernel that works out the Hopper kernel's tiles, run on a CPU: every thread in step, and races found."""
+
+import functools
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill.lowering import tiles
+from paged_prefill.lowering.call import flatten
+from paged_prefill.lowering.mosaic_gpu.hopper import schedule
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import table_of
+from paged_prefill.primitive.attention import Attention
+
+NUMBERS = np.arange(schedule.THREADS)
+NOBODY = -1
+
+
+class Shared:
+    """Numbers that all threads see: poisoned at first, and not touched by two threads unsynchronised if one writes."""
+
+    def __init__(self, size, values=None):
+        self.values = np.full(size, -(2**31) + 12345, np.int32) if values is None else np.array(values, np.int32)
+        self.synchronise()
+
+    def synchronise(self):
+        size = len(self.values)
+        self.writer = np.full(size, NOBODY)
+        self.first_reader, self.last_reader = np.full(size, schedule.THREADS), np.full(size, NOBODY)
+
+
+class Threads:
+    """What threads.py has, for all threads of a block at once: a number each has of its own is an array."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def number(self):
+        return jnp.asarray(NUMBERS, jnp.int32)
+
+    def load(self, array, index):
+        thread, index = NUMBERS, self._within(array, index)
+        self._claim(((array.writer[index] == NOBODY) | (array.writer[index] == thread)).all())
+        np.minimum.at(array.first_reader, index, thread)
+        np.maximum.at(array.last_reader, index, thread)
+        return jnp.asarray(array.values[index])
+
+    def store(self, array, index, value, where=True):
+        where = np.broadcast_to(where, NUMBERS.shape)
+        thread, index = NUMBERS[where], self._within(array, index, where)
+        self._claim(len(np.unique(index)) == len(index))
+        self._claim(((array.writer[index] == NOBODY) | (array.writer[index] == thread)).all())
+        self._claim(((array.first_reader[index] >= thread) & (array.last_reader[index] <= thread)).all())
+        array.writer[index] = thread
+        array.values[index] = np.broadcast_to(value, NUMBERS.shape)[where]
+
+    def synchronise(self):
+        for array in self.arrays:
+            array.synchronise()
+
+    def _within(self, array, index, where=slice(None)):
+        index = np.broadcast_to(index, NUMBERS.shape)[where]
+        if not ((0 <= index) & (index < len(array.values))).all():
+            raise IndexError(f"{index} of {len(array.values)}")
+        return index
+
+    def _claim(self, alone):
+        if not alone:
+            raise AssertionError("a thread writes what another reads or writes meanwhile")
+
+
+def counted(lower, upper, body, carry):
+    """lax.fori_loop over what is there, and not traced."""
+    return functools.reduce(lambda carry, i: body(i, carry), range(lower, upper), carry)
+
+
+def table_by_threads(launch, *inputs):
+    """What the kernel writes, block by block."""
+    table = Shared(launch.tiling.tiles * launch.columns)
+    inputs = [Shared(0, np.ravel(x)) for x in inputs]
+    with mock.patch.object(schedule.lax, "fori_loop", counted):
+        for block in range(-(-launch.tiling.tiles // schedule.TILES)):
+            scratch = {name: Shared(size) for name, size in schedule.scratch(launch).items()}
+            each = Threads([table, *inputs, *scratch.values()])
+            schedule.write_table(launch, each, lambda: jnp.int32(block), *inputs, table, **scratch)
+            table.synchronise()
+    return table.values
+
+
+def random_indices(rng, packs, seqs, tokens, capacity, kind):
+    """Index arrays of some packs: valid ones, or of hostile numbers."""
+    if kind == "hostile":
+        some = np.array([-(2**31), -1, 0, 1, tokens // 2, tokens, tokens + 1, 2**31 - 1])
+        return rng.choice(some, (packs, seqs + 1)), rng.choice(np.append(some, capacity), (packs, seqs))
+    offsets = np.sort(rng.integers(0, tokens + 1, (packs, seqs + 1)), axis=1)
+    if kind == "steps":  # one token each, and a chunk
+        offsets = np.minimum(np.arange(seqs + 1), tokens)[None] + np.zeros((packs, 1), int)
+        offsets[:, -1] = tokens
+    return offsets, rng.integers(0, capacity + 100, (packs, seqs))
+
+
+class ScheduleInOneTest(parameterized.TestCase):
+    @parameterized.product(
+        (
+            dict(packs=1, seqs=1, tokens=700, block_q=64),
+            dict(packs=1, seqs=8, tokens=8, block_q=16),
+            dict(packs=1, seqs=65, tokens=300, block_q=16),  # in several blocks
+            dict(packs=3, seqs=5, tokens=90, block_q=16),
+        ),
+        (
+            dict(kind="valid", ordered=True, window=None, slabs=1),
+            dict(kind="steps", ordered=True, window=100, slabs=2),
+            dict(kind="hostile", ordered=True, window=None, slabs=2),
+            dict(kind="hostile", ordered=False, window=100, slabs=1),
+        ),
+    )
+    def test_it_is_the_schedule_that_xla_works_out(self, packs, seqs, tokens, block_q, kind, ordered, window, slabs):
+        rng, capacity = np.random.default_rng(seqs), 1024
+        attention = Attention(1.0, sliding_window=window)
+        offsets, contexts = (x.astype(np.int32) for x in random_indices(rng, packs, seqs, tokens, capacity, kind))
+        shape = jax.ShapeDtypeStruct
+        operands = dict(
+            query=shape((packs, tokens, 2, 8), jnp.float32),
+            key_cache=shape((1, 9, 16, 8), jnp.float32),
+            value_cache=shape((1, 9, 16, 8), jnp.float32),
+            context_lens=contexts, page_indices=np.zeros((packs, seqs, capacity // 16), np.int32),
+            query_offsets=offsets, kv_head_start=np.int32(0),
+        )  # fmt: skip
+        floats = {name: operands.pop(name) for name in ("query", "key_cache", "value_cache")}
+        tiling = tiles.Tiling(
+            packs * tokens, packs * seqs, capacity, block_q, 64, attention, slab=block_q // slabs, ordered=ordered
+        )
+
+        def flat(floats, operands):
+            call = flatten(floats | operands, cache_batch_dims=0, num_kv_heads=1, attention=attention)
+            return table_of(tiles.schedule(call.sequences, tiling)), call.indices
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), floats)
+        table, indices = jax.jit(flat)(zeros, operands)
+        columns = len(table) // tiling.tiles
+        launch = schedule.Launch(tiling, packs, columns)
+        found = table_by_threads(launch, indices.query_offsets, indices.context_lens)
+        np.testing.assert_array_equal(found.reshape(-1, columns), np.asarray(table).reshape(-1, columns))
+
+    def test_a_race_would_be_found(self):
+        """Without waiting, threads read what others write."""
+        tiling = tiles.Tiling(64, 8, 64, 16, 64, Attention(1.0), slab=16)
+        launch = schedule.Launch(tiling, 1, 15)
+        self.enterContext(mock.patch.object(Threads, "synchronise", lambda self: None))
+        with self.assertRaisesRegex(AssertionError, "meanwhile"):
+            table_by_threads(launch, np.arange(9) * 8, np.full(8, 64))
+
+
+if __name__ == "__main__":
+    absltest.main()
