@@ -30,14 +30,15 @@ SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
 
 def compile_for(
     generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
-    pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False, **parameters,
+    pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False,
+    cache_layout="kpsd", **parameters,
 ):  # fmt: skip
     """Compiles the public call; with `row_major`, for caches in row-major layout, else in the one that XLA chooses.
 
     Caches of a dtype of their own have scales of each slot.
     """
     device = device_of(generation)
-    cache = (kv_heads, pages, page_size)
+    cache = tuple(dict(k=kv_heads, p=pages, s=page_size, **{"2": 2})[dim] for dim in cache_layout[:-1])
     shapes = [(tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim)]
     shapes += [(seqs,), (seqs, pages_per_seq), (seqs + 1,)]
     sharding = SingleDeviceSharding(device)
@@ -47,11 +48,12 @@ def compile_for(
         jax.ShapeDtypeStruct(shape, dtypes[i], sharding=of_cache if i in (1, 2) else sharding)
         for i, shape in enumerate(shapes)
     ]
+    if "2" in cache_layout:
+        operands[2] = None
     scale = jax.ShapeDtypeStruct(cache, "float32", sharding=sharding)
     scales = dict(key_scale=scale, value_scale=scale) if cache_dtype else {}
-    call = functools.partial(
-        paged_prefill.ragged_paged_prefill, **parameters, return_lse=True, platform=platform, cfg=config
-    )
+    parameters |= dict(return_lse=True, platform=platform, cfg=config, cache_layout=cache_layout)
+    call = functools.partial(paged_prefill.ragged_paged_prefill, **parameters)
     with compiling_for(device):
         return jax.jit(call).trace(*operands, **scales).lower(lowering_platforms=("tpu",)).compile()
 
@@ -95,6 +97,13 @@ class CompileTest(parameterized.TestCase):
     )
     def test_a_row_major_cache_is_not_copied(self, generation, shape):
         compiled = compile_for(generation, pages=2**17 // shape.get("page_size", 16), row_major=True, **shape)
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
+
+    @parameterized.parameters("pksd", "p2ksd")
+    def test_a_cache_with_pages_before_heads_is_not_copied(self, cache_layout):
+        compiled = compile_for("v5e", pages=2**13, cache_layout=cache_layout)
+        self.check(compiled)
         memory = compiled.memory_analysis()
         self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
 
