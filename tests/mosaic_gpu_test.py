@@ -436,6 +436,21 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
+    @parameterized.named_parameters(
+        ("chunk", {}, {}),
+        ("decode", dict(seqs=16, tokens=16), dict(cfg=PrefillPageAttentionConfig(num_splits=2))),
+        ("wide_heads", dict(head_dim=512, value_dim=512), dict(sliding_window=50, attn_logits_soft_cap=30.0)),
+        ("float16", dict(dtype=jnp.float16), dict(platform="pallas")),
+    )
+    def test_the_program_is_the_same_with_x64_on(self, operands, parameters):
+        def program():
+            call = functools.partial(ragged_paged_prefill, **dict(platform="cuda", return_lse=True) | parameters)
+            return jax.jit(call).trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
+
+        narrow = program()
+        with jax.enable_x64(True):
+            self.assertEqual(program(), narrow)
+
     @parameterized.parameters(1, 3)
     def test_sinks_have_their_part_before_results_are_rounded(self, num_splits):
         """The results are those of the kernel, or of the one merge."""

@@ -145,6 +145,21 @@ class CompileTest(parameterized.TestCase):
         sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
         self.check(compile_for(generation, **sizes, config=None))
 
+    def test_programs_are_the_same_with_x64_on(self):
+        shape, ints = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct(s, "int32") for s in ((3,), (3, 40), (4,))]
+        cache, new = shape((2, 64, 16, 128), "bfloat16"), shape((40, 2, 128), "bfloat16")
+        attend = functools.partial(paged_prefill.ragged_paged_prefill, platform="pallas", return_lse=True)
+        calls = [(attend, shape((40, 4, 128), "bfloat16"), cache, cache), (paged_prefill.append_to_pages, cache, cache, new, new)]
+
+        def programs():
+            with compiling_for(device_of("v6e")):
+                for call, *operands in calls:
+                    yield jax.jit(call).trace(*operands, *ints).lower(lowering_platforms=("tpu",)).as_text()
+
+        narrow = [*programs()]
+        with jax.enable_x64(True):
+            self.assertEqual([*programs()], narrow)
+
     def test_without_a_known_tpu_the_xla_kernel_runs(self):
         operands = [jnp.zeros(s, "bfloat16") for s in ((4, 2, 128), (2, 3, 16, 128), (2, 3, 16, 128))]
         operands += [jnp.zeros(s, "int32") for s in ((1,), (1, 2), (2,))]
