@@ -62,9 +62,15 @@ def append(*operands, device, present, cache_batch_dims, cache_layout, to_be_cut
 
 
 def _lower(ctx, operands, function, **parameters):
-    """Lowers a function of plain arrays: what the types say about meshes is settled by now."""
+    """Lowers a function of plain arrays: what the types say about meshes is settled by now.
+
+    No operand is wider than 32 bits. So no constant of a kernel is either, whatever `jax_enable_x64` says, but among
+    symbolic sizes, which are as wide as it says.
+    """
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    return mlir.lower_fun(functools.partial(function, **parameters))(ctx.replace(avals_in=plain), *operands)
+    symbolic = not all(isinstance(size, int) for aval in plain for size in aval.shape)
+    with contextlib.nullcontext() if symbolic else jax.enable_x64(False):
+        return mlir.lower_fun(functools.partial(function, **parameters))(ctx.replace(avals_in=plain), *operands)
 
 
 def _register(platform):

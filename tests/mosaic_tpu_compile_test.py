@@ -30,14 +30,15 @@ SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
 
 def compile_for(
     generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
-    pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False, **parameters,
+    pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False,
+    cache_layout="kpsd", **parameters,
 ):  # fmt: skip
     """Compiles the public call; with `row_major`, for caches in row-major layout, else in the one that XLA chooses.
 
     Caches of a dtype of their own have scales of each slot.
     """
     device = device_of(generation)
-    cache = (kv_heads, pages, page_size)
+    cache = tuple(dict(k=kv_heads, p=pages, s=page_size, **{"2": 2})[dim] for dim in cache_layout[:-1])
     shapes = [(tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim)]
     shapes += [(seqs,), (seqs, pages_per_seq), (seqs + 1,)]
     sharding = SingleDeviceSharding(device)
@@ -47,11 +48,12 @@ def compile_for(
         jax.ShapeDtypeStruct(shape, dtypes[i], sharding=of_cache if i in (1, 2) else sharding)
         for i, shape in enumerate(shapes)
     ]
+    if "2" in cache_layout:
+        operands[2] = None
     scale = jax.ShapeDtypeStruct(cache, "float32", sharding=sharding)
     scales = dict(key_scale=scale, value_scale=scale) if cache_dtype else {}
-    call = functools.partial(
-        paged_prefill.ragged_paged_prefill, **parameters, return_lse=True, platform=platform, cfg=config
-    )
+    parameters |= dict(return_lse=True, platform=platform, cfg=config, cache_layout=cache_layout)
+    call = functools.partial(paged_prefill.ragged_paged_prefill, **parameters)
     with compiling_for(device):
         return jax.jit(call).trace(*operands, **scales).lower(lowering_platforms=("tpu",)).compile()
 
@@ -98,6 +100,13 @@ class CompileTest(parameterized.TestCase):
         memory = compiled.memory_analysis()
         self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
 
+    @parameterized.parameters("pksd", "p2ksd")
+    def test_a_cache_with_pages_before_heads_is_not_copied(self, cache_layout):
+        compiled = compile_for("v5e", pages=2**13, cache_layout=cache_layout)
+        self.check(compiled)
+        memory = compiled.memory_analysis()
+        self.assertLess(memory.temp_size_in_bytes, memory.argument_size_in_bytes // 16)
+
     def test_a_cache_in_the_layout_of_jnp_zeros_is_copied_where_head_dim_is_no_multiple_of_128(self):
         # XLA would put the pages on the lanes, 64 features being half of them, and no kernel can fetch a page then. If
         # this fails, XLA has learned better, and what docs/serving.md says of it can go.
@@ -135,6 +144,21 @@ class CompileTest(parameterized.TestCase):
     def test_heuristic_sizes_fit(self, generation):
         sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
         self.check(compile_for(generation, **sizes, config=None))
+
+    def test_programs_are_the_same_with_x64_on(self):
+        shape, ints = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct(s, "int32") for s in ((3,), (3, 40), (4,))]
+        cache, new = shape((2, 64, 16, 128), "bfloat16"), shape((40, 2, 128), "bfloat16")
+        attend = functools.partial(paged_prefill.ragged_paged_prefill, platform="pallas", return_lse=True)
+        calls = [(attend, shape((40, 4, 128), "bfloat16"), cache, cache), (paged_prefill.append_to_pages, cache, cache, new, new)]
+
+        def programs():
+            with compiling_for(device_of("v6e")):
+                for call, *operands in calls:
+                    yield jax.jit(call).trace(*operands, *ints).lower(lowering_platforms=("tpu",)).as_text()
+
+        narrow = [*programs()]
+        with jax.enable_x64(True):
+            self.assertEqual([*programs()], narrow)
 
     def test_without_a_known_tpu_the_xla_kernel_runs(self):
         operands = [jnp.zeros(s, "bfloat16") for s in ((4, 2, 128), (2, 3, 16, 128), (2, 3, 16, 128))]
