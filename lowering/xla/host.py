@@ -18,7 +18,7 @@ class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 4
+    version = 5
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     joins_sinks = True

@@ -126,8 +126,6 @@ class Walker:
         here = {name: _taken(x, token) for name, x in by_token.items() if name != "query"}
         tile, low, high = self._tile(sequence, number, rows, here.get("ranges"))
         seen = _Seen(low, high, here.get("tree"))
-        # Loops are handed tiles packed into one array.
-        packed = lax.optimization_barrier(jnp.stack([*tile, split, sequence.splits], axis=1))
 
         head_blocks = problem.num_kv_heads // walk.heads
         place = token * head_blocks + head_block
@@ -141,20 +139,24 @@ class Walker:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         first_head = self.call.kv_head_start + head_block * walk.heads
 
-        def step(i, running):
-            _, *pages = _kept_in_loop(turn if i is None else i, *self.pages.values())
-            *tile, split, splits = jnp.unstack(packed, axis=1)
-            number = split if i is None else i * splits + split
-            block, visible = self._block(_Tile(*tile), number, seen, first_head, pages)
+        def step(i, running, tile=tile, number=split):
+            _, *pages = _kept_in_loop(i, *self.pages.values())
+            block, visible = self._block(tile, number, seen, first_head, pages)
             return softmax.fold(running, queries, block, visible, scale, self.attention.attn_logits_soft_cap)
 
-        running = softmax.start(queries, problem.value_dim)
         if walk.most_blocks == 1:
-            running = step(None, running)
+            running = step(turn, None)
         else:
+            # A loop is handed its tiles packed into one array.
+            packed = lax.optimization_barrier(jnp.stack([*tile, split, sequence.splits], axis=1))
+
+            def step_of_loop(i, running):
+                *tile, split, splits = jnp.unstack(packed, axis=1)
+                return step(i, running, _Tile(*tile), i * splits + split)
+
             left = self._blocks(tile) - split
             turns = jnp.max(_divided(jnp.maximum(left + (sequence.splits - 1), 0), sequence.splits))
-            running = lax.fori_loop(0, turns, step, running)
+            running = lax.fori_loop(0, turns, step_of_loop, softmax.start(queries, problem.value_dim))
         if walk.splits > 1:
             running = softmax.merge_lanes(running, sequence.splits > 1, walk.splits)
             place = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)  # the first has it all
@@ -268,7 +270,7 @@ class Walker:
         result.insert(result.index("page_size"), "runs")
         shape = (walk.lanes, walk.runs)
         gathered = lax.gather(
-            array,
+            _bits(array),
             jnp.stack([jnp.broadcast_to(at[dim], shape) for dim in starts], axis=-1),
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(map(result.index, offset)),
@@ -278,6 +280,7 @@ class Walker:
             [{"kv_heads": walk.heads}.get(dim, 1 if dim in single else size) for dim, size in zip(dims, array.shape)],
             mode=lax.GatherScatterMode.CLIP,
         )
+        gathered = _floats(gathered, array.dtype)
         order = [dim for dim in ("2", "lanes", "kv_heads", "runs", "page_size", "features") if dim in result]
         gathered = gathered.transpose(*map(result.index, order))
         both = gathered.reshape(-1, walk.lanes, walk.heads, walk.block_kv, *gathered.shape[order.index("page_size") + 1 :])
@@ -360,16 +363,18 @@ def _divided(number, by):
 
 
 def _kept_in_loop(i, *arrays):
-    """Arrays that a loop's body gathers from, tied to its counter.
-
-    XLA's CPU compiler gathers bfloat16 in float32 (jaxlib 0.10), and would else convert whole caches ahead of the loop.
-    """
+    """Arrays that a loop's body gathers from, tied to its counter: else whole caches would be converted ahead of it."""
     return lax.optimization_barrier((i, *arrays))
 
 
 def _bits(x):
-    """16-bit floats as integers: XLA's CPU compiler scatters those as they are, and bfloat16 in float32."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    """Floats of 8 and 16 bits as integers: XLA's CPU compiler gathers and scatters those as they are.
+
+    Others it does in wider floats, bfloat16 with jaxlib 0.10 too: a gather takes half as long again.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
+        return x
+    return lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8)
 
 
 def _floats(bits, dtype):

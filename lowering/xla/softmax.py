@@ -38,14 +38,17 @@ def start(queries: Float[Array, "lanes kv_heads rows head_dim"], value_dim: int)
 
 
 def fold(
-    running: Running,
+    running: Running | None,
     queries: Float[Array, "lanes kv_heads rows head_dim"],
     block: Block,
     visible: Bool[Array, "lanes height keys"] | None,
     scale: float,
     soft_cap: float | None,
 ) -> Running:
-    """What is running once a block has joined; `visible` says which tokens see which keys, None that all see all."""
+    """What is running once a block has joined, the first of all where nothing runs yet.
+
+    `visible` says which tokens see which keys, None that all see all.
+    """
     logits = _logits(queries, block.keys) * scale
     if block.key_scale is not None:
         logits *= block.key_scale[:, :, None, :]
@@ -55,11 +58,12 @@ def fold(
         lanes, height, keys = visible.shape
         of_tokens = logits.reshape(lanes, logits.shape[1], height, -1, keys)
         logits = jnp.where(visible[:, None, :, None, :], of_tokens, -jnp.inf).reshape(logits.shape)
-    largest = jnp.maximum(running.largest, jnp.max(logits, axis=-1))
+    largest = jnp.max(logits, axis=-1)
+    if running is not None:
+        largest = jnp.maximum(running.largest, largest)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
     weights = jnp.exp(logits - shift[..., None])
     total = jnp.sum(weights, axis=-1)
-    fade = jnp.exp(running.largest - shift)
     value_scale = block.value_scale
     if value_scale is not None and value_scale.shape[-1] > 1:
         # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
@@ -68,6 +72,9 @@ def fold(
     update = _product("lhqk,lhkd->lhqd", weights.astype(block.values.dtype), block.values)
     if value_scale is not None:
         update *= value_scale[..., None]
+    if running is None:
+        return Running(largest, total, update)
+    fade = jnp.exp(running.largest - shift)
     return Running(largest, running.total * fade + total, running.unnormalised * fade[..., None] + update)
 
 
