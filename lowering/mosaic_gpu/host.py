@@ -90,7 +90,8 @@ class MosaicGpu(Kernel):
         first = self.heuristic(problem, device)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
-        changes += [dict(block_q=rows), dict(block_q=rows // 2)]
+        tokens = (2 * first.block_q, 4 * first.block_q) if _wide(problem) else (rows, rows // 2)
+        changes += [dict(block_q=block_q) for block_q in tokens]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
