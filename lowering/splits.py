@@ -2,10 +2,11 @@
 
 import functools
 
+from jax import lax
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 MAX_SPLITS = 64
@@ -60,18 +61,33 @@ def best_splits(
     return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 
-def merge_splits(out, lse, dtype, sinks=None):
+def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False):
     """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
 
-    `sinks` [...] are as the lse of one more part, of value 0.
+    `lse` is [splits, tokens, q_heads], or [splits, q_heads, tokens] `by_head`. `sinks` [tokens, q_heads] are as the lse
+    of one more part, of value 0.
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
-    # Written out: XLA fuses that into one kernel, where every reduction is one more.
-    parts = [*lse] if sinks is None else [*lse, sinks]
+    # Written out: XLA fuses that into one kernel, where every reduction is one more. What features share, such as the
+    # weights, and slices that it turns round would have a kernel of their own too: so each feature looks up its lse.
+    every, (splits, tokens, heads, _) = jnp.asarray(lse).reshape(-1), out.shape
+    token, head = (lax.broadcasted_iota(jnp.int32, out.shape[1:], axis) for axis in range(2))
+    place = head * tokens + token if by_head else token * heads + head
+    parts = [every.at[place + split * tokens * heads].get(mode="promise_in_bounds") for split in range(splits)]
+    parts += [] if sinks is None else [jnp.broadcast_to(sinks[..., None], out.shape[1:])]
+    largest, weights, total = _weights(parts)
+    summed = functools.reduce(jnp.add, [w * o for w, o in zip(weights, out)])
+    factor, _ = factor_and_lse(total, largest)
+    merged = jnp.where(total == 0, 0.0, summed * factor).astype(dtype)
+
+    of_rows = [*(jnp.matrix_transpose(lse) if by_head else lse), *([] if sinks is None else [sinks])]
+    largest, _, total = _weights(of_rows)
+    return merged, factor_and_lse(total, largest)[1]
+
+
+def _weights(parts):
+    """The largest of some lse, the weights of their softmax by it, and the sum of these."""
     largest = functools.reduce(jnp.maximum, parts)
     weights = [jnp.exp(part - jnp.where(jnp.isneginf(largest), 0.0, largest)) for part in parts]
-    total = functools.reduce(jnp.add, weights)
-    summed = functools.reduce(jnp.add, [w[..., None] * o for w, o in zip(weights, out)])
-    merged, lse = normalised(summed, total, largest)
-    return merged.astype(dtype), lse
+    return largest, weights, functools.reduce(jnp.add, weights)

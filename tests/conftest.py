@@ -1,5 +1,6 @@
 """The machine that tests run on: 8 virtual CPU devices, unless the caller's environment says otherwise. As in BUILD."""
 
+import gc
 from importlib import metadata
 import os
 
@@ -20,6 +21,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _collect_seldom():
+    """Tracing makes so many objects that Python would look for garbage among them a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Compiled programs are mapped into memory, some 30 maps a test, and Linux gives a process 65,530."""
@@ -27,3 +35,4 @@ def _forget_programs():
     import jax  # reads the environment above
 
     jax.clear_caches()
+    gc.collect()  # programs that a cycle holds

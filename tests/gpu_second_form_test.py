@@ -62,11 +62,29 @@ HOPPER = {
 }  # fmt: skip
 
 
+# Outputs that two of its warpgroups share; rows are tokens of a head, or where groups are large heads of a token.
+MLA = ALONE["mla"]
+WIDE = dict(
+    d512=dict(head_dim=512, value_dim=512, page_size=8),
+    d512_in_pages_of_256=dict(head_dim=512, value_dim=512, q_heads=2, page_size=256, tree_words=3, key_ranges=True),
+    d320=dict(head_dim=320, value_dim=384, page_size=32, sinks=True),
+    d128=dict(head_dim=128, value_dim=512, q_heads=24, kv_heads=1, tree_words=2, layers=2),
+    d576=dict(head_dim=576, value_dim=128, page_size=64, q_heads=3, kv_heads=1),
+    mla_of_32=dict(MLA, q_heads=32, page_size=8, key_ranges=True, tree_words=2, sinks=True, layers=2),
+    mla_of_64=dict(MLA, q_heads=64, page_size=64, tree_words=1, sinks=True),
+    mla_of_128=dict(MLA, q_heads=128),
+    mla_of_24=dict(MLA, q_heads=24, page_size=32, key_ranges=True),
+    latent_heads=dict(latent=True, head_dim=192, value_dim=128, q_heads=32, page_size=128, sinks=True),
+)
+
+
 def takes(kernel, kind) -> bool:
-    """Whether the kernel has the features of such a call."""
+    """Whether the kernel has the features and dims of such a call."""
     needed = {"latent": kind.get("latent"), "quantised": "cache_dtype" in kind, "key_ranges": "key_ranges" in kind}
-    narrow = kernel == "triton" or kind.get("head_dim", 128) <= 256
-    return narrow and KERNELS["cuda"][kernel].features >= {name for name, has in needed.items() if has}
+    head_dim = kind.get("head_dim", 128)
+    wide_in_8_bits = "cache_dtype" in kind and (head_dim > 256 or kind.get("latent"))
+    fits = kernel == "triton" or (head_dim % 64 == 0 and not wide_in_8_bits)
+    return fits and KERNELS["cuda"][kernel].features >= {name for name, has in needed.items() if has}
 
 
 def named(*tables, kernels=tuple(DTYPES)):
@@ -97,10 +115,13 @@ class GpuSecondFormTest(parameterized.TestCase):
             self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
 
     def attend(self, call, kernel="triton", **parameters):
+        return self.compiled(kernel, **parameters)(call)
+
+    def compiled(self, kernel, **parameters):
         if kernel == "mosaic_gpu" and self.device.compute_capability != "9.0":
             self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {self.device.compute_capability}")
         run = functools.partial(ragged_paged_prefill, platform=PLATFORMS[kernel], return_lse=True, **parameters)
-        return jax.jit(lambda call: run(**call))(call)
+        return jax.jit(lambda call: run(**call))
 
     def check(self, seed, kernel, kind, *, cfg=None, **parameters):
         kind = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, head_dim=128, page_size=16, tokens_before=3) | kind
@@ -108,11 +129,15 @@ class GpuSecondFormTest(parameterized.TestCase):
         parameters |= dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
         oracle.assert_matches(call, *self.attend(call, kernel, cfg=cfg, **parameters), **parameters)
 
-    @parameterized.named_parameters(named(ALONE, QUANTISED_KINDS, COMBINED) + named(HOPPER, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(
+        named(ALONE, QUANTISED_KINDS, COMBINED) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+    )
     def test_matches_the_oracle(self, kernel, kind, dtype):
         self.check(0, kernel, dict(kind, dtype=dtype))
 
-    @parameterized.named_parameters(named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(
+        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+    )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
@@ -128,6 +153,30 @@ class GpuSecondFormTest(parameterized.TestCase):
     @parameterized.named_parameters(named(QUANTISED_KINDS))
     def test_windows_over_quantised_caches(self, kernel, kind, dtype):
         self.check(3, kernel, dict(kind, dtype=dtype), sliding_window=100)
+
+    @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
+    def test_windows_over_wide_heads(self, kernel, kind, dtype):
+        if "key_ranges" not in kind:
+            parameters = dict(sliding_window=100, softmax_scale=-0.05)
+            self.check(11, kernel, dict(kind, dtype=dtype, sliding_window=100), **parameters)
+            self.check(12, kernel, dict(kind, dtype=dtype, sequences=DECODE, sliding_window=100), **parameters)
+
+    @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
+    def test_wide_heads_have_the_same_bits_whatever_is_beside_them(self, kernel, kind, dtype):
+        """Each time, with other poison where no row looks, and with wild numbers in the rows beside."""
+        kind = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, page_size=16, tokens_before=0) | kind
+        call = poisoned.make_call(13, **kind, dtype=dtype)
+        run = self.compiled(kernel, **(dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}))
+        first = run(call)
+        other = dict(call, query=call["query"].copy())
+        poisoned.poison_unseen(np.random.default_rng(99), other)
+        chex.assert_trees_all_equal(run(other), first)
+        other["query"][1::2] *= 100
+        others = run(other)
+        self.assertTrue(np.any(np.asarray(others[0])[1::2] != np.asarray(first[0])[1::2]))
+        chex.assert_trees_all_equal(*[[array[::2] for array in results] for results in (others, first)])
+        for _ in range(5):
+            chex.assert_trees_all_equal(run(call), first)
 
     @parameterized.product(kernel=tuple(DTYPES), softmax_scale=(0.2, -0.1, 0.0), dtype=QUANTISED)
     def test_scales_of_any_sign(self, kernel, softmax_scale, dtype):
@@ -194,13 +243,17 @@ class GpuSecondFormTest(parameterized.TestCase):
         self.assertTrue(np.any(results[0][0][1::2] != results[1][0][1::2]))
         chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
 
-    @parameterized.product(kernel=tuple(DTYPES), scale=(None, "head", "slot"))
-    def test_invariant(self, kernel, scale):
+    @parameterized.product(
+        kernel=tuple(DTYPES),
+        kind=({}, quantised_by("head"), quantised_by("slot"), dict(head_dim=512, value_dim=512), dict(MLA, q_heads=64)),
+    )
+    def test_invariant(self, kernel, kind):
         """Each sequence alone has the bits that it has in the pack."""
-        kind = dict(q_heads=8, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
-        call = poisoned.make_call(5, SEQUENCES, **kind, **quantised_by(scale))
+        parameters = dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
+        usual = dict(q_heads=8, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
+        call = poisoned.make_call(5, SEQUENCES, **usual | kind)
         with policy("invariant"):
-            together = self.attend(call, kernel)
+            together = self.attend(call, kernel, **parameters)
             for seq, (length, _) in enumerate(SEQUENCES):
                 start = call["query_offsets"][seq]
                 rows = slice(start, start + length)
@@ -212,7 +265,7 @@ class GpuSecondFormTest(parameterized.TestCase):
                     page_indices=call["page_indices"][seq : seq + 1],
                     query_offsets=np.int32([0, length]),
                 )
-                chex.assert_trees_all_equal(self.attend(alone, kernel), tuple(x[rows] for x in together))
+                chex.assert_trees_all_equal(self.attend(alone, kernel, **parameters), tuple(x[rows] for x in together))
 
     def test_every_feature_is_taken(self):
         self.assertEqual(KERNELS["cuda"]["triton"].features, KERNELS["cuda"]["xla"].features)

@@ -1,5 +1,6 @@
 """What of the Hopper kernel can be tested without a GPU: its schedule, what it refuses, and that it lowers."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -14,9 +15,11 @@ from paged_prefill import PrefillPageAttentionConfig, lowering, ragged_paged_pre
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
 from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu.hopper import softmax
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.context import policy
 from paged_prefill.tests import packs, poisoned, problems
 
 KERNEL = host.MosaicGpu()
@@ -147,11 +150,16 @@ class ScheduleTest(parameterized.TestCase):
 class SupportsTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("float32", dict(dtype="float32"), HOPPER, "float32"),
-        ("head_dim", dict(head_dim=80), HOPPER, "head_dim of 64, 128, 192 or 256, not 80"),
-        ("head_dim_too_large", dict(head_dim=320), HOPPER, "320"),
-        ("value_dim", dict(value_dim=72), HOPPER, "value_dim"),
+        ("head_dim", dict(head_dim=80), HOPPER, "head_dim of a multiple of 64 up to 576, not 80"),
+        ("head_dim_too_large", dict(head_dim=640), HOPPER, "up to 576"),
+        ("value_dim", dict(value_dim=72), HOPPER, "value_dim of a multiple of 64 up to 512, not 72"),
+        ("value_dim_too_large", dict(value_dim=576), HOPPER, "up to 512"),
+        ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "multiple of 128 up to 512 with"),
+        ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
+        ("latent_values_of_192", dict(features=("latent",), head_dim=256, value_dim=192), HOPPER, "a latent cache or"),
+        ("quantised_and_wide", dict(head_dim=512, cache_dtype="int8", features=("quantised",)), HOPPER, "up to 256"),
+        ("quantised_and_latent", dict(cache_dtype="int8", features=("latent", "quantised")), HOPPER, "no latent ones"),
         ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
-        ("latent", dict(features=("latent",)), HOPPER, "does not take a latent cache"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
         ("endless_pool", dict(num_pages=2**26), HOPPER, "at most 2147483647 rows"),
@@ -183,6 +191,38 @@ class SupportsTest(parameterized.TestCase):
             self.assertLessEqual(host.shared_bytes(given, config), host.SHARED_BYTES)
             self.assertIsNone(KERNEL.misfit(given, device, config))
 
+    @parameterized.product(
+        dims=((512, 512, ()), (320, 128, ()), (64, 384, ()), (576, 512, ("latent",)), (128, 128, ("latent",))),
+        page_size=(8, 192),
+        pack=((1, 1), (16, 16), (5000, 1)),
+        group=(1, 12, 16, 128),
+    )
+    def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group):
+        (head_dim, value_dim, features), (tokens, seqs) = dims, pack
+        given = problem(head_dim=head_dim, value_dim=value_dim, page_size=page_size, tokens=tokens, seqs=seqs,
+                        q_heads=2 * group, features=features)
+        self.assertIsNone(KERNEL.supports(given, HOPPER))
+        configs = KERNEL.candidates(given, HOPPER)
+        self.assertEqual(configs[0], KERNEL.heuristic(given, HOPPER))
+        with policy("invariant"):
+            configs.append(KERNEL.heuristic(given, HOPPER))
+        for config in configs:
+            self.assertEqual((config.block_kv, config.num_warps), (64, 12))
+            self.assertLessEqual(host.shared_bytes(given, config), host.SHARED_BYTES)
+            self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+        heads = 64 // configs[0].block_q
+        self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
+
+    @parameterized.parameters(
+        (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),
+        (dict(block_q=128), "block_q must divide"), (dict(block_q=4), "at least 8, or 1, 2 or 4 of wide heads"),
+        (dict(num_stages=2), "num_stages"),
+    )
+    def test_sizes_that_do_not_fit_wide_heads(self, sizes, reason):
+        given = problem(head_dim=512, value_dim=512)
+        config = dataclasses.replace(KERNEL.heuristic(given, HOPPER), **sizes)
+        self.assertIn(reason, KERNEL.misfit(given, HOPPER, config))
+
     @parameterized.named_parameters(
         ("many_tiles", dict(tokens=8192), 16),
         ("few_tiles", dict(tokens=2048), 12),
@@ -199,13 +239,14 @@ class SupportsTest(parameterized.TestCase):
 
 
 class PlanTest(parameterized.TestCase):
-    def plan(self, **changes):
+    @staticmethod
+    def plan(**changes):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
                       tokens=100, tiles=3, num_pages=64, pages_per_seq=20, pools=1,
                       pool_rows=2048, seqs_of_pool=1, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
                       block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
-                      window=None, has_ranges=False, tree_words=0, dtype="bfloat16", cache_dtype="bfloat16",
-                      key_scale=None, value_scale=None)
+                      window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
+                      cache_dtype="bfloat16", key_scale=None, value_scale=None)
         return Plan(**(fields | changes))
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
@@ -217,7 +258,8 @@ class PlanTest(parameterized.TestCase):
         self.assertGreaterEqual(largest, 0)
 
     @parameterized.parameters(
-        dict(soft_cap=None), dict(soft_cap=60.0), dict(soft_cap=1e4), dict(warpgroups=1), dict(dtype="float16")
+        dict(soft_cap=None), dict(soft_cap=60.0), dict(soft_cap=1e4), dict(warpgroups=1), dict(dtype="float16"),
+        dict(head_dim=512),
     )
     def test_a_maximum_is_looked_for_where_no_fixed_one_does(self, **changes):
         self.assertIsNone(self.plan(**changes).fixed_maximum)
@@ -241,6 +283,29 @@ class PlanTest(parameterized.TestCase):
 
 
     @parameterized.parameters(
+        (dict(block_q=1), (64, 1)), (dict(block_q=4), (16, 4)), (dict(block_q=8), (8, 8)), (dict(block_q=64), (1, 64)),
+    )  # fmt: skip
+    def test_each_row_of_a_wide_tile_is_a_head_and_a_token(self, changes, sizes):
+        """Those that are copied together lie together in the query: a token's heads, or a head's tokens."""
+        plan = self.plan(soft_cap=None, head_dim=512, value_dim=512, **changes)
+        rows = [plan.head_and_token(row) for row in range(plan.rows)]
+        self.assertLen(rows, 64)
+        self.assertEqual(sorted(rows), sorted(np.ndindex(sizes)))
+        self.assertGreaterEqual(plan.slab, 8)
+        for first in range(0, 64, plan.slab):
+            for row in range(plan.slab):
+                head, token = rows[first]
+                step = (row, 0) if plan.by_token else (0, row)
+                self.assertEqual(rows[first + row], (head + step[0], token + step[1]))
+
+    def test_two_warpgroups_share_a_wide_block_and_its_output(self):
+        plan = self.plan(soft_cap=None, head_dim=576, value_dim=512, block_q=1, block_kv=64, latent=True)
+        self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns, plan.slabs), (64, 32, 256, 1))
+        self.assertFalse(plan.takes_turns)
+        plan = self.plan(soft_cap=None)
+        self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
+
+    @parameterized.parameters(
         (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
         (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
     )  # fmt: skip
@@ -259,6 +324,68 @@ class PlanTest(parameterized.TestCase):
             self.assertLessEqual(128 * (warpgroups * computes + sum(loads)), start * threads)
 
 
+class SharedRowsTest(parameterized.TestCase):
+    """The arithmetic of two warpgroups that share rows: each weighs its half of the keys, by a maximum of both."""
+
+    def attend(self, logits, values, softmax_scale):
+        plan = PlanTest.plan(soft_cap=None, head_dim=512, value_dim=512, block_q=8, block_kv=64,
+                             softmax_scale=softmax_scale)
+        shared = softmax.Softmax(plan)
+        shape = (64, values.shape[1] // 2)
+        running = [(jnp.zeros(shape), jnp.full(64, -jnp.inf), jnp.zeros((64, 8)))] * 2
+        with mock.patch.object(softmax, "any_in_warp", lambda flags, after: jnp.any(flags)):
+            for first in range(0, logits.shape[1], 64):
+                block = jnp.asarray(logits[:, first : first + 64])
+                largest, halves = block.max(axis=1), jnp.split(block, 2, axis=1)
+                steps = [shared.step_together(half, largest, *own) for half, own in zip(halves, running)]
+                weights = jnp.concatenate([step[0] for step in steps], axis=1)
+                columns = jnp.split(jnp.asarray(values[first : first + 64]), 2, axis=1)
+                running = [(acc + weights @ own, m, l) for (_, acc, m, l), own in zip(steps, columns)]
+        total = sum(l.sum(axis=1) for _, _, l in running)
+        results = [shared.result(acc, m, total) for acc, m, _ in running]
+        chex.assert_trees_all_equal(results[0][1], results[1][1])
+        return np.concatenate([out for out, _ in results], axis=1), np.asarray(results[0][1])
+
+    def operands(self):
+        """Rows whose logits grow from block to block or not, that see few keys, or none."""
+        rng = np.random.default_rng(0)
+        logits = rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-1, 3, (64, 1))
+        logits[::3] += np.repeat([0, 300, -500, 900], 64)
+        logits[1::3, 128:] = -np.inf
+        logits[2::6] = np.where(rng.random(256) < 0.02, logits[2::6], -np.inf)
+        logits[7] = -np.inf
+        return logits.astype(np.float32), rng.standard_normal((256, 16), np.float32)
+
+    @parameterized.parameters(0.1, 1.0)
+    def test_is_a_softmax_over_both_halves_of_all_blocks(self, softmax_scale):
+        logits, values = self.operands()
+        out, lse = self.attend(logits, values, softmax_scale)
+        exact = np.float64(softmax_scale) * logits
+        largest = np.maximum(exact.max(axis=1, keepdims=True), -1e300)
+        weights = np.exp(exact - largest)
+        total = weights.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(out, weights @ values / np.maximum(total, 1e-300), rtol=1e-4, atol=1e-5)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(lse, (largest + np.log(total))[:, 0], rtol=1e-5, atol=1e-5)
+        self.assertEqual((lse[7], np.abs(out[7]).max()), (-np.inf, 0))
+
+    def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
+        logits, values = self.operands()
+        logits[1::2] = logits[1::2] * 1e-3
+        logits[::2] = logits[::2, :1] * np.ones(256, np.float32)  # their maximum stays
+        wild = logits.copy()
+        wild[1::2] += np.repeat(np.float32([0, 400, 800, 1600]), 64)
+        results = [self.attend(each, values, 1.0) for each in (logits, wild)]
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    def test_a_row_that_sees_nan_has_nan(self):
+        logits, values = self.operands()
+        logits[5, 70] = np.nan
+        out, lse = self.attend(logits, values, 0.1)
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse)), [5])
+        self.assertTrue(np.all(np.isnan(out[5])))
+
+
 class LoweringTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("chunk", {}, {}),
@@ -269,6 +396,9 @@ class LoweringTest(parameterized.TestCase):
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("wide_heads", dict(head_dim=512, value_dim=512), {}),
+        ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
+        ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),
         ("a_page_table_of_more_slots_than_int32_counts", dict(page_size=2**16, pages_per_seq=2**15 + 1), {}),
     )
     def test_lowers_for_cuda_where_there_is_no_gpu(self, operands, parameters):
@@ -276,17 +406,20 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0))
-    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap):
+    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), latent=(False, True))
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, latent):
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
-        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100)))
+        dims = dict(q_heads=128, kv_heads=1, head_dim=576) if latent else {}
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **dims)))
+        own = dict(value_dim=512, value_cache=None) if latent else {}
+        operands = {name: shape for name, shape in operands.items() if name not in own}
         tokens, q_heads, _ = operands["query"].shape
         operands |= {"key_ranges": jax.ShapeDtypeStruct((tokens, 2), jnp.int32)} if ranges else {}
         operands |= {"tree_mask": jax.ShapeDtypeStruct((tokens, words), jnp.uint32)} if words else {}
         operands |= {"sinks": jax.ShapeDtypeStruct((q_heads,), jnp.float32)} if sinks else {}
         window = None if ranges or sinks else 50
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap,
-                                         sliding_window=window))
+                                         sliding_window=window, **own))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.product(
@@ -330,6 +463,7 @@ class LoweringTest(parameterized.TestCase):
         lse = np.where(seen, lse, np.float32(-np.inf))
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
+        chex.assert_trees_all_equal(merge_splits(out, lse.swapaxes(1, 2), jnp.float32, sinks, by_head=True), merged)
         want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
         chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 

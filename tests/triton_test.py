@@ -133,7 +133,7 @@ COMPILED = {
         (MLA, {}),
         (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_100": [({}, {}), (MLA, {})],
+    "sm_100": [(MLA, {})],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {})],

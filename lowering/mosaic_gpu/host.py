@@ -15,7 +15,7 @@ from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
@@ -29,6 +29,7 @@ MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
+MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
@@ -36,9 +37,11 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 10
+    version = 11
     platforms = ("cuda",)
-    features = frozenset({"key_ranges", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES}))
+    features = frozenset(
+        {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
+    )
     invariant = True
     joins_sinks = True
 
@@ -51,9 +54,18 @@ class MosaicGpu(Kernel):
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
         if _quantised(problem) and problem.layout.name != DEFAULT_LAYOUT:
             return f'takes quantised caches in cache_layout="{DEFAULT_LAYOUT}" only'
-        for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
-            if size % COLUMNS or not 0 < size <= 256:
-                return f"takes a {name} of 64, 128, 192 or 256, not {size}"
+        if _quantised(problem) and _wide(problem):
+            return f"takes quantised caches of heads up to {WARPGROUP_COLUMNS} only, and no latent ones"
+        # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
+        shares, where = 1, ""
+        if _wide(problem):
+            shares, where = 2, f" with a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"
+        for name, size, multiple, most in (
+            ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM),
+            ("value_dim", problem.value_dim, shares * COLUMNS, MOST_VALUE_DIM),
+        ):
+            if size % multiple or not 0 < size <= most:
+                return f"takes a {name} of a multiple of {multiple} up to {most}{where}, not {size}"
         if _block_kv(problem) is None:
             return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
         rows = problem.pools * problem.rows["pool"]
@@ -76,25 +88,32 @@ class MosaicGpu(Kernel):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
-        rows = _rows(first)
+        rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         changes += [dict(block_q=rows), dict(block_q=rows // 2)]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
-        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS:
+        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        if _wide(problem) and config.num_warps != 12:
+            return f"cfg.num_warps must be 12 (4 of them load) with a head_dim of more than 256, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16):
             return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
-        rows = _rows(config)
+        rows = _rows(problem, config)
         whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
-        if config.block_q < 8 or rows % config.block_q or not whole:
+        if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
+        if config.block_q < 8 and (not _wide(problem) or problem.group % (rows // config.block_q)):
+            takes = f"of wide heads, where {rows} / block_q divides the heads of a group"
+            return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
+        if _wide(problem) and block != 64:
+            return f"cfg.block_kv must be 64 with a head_dim of more than 256, got {block}"
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
         # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
@@ -127,16 +146,19 @@ class MosaicGpu(Kernel):
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
         values = call.key_pages if problem.layout.combined else call.value_pages
-        rows = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in (call.key_pages, values)]
+        caches = [call.key_pages] if values is None else [call.key_pages, values]
+        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks if plan.splits == 1 else None
         optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
-        out, lse = launch(plan, _schedule(call, plan), query, *rows, optional)
-        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens).mT
-        out = out.reshape(*lse.shape, problem.value_dim)
-        return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
+        out, lse = launch(plan, _schedule(call, plan), query, caches, optional)
+        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
+        out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
+        if plan.splits == 1:
+            return out[0], lse[0].T
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True)
 
 
 def _schedule(call: Call, plan: Plan):
@@ -198,6 +220,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         window=problem.attention.sliding_window,
         has_ranges=call.ranges is not None,
         tree_words=0 if call.tree is None else call.tree.shape[1],
+        latent="latent" in problem.features,
         dtype=problem.dtype,
         cache_dtype=problem.cache_dtype,
         key_scale=_granularity(call.key_scale),
@@ -219,6 +242,8 @@ def _block_kv(problem: Problem) -> int | None:
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
+    if _wide(problem):
+        return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
     if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -233,10 +258,20 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
     """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
+    if _wide(problem):
+        return replace(_for_wide(problem), num_splits=1)
     heads = min(16, pl.next_power_of_2(problem.group))
     warpgroups = _most_warpgroups(problem)
     config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
     return replace(config, num_splits=1)
+
+
+def _for_wide(problem: Problem) -> PrefillPageAttentionConfig:
+    """64 rows of two warpgroups: 16 heads of a token or more lie together, or 8 tokens of a head or more."""
+    heads = math.gcd(problem.group, WARPGROUP_ROWS)
+    if heads < 16:
+        heads = min(8, pl.next_power_of_2(problem.group))
+    return _sized(problem, WARPGROUP_ROWS // heads, 64, 2)
 
 
 def _most_warpgroups(problem: Problem) -> int:
@@ -248,8 +283,10 @@ def _most_warpgroups(problem: Problem) -> int:
 def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None:
     """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers.
 
-    None where blocks of a quantised cache leave no room for so many rows.
+    None where blocks of a quantised cache leave no room for so many rows, or heads are wide.
     """
+    if _wide(problem):
+        return None
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
@@ -270,12 +307,20 @@ def _config(block_q: int, block_kv: int, warpgroups: int, stages: int) -> Prefil
 
 
 def _fewest_stages(problem: Problem) -> int:
-    """Blocks of a quantised cache, once widened, have others to lie in."""
-    return 1 if _quantised(problem) else 2
+    """Blocks of a quantised cache, once widened, have others to lie in; wide values and keys wait for one another."""
+    return 1 if _quantised(problem) or (_wide(problem) and not _latent(problem)) else 2
 
 
 def _quantised(problem: Problem) -> bool:
     return "quantised" in problem.features
+
+
+def _latent(problem: Problem) -> bool:
+    return "latent" in problem.features
+
+
+def _wide(problem: Problem) -> bool:
+    return is_wide(problem.head_dim, problem.value_dim, _latent(problem))
 
 
 def _warpgroups(config: PrefillPageAttentionConfig) -> int:
@@ -283,14 +328,14 @@ def _warpgroups(config: PrefillPageAttentionConfig) -> int:
     return config.num_warps // 4 - 1
 
 
-def _rows(config: PrefillPageAttentionConfig) -> int:
+def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
-    return _warpgroups(config) * WARPGROUP_ROWS
+    return (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
-    heads = _rows(config) // config.block_q
+    heads = _rows(problem, config) // config.block_q
     tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
@@ -310,20 +355,21 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
 
     def time(config):
         rounds = programs(problem, config) / device.cores
-        return _rows(config) * (rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest)
+        return _rows(problem, config) * (rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest)
 
     return time(three) < THREE_WARPGROUPS * time(two)
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
-    block, features = config.block_kv, problem.head_dim + problem.value_dim
-    blocks = config.num_stages * block * features
+    block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
+    rows, blocks = _rows(problem, config), config.num_stages * block * features
     if not _quantised(problem):
-        return 2 * (_rows(config) * problem.head_dim + blocks) + 3072
+        weights = rows * block if _wide(problem) else 0
+        return 2 * (rows * problem.head_dim + blocks + weights) + 3072
     scales = 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         run = min(problem.page_size, block)
         scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
     wide = widened(block, features) * block * features
-    return 2 * (_rows(config) * problem.head_dim + wide) + blocks + scales + 3072
+    return 2 * (rows * problem.head_dim + wide) + blocks + scales + 3072

@@ -24,18 +24,38 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
 def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
-    rows, tile = attention.rows, piece.tile
+    rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
-    acc, row_lse = attention.run(first, end)
-    owned = rows.owns(rows.rows())
+    store_results(plan, piece, rows, attention.run(first, end), out, lse)
+    attention.pass_over(end, piece.steps)
+
+
+def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column=0):
+    """Writes a warpgroup's output, from that column on, and the lse of its rows."""
+    acc, row_lse = results
     head, token = rows.head_and_token(rows.rows())
-    head, token = piece.head + head, tile.start + token
+    head, token = piece.head + head, piece.tile.start + token
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
     place = (piece.split * plan.tokens + token) * plan.q_heads + head
     lse_place = (piece.split * plan.q_heads + head) * plan.tokens + token
-    store_rows(acc.astype(out.dtype), row_lse, jnp.where(owned, place, -1), lse_place, out, lse)
-    attention.pass_over(end, piece.steps)
+    place = jnp.where(rows.owns(rows.rows()), place, -1)
+    store_rows(acc.astype(out.dtype), row_lse, place, lse_place, out, lse, first_column)
+
+
+def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
+    """Zeroes a warpgroup's share of block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
+    dtype = jnp.dtype(plan.product_dtype)
+    layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, COLUMNS), dtype, SWIZZLE_BYTES)
+    holds = rows.held(i, layout)
+    for c in range(plan.value_dim // COLUMNS):
+
+        @pl.when(warpgroup == c % plan.warpgroups)
+        def _(c=c):
+            part = values.at[:, pl.ds(c * COLUMNS, COLUMNS)]
+            part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
+
+    plgpu.commit_smem()
 
 
 class _Attention:
@@ -155,7 +175,7 @@ class _Attention:
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
         scales = [self._scale_of(i) for i in (0, 1)] if self.plan.exact else None
-        return self.softmax.result(acc, m, l, self.rows.sinks(), scales)
+        return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""
@@ -187,21 +207,11 @@ class _Attention:
         return settled(logits, still_running=1), output
 
     def _clean_values(self, i):
-        """Zeroes values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
-        plan, dtype = self.plan, jnp.dtype(self.plan.product_dtype)
+        """Zeroes values that no row may see, together with the other warpgroups."""
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
-            layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, COLUMNS), dtype, SWIZZLE_BYTES)
-            holds = self.rows.held(i, layout)
-            for c in range(plan.value_dim // COLUMNS):
-
-                @pl.when(self.warpgroup == c % plan.warpgroups)
-                def _(c=c):
-                    part = self.values.at[self._slot_of(i), :, pl.ds(c * COLUMNS, COLUMNS)]
-                    part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
-
-            plgpu.commit_smem()
+            zero_unseen(self.plan, self.rows, self.warpgroup, i, self.values.at[self._slot_of(i)])
             plgpu.barrier_arrive(self.cleaned)
             plgpu.barrier_wait(self.cleaned)
 

@@ -19,6 +19,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, ini
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper import wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -35,10 +36,10 @@ def table_of(tiles: Tiles):
     return sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
 
 
-def launch(plan: Plan, schedule, query, key_rows, value_rows, optional):
+def launch(plan: Plan, schedule, query, caches, optional):
     """Runs the kernel over a schedule: its table, the page table, the pools (of each pack, or sequence), kv_head_start.
 
-    `optional` are the other arrays of the call that there are, by name.
+    `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
     Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
     """
@@ -52,7 +53,7 @@ def launch(plan: Plan, schedule, query, key_rows, value_rows, optional):
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    query_shape = (plan.warpgroups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
+    query_shape = (plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
     views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
@@ -61,16 +62,24 @@ def launch(plan: Plan, schedule, query, key_rows, value_rows, optional):
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
         keys=ring(plan.head_dim),
-        values=ring(plan.value_dim),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
         keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
-        values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
-        values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
-        turn=plgpu.Barrier(num_barriers=plan.warpgroups),
-        cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
+    if not plan.latent:
+        scratch |= dict(
+            values=ring(plan.value_dim),
+            values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
+        )
+    if plan.wide:
+        scratch |= wide.wide_scratch(plan)
+    else:
+        scratch |= dict(
+            turn=plgpu.Barrier(num_barriers=plan.warpgroups),
+            cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
+        )
     if plan.quantised:
         scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
@@ -89,16 +98,17 @@ def launch(plan: Plan, schedule, query, key_rows, value_rows, optional):
         ),
         kernel_name="paged_prefill",
     )
-    arrays = (*schedule, query, key_rows, value_rows, *(array.reshape(-1) for array in optional.values()))
-    return kernel(*arrays)
+    return kernel(*schedule, query, *caches, *(array.reshape(-1) for array in optional.values()))
 
 
-def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, key_rows, value_rows, *others, **scratch):
+def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *others, **scratch):
     """A thread block: one warpgroup loads and the others compute, each going through the block's share of the work.
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *optional, out, lse = others
+    *others, out, lse = others
+    number = len(others) - len(names)
+    caches, optional = others[:number], others[number:]
     optional = dict(zip(names, optional))
     pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -116,7 +126,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, key_ro
 
         lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
 
-    sources = _sources(plan, key_rows, value_rows, optional, **scratch)
+    sources = _sources(plan, caches, optional, **scratch)
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
@@ -124,7 +134,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, key_ro
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         shared = dict(warpgroup=warpgroup, optional=optional, sources=sources, out=out, lse=lse)
-        each_piece(functools.partial(compute, plan, **shared, **scratch))
+        each_piece(functools.partial(wide.compute if plan.wide else compute, plan, **shared, **scratch))
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
@@ -233,37 +243,40 @@ class Source(NamedTuple):
     wide_free: jax.Array | None = None
 
 
-def _sources(plan: Plan, key_rows, value_rows, optional, **scratch) -> list[Source]:
+def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
+    kinds = (
+        ("keys", (0, plan.head_dim), plan.key_scale),
+        ("values", (plan.value_rows, plan.value_dim), plan.value_scale),
+    )
     found = []
-    for i, (name, of_rows, scale) in enumerate((
-        ("keys", (key_rows, 0, plan.head_dim), plan.key_scale),
-        ("values", (value_rows, plan.value_rows, plan.value_dim), plan.value_scale),
-    )):  # fmt: skip
+    for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         its_scales = optional.get(("key_scale", "value_scale")[i])
         wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
-        found.append(Source(*of_rows, *raw, scale, its_scales, *wide))
+        found.append(Source(rows, *of_rows, *raw, scale, its_scales, *wide))
     return found
 
 
 def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_here, query_free, **_):
     """Copies each piece's query rows, and its blocks of keys and values page by page.
 
-    Half a block of keys, or of values, is a warp's work; all is one's where `warp` is None.
+    Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone; all is one's where
+    `warp` is None.
     """
     [[query_slots], *_] = query_views
 
     def copy_query(piece, done):
         pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
         for row in range(0, plan.rows, plan.slab):
-            head, token = divmod(row, plan.block_q)
+            head, token = plan.head_and_token(row)
+            token, head = piece.tile.start + token, piece.head + head
+            rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
-                tokens, columns = pl.ds(piece.tile.start + token, plan.slab), pl.ds(part * COLUMNS, COLUMNS)
                 slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
-                plgpu.copy_gmem_to_smem(query.at[tokens, piece.head + head, columns], slots, query_here)
+                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here)
 
     def copy(offsets, sources, before=None):
         """Copies the runs at these offsets of every block."""
@@ -299,11 +312,12 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     offsets = range(0, plan.block_kv, plan.run)
     if warp is None:
         return copy(offsets, sources, copy_query)
-    half = -(-len(offsets) // 2)
-    for part, share in enumerate((offsets[:half], offsets[half:])):
-        for i, source in enumerate(sources) if share else ():
-            before = copy_query if part == 0 and i == 1 else None
-            pl.when(warp == 2 * part + i)(functools.partial(copy, share, [source], before))
+    size = -(-len(offsets) * len(sources) // 4)
+    for part, first in enumerate(range(0, len(offsets), size)):
+        for i, source in enumerate(sources):
+            before = copy_query if part == 0 and source is sources[-1] else None
+            share = offsets[first : first + size]
+            pl.when(warp == len(sources) * part + i)(functools.partial(copy, share, [source], before))
 
 
 def loading_warps(plan: Plan) -> int:

@@ -11,22 +11,25 @@ ALL = -1  # a word of 32 bits that are set
 
 
 class Rows:
-    """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next.
+    """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next, or heads of one token.
 
-    `optional` are the ranges, the words of the trees, and the sinks that there are in global memory, as vectors.
+    Where warpgroups share rows, each asks for its own share of a block's keys. `optional` are the ranges, the words of
+    the trees, and the sinks that there are in global memory, as vectors.
     """
 
     def __init__(self, plan: Plan, piece, warpgroup, optional):
-        self.plan, self.piece, self.tile, self.warpgroup = plan, piece, piece.tile, warpgroup
+        self.plan, self.piece, self.tile = plan, piece, piece.tile
+        self.first_row = 0 if plan.wide else warpgroup * WARPGROUP_ROWS
+        self.first_column = warpgroup * plan.logit_columns if plan.wide else 0
         self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
 
     def rows(self):
         """These, as rows of the tile."""
-        return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS) + self.warpgroup * WARPGROUP_ROWS
+        return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS) + self.first_row
 
     def head_and_token(self, row):
         """(head in the tile, token in the tile) of rows of the tile."""
-        return lax.div(row, self.plan.block_q), lax.rem(row, self.plan.block_q)
+        return self.plan.head_and_token(row, lambda x, n: (lax.div(x, n), lax.rem(x, n)))
 
     def owns(self, row):
         """Whether rows of the tile are there: its tokens and heads may be fewer than it has room for."""
@@ -67,8 +70,8 @@ class Rows:
         return edge, jnp.clip(end_block - lax.div(slab.whole_start + plan.block_kv - 1, plan.block_kv), edge, end)
 
     def seen(self):
-        """A function of i: which of the rows see which keys of block i. What rows are to be asked, is asked here."""
-        shape, plan, tile = (WARPGROUP_ROWS, self.plan.block_kv), self.plan, self.tile
+        """A function of i: which rows see which keys of its share of block i. What is to be asked, is asked here."""
+        shape, plan, tile = (WARPGROUP_ROWS, self.plan.logit_columns), self.plan, self.tile
         _, token = self.head_and_token(self.rows())
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
         if self.ranges is not None:
@@ -81,7 +84,7 @@ class Rows:
             before = None if plan.window is None else token - plan.window
 
         def visible(i):
-            start = self.first_key_of(i)
+            start = self.first_key_of(i) + self.first_column
             key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
             seen = key <= lax.broadcast_in_dim(last - (start - origin), shape, [0])
             if before is not None:
@@ -91,10 +94,10 @@ class Rows:
         return visible
 
     def _in_tree(self, token, key, start):
-        """Whether tokens of the tile see the keys of the block that begins at `start`, as far as trees decide."""
-        first = start - self.tile.first_new  # the block's first key, counted in new tokens
+        """Whether tokens of the tile see the keys from `start` on, as far as trees decide."""
+        first = start - self.tile.first_new  # the first key, counted in new tokens
         shift = first & 31
-        words = [self._word(token, (first >> 5) + j) for j in range(self.plan.block_kv // 32 + 1)]
+        words = [self._word(token, (first >> 5) + j) for j in range(self.plan.logit_columns // 32 + 1)]
         bits = jnp.zeros_like(key)
         for j, (word, following) in enumerate(zip(words, words[1:])):
             # The 32 keys from there on: bits of two words, unless the first word begins with them.

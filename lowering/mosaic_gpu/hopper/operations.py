@@ -17,7 +17,7 @@ import numpy as np
 
 from paged_prefill import compat
 
-arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
+arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
@@ -78,6 +78,131 @@ def _multiply_settled(acc, a, b):
         )
     product = mgpu.FragmentedArray(_registers=registers, _layout=acc._value.layout, _is_signed=None)
     return product.to_layout(mgpu.WGMMA_LAYOUT)
+
+
+def start_logits(query, keys, share, shares: int):
+    """Starts query @ keys.T for a share of the keys: the second of `start_products`' operands, or a part of its rows.
+
+    Both lie in shared memory; to be read only once `settled`.
+    """
+    shape = (query.shape[1], keys.shape[0] // shares)
+    its_type = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
+    tiled = plgpu.RefType(TILED)
+
+    @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def start(_, query, keys, share):
+        own, parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
+        query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), parts))
+        logits = mgpu.WGMMAAccumulator.zero(*shape)
+        for part in range(parts):
+            columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
+            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
+        _asm("wgmma.commit_group.sync.aligned;")
+        return logits.value
+
+    return start(query, keys, share)
+
+
+def start_output(acc, weights, values, share):
+    """Starts acc + weights @ values for a share of the values' columns, as many as acc has, to be `settled`.
+
+    `weights` [64, block_kv] and `values` [block_kv, features] are tiled references to shared memory.
+    """
+    tiled, its_type = plgpu.RefType(TILED), plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled, plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def start(_, acc, weights, values, share):
+        own = mgpu.memref_slice(values, (slice(None), _share(share, acc.shape[1] // COLUMNS)))
+        output = mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), weights, own, swizzle=SWIZZLE_BYTES)
+        _asm("wgmma.commit_group.sync.aligned;")
+        return output.value
+
+    return start(acc, weights, values, share)
+
+
+def _share(number, size: int):
+    """The slice of a share: so many tiles."""
+    first = arith.muli(number.registers.item(), arith.constant(ir.IntegerType.get_signless(32), size))
+    return mgpu.ds(_anew(first), size)
+
+
+def _anew(number):
+    """The same as an index, of which ptxas knows nothing: so what depends on it is worked out each time.
+
+    Else the descriptors of all of a loop's products are kept from step to step, and spilled.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    number = llvm.inline_asm(i32, [number], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+    return arith.index_cast(ir.IndexType.get(), number)
+
+
+def store_weights(weights, target, share) -> None:
+    """Writes [64, columns] of 16 bits to a share of the columns of a tiled reference [64, 64] that products read."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT))
+    def store(_, weights, target, share):
+        i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
+        constant = lambda x: arith.constant(i32, x)
+        times = lambda x, n: arith.muli(x, constant(n))
+        thread = arith.remui(utils.thread_idx(), constant(128))
+        warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
+        row, quarter = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+        # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart. A chunk of 8 columns
+        # lies at column ^ row of its tile's row, both counted in the tile.
+        pairs = weights.registers.reshape(-1, 2)
+        start = arith.addi(times(warp, 16 * SWIZZLE_BYTES), arith.addi(times(row, SWIZZLE_BYTES), times(quarter, 4)))
+        first = times(share.registers.item(), len(pairs))
+        for column in range(len(pairs)):
+            chunk = arith.xori(arith.addi(first, constant(column)), row)
+            place = utils.getelementptr(utils.memref_ptr(target), [arith.addi(start, times(chunk, 16))], i8)
+            for half, pair in enumerate(pairs[column]):
+                llvm.store(pair, utils.getelementptr(place, [half * 8 * SWIZZLE_BYTES], i8))
+        # Products read by another way than threads write.
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    store(weights, target, share)
+
+
+def meet(warpgroups: int) -> None:
+    """The threads of the first so many warpgroups wait for one another, and see what all have written."""
+    plgpu.inline_mgpu(arg_types=())(lambda _: _meet(warpgroups))()
+
+
+def _meet(warpgroups: int):
+    # Pallas uses the first five of 16 barriers.
+    _asm(f"bar.sync 8, {128 * warpgroups};", "~{memory}")
+
+
+def swapped(numbers, board, warpgroup):
+    """Numbers of rows of the other of two warpgroups, for a warpgroup's own: both `meet`.
+
+    `board` is shared memory for both, which each may write again once both have met once more.
+    """
+    its_type = plgpu.ShapeDtypeStruct(numbers.shape, numbers.dtype, layout=ROWS)
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def swap(_, numbers, board, warpgroup):
+        i32, rows, number_type = ir.IntegerType.get_signless(32), numbers.shape[0], numbers.mlir_dtype
+        constant = lambda x: arith.constant(i32, x)
+        thread, start = arith.remui(utils.thread_idx(), constant(128)), utils.memref_ptr(board)
+        # 4 neighbouring threads hold the same two rows, 8 apart; a warp has 16.
+        warp, row = arith.divui(thread, constant(32)), arith.divui(arith.remui(thread, constant(32)), constant(4))
+        row = arith.addi(arith.muli(warp, constant(16)), row)
+        own = arith.addi(row, arith.muli(warpgroup.registers.item(), constant(rows)))
+        other = arith.subi(arith.addi(row, arith.addi(row, constant(rows))), own)
+        for half, register in enumerate(numbers.registers.flat):
+            place = utils.getelementptr(start, [arith.addi(own, constant(8 * half))], number_type)
+            llvm.store(vector.extract(register, [], [0]), place)
+        _meet(2)
+        registers = np.empty_like(numbers.registers)
+        for half, (place, register) in enumerate(np.ndenumerate(numbers.registers)):
+            taken = llvm.load(
+                number_type, utils.getelementptr(start, [arith.addi(other, constant(8 * half))], number_type)
+            )
+            registers[place] = vector.broadcast(register.type, taken)
+        return mgpu.FragmentedArray(_registers=registers, _layout=numbers.layout, _is_signed=None)
+
+    return swap(numbers, board, warpgroup)
 
 
 def settled(product, still_running: int):
@@ -188,14 +313,14 @@ def gathered(source, indices, layout):
     return gather(source, indices)
 
 
-def store_rows(array, lse, rows, places, out, out_lse) -> None:
+def store_rows(array, lse, rows, places, out, out_lse, first_column=0) -> None:
     """Writes row i of an array to row rows[i] of a matrix in global memory, and its lse to places[i] of a vector there.
 
-    Neither is written where rows[i] is negative.
+    Neither is written where rows[i] is negative. The array's columns are the matrix's from `first_column` on.
     """
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.RefType(), plgpu.RefType()))
-    def store(_, array, lse, rows, places, out, out_lse):
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType(), plgpu.RefType()))
+    def store(_, array, lse, rows, places, column, out, out_lse):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
         features = ir.MemRefType(out.type).shape[1]
         start, lse_start = utils.memref_ptr(out), utils.memref_ptr(out_lse)
@@ -203,7 +328,7 @@ def store_rows(array, lse, rows, places, out, out_lse) -> None:
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
         quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
-        first_column = arith.muli(quarter, arith.constant(i32, 2))
+        first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, 2)))
         for half, registers in enumerate(zip(rows.registers.flat, places.registers.flat, lse.registers.flat)):
             row, place, row_lse = (vector.extract(register, [], [0]) for register in registers)
             owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
@@ -215,7 +340,7 @@ def store_rows(array, lse, rows, places, out, out_lse) -> None:
                 llvm.store(row_lse, utils.getelementptr(lse_start, [arith.extsi(i64, place)], lse.mlir_dtype))
                 scf.yield_([])
 
-    store(array, lse, rows, places, out, out_lse)
+    store(array, lse, rows, places, jnp.int32(first_column), out, out_lse)
 
 
 def _same_type(function, array):
@@ -224,5 +349,5 @@ def _same_type(function, array):
     return plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=its_type)(function)(array)
 
 
-def _asm(text: str):
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
+def _asm(text: str, constraints: str = ""):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, constraints, has_side_effects=True)

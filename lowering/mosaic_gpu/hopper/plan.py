@@ -10,6 +10,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
 # How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
@@ -17,6 +18,9 @@ LOG2_E = math.log2(math.e)
 SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 
 
+def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
+    """Whether two warpgroups share rows, and each computes one half of their output's columns (wide.py)."""
+    return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
 def widened(block_kv: int, features: int) -> int:
@@ -79,6 +83,7 @@ class Plan:
     window: int | None
     has_ranges: bool  # each row says which keys it sees
     tree_words: int  # of 32 new tokens each, of which a row says which it sees; 0 where it sees all
+    latent: bool  # the first value_dim features of a key are its value
     dtype: str
     cache_dtype: str  # another one in a quantised cache
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
@@ -125,8 +130,27 @@ class Plan:
         return self.num_kv_heads * self.group
 
     @property
+    def wide(self) -> bool:
+        return is_wide(self.head_dim, self.value_dim, self.latent)
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of 64 rows: each warpgroup has one, or all share one."""
+        return 1 if self.wide else self.warpgroups
+
+    @property
     def rows(self) -> int:
-        return self.warpgroups * WARPGROUP_ROWS
+        return self.row_groups * WARPGROUP_ROWS
+
+    @property
+    def logit_columns(self) -> int:
+        """Keys of a block whose logits a warpgroup computes."""
+        return self.block_kv * self.row_groups // self.warpgroups
+
+    @property
+    def output_columns(self) -> int:
+        """Of its rows' output, those that a warpgroup computes."""
+        return self.value_dim * self.row_groups // self.warpgroups
 
     @property
     def heads(self) -> int:
@@ -153,7 +177,7 @@ class Plan:
     @property
     def takes_turns(self) -> bool:
         """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short."""
-        return self.warpgroups == 2 and self.polynomial is None
+        return self.warpgroups == 2 and not self.wide and self.polynomial is None
 
     @property
     def rounds_late(self) -> bool:
@@ -168,7 +192,7 @@ class Plan:
         A key seen alone has weight 1 by its own maximum, and a rounded one by this. So it stands only where tiles of
         several warpgroups wait for their arithmetic, and not for memory.
         """
-        if self.soft_cap is None or self.product_dtype != "bfloat16" or self.warpgroups == 1:
+        if self.soft_cap is None or self.product_dtype != "bfloat16" or self.warpgroups == 1 or self.wide:
             return None
         largest = self.soft_cap * LOG2_E
         maximum = min(largest, -SMALLEST_WEIGHT - largest)
@@ -197,9 +221,21 @@ class Plan:
         return min(self.page_size, self.block_kv)
 
     @property
+    def by_token(self) -> bool:
+        """Whether rows are a token's heads, then the next one's, and not a head's tokens: 8 at least lie together."""
+        return self.block_q < 8
+
+    @property
     def slab(self) -> int:
-        """Rows of a warpgroup that belong to one head, and lie together in the query."""
-        return min(self.block_q, WARPGROUP_ROWS)
+        """Rows of a warpgroup that belong to one head, or to one token, and lie together in the query."""
+        return self.heads if self.by_token else min(self.block_q, WARPGROUP_ROWS)
+
+    def head_and_token(self, row, divide=divmod):
+        """(head in the tile, token in the tile) of rows of the tile."""
+        if self.by_token:
+            token, head = divide(row, self.heads)
+            return head, token
+        return divide(row, self.block_q)
 
     @property
     def slabs(self) -> int:
@@ -207,7 +243,7 @@ class Plan:
 
         Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
         """
-        return 1 if self.takes_turns else self.block_q // self.slab
+        return 1 if self.takes_turns or self.wide else self.block_q // self.slab
 
     @property
     def slab_tokens(self) -> int:

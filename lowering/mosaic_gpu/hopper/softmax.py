@@ -61,7 +61,7 @@ class Softmax:
 
     def __init__(self, plan: Plan, to_logits=None):
         self.plan, self.dtype, self.to_logits = plan, jnp.dtype(plan.product_dtype), to_logits
-        self.shape = (WARPGROUP_ROWS, plan.block_kv)
+        self.shape = (WARPGROUP_ROWS, plan.logit_columns)
         # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
         if plan.soft_cap is not None:
             self.unit, largest = plan.soft_cap * LOG2_E, 1
@@ -83,7 +83,7 @@ class Softmax:
         m = -jnp.inf if self.plan.fixed_maximum is None else self.plan.fixed_maximum
         m = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), m, jnp.float32), ROWS)
         l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, 8), jnp.float32), WGMMA)
-        acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, self.plan.value_dim), jnp.float32), WGMMA)
+        acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, self.plan.output_columns), jnp.float32), WGMMA)
         return acc, m, l
 
     def step(self, logits, output, m, l, visible=None) -> Running:
@@ -91,7 +91,7 @@ class Softmax:
 
         `output` waits for the output so far. `visible` says which rows see which keys; where it is None, all see all.
         """
-        logits = self._logits(logits)
+        logits = self.logits(logits)
         if visible is not None:
             logits = jnp.where(visible(), logits, -jnp.inf)
         if self.plan.fixed_maximum is not None:
@@ -103,15 +103,15 @@ class Softmax:
             return Running(weights.astype(self.dtype), *others)
         return self._step_by_old_maximum(logits, output, m, l)
 
-    def result(self, acc, m, l, sinks=None, scales=None):
-        """The rows' output and lse.
+    def result(self, acc, m, total, sinks=None, scales=None):
+        """The rows' output and lse, from the sums of their weights.
 
         `sinks` are logits that have a part in their softmax and no value; `scales` those of keys and values where the
         plan is `exact`.
         """
         plan = self.plan
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
-        total, m, fade = l.sum(axis=1), m * (self.to_logits if self.has_units else to_natural), 1.0
+        m, fade = m * (self.to_logits if self.has_units else to_natural), 1.0
         seen = total != 0
         if sinks is not None:
             total, m, fade = with_logit(total, m, sinks)
@@ -120,6 +120,25 @@ class Softmax:
         if plan.exact:
             factor, lse = scaled_results(factor, lse, seen, *scales)
         return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
+
+    def step_together(self, logits, largest, acc, m, l):
+        """The weights of these logits, and the output, m and l by the same maximum, where warpgroups share rows.
+
+        `largest` are those of all logits of the rows. The maximum so far stays where none has passed it by far.
+        """
+        passed = (largest - m) * self.unit > math.log2(LARGEST_SUM)
+        m_next = jnp.where(passed, largest, m)
+        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
+        weights, sums = self._weigh(logits, shift)
+
+        def fade():
+            # 1 for rows that have not passed theirs: their bits do not depend on the other rows of their warp.
+            factor = jnp.exp2((m - shift) * self.unit)
+            return tuple(array * lax.broadcast_in_dim(factor, array.shape, [0]) for array in (acc, l))
+
+        passed = lax.broadcast_in_dim(passed, l.shape, [0])
+        acc, l = lax.cond(any_in_warp(passed, after=None), fade, lambda: (acc, l))
+        return weights, acc, m_next, l + sums
 
     def by_polynomial(self, logits, m):
         """Weights of small logits under a soft cap, and their sums, which tell where they are not small."""
@@ -130,7 +149,8 @@ class Softmax:
         """Behind the wait for the last products: so the next ones may begin with the results."""
         return lax.optimization_barrier(weights).astype(self.dtype)
 
-    def _logits(self, products):
+    def logits(self, products):
+        """In units of the maximum, from products of queries and keys."""
         plan = self.plan
         if plan.polynomial is not None:
             return jnp.tanh(products * plan.polynomial.to_tanh)

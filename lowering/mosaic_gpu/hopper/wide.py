@@ -1,0 +1,130 @@
+"""What two compute warpgroups do with a piece whose output is wider than the registers of one (Plan.wide).
+
+They share its 64 rows. Each computes the logits of one half of a block's keys, and weights by maxima of both halves.
+The weights meet in shared memory, where both read them all, and each multiplies them with half of the values' columns:
+so no product is computed twice. The values of a latent cache are the first features of its keys, loaded once.
+
+A step starts the output of block i - 1 and, behind it, the logits of block i: the tensor cores go from one to the other
+without a pause, and rest while both warpgroups weigh. Loads run on meanwhile.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, meet, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_output, store_weights, swapped
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, fold
+
+
+def wide_scratch(plan: Plan) -> dict:
+    """What is in shared memory for this alone, by the names of `kernel.launch`."""
+    return dict(
+        weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.dtype), transforms=TILED),
+        boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),
+    )
+
+
+def compute(plan: Plan, piece, done, *, warpgroup, optional, out, lse, **scratch):
+    """One warpgroup's share of a piece, from its first block to its results in global memory."""
+    rows = Rows(plan, piece, warpgroup, optional)
+    results = _Attention(plan, piece, done, warpgroup, rows, **scratch).run()
+    # Both write the lse, the same bits.
+    store_results(plan, piece, rows, results, out, lse, warpgroup * plan.output_columns)
+
+
+class _Attention:
+    """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
+
+    def __init__(
+        self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
+        weights, boards, values=None, values_here=None, values_free=None, **_,
+    ):  # fmt: skip
+        self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
+        self.softmax, self.seen = Softmax(plan), rows.seen()
+        _, [query], _ = query_views
+        self.query, self.query_here, self.query_free = query.at[0], query_here, query_free
+        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
+        self.values = keys if plan.latent else values
+        self.values_here, self.values_free = values_here, keys_free if plan.latent else values_free
+        self.weights, self.maxima, self.sums = weights, boards.at[0], boards.at[1]
+
+    def run(self):
+        """Output and lse of the rows, of the warpgroup's columns."""
+        end = self.piece.steps
+        edge, clear = self.rows.whole_steps(0, end)
+        running = self._start()
+        masked = functools.partial(self._step, True)
+        running = lax.fori_loop(1, edge, masked, running)
+        running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
+        if self.plan.begins_late:
+            running = lax.fori_loop(clear, end, masked, running)
+        return self._finish(end - 1, *running)
+
+    def _start(self):
+        """The weights of block 0."""
+        plgpu.barrier_wait(self.query_here)
+        products = self._products_of(self._start_logits(0), 0)
+        return self._weigh(True, 0, products, *self.softmax.start())
+
+    def _step(self, masked, i, running):
+        """The output of block i - 1, and the weights of block i; unless it is masked, every row sees all of it."""
+        acc, m, l = running
+        acc = self._start_output(i - 1, acc)
+        products = self._start_logits(i)
+        acc = settled(acc, still_running=1)
+        plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+        return self._weigh(masked, i, self._products_of(products, i), acc, m, l)
+
+    def _finish(self, last, acc, m, l):
+        """The output of block `last`, and the rows' results."""
+        plgpu.barrier_arrive(self.query_free)
+        acc = settled(self._start_output(last, acc), still_running=0)
+        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
+        return self.softmax.result(acc, m, total, self.rows.sinks())
+
+    def _weigh(self, masked, i, products, acc, m, l):
+        """Lays block i's weights where both warpgroups read them; what is running by a maximum of both."""
+        logits = self.softmax.logits(products)
+        if masked:
+            logits = jnp.where(self.seen(i), logits, -jnp.inf)
+        # Where both have met, the last block's weights have been read.
+        largest = self._of_both(jnp.maximum, fold(jnp.maximum, logits).max(axis=1), self.maxima)
+        weights, acc, m, l = self.softmax.step_together(logits, largest, acc, m, l)
+        store_weights(weights.astype(self.plan.dtype), self.weights, self.warpgroup)
+        if not self.plan.latent:
+            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+        if masked:
+            values = self.values.at[self._slot_of(i)]
+            unseen = functools.partial(zero_unseen, self.plan, self.rows, self.warpgroup, i, values)
+            pl.when(self.rows.may_hold_nothing(i))(unseen)
+        meet(self.plan.warpgroups)
+        return acc, m, l
+
+    def _of_both(self, combine, numbers, board):
+        """Numbers of rows, combined with the other warpgroup's."""
+        return combine(numbers, swapped(numbers, board, self.warpgroup))
+
+    def _products_of(self, products, i):
+        """Those of queries and keys, once they are there; a latent cache's keys are still to be values."""
+        products = settled(products, still_running=0)
+        if not self.plan.latent:
+            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        return products
+
+    def _start_logits(self, i):
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        return start_logits(self.query, self.keys.at[self._slot_of(i)], self.warpgroup, self.plan.warpgroups)
+
+    def _start_output(self, i, acc):
+        return start_output(acc, self.weights, self.values.at[self._slot_of(i)], self.warpgroup)
+
+    def _slot_of(self, i):
+        return lax.rem(self.done + i, self.plan.slots)
