@@ -22,7 +22,8 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside, zero_scales_outside
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.masks import hide_outside, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
 from paged_prefill.primitive.attention import factor_and_lse
@@ -234,8 +235,7 @@ def _attend_step(
         if soft_cap is not None:
             s = jnp.tanh(s * (softmax_scale / soft_cap))
         if interval is not None:
-            key = lax.broadcasted_iota(jnp.int32, (1, sizes.chunk), 1)
-            s = jnp.where((key >= interval[0]) & (key < interval[1]), s, -jnp.inf)
+            s = hide_outside(s, interval)
         m = scratch.m[at]
         # No chunk is without a key that is seen, so the maximum is above -inf unless a logit is.
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))

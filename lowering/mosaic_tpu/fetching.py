@@ -265,27 +265,6 @@ class Fetcher:
         return pltpu.make_async_copy(self.pages.table.at[self.items.seq[item], 0], slot, sem)
 
 
-def zero_outside(values_ref, chunk, interval, sizes: Sizes):
-    """Zeroes the values of a chunk that lie outside an interval of its keys: 0 * NaN is NaN."""
-    start, end = interval
-
-    @pl.loop(0, sizes.runs_per_chunk)
-    def _(run):
-        first = run * sizes.run
-
-        @pl.when((first < start) | (first + sizes.run > end))
-        def _():
-            at = chunk * sizes.runs_per_chunk + run
-            key = first + lax.broadcasted_iota(jnp.int32, (1, sizes.run, 1), 1)
-            values_ref[at] = jnp.where((key >= start) & (key < end), values_ref[at], 0)
-
-
-def zero_scales_outside(scales, interval):
-    """A chunk's scales [1, chunk], zeroed outside an interval of its keys."""
-    key = lax.broadcasted_iota(jnp.int32, scales.shape, 1)
-    return jnp.where((key >= interval[0]) & (key < interval[1]), scales, 0.0)
-
-
 def pages_of(call: Call, sizes: Sizes) -> Pages:
     """The arrays that a kernel is given to fetch from."""
     sequences, width, held = call.sequences, call.problem.pages_per_seq, Held.by(call)

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales, zero_outside, zero_scales_outside
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.masks import Mask, MaskByRow, Rows, zero_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
@@ -47,19 +48,9 @@ class Scratch(NamedTuple):
     logits: object  # VMEM [2, rows of a part, chunk] float32
     weights: object  # VMEM [2, rows of a part, chunk]
     fade: object  # VMEM [2, rows of a part, LANES] float32, the same in every lane
+    ends: object  # VMEM [rows, LANES] int32, where the keys of each row end, the same in every lane
+    by_lane: object  # VMEM [2, rows of a part / group, kv_heads * group] float32, l and m with a query head in each lane
     sums: object  # VMEM [2, chunk / DEPTH, rows of a part, value_dim] float32, weights times values
-
-
-class Rows(NamedTuple):
-    """The slice of a tile that takes part in one matrix product. `at` is where its running values are kept."""
-
-    first: object
-    count: int
-    at: object
-
-    @property
-    def slice(self):
-        return pl.ds(self.first, self.count)
 
 
 class Static(NamedTuple):
@@ -94,13 +85,13 @@ def kernel(head_start_ref, *refs, static: Static):
     key_start, key_end = items.key_start[item], items.key_end[item]
     scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
 
-    def mask_of(rows, first_key):
+    def mask_of(first_key, rows):
         if static.by_row:
             first_new = items.first_new[item] if static.tree else None
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
-        return Mask(first_key, position + rows.first, key_start, key_end, static.window)
+        return Mask(scratch.ends, rows, first_key, key_start, key_end, static.window)
 
-    def attend_block(block, parts, seen_whole, rows_of, masked_at_once):
+    def attend_block(block, parts, all_parts, rows_of):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
@@ -117,8 +108,11 @@ def kernel(head_start_ref, *refs, static: Static):
             slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
 
-        def whole_chunk(chunk, copy=None):
-            """Every row of the tile sees every key; `copy` starts to copy a run of the next block."""
+        def seen_whole(first_key, keys):
+            return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
+
+        def tile_chunk(chunk, mask_of=None, num_keys=None, copy=None):
+            """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
             steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
@@ -130,39 +124,54 @@ def kernel(head_start_ref, *refs, static: Static):
                 for run in range(0 if copy is None else share):
                     copy(first_run + heads * share, run)
                 pairs = itertools.product(range(at_once), tile_parts)
-                step(chunk, [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)])
+                products = [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)]
+                step(chunk, products, mask_of, num_keys)
+
+        def part_chunk(chunk, part, mask_of, num_keys):
+            """One part of the tile."""
+            at_once = 1 if all_parts is not None else largest_divisor(kv_heads, schedule.PRODUCTS_AT_ONCE)
+
+            @pl.loop(0, kv_heads // at_once)
+            def _(heads):
+                # If every buffer's number were known when compiling, the compiler would keep the buffers in
+                # registers, of which there are too few, and spill.
+                products = [(lax.rem(part + i, 2), heads * at_once + i, rows_of(part)) for i in range(at_once)]
+                step(chunk, products, mask_of, num_keys)
 
         def masked_chunk(chunk):
-            first, at_once = first_key + chunk * sizes.chunk, largest_divisor(kv_heads, masked_at_once)
+            first = first_key + chunk * sizes.chunk
+            mask_of_rows = functools.partial(mask_of, first)
             if not static.by_row:
                 zero_outside(values_ref, chunk, (key_start - first, key_end - first), sizes)
 
-            @pl.loop(*parts)
-            def _(part):
-                rows = rows_of(part)
-                mask = mask_of(rows, first)
-
-                def first_keys(keys):
-                    @pl.loop(0, kv_heads // at_once)
-                    def _(heads):
-                        # If every buffer's number were known when compiling, the compiler would keep the buffers in
-                        # registers, of which there are too few, and spill.
-                        buffers = [lax.rem(part + i, 2) for i in range(at_once)]
-                        step(chunk, [(buffer, heads * at_once + i, rows) for i, buffer in enumerate(buffers)], mask, keys)
-
-                # What lies behind the last key that these rows see adds zeros, which change no bit of sums by lanes.
+            def of_keys(attend, end):
+                """What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes."""
                 if sizes.chunk <= schedule.DEPTH or sizes.chunk % LANES or schedule.DEPTH % LANES:
-                    return first_keys(sizes.chunk)
-                end = key_end if static.by_row else jnp.minimum(key_end, position + rows.first + rows.count)
+                    return attend(sizes.chunk)
                 ends_early = end - first <= schedule.DEPTH
-                pl.when(ends_early)(lambda: first_keys(schedule.DEPTH))
-                pl.when(jnp.logical_not(ends_early))(lambda: first_keys(sizes.chunk))
+                pl.when(ends_early)(lambda: attend(schedule.DEPTH))
+                pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.chunk))
+
+            def tile():
+                of_keys(functools.partial(tile_chunk, chunk, mask_of_rows), key_end)
+
+            def part_by_part():
+                @pl.loop(*parts)
+                def _(part):
+                    rows = rows_of(part)
+                    end = key_end if static.by_row else jnp.minimum(key_end, position + rows.first + rows.count)
+                    of_keys(functools.partial(part_chunk, chunk, part, mask_of_rows), end)
+
+            if all_parts is None:
+                return part_by_part()
+            pl.when(all_parts)(tile)
+            pl.when(jnp.logical_not(all_parts))(part_by_part)
 
         def whole_block():
             """No chunk needs a mask, and every run of the next block is needed."""
             fetcher.wait(block, slot)
             copy = fetcher.copier(following, 1 - slot)
-            pl.loop(0, sizes.chunks_per_block)(lambda chunk: whole_chunk(chunk, copy))
+            pl.loop(0, sizes.chunks_per_block)(lambda chunk: tile_chunk(chunk, copy=copy))
 
         def any_block():
             pl.when(exists)(lambda: fetcher.start(following, 1 - slot))
@@ -172,13 +181,13 @@ def kernel(head_start_ref, *refs, static: Static):
 
             @pl.loop(low, high)
             def _(chunk):
-                if seen_whole is None:
+                if all_parts is None:
                     return masked_chunk(chunk)
                 whole = seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
-                pl.when(whole)(lambda: whole_chunk(chunk))
+                pl.when(whole)(lambda: tile_chunk(chunk))
                 pl.when(jnp.logical_not(whole))(lambda: masked_chunk(chunk))
 
-        if seen_whole is None:
+        if all_parts is None:
             return any_block()
         hot = seen_whole(first_key, block_kv) & exists & fetcher.whole(following)
         pl.when(hot)(whole_block)
@@ -191,36 +200,36 @@ def kernel(head_start_ref, *refs, static: Static):
     def attend_tile():
         """The parts of the tile that hold the item's rows."""
         parts = lax.div(row_start, sizes.part), pl.cdiv(row_end, sizes.part)
-        all_parts = (parts[0] == 0) & (parts[1] == sizes.parts)
-
-        def seen_whole(first_key, keys):
-            return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
-
-        attend_rows(parts, seen_whole, part_rows, 1)
+        attend_rows(parts, (parts[0] == 0) & (parts[1] == sizes.parts), part_rows)
 
     def attend_few_rows():
         """Only the slice of the tile that holds the item's rows."""
         rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
-        attend_rows((0, 1), None, lambda _: rows, schedule.PRODUCTS_AT_ONCE)
+        attend_rows((0, 1), None, lambda _: rows)
 
-    def attend_rows(parts, seen_whole, rows_of, masked_at_once):
-        """Attends the rows rows_of(part) for every part in [start, end); `seen_whole` says which keys need no mask."""
-        running = scratch.m, scratch.l, scratch.acc
+    def attend_rows(parts, all_parts, rows_of):
+        """Attends the rows rows_of(part) for every part in [start, end).
 
-        @pl.loop(*parts)
-        def _(part):
-            for ref, value in zip(running, (-jnp.inf, 0.0, 0.0)):
-                at = rows_of(part).at
-                ref[:, at] = jnp.full((kv_heads, at.size, ref.shape[-1]), value, jnp.float32)
+        `all_parts` says whether those are all parts of the tile, None that it takes other slices of it.
+        """
+
+        if not static.by_row:
+            pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), group, position))
 
         @pl.loop(fetcher.first_block, fetcher.last_block + 1)
         def _(block):
-            attend_block(block, parts, seen_whole, rows_of, masked_at_once)
+            attend_block(block, parts, all_parts, rows_of)
 
         @pl.loop(*parts)
         def _(part):
             scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
-            _write(out_ref, lse_ref, running, rows_of(part), row_start, row_end, scale, scale_of)
+            _write(out_ref, lse_ref, scratch, rows_of(part), row_start, row_end, scale, scale_of)
+
+    @pl.when(item == 0)
+    def _():
+        @pl.loop(0, kv_heads)
+        def _(head):
+            _clear(scratch, head, slice(None))
 
     fetcher.begin()
     few = sublanes(query_ref.dtype)
@@ -232,94 +241,15 @@ def kernel(head_start_ref, *refs, static: Static):
         attend_tile()
 
 
-class Mask(NamedTuple):
-    """What decides which keys of a chunk are visible: positions of its first key and first row, and the item's ends."""
-
-    first_key: object
-    first_position: object
-    key_start: object
-    key_end: object
-    window: int | None
-
-    def hide(self, s, group):
-        """Logits [group * rows, keys] with -inf where a row does not see a key."""
-        rows, keys = s.shape
-        row = lax.broadcasted_iota(jnp.int32, (group, rows // group, 1), 1).reshape(rows, 1)
-        end = jnp.minimum(self.first_position + row + 1, self.key_end) - self.first_key
-        key = lax.broadcasted_iota(jnp.int32, (1, keys), 1)
-        visible = key < end
-        if self.window is not None:
-            visible &= key >= self.first_position + row + 1 - self.window - self.first_key
-        return jnp.where(visible, s, -jnp.inf)
-
-    def zero(self, values):
-        """The values of keys that no row sees, zeroed: already done, where they lie."""
-        return values
-
-    def zero_scales(self, scales):
-        """Scales [1, keys] with zeros for keys that no row of the item sees."""
-        return zero_scales_outside(scales, (self.key_start - self.first_key, self.key_end - self.first_key))
-
-
-class MaskByRow(NamedTuple):
-    """The same where what each row sees is read from arrays: lo and hi of its keys, and the words of its tree.
-
-    Attributes:
-      seen_ref: VMEM [block_q, 2 + words]; `turned_ref` the same with the rows in lanes.
-      rows: those that take part.
-      row_start, row_end: the item's rows in the tile.
-      first_new: where the sequence's first new token stands; None where there is no tree.
-    """
-
-    seen_ref: object
-    turned_ref: object
-    rows: Rows
-    first_key: object
-    row_start: object
-    row_end: object
-    first_new: object
-
-    def hide(self, s, group):
-        """Logits [group * rows, keys] with -inf where a row does not see a key."""
-        seen = jnp.concatenate([self.seen_ref[self.rows.slice]] * group)
-        row = self.rows.first + lax.broadcasted_iota(jnp.int32, (group, self.rows.count, 1), 1).reshape(-1, 1)
-        columns = [seen[:, i : i + 1] for i in range(seen.shape[1])]
-        return jnp.where(self._sees(columns, row, 1, s.shape[1]), s, -jnp.inf)
-
-    def zero(self, values):
-        """Values [keys, value_dim] with zeros for keys that no row of the item sees."""
-        row = lax.broadcasted_iota(jnp.int32, (1, self.turned_ref.shape[1]), 1)
-        columns = [self.turned_ref[i : i + 1] for i in range(self.turned_ref.shape[0])]
-        sees = jnp.where(self._sees(columns, row, 0, values.shape[0]), 1, 0)
-        return jnp.where(jnp.max(sees, axis=1, keepdims=True) > 0, values, 0)
-
-    def zero_scales(self, scales):
-        """Scales [1, keys] with zeros for keys that no row of the item sees."""
-        row = lax.broadcasted_iota(jnp.int32, (self.seen_ref.shape[0], 1), 0)
-        columns = [self.seen_ref[:, i : i + 1] for i in range(self.seen_ref.shape[1])]
-        sees = jnp.where(self._sees(columns, row, 1, scales.shape[1]), 1, 0)
-        return jnp.where(jnp.max(sees, axis=0, keepdims=True) > 0, scales, 0.0)
-
-    def _sees(self, columns, row, keys_axis, keys):
-        lo, hi, *words = columns
-        shape = (1, keys) if keys_axis else (keys, 1)
-        key = self.first_key + lax.broadcasted_iota(jnp.int32, shape, keys_axis)
-        sees = (key >= lo) & (key < hi) & (row >= self.row_start) & (row < self.row_end)
-        for number, word in enumerate(words):
-            bit = key - self.first_new - 32 * number
-            there = lax.shift_right_logical(word + jnp.zeros_like(bit), jnp.clip(bit, 0, 31) + jnp.zeros_like(word))
-            sees &= (bit < 0) | (bit > 31) | ((there & 1) == 1)
-        return sees
-
-
 def _attend_step(
-    chunk, products, mask: Mask | MaskByRow | None = None, num_keys=None, *, query_ref, keys_ref, values_ref,
+    chunk, products, mask_of=None, num_keys=None, *, query_ref, keys_ref, values_ref,
     scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
 
-    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of
-    a chunk's slots; None where there are none.
+    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `mask_of` gives the mask of
+    Rows, or is None where they see every key. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
+    those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     num_keys = num_keys or sizes.chunk
@@ -342,35 +272,32 @@ def _attend_step(
         scales = slot_scales_of(name, head, chunk)
         return x if scales is None else x * seen(scales[:, :num_keys])
 
-    def logits(buffer, head, rows):
+    def logits(buffer, head, rows, mask):
+        """Finished before they are stored: the softmax reads them twice, and would keep in registers what it changes."""
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
         keys = of_keys(keys_ref, head)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
-            scratch.logits[buffer, strip, :num_keys] = product(query[strip], keys, 1)
+            s = times_slot_scales(product(query[strip], keys, 1), "key", head, lambda scales: scales)
+            if (scale := scale_of("key", head)) is not None:
+                s = s * scale
+            if soft_cap is not None:
+                s = jnp.tanh(s * (softmax_scale / soft_cap))
+            scratch.logits[buffer, strip, :num_keys] = s if mask is None else mask.hide(s, group, strip)
 
-    def softmax(buffer, head, rows):
+    def softmax(buffer, head, rows, mask):
         count = group * rows.count
-        s = times_slot_scales(scratch.logits[buffer, :count, :num_keys], "key", head, lambda scales: scales)
-        if (scale := scale_of("key", head)) is not None:
-            s = s * scale
-        if soft_cap is not None:
-            s = jnp.tanh(s * (softmax_scale / soft_cap))
-        if mask is not None:
-            s = mask.hide(s, group)
-        m = m_ref[head, rows.at]
+        s, m = scratch.logits[buffer, :count, :num_keys], m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
-        # A row that has seen no key yet would subtract infinity from itself.
-        shift = m_next if mask is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
-        p = jnp.exp2((s - widen(shift, num_keys)) * to_exponent)
-        fade = jnp.exp2((m - shift) * to_exponent)
+        p = jnp.exp2((s - widen(m_next, num_keys)) * to_exponent)
+        fade = jnp.exp2((m - m_next) * to_exponent)
         m_ref[head, rows.at] = m_next
         l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
         p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
         scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
-    def add_values(buffer, head, rows):
+    def add_values(buffer, head, rows, mask):
         count = group * rows.count
         values = of_keys(values_ref, head)[:, : static.value_dim]
         if mask is not None:
@@ -383,6 +310,7 @@ def _attend_step(
         acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
 
     # The logits of the next product come first: the matrix unit computes them while the softmax runs.
+    products = [(*of_product, None if mask_of is None else mask_of(of_product[2])) for of_product in products]
     logits(*products[0])
     for current, following in zip(products, [*products[1:], None]):
         if following is not None:
@@ -391,29 +319,49 @@ def _attend_step(
         add_values(*current)
 
 
-def _write(out_ref, lse_ref, running, rows: Rows, row_start, row_end, scale, scale_of):
-    """Divides, and writes the rows of the item, and no other's."""
-    m_ref, l_ref, acc_ref = running
+def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, scale, scale_of):
+    """Divides, writes the rows of the item, and no other's, and clears their running values for the next item."""
     kv_heads, group, _, value_dim = out_ref.shape
     row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
-    mine = (row >= row_start) & (row < row_end)
     lane = lax.broadcasted_iota(jnp.int32, (1, lse_ref.shape[1]), 1)
+    by_lane_ref = scratch.by_lane
 
-    @pl.loop(0, kv_heads)
-    def _(head):
-        l = jnp.sum(l_ref[head, rows.at], axis=1, keepdims=True)
-        l = jnp.broadcast_to(l, (l.shape[0], LANES))
-        factor, head_lse = factor_and_lse(l, m_ref[head, rows.at] * scale)
-        if (value_scale := scale_of("value", head)) is not None:
-            factor = factor * value_scale
-        out = (acc_ref[head, rows.at] * widen(factor, value_dim)).astype(out_ref.dtype)
-        out = out.reshape(group, rows.count, value_dim)
-        out_ref[head, :, rows.slice] = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
-        head_lse = widen(head_lse, lse_ref.shape[1]).reshape(group, rows.count, -1)
-        lse = lse_ref[rows.slice]
-        for i in range(group):
-            lse = jnp.where(mine & (lane == head * group + i), head_lse[i], lse)
-        lse_ref[rows.slice] = lse
+    def write(mine):
+        """`mine` are the rows to write, None if all."""
+
+        @pl.loop(0, kv_heads)
+        def _(head):
+            m, l = scratch.m[head, rows.at], jnp.sum(scratch.l[head, rows.at], axis=1, keepdims=True)
+            l = jnp.broadcast_to(l, m.shape)
+            factor, _ = factor_and_lse(l, m)
+            if (value_scale := scale_of("value", head)) is not None:
+                factor = factor * value_scale
+            out = (scratch.acc[head, rows.at] * widen(factor, value_dim)).astype(out_ref.dtype)
+            out = out.reshape(group, rows.count, value_dim)
+            if mine is not None:
+                out = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
+            out_ref[head, :, rows.slice] = out
+            _clear(scratch, head, rows.at)
+            # A logarithm for each query head in a lane of its own, not one for each of the lanes that hold the same.
+            for of_head, by_lane in ((l, by_lane_ref.at[0]), (m, by_lane_ref.at[1])):
+                of_head, x = widen(of_head, lane.shape[1]).reshape(group, rows.count, -1), by_lane[: rows.count]
+                for i in range(group):
+                    x = jnp.where(lane == head * group + i, of_head[i], x)
+                by_lane[: rows.count] = x
+
+        l, m = by_lane_ref[0, : rows.count], by_lane_ref[1, : rows.count]
+        _, lse = factor_and_lse(l, m * scale)
+        lse_ref[rows.slice] = lse if mine is None else jnp.where(mine, lse, lse_ref[rows.slice])
+
+    all_mine = (row_start <= rows.first) & (rows.first + rows.count <= row_end)
+    pl.when(all_mine)(lambda: write(None))
+    pl.when(jnp.logical_not(all_mine))(lambda: write((row >= row_start) & (row < row_end)))
+
+
+def _clear(scratch: Scratch, head, at):
+    """Running values of a KV head that have seen no key. From infinity, no infinity could be subtracted."""
+    for ref, value in ((scratch.m, float(jnp.finfo(jnp.float32).min)), (scratch.l, 0.0), (scratch.acc, 0.0)):
+        ref[head, at] = jnp.full_like(ref[head, at], value)
 
 
 def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
@@ -503,6 +451,8 @@ def scratch_of(problem: Problem, sizes: Sizes, heads: int) -> Scratch:
         logits=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.float32),
         weights=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.dtype(problem.dtype)),
         fade=pltpu.VMEM((2, part_rows, LANES), jnp.float32),
+        ends=pltpu.VMEM((rows, LANES), jnp.int32),
+        by_lane=pltpu.VMEM((2, sizes.part, heads * problem.group), jnp.float32),
         sums=pltpu.VMEM((2, -(-sizes.chunk // schedule.DEPTH), part_rows, problem.value_dim), jnp.float32),
     )
 
@@ -514,10 +464,10 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     features = round_up(problem.head_dim, LANES) + value_dim
     rows = problem.q_heads * sizes.block_q
     tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * round_up(problem.q_heads, LANES) * 4
-    running = rows * (value_dim + 2 * LANES) * 4
+    running = rows * (value_dim + 2 * LANES) * 4 + problem.group * sizes.block_q * LANES * 4
     per_row = sizes.chunk * (4 + itemsize) + LANES * 4
     per_row += -(-sizes.chunk // schedule.DEPTH) * value_dim * 4
-    buffers = 2 * problem.group * sizes.part * per_row
+    buffers = 2 * problem.group * sizes.part * per_row + 2 * sizes.part * round_up(problem.q_heads, LANES) * 4
     # What the compiler keeps of a masked step besides.
     step = 2 * problem.group * sizes.part * (round_up(sizes.chunk, LANES) + features) * 4
     return tiles + running + buffers + step
