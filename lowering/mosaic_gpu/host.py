@@ -30,6 +30,7 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
+WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
@@ -59,7 +60,7 @@ class MosaicGpu(Kernel):
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
         shares, where = 1, ""
         if _wide(problem):
-            shares, where = 2, f" with a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"
+            shares, where = 2, f" with {WIDE}"
         for name, size, multiple, most in (
             ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM),
             ("value_dim", problem.value_dim, shares * COLUMNS, MOST_VALUE_DIM),
@@ -101,7 +102,7 @@ class MosaicGpu(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if _wide(problem) and config.num_warps != 12:
-            return f"cfg.num_warps must be 12 (4 of them load) with a head_dim of more than 256, got {config.num_warps}"
+            return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16):
             return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
         rows = _rows(problem, config)
@@ -114,7 +115,7 @@ class MosaicGpu(Kernel):
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
         if _wide(problem) and block != 64:
-            return f"cfg.block_kv must be 64 with a head_dim of more than 256, got {block}"
+            return f"cfg.block_kv must be 64 with {WIDE}, got {block}"
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
         # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
