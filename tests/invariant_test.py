@@ -84,6 +84,51 @@ class InvariantTest(parameterized.TestCase):
         self.assert_same_bits(compiled(query[:, group : 2 * group], key_cache[1:2], value_cache[1:2], *rest))
 
 
+class ShortTablesTest(parameterized.TestCase):
+    """Single rows whose table is one block of keys, which walk side by side, several sequences in each turn."""
+
+    MOST, WIDTH, NUM_PAGES = 64, 6, 40  # sequences, pages of 16 for each, and in all
+
+    def setUp(self):
+        super().setUp()
+        rng = np.random.default_rng(0)
+        pages = (2, self.NUM_PAGES, 16, 64)
+        self.arrays = [rng.standard_normal(shape, np.float32) for shape in ((self.MOST, 8, 64), pages, pages)]
+        self.context_lens = rng.integers(1, 16 * self.WIDTH + 1, self.MOST).astype(np.int32)
+        self.table = rng.integers(0, self.NUM_PAGES, (self.MOST, self.WIDTH)).astype(np.int32)
+
+    def operands(self, dtype, *packs):
+        """Of packs of these sequences, one beside the other if there are several."""
+        query, *caches = (jnp.asarray(x, dtype) for x in self.arrays)
+        of_each = [
+            (query[seqs], self.context_lens[seqs], self.table[seqs], np.arange(len(seqs) + 1, dtype=np.int32))
+            for seqs in map(np.asarray, packs)
+        ]
+        query, *rest = of_each[0] if len(packs) == 1 else map(jnp.stack, zip(*of_each))
+        return query, *caches, *rest
+
+    @parameterized.parameters(("cache", "bfloat16"), ("invariant", "float32"))
+    def test_bits_are_the_same_alone_and_in_any_pack(self, name, dtype):
+        self.enter_context(policy(name))
+        every, attend_pack = range(self.MOST), jax.jit(attend)
+        want = [np.concatenate(x) for x in zip(*(attend_pack(*self.operands(dtype, [seq])) for seq in every))]
+
+        self.assertTrue(all(np.isfinite(np.asarray(x, np.float32)).all() for x in want))
+
+        def assert_same(got, seqs):
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)[np.asarray(seqs)])
+
+        for seqs in (every[4:7], every[8:0:-1], every[1:10], every):
+            with self.subTest(f"{len(seqs)}_sequences"):
+                assert_same(attend_pack(*self.operands(dtype, seqs)), seqs)
+        with self.subTest("under_vmap"):
+            packs = every[:3], every[40:43], every[7:4:-1]
+            got = jax.jit(jax.vmap(attend, (0, None, None, 0, 0, 0)))(*self.operands(dtype, *packs))
+            for element, seqs in enumerate(packs):
+                assert_same([x[element] for x in got], seqs)
+
+
 class ChoiceTest(absltest.TestCase):
     HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 

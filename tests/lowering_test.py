@@ -82,7 +82,8 @@ class CostTest(parameterized.TestCase):
             call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
             return kernel.attend(call, self.CONFIG, jnp.float32)
 
-        with mock.patch.object(kernel, "Walker", Counting), mock.patch.object(walks, "LANE_KEYS", 16):
+        lane_keys = mock.patch.multiple(walks, LANE_KEYS=16, ONLY_BLOCK=16)
+        with mock.patch.object(kernel, "Walker", Counting), lane_keys:
             jax.block_until_ready(jax.jit(attend)(operands))
         jax.effects_barrier()
         return sum(fetched)
@@ -116,6 +117,19 @@ class CostTest(parameterized.TestCase):
         """Of a table too narrow for lanes to be shared: long and short in turn cost as if they were sorted."""
         with mock.patch.object(walks, "TURN_BYTES", 8 * 2 * 16 * 8 * 4):  # eight lanes
             self.assertEqual(self.blocks([(1, 32), (1, 16)] * 16, 2), 8 * (2 * 2 + 2))
+
+    def test_lanes_of_short_tables_walk_only_where_there_are_single_rows(self):
+        """A table of one block: as many sequences as there are lanes, of which each has one, or none walks."""
+        self.assertEqual(self.blocks([(16, 16)] * 8, 1), 8)
+        self.assertEqual(self.blocks([(16, 16)] * 7 + [(1, 16)], 1), 7 + walks.MOST_LANES)
+
+    def test_a_token_with_a_short_table_is_no_loop(self):
+        """Loops, and tiles that cannot be, are compiled too."""
+        shapes = dict(query=(1, 8, 64), caches=(2, 9, 16, 64), context_lens=(1,), table=(1, 6), offsets=(2,))
+        query, cache, *rest = (
+            jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
+        )
+        self.assertNotIn("stablehlo.while", jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).as_text())
 
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):

@@ -183,11 +183,11 @@ class SharedLanesTest(parameterized.TestCase):
         ("packs", dict(batch=(2,), pools=1, dtype="bfloat16"), {}),
     )
     def test_against_the_oracle(self, kind, parameters):
-        with absltest.mock.patch.object(walks, "LANE_KEYS", 4):
+        with absltest.mock.patch.multiple(walks, LANE_KEYS=4, ONLY_BLOCK=4):
             check(poisoned.make_call(20, self.SEQUENCES, **SIZES, **kind), **parameters)
 
     def test_one_row_for_each_head(self):
-        with absltest.mock.patch.object(walks, "LANE_KEYS", 4):
+        with absltest.mock.patch.multiple(walks, LANE_KEYS=4, ONLY_BLOCK=4):
             check(poisoned.make_call(21, self.SEQUENCES, **SIZES, q_heads=3, kv_heads=3))
 
 

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.xla.kernel import attend
+from paged_prefill.lowering.xla.walks import PART_HEIGHT
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
-# From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees.
-LONG_TABLE = 4096
+# From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. Up to
+# so few, the smallest tiles are about as fast, and one height fewer is compiled.
+LONG_TABLE, SHORT_TABLE = 4096, 640
 
 
 class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 5
+    version = 6
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     joins_sinks = True
@@ -35,7 +37,8 @@ class Xla(Kernel):
         """
         if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-        return PrefillPageAttentionConfig(block_q=128, block_kv=min(_in_eights(problem.capacity), 256))
+        block_q = 128 if problem.capacity > SHORT_TABLE else PART_HEIGHT
+        return PrefillPageAttentionConfig(block_q=block_q, block_kv=min(_in_eights(problem.capacity), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes and their neighbours."""

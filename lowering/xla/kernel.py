@@ -6,7 +6,8 @@ hand is turned from a quantised cache's numbers into those that are multiplied.
 
 Tiles of one row walk side by side, each in a lane. Those with many blocks take several lanes, which share the blocks
 out and are merged in the end; the others take one. Lanes are filled in order of their blocks, so that neighbours have
-as many, and what a sequence costs follows from its own keys.
+as many, and what a sequence costs follows from its own keys. Where a single block holds all keys of a table there is
+nothing to order, and a pack of no more sequences than lanes gives each its own.
 """
 
 from typing import NamedTuple
@@ -42,6 +43,8 @@ class Walker:
     def __init__(self, call: Call, walk: Walk, block_q: int, product_dtype):
         self.call, self.problem, self.attention = call, call.problem, call.problem.attention
         self.walk, self.block_q, self.product_dtype = walk, block_q, product_dtype
+        seqs = self.problem.seqs
+        self.lane_of_each = walk.alone and walk.most_blocks == 1 and isinstance(seqs, int) and seqs <= walk.lanes
         self.runs_per_page = self.problem.page_size // walk.run
         self.pages = {
             name: self._in_runs(array)
@@ -65,10 +68,7 @@ class Walker:
 
     def attend(self, results):
         """Adds the results of all tiles of this height, group by group."""
-        sequences, lanes = self._sequences(), self.walk.lanes
-        end = sequences.first_tile + sequences.tiles
-        # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
-        numbers = jnp.stack(sequences, axis=1)
+        groups, tiles_of_group = self._groups()
         head_blocks = self.problem.num_kv_heads // self.walk.heads
         shapes = [x.shape for x in results]
         results = tuple(x.reshape(x.shape[0] * head_blocks, -1, *x.shape[2:]) for x in results)
@@ -77,16 +77,37 @@ class Walker:
             turn, *arrays = _kept_in_loop(turn, *self.of_tokens.values())
             group = _divided(turn, head_blocks)
             head_block = turn - group * head_blocks
+            by_token = dict(zip(self.of_tokens, arrays))
+            return self._attend_group(turn, *tiles_of_group(group), head_block, by_token, results)
+
+        turns = groups * head_blocks
+        if isinstance(turns, int) and turns == 1:
+            results = body(jnp.int32(0), results)
+        else:
+            results = lax.fori_loop(0, turns, body, results)
+        return tuple(x.reshape(shape) for x, shape in zip(results, shapes))
+
+    def _groups(self):
+        """How many groups of tiles walk one after the other, and which: each lane's sequence, and a number in it."""
+        sequences, lanes = self._sequences(), self.walk.lanes
+        if self.lane_of_each:
+            padded = _Sequence(*(jnp.pad(x, (0, lanes - self.problem.seqs)) for x in sequences))
+            # A token alone is such a tile, or is in none.
+            groups = 1 if self.problem.tokens == 1 else jnp.max(sequences.tiles, initial=0)
+            return groups, lambda group: (padded, jnp.zeros(lanes, jnp.int32))
+        end = sequences.first_tile + sequences.tiles
+        # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
+        numbers = jnp.stack(sequences, axis=1)
+
+        def tiles_of_group(group):
             number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
             own = (sequences.first_tile[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
-            seq = jnp.sum(jnp.where(own, sequences.seq[None, :], 0), axis=1, dtype=jnp.int32)
+            # The one that owns it: no sum, which XLA takes in three kernels where there are many sequences.
+            seq = lax.argmax(own, 1, jnp.int32)
             sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
-            by_token = dict(zip(self.of_tokens, arrays))
-            return self._attend_group(turn, sequence, number - sequence.first_tile, head_block, by_token, results)
+            return sequence, number - sequence.first_tile
 
-        turns = _divided(jnp.max(end, initial=0) + (lanes - 1), lanes) * head_blocks
-        results = lax.fori_loop(0, turns, body, results)
-        return tuple(x.reshape(shape) for x, shape in zip(results, shapes))
+        return _divided(jnp.max(end, initial=0) + (lanes - 1), lanes), tiles_of_group
 
     def _sequences(self) -> "_Sequence":
         """The sequences, how many tiles of this height each has, and in which order these are taken."""
@@ -96,7 +117,7 @@ class Walker:
         seq = jnp.arange(seqs.length.shape[0], dtype=jnp.int32)
         sequences = _Sequence(seq, *seqs[:4], *pools, first_row, tiles, jnp.zeros_like(tiles), jnp.ones_like(tiles))
         before = seq[:, None] < seq[None, :]
-        if self.walk.lanes > 1:
+        if self.walk.lanes > 1 and self.walk.most_blocks != 1:
             ranges = None if call.ranges is None else _taken(call.ranges, seqs.start + first_row)[:, None]
             tile, _, _ = self._tile(sequences, jnp.zeros_like(tiles), tiles, ranges)
             blocks = jnp.where(tiles > 0, self._blocks(tile), 0)

@@ -16,12 +16,14 @@ from paged_prefill.primitive.context import current_policy
 
 # The height of the tiles that a small rest of a sequence is cut into.
 PART_HEIGHT = 32
-# The keys of a block that one row walks over: fewer, and a batched product takes longer for each.
-LANE_KEYS = 128
+# The keys of a block that one row walks over: fewer, and a batched product takes longer for each. A table of up to
+# ONLY_BLOCK keys is a single block all the same, for which no loop over blocks is compiled.
+LANE_KEYS, ONLY_BLOCK = 128, 256
 # The lanes that share the blocks of one row, and those that walk side by side where a row has a single block.
 SPLITS, MOST_LANES = 4, 8
-# What a block of keys, or its logits, may take in one turn of a loop: more does not stay in the cores' caches.
-TURN_BYTES = 2**19
+# What a block of keys, or its logits, may take in one turn of a loop: more does not stay in the cores' caches. Lanes of
+# a single block take more, since their products are small beside what a turn costs by itself.
+TURN_BYTES, ONLY_TURN_BYTES = 2**19, 2**22
 
 
 class Walk(NamedTuple):
@@ -35,6 +37,7 @@ class Walk(NamedTuple):
       splits: lanes that share the blocks of a tile with many; 1 where none are shared.
       heads: KV heads that are taken at a time.
       most_blocks: blocks that a tile can have; None where that is not known.
+      alone: whether a sequence has one such tile at most.
     """
 
     height: int
@@ -44,6 +47,7 @@ class Walk(NamedTuple):
     splits: int
     heads: int
     most_blocks: int | None
+    alone: bool
 
     @property
     def block_kv(self) -> int:
@@ -59,22 +63,27 @@ def walks(problem: Problem, config: PrefillPageAttentionConfig) -> list[Walk]:
 def _walk(problem, config, height) -> Walk:
     """The number of sequences has no say: products of another shape may round differently."""
     alone = height == 1 < config.block_q  # then a sequence has at most one such tile
-    block_kv = min(config.block_kv, LANE_KEYS) if alone else config.block_kv
+    invariant = current_policy() == "invariant"  # then neither has the table's width, nor heads, which a mesh may cut
+    block_kv = config.block_kv
+    if alone and (invariant or not isinstance(problem.capacity, int) or problem.capacity > ONLY_BLOCK):
+        block_kv = min(block_kv, LANE_KEYS)
     run = _largest_divisor(problem.page_size, block_kv)
     runs = max(1, block_kv // run)
     block_kv = run * runs
-    lanes = splits = 1
-    if alone and config.block_kv > LANE_KEYS:
-        lanes = splits = SPLITS
+    most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
+    shares = alone and (most_blocks is None or shared(most_blocks, SPLITS))
+    limit = ONLY_TURN_BYTES if alone and most_blocks == 1 else TURN_BYTES
+    lanes = 1
+    if shares or (alone and invariant):
+        lanes = SPLITS
     elif alone:
-        lanes = max(1, min(MOST_LANES, TURN_BYTES // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
-    if current_policy() == "invariant":  # nor has the number of heads, which a mesh may cut
+        lanes = max(1, min(MOST_LANES, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
+    if invariant:
         heads = 1
     else:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
-        heads = _largest_divisor(problem.num_kv_heads, max(1, TURN_BYTES // bytes_of_head))
-    most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
-    return Walk(height, run, runs, lanes, splits, heads, most_blocks)
+        heads = _largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
+    return Walk(height, run, runs, lanes, SPLITS if shares else 1, heads, most_blocks, alone)
 
 
 def shared(blocks, splits: int):
