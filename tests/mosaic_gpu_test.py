@@ -305,14 +305,10 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 
-    @parameterized.parameters(
-        (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
-        (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
-    )  # fmt: skip
-    def test_numbers_of_8_bits_stay_what_they_are_where_float16_serves(self, changes, exact):
-        plan = self.plan(**(dict(soft_cap=None, cache_dtype="int8", key_scale="head", value_scale="head") | changes))
-        self.assertEqual(plan.exact, exact)
-        self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
+    @parameterized.parameters("tensor", "head", "slot", None)
+    def test_numbers_of_8_bits_stay_what_they_are(self, scale):
+        plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
+        self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
         for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
@@ -385,6 +381,98 @@ class SharedRowsTest(parameterized.TestCase):
         out, lse = self.attend(logits, values, 0.1)
         np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse)), [5])
         self.assertTrue(np.all(np.isnan(out[5])))
+
+
+class SlotScalesTest(parameterized.TestCase):
+    """The arithmetic of a softmax whose keys and values have scales of their own, slot by slot."""
+
+    @staticmethod
+    def attend(products, numbers, key_scales, value_scales, seen, whole, soft_cap=None):
+        """Blocks of 64 keys; from the block `whole` on, all rows see all keys."""
+        plan = PlanTest.plan(soft_cap=soft_cap, block_kv=64, softmax_scale=0.2, cache_dtype="int8", key_scale="slot",
+                             value_scale="slot")
+        weigher = softmax.Softmax(plan, jnp.full(64, 0.2))
+        acc, m, l = jnp.zeros((64, numbers.shape[1])), jnp.full(64, -jnp.inf), jnp.zeros((64, 8))
+        anyone, same = lambda flags, after: jnp.any(flags), lambda array: array
+        with mock.patch.multiple(softmax, any_in_warp=anyone, moved=same):
+            for i, first in enumerate(range(0, products.shape[1], 64)):
+                keys = slice(first, first + 64)
+                visible = None if i >= whole else functools.partial(jnp.asarray, seen[:, keys])
+                scales = [functools.partial(jnp.asarray, x[keys]) for x in (key_scales, value_scales)]
+                block, before = jnp.asarray(products[:, keys]), acc
+                weights, acc, m, l = weigher.step(block, lambda: before, m, l, visible, *scales)
+                acc += weights.astype(jnp.float32) @ jnp.asarray(numbers[keys])
+        scales = [jnp.float32(1)] * 2
+        return [np.asarray(x) for x in weigher.result(acc, m, l.sum(axis=1), scales=scales)]
+
+    @staticmethod
+    def operands(spread):
+        rng = np.random.default_rng(0)
+        products = rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-1, 2, (64, 1))
+        products[::4] += np.repeat([0, 300, -500, 900], 64)
+        numbers = rng.integers(-127, 128, (256, 8))
+        key_scales, value_scales = (10.0 ** rng.uniform(-spread, spread, 256) for _ in range(2))
+        key_scales, value_scales = np.clip(key_scales, None, 1.0), value_scales * rng.choice([-1, 1], 256)
+        value_scales *= np.repeat(10.0 ** (spread * np.array([0, -1, 1, 2])), 64)
+        value_scales[[3, 200]] = 0
+        seen = rng.random((64, 256)) < 0.7
+        seen[7], seen[:, 128:] = False, True
+        seen[:, 50:60] = False  # of no row
+        key_scales[50:60], value_scales[50:60] = np.nan, np.inf
+        return [np.float32(x) for x in (products, numbers, key_scales, value_scales)] + [seen]
+
+    @parameterized.product(spread=(0, 2, 6), soft_cap=(None, 20.0))
+    def test_is_a_softmax_of_scaled_keys_over_scaled_values(self, spread, soft_cap):
+        products, numbers, key_scales, value_scales, seen = operands = self.operands(spread)
+        out, lse = self.attend(*operands, whole=2, soft_cap=soft_cap)
+        key_scales, value_scales = (np.where(seen.any(0), x, 0).astype(np.float64) for x in (key_scales, value_scales))
+        logits = 0.2 * products * key_scales
+        logits = np.where(seen, logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap), -np.inf)
+        largest = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - largest)
+        total = weights.sum(axis=1, keepdims=True)
+        terms = weights[:, :, None] / total[:, :, None] * (value_scales[:, None] * numbers)
+        error = np.abs(out - terms.sum(axis=1)) / np.abs(terms).max(axis=1)
+        self.assertLess(error.max(), 4e-3)
+        np.testing.assert_allclose(lse, (largest + np.log(total))[:, 0], rtol=1e-5, atol=1e-4)
+
+    @parameterized.parameters((7.5, False), (9.0, True))
+    def test_a_maximum_is_left_where_16_bits_have_room_above_it(self, growth, moves):
+        """To weigh a block again costs as much as the block: only weights times scales that grow 2^8-fold do."""
+        plan = PlanTest.plan(soft_cap=None, block_kv=64, cache_dtype="int8", key_scale="slot", value_scale="slot")
+        weigher, maxima = softmax.Softmax(plan, jnp.ones(64)), []
+        acc, m, l = jnp.zeros((64, 8)), jnp.full(64, -jnp.inf), jnp.zeros((64, 8))
+        with mock.patch.multiple(softmax, any_in_warp=lambda flags, after: jnp.any(flags), moved=lambda array: array):
+            for visible, grown in ((lambda: jnp.ones((64, 64), bool), 0.0), (None, growth)):
+                scales = dict(key_scales=lambda: jnp.ones(64), value_scales=lambda: jnp.full(64, 2.0**grown))
+                _, acc, m, l = weigher.step(jnp.zeros((64, 64)), lambda: acc, m, l, visible, **scales)
+                maxima.append(np.asarray(m))
+        self.assertEqual(np.any(maxima[0] != maxima[1]), moves)
+
+    def test_weights_of_values_that_hardly_count_stay_finite(self):
+        products, numbers = np.repeat(np.float32([[0, 119.5 * np.log(2) / 0.2]]), 64, axis=1), np.ones((128, 8))
+        value_scales = np.repeat(np.float32([1, 1e-36]), 64)
+        operands = np.repeat(products, 64, axis=0), np.float32(numbers), np.ones(128, np.float32), value_scales
+        out, lse = self.attend(*operands, np.ones((64, 128), bool), whole=1)
+        np.testing.assert_allclose(lse, np.log(64) + 119.5 * np.log(2), rtol=1e-5)
+        np.testing.assert_allclose(out, np.exp2(-119.5), rtol=1e-3)
+
+    def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
+        products, *others = self.operands(2)
+        wild = products.copy()
+        wild[1::2] += np.repeat(np.float32([0, 400, 800, 1600]), 64)
+        results = [self.attend(each, *others, whole=2) for each in (products, wild)]
+        self.assertTrue(np.any(results[0][0][1::2] != results[1][0][1::2]))
+        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
+
+    def test_a_scale_that_a_row_sees_as_nan_makes_it_nan(self):
+        for i in (2, 3):
+            *others, seen = operands = self.operands(0)
+            operands[i] = operands[i].copy()
+            operands[i][100] = np.nan
+            out, lse = self.attend(*operands[:4], seen, whole=2)
+            np.testing.assert_array_equal(np.isnan(out).all(axis=1), seen[:, 100])
+            np.testing.assert_array_equal(np.isnan(out).any(axis=1), seen[:, 100])
 
 
 class LoweringTest(parameterized.TestCase):
