@@ -111,8 +111,9 @@ def kernel(head_start_ref, *refs, static: Static):
         def seen_whole(first_key, keys):
             return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
 
-        def tile_chunk(chunk, mask_of=None, num_keys=None, copy=None):
+        def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None):
             """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
+            keys_of_parts = keys_of_parts or [sizes.chunk] * sizes.parts
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
             steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
@@ -123,9 +124,9 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(heads):
                 for run in range(0 if copy is None else share):
                     copy(first_run + heads * share, run)
-                pairs = itertools.product(range(at_once), tile_parts)
-                products = [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)]
-                step(chunk, products, mask_of, num_keys)
+                pairs = itertools.product(range(at_once), zip(tile_parts, keys_of_parts, strict=True))
+                products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
+                step(chunk, products, mask_of)
 
         def part_chunk(chunk, part, mask_of, num_keys):
             """One part of the tile."""
@@ -135,8 +136,8 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(heads):
                 # If every buffer's number were known when compiling, the compiler would keep the buffers in
                 # registers, of which there are too few, and spill.
-                products = [(lax.rem(part + i, 2), heads * at_once + i, rows_of(part)) for i in range(at_once)]
-                step(chunk, products, mask_of, num_keys)
+                rows, head = rows_of(part), heads * at_once
+                step(chunk, [(lax.rem(part + i, 2), head + i, rows, num_keys) for i in range(at_once)], mask_of)
 
         def masked_chunk(chunk):
             first = first_key + chunk * sizes.chunk
@@ -146,14 +147,25 @@ def kernel(head_start_ref, *refs, static: Static):
 
             def of_keys(attend, end):
                 """What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes."""
-                if sizes.chunk <= schedule.DEPTH or sizes.chunk % LANES or schedule.DEPTH % LANES:
+                if not sizes.chunk_is_cut:
                     return attend(sizes.chunk)
                 ends_early = end - first <= schedule.DEPTH
                 pl.when(ends_early)(lambda: attend(schedule.DEPTH))
                 pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.chunk))
 
             def tile():
-                of_keys(functools.partial(tile_chunk, chunk, mask_of_rows), key_end)
+                """Parts before the last see fewer keys, if the last does not see past the chunk."""
+
+                def attend(keys, keys_of_parts=None):
+                    tile_chunk(chunk, mask_of_rows, keys_of_parts or [keys] * sizes.parts)
+
+                staggered = sizes.keys_of_parts(sizes.chunk)
+                if static.by_row or not sizes.chunk_is_cut or len({*staggered}) == 1:
+                    return of_keys(attend, key_end)
+                end = position + sizes.block_q
+                ends_within = end - first <= sizes.chunk
+                pl.when(ends_within)(lambda: of_keys(lambda keys: attend(keys, sizes.keys_of_parts(keys)), end))
+                pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.chunk))
 
             def part_by_part():
                 @pl.loop(*parts)
@@ -242,17 +254,17 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 def _attend_step(
-    chunk, products, mask_of=None, num_keys=None, *, query_ref, keys_ref, values_ref,
+    chunk, products, mask_of=None, *, query_ref, keys_ref, values_ref,
     scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
-    """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
+    """Folds a chunk of keys into the running values of `products`.
 
-    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `mask_of` gives the mask of
+    Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
+    multiplied with. Neighbours have different buffers. `mask_of` gives the mask of
     Rows, or is None where they see every key. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
     those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
-    num_keys = num_keys or sizes.chunk
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
@@ -263,19 +275,19 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def of_keys(ref, head):
-        """What the chunk's keys have in `ref`, [num_keys, features]."""
+    def of_keys(ref, head, num_keys):
+        """What the chunk's first keys have in `ref`, [num_keys, features]."""
         return ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:num_keys]
 
     def times_slot_scales(x, name, head, seen):
         """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
         scales = slot_scales_of(name, head, chunk)
-        return x if scales is None else x * seen(scales[:, :num_keys])
+        return x if scales is None else x * seen(scales[:, : x.shape[1]])
 
-    def logits(buffer, head, rows, mask):
+    def logits(buffer, head, rows, num_keys, mask):
         """Finished before they are stored: the softmax reads them twice, and would keep in registers what it changes."""
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = of_keys(keys_ref, head)
+        keys = of_keys(keys_ref, head, num_keys)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
             s = times_slot_scales(product(query[strip], keys, 1), "key", head, lambda scales: scales)
@@ -285,7 +297,7 @@ def _attend_step(
                 s = jnp.tanh(s * (softmax_scale / soft_cap))
             scratch.logits[buffer, strip, :num_keys] = s if mask is None else mask.hide(s, group, strip)
 
-    def softmax(buffer, head, rows, mask):
+    def softmax(buffer, head, rows, num_keys, mask):
         count = group * rows.count
         s, m = scratch.logits[buffer, :count, :num_keys], m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
@@ -297,9 +309,9 @@ def _attend_step(
         scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
         scratch.fade[buffer, :count] = fade
 
-    def add_values(buffer, head, rows, mask):
+    def add_values(buffer, head, rows, num_keys, mask):
         count = group * rows.count
-        values = of_keys(values_ref, head)[:, : static.value_dim]
+        values = of_keys(values_ref, head, num_keys)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
         parts = range(-(-num_keys // schedule.DEPTH))
@@ -428,7 +440,10 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
         ),
         name="paged_prefill",
     )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *seen, *(x for x in pages if x is not None))
-    out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
+    _, owned = schedule.owners(sequences, tokens)
+    # Before the heads go back: XLA takes 20 to 30 s of the processor to compile both as one for v6e.
+    out = jnp.where(owned[:, None], out[:, :, :tokens], 0)
+    out = out.transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
     return out, lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
 
 

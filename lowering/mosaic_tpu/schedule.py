@@ -49,6 +49,16 @@ class Sizes(NamedTuple):
     def runs_per_block(self) -> int:
         return self.runs_per_chunk * self.chunks_per_block
 
+    @property
+    def chunk_is_cut(self) -> bool:
+        """Whether a masked product may take the first keys of a chunk alone."""
+        return self.chunk > DEPTH and self.chunk % LANES == 0
+
+    def keys_of_parts(self, keys: int) -> list[int]:
+        """The keys that rows of each part see at most, where those of the last see `keys`; in whole registers."""
+        tokens_behind = range((self.parts - 1) * self.part, -1, -self.part)
+        return [max(keys - tokens // LANES * LANES, LANES) for tokens in tokens_behind]
+
     def heads_at_once(self, kv_heads: int) -> int:
         """KV heads of one step over the whole tile."""
         return largest_divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
