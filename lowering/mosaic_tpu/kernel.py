@@ -39,6 +39,9 @@ from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
 
+LOWEST = float(jnp.finfo(jnp.float32).min)  # of logits: from infinity, no infinity could be subtracted
+
+
 class Scratch(NamedTuple):
     """What is kept on the chip beside the buffers of pages."""
 
@@ -91,7 +94,10 @@ def kernel(head_start_ref, *refs, static: Static):
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
         return Mask(scratch.ends, rows, first_key, key_start, key_end, static.window)
 
-    def attend_block(block, parts, all_parts, rows_of):
+    def seen_whole(first_key, keys):
+        return (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
+
+    def attend_block(block, parts, all_parts, fresh, rows_of):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
@@ -108,10 +114,7 @@ def kernel(head_start_ref, *refs, static: Static):
             slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
 
-        def seen_whole(first_key, keys):
-            return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
-
-        def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None):
+        def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
             """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
             keys_of_parts = keys_of_parts or [sizes.chunk] * sizes.parts
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
@@ -126,7 +129,7 @@ def kernel(head_start_ref, *refs, static: Static):
                     copy(first_run + heads * share, run)
                 pairs = itertools.product(range(at_once), zip(tile_parts, keys_of_parts, strict=True))
                 products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
-                step(chunk, products, mask_of)
+                step(chunk, products, mask_of, fresh)
 
         def part_chunk(chunk, part, mask_of, num_keys):
             """One part of the tile."""
@@ -195,13 +198,16 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(chunk):
                 if all_parts is None:
                     return masked_chunk(chunk)
-                whole = seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
-                pl.when(whole)(lambda: tile_chunk(chunk))
+                whole = all_parts & seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
+                is_fresh = fresh & (block == fetcher.first_block) & (chunk == low)
+                pl.when(is_fresh)(lambda: tile_chunk(chunk, fresh=True))
+                pl.when(whole & jnp.logical_not(is_fresh))(lambda: tile_chunk(chunk))
                 pl.when(jnp.logical_not(whole))(lambda: masked_chunk(chunk))
 
         if all_parts is None:
             return any_block()
-        hot = seen_whole(first_key, block_kv) & exists & fetcher.whole(following)
+        hot = all_parts & (block > fetcher.first_block) & seen_whole(first_key, block_kv)
+        hot &= exists & fetcher.whole(following)
         pl.when(hot)(whole_block)
         pl.when(jnp.logical_not(hot))(any_block)
 
@@ -228,20 +234,24 @@ def kernel(head_start_ref, *refs, static: Static):
         if not static.by_row:
             pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), group, position))
 
+        def clear():
+            pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: _clear(scratch, head, rows_of(part).at)))
+
+        # A chunk that every row sees whole needs no running values before it.
+        fresh = None
+        if all_parts is not None:
+            first_key = lax.div(key_start, sizes.chunk) * sizes.chunk
+            fresh = all_parts & (key_start < key_end) & seen_whole(first_key, sizes.chunk)
+        clear() if fresh is None else pl.when(jnp.logical_not(fresh))(clear)
+
         @pl.loop(fetcher.first_block, fetcher.last_block + 1)
         def _(block):
-            attend_block(block, parts, all_parts, rows_of)
+            attend_block(block, parts, all_parts, fresh, rows_of)
 
         @pl.loop(*parts)
         def _(part):
             scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
             _write(out_ref, lse_ref, scratch, rows_of(part), row_start, row_end, scale, scale_of)
-
-    @pl.when(item == 0)
-    def _():
-        @pl.loop(0, kv_heads)
-        def _(head):
-            _clear(scratch, head, slice(None))
 
     fetcher.begin()
     few = sublanes(query_ref.dtype)
@@ -254,14 +264,14 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 def _attend_step(
-    chunk, products, mask_of=None, *, query_ref, keys_ref, values_ref,
+    chunk, products, mask_of=None, fresh=False, *, query_ref, keys_ref, values_ref,
     scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`.
 
     Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
     multiplied with. Neighbours have different buffers. `mask_of` gives the mask of
-    Rows, or is None where they see every key. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
+    Rows, or is None where they see every key. `fresh` says that there are no running values yet. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
     those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
@@ -299,15 +309,18 @@ def _attend_step(
 
     def softmax(buffer, head, rows, num_keys, mask):
         count = group * rows.count
-        s, m = scratch.logits[buffer, :count, :num_keys], m_ref[head, rows.at]
+        s = scratch.logits[buffer, :count, :num_keys]
+        m = jnp.full((count, LANES), LOWEST) if fresh else m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2((s - widen(m_next, num_keys)) * to_exponent)
-        fade = jnp.exp2((m - m_next) * to_exponent)
-        m_ref[head, rows.at] = m_next
-        l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
+        m_ref[head, rows.at], l = m_next, lane_sums(p)
+        if not fresh:
+            fade = jnp.exp2((m - m_next) * to_exponent)
+            l += l_ref[head, rows.at] * fade
+            scratch.fade[buffer, :count] = fade
+        l_ref[head, rows.at] = l
         p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
         scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
-        scratch.fade[buffer, :count] = fade
 
     def add_values(buffer, head, rows, num_keys, mask):
         count = group * rows.count
@@ -318,8 +331,10 @@ def _attend_step(
         for part in parts:
             keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, num_keys))
             scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
-        acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2])
-        acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
+        acc = sum(scratch.sums[buffer, part, :count] for part in parts)
+        if not fresh:
+            acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2]) + acc
+        acc_ref[head, rows.at] = acc
 
     # The logits of the next product come first: the matrix unit computes them while the softmax runs.
     products = [(*of_product, None if mask_of is None else mask_of(of_product[2])) for of_product in products]
@@ -332,7 +347,7 @@ def _attend_step(
 
 
 def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, scale, scale_of):
-    """Divides, writes the rows of the item, and no other's, and clears their running values for the next item."""
+    """Divides, and writes the rows of the item, and no other's."""
     kv_heads, group, _, value_dim = out_ref.shape
     row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
     lane = lax.broadcasted_iota(jnp.int32, (1, lse_ref.shape[1]), 1)
@@ -353,7 +368,6 @@ def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, s
             if mine is not None:
                 out = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
             out_ref[head, :, rows.slice] = out
-            _clear(scratch, head, rows.at)
             # A logarithm for each query head in a lane of its own, not one for each of the lanes that hold the same.
             for of_head, by_lane in ((l, by_lane_ref.at[0]), (m, by_lane_ref.at[1])):
                 of_head, x = widen(of_head, lane.shape[1]).reshape(group, rows.count, -1), by_lane[: rows.count]
@@ -371,8 +385,8 @@ def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, s
 
 
 def _clear(scratch: Scratch, head, at):
-    """Running values of a KV head that have seen no key. From infinity, no infinity could be subtracted."""
-    for ref, value in ((scratch.m, float(jnp.finfo(jnp.float32).min)), (scratch.l, 0.0), (scratch.acc, 0.0)):
+    """Running values of a KV head that have seen no key."""
+    for ref, value in ((scratch.m, LOWEST), (scratch.l, 0.0), (scratch.acc, 0.0)):
         ref[head, at] = jnp.full_like(ref[head, at], value)
 
 
