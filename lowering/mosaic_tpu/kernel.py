@@ -398,19 +398,24 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     problem, sequences = call.problem, call.sequences
     tokens, q_heads, num_kv_heads, group = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.group
     block_q, attention, heads = sizes.block_q, problem.attention, num_kv_heads // splits
-    items, count = schedule.work_items(call, block_q)
-    tiles = -(-tokens // block_q)
-    query = jnp.pad(call.query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
+    first_row = schedule.first_row(call, block_q)
+    items, count = schedule.work_items(call, block_q, first_row)
+    tiles, packing = -(-tokens // block_q), sublanes(call.query.dtype)
+    rows = tiles * block_q + (block_q - packing if problem.seqs > 1 else 0)  # the last tile may start so much later
+    query = jnp.pad(call.query, ((0, rows - tokens), (0, 0), (0, 0)))
     query = query.reshape(-1, num_kv_heads, group, problem.head_dim).transpose(1, 2, 0, 3)
     pages, scales, held = fetching.pages_of(call, sizes), fetching.scales_of(call), fetching.Held.by(call)
     by_row = call.ranges is not None or call.tree is not None
-    seen = _seen(call, tiles, block_q) if by_row else []
+    seen = _seen(call, tiles, block_q, first_row) if by_row else []
 
-    def tile_of(split, item, head_start, tile, *_):
-        return (split, 0, tile[item], 0)
+    def in_elements(*sizes):
+        return [pl.Element(size) for size in sizes]
 
-    def lse_tile_of(split, item, head_start, tile, *_):
-        return (split, tile[item], 0)
+    def tile_of(split, item, head_start, tile, first_token, *_):
+        return (split * heads, 0, pl.multiple_of(first_token[item], packing), 0)
+
+    def lse_tile_of(split, item, head_start, tile, first_token, *_):
+        return (split, pl.multiple_of(first_token[item], packing), 0)
 
     def seen_tile_of(split, item, head_start, tile, *_):
         return (tile[item], 0, 0)
@@ -433,19 +438,19 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
             num_scalar_prefetch=1 + len(items) + len(scales),
             grid=(splits, jnp.maximum(count, 1)),
             in_specs=[
-                pl.BlockSpec((heads, group, block_q, problem.head_dim), tile_of),
+                pl.BlockSpec(in_elements(heads, group, block_q, problem.head_dim), tile_of),
                 *(pl.BlockSpec((None, *x.shape[1:]), seen_tile_of) for x in seen),
                 *fetching.in_hbm(pages),
             ],
             out_specs=[
-                pl.BlockSpec((heads, group, block_q, problem.value_dim), tile_of),
-                pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
+                pl.BlockSpec(in_elements(heads, group, block_q, problem.value_dim), tile_of),
+                pl.BlockSpec([None, *in_elements(block_q, q_heads // splits)], lse_tile_of),
             ],
             scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(problem, sizes, heads)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, problem.value_dim), query.dtype),
-            jax.ShapeDtypeStruct((splits, tiles * block_q, q_heads // splits), jnp.float32),
+            jax.ShapeDtypeStruct((num_kv_heads, group, rows, problem.value_dim), query.dtype),
+            jax.ShapeDtypeStruct((splits, rows, q_heads // splits), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -461,12 +466,13 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     return out, lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
 
 
-def _seen(call: Call, tiles: int, block_q: int) -> list:
+def _seen(call: Call, tiles: int, block_q: int, first_row) -> list:
     """What each row sees, int32 [tiles, block_q, 2 + words], and the same with the rows last."""
     seen = schedule.seen_by_rows(call)
     if call.tree is not None:
         seen = jnp.concatenate([seen, lax.bitcast_convert_type(call.tree, jnp.int32)], axis=1)
-    seen = jnp.pad(seen, ((0, tiles * block_q - len(seen)), (0, 0))).reshape(tiles, block_q, -1)
+    seen = jnp.pad(seen, ((0, (tiles + 1) * block_q - len(seen)), (0, 0)))
+    seen = lax.dynamic_slice_in_dim(seen, first_row, tiles * block_q).reshape(tiles, block_q, -1)
     return [seen, seen.swapaxes(1, 2)]
 
 
