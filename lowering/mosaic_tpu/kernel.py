@@ -270,9 +270,9 @@ def _attend_step(
     """Folds a chunk of keys into the running values of `products`.
 
     Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
-    multiplied with. Neighbours have different buffers. `mask_of` gives the mask of
-    Rows, or is None where they see every key. `fresh` says that there are no running values yet. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
-    those of a chunk's slots; None where there are none.
+    multiplied with. Neighbours have different buffers. `mask_of` gives the mask of Rows, or is None where they see every
+    key. `fresh` says that there are no running values yet. `scale_of` is the scale of "key" or "value" of a KV head,
+    `slot_scales_of` those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
