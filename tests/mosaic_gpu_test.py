@@ -16,7 +16,7 @@ from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Call, Device, Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import softmax
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS, Plan
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
@@ -315,7 +315,7 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
-        for (warpgroups, quantised), registers in REGISTERS.items():
+        for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
             plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
             others = plan.loading_warpgroups
             threads = 128 * (warpgroups + others)
