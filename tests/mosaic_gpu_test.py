@@ -62,7 +62,7 @@ class ScheduleTest(parameterized.TestCase):
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
                 sequences, tiles.Tiling(tokens, 6, capacity, block_q, block_kv, attention, slab, ordered)
-            )
+            )[0]
         )(sequences)
         schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
@@ -108,7 +108,7 @@ class ScheduleTest(parameterized.TestCase):
         schedule = jax.jit(
             lambda sequences, ranges: tiles.schedule(
                 sequences, tiles.Tiling(tokens, 5, 320, 16, 64, Attention(1.0), slab, ordered), ranges
-            )
+            )[0]
         )(sequences, ranges)
         found = each_of(jax.tree.map(np.asarray, schedule))
         self.assertEqual(sum(tile.length for tile in found), tokens)
@@ -142,7 +142,7 @@ class ScheduleTest(parameterized.TestCase):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
         tiling = tiles.Tiling(200, 1, 960, 64, 64, Attention(1.0), slab=64)
-        schedule = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
+        schedule, _ = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -244,7 +244,7 @@ class PlanTest(parameterized.TestCase):
         fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
                       tokens=100, tiles=3, num_pages=64, pages_per_seq=20, pools=1,
                       pool_rows=2048, seqs_of_pool=1, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
-                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
+                      block_q=64, block_kv=128, warpgroups=2, stages=3, parts=tiles.Parts(), softmax_scale=0.1, soft_cap=50.0,
                       window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
                       cache_dtype="bfloat16", key_scale=None, value_scale=None)
         return Plan(**(fields | changes))

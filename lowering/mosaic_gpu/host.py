@@ -18,8 +18,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
-from paged_prefill.lowering.tiles import Tiling, schedule, tiles_at_most
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
@@ -38,7 +38,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 11
+    version = 12
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -160,7 +160,8 @@ class MosaicGpu(Kernel):
         out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
         if plan.splits == 1:
             return out[0], lse[0].T
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True)
+        may_lack = plan.parts.least < plan.splits
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=may_lack)
 
 
 def _schedule(call: Call, plan: Plan):
@@ -178,11 +179,12 @@ def _schedule(call: Call, plan: Plan):
         attention=problem.attention,
         slab=plan.slab_tokens,
         ordered=plan.pieces > plan.cores,
+        parts=plan.parts,
     )
     if indices is not None and call.ranges is None and fits(tiling):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
     else:
-        table = table_of(schedule(call.sequences, tiling, call.ranges))
+        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.is_split)
     pages, pools = call.sequences.page_indices, call.sequences.pool
     if indices is not None:
         pages, pools = indices.page_indices, indices.pools
@@ -216,7 +218,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
         stages=config.num_stages,
-        splits=config.num_splits,
+        parts=_parts(problem, device, config),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
@@ -228,6 +230,13 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         key_scale=_granularity(call.key_scale),
         value_scale=_granularity(call.value_scale),
     )
+
+
+def _parts(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
+    """More of long tiles only where calls are short: prompts have many tiles, and are not bound by memory."""
+    if current_policy() == "invariant" or problem.tokens_per_seq >= WARPGROUP_ROWS:
+        return Parts(config.num_splits, config.num_splits)
+    return parts_of(problem, device, config, unsplit=programs(problem, config))
 
 
 def _granularity(scale) -> str | None:
