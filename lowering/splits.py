@@ -132,7 +132,7 @@ def _written(out, split, lacks):
     """One part's output, or 0 where it lacks: then the first part's is read, which is read anyway."""
     size = out[0].size
     place = lax.broadcasted_iota(jnp.int32, (size,), 0).reshape(lacks.shape)
-    taken = out.reshape(-1).at[jnp.where(lacks, place, place + split * size)].get(mode="promise_in_bounds")
+    taken = jnp.asarray(out).reshape(-1).at[jnp.where(lacks, place, place + split * size)].get(mode="promise_in_bounds")
     return jnp.where(lacks, 0.0, taken)
 
 

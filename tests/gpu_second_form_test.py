@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
@@ -10,6 +11,8 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import KERNELS
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import oracle, poisoned
@@ -19,6 +22,7 @@ SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128)
 FEW = ((70, 300), (1, 513), (9, 4))
 DECODE = ((1, 300), (1, 1), (1, 900), (1, 64))
 SPLIT = PrefillPageAttentionConfig(num_splits=3)
+UNEVEN = ((1, 300), (1, 1), (1, 1900), (3, 700), (0, 7), (5, 0), (1, 64))
 DTYPES = {"triton": ("bfloat16", "float16", "float32"), "mosaic_gpu": ("bfloat16", "float16")}
 PLATFORMS = {"triton": "triton", "mosaic_gpu": "cuda"}
 
@@ -140,6 +144,35 @@ class GpuSecondFormTest(parameterized.TestCase):
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
+
+    @parameterized.named_parameters(named(ALONE, COMBINED, WIDE, dict(plain={}), kernels=("mosaic_gpu",)))
+    def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
+        """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
+        for least in (1, 2):
+            with mock.patch.object(host, "parts_of_tiles", lambda *_, least=least: Parts(least, 12, 2)):
+                self.check(14, kernel, dict(kind, dtype=dtype, sequences=UNEVEN))
+                if "key_ranges" not in kind:
+                    windowed = dict(kind, dtype=dtype, sequences=UNEVEN, sliding_window=600)
+                    self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
+
+    @parameterized.parameters(dict(kv_heads=8), dict(kv_heads=2), dict(kv_heads=8, sinks=True))
+    def test_bits_of_a_sequence_beside_long_ones_and_alone(self, **kind):
+        """As many tokens and sequences, and as wide a table: a long context has many parts, with or without others."""
+        lengths, contexts = [1] * 12, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345]
+        usual = dict(q_heads=16, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
+        call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
+        spied = mock.patch.object(host, "parts_of", side_effect=host.parts_of)
+        run = self.compiled("mosaic_gpu")
+        with spied as rule:
+            together = run(call)
+        [asked] = rule.call_args_list
+        parts = host.parts_of(*asked.args, **asked.kwargs)
+        self.assertGreater(parts.most, parts.least)
+        oracle.assert_matches(call, *together)
+        for seq in range(len(contexts)):
+            others = np.where(np.arange(len(contexts)) == seq, contexts, 0).astype(np.int32)
+            alone = run(dict(call, context_lens=others))
+            chex.assert_trees_all_equal(*[[x[seq] for x in results] for results in (alone, together)])
 
     @parameterized.named_parameters(named(QUANTISED_KINDS))
     def test_in_splits_without_a_cap(self, kernel, kind, dtype):

@@ -1,5 +1,6 @@
 """What of the Hopper kernel can be tested without a GPU: its schedule, what it refuses, and that it lowers."""
 
+import collections
 import dataclasses
 import functools
 from unittest import mock
@@ -137,6 +138,43 @@ class ScheduleTest(parameterized.TestCase):
                     self.assertEqual(tuple(fields[:2]), (some[0], some[-1] + 1))
                 np.testing.assert_array_equal(np.arange(*fields[2:]), every)
         self.assertGreater(without_holes, 0)
+
+    @parameterized.product(parts=(tiles.Parts(1, 6, 2), tiles.Parts(3, 3), tiles.Parts(2, 4, 3)), window=(None, 300))
+    def test_parts_hold_all_blocks_of_their_tile_whatever_else_is_in_the_pack(self, parts, window):
+        lengths, contexts, others = [1, 5, 0, 40, 1, 1], [640, 30, 20, 513, 4, 900], [640, 2, 640, 100, 4, 0]
+        starts = 3 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        whole = tiles.Tiling(60, 6, 640, 16, 64, Attention(1.0, sliding_window=window), 16)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def schedule(contexts, tiling):
+            arrays = (jnp.asarray(x, jnp.int32) for x in (starts, lengths, contexts, np.zeros(6)))
+            return tiles.schedule(Sequences(*arrays, jnp.zeros((6, 40), jnp.int32)), tiling)
+
+        def by_start(contexts, tiling):
+            found, number = jax.tree.map(np.asarray, schedule(jnp.asarray(contexts), tiling))
+            there = collections.defaultdict(list)
+            for tile in filter(lambda tile: tile.length > 0, each_of(found)[:number]):
+                there[int(tile.start)].append(tile)
+            return there
+
+        found = by_start(contexts, dataclasses.replace(whole, parts=parts))
+        shares = []
+        for start, [tile] in by_start(contexts, whole).items():
+            own, blocks = found.pop(start), range(tile.first_block, tile.end_block)
+            shares += [max(1, *(part.end_block - part.first_block for part in own), 0)]
+            for field, value in tile._asdict().items():  # but for their blocks they are what the tile is
+                if field not in ("first_block", "end_block", "part", "parts"):
+                    chex.assert_trees_all_equal(*[getattr(part, field) for part in own], value)
+            own = sorted(own, key=lambda part: part.part)
+            self.assertEqual([(part.part, part.parts) for part in own], [(i, len(own)) for i in range(len(own))])
+            self.assertEqual([b for part in own for b in range(part.first_block, part.end_block)], list(blocks))
+            want = np.clip(-(-len(blocks) // parts.blocks), parts.least, parts.most)
+            self.assertLessEqual(shares[-1], max(1, -(-len(blocks) // want)))
+        self.assertEmpty(found)
+        self.assertEqual(shares, sorted(shares, reverse=True))
+        found, beside_others = (by_start(x, dataclasses.replace(whole, parts=parts)) for x in (contexts, others))
+        for seq in (0, 4):
+            chex.assert_trees_all_equal(found[int(starts[seq])], beside_others[int(starts[seq])])
 
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
@@ -396,6 +434,8 @@ class LoweringTest(parameterized.TestCase):
         ("large_cap", {}, dict(attn_logits_soft_cap=70.0)),
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
+        ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
+        ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),

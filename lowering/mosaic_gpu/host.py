@@ -218,7 +218,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
         stages=config.num_stages,
-        parts=_parts(problem, device, config),
+        parts=parts_of_tiles(problem, device, config),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
@@ -232,8 +232,8 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
     )
 
 
-def _parts(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """More of long tiles only where calls are short: prompts have many tiles, and are not bound by memory."""
+def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
+    """Long tiles have more only where calls are short: prompts have many tiles, and do not wait for memory."""
     if current_policy() == "invariant" or problem.tokens_per_seq >= WARPGROUP_ROWS:
         return Parts(config.num_splits, config.num_splits)
     return parts_of(problem, device, config, unsplit=programs(problem, config))
