@@ -66,6 +66,17 @@ HOPPER = {
 }  # fmt: skip
 
 
+# Heads of a token that lie together in a tile of few tokens.
+GROUPS = dict(
+    of_16=dict(q_heads=32, kv_heads=2, head_dim=128),
+    of_32=dict(q_heads=32, kv_heads=1, head_dim=64, sinks=True, tree_words=2),
+    of_48=dict(q_heads=48, kv_heads=1, head_dim=128, page_size=8, key_ranges=True),
+    of_64=dict(q_heads=128, kv_heads=2, head_dim=256, key_ranges=True, tree_words=1, layers=2),
+    of_128_int8=dict(q_heads=128, kv_heads=1, head_dim=128, **QUANTISED_KINDS["int8_slot"]),
+    of_16_e4m3=dict(q_heads=16, kv_heads=1, head_dim=64, sinks=True, **QUANTISED_KINDS["float8_e4m3fn_head"]),
+)
+
+
 # Outputs that two of its warpgroups share; rows are tokens of a head, or where groups are large heads of a token.
 MLA = ALONE["mla"]
 WIDE = dict(
@@ -140,12 +151,12 @@ class GpuSecondFormTest(parameterized.TestCase):
         self.check(0, kernel, dict(kind, dtype=dtype))
 
     @parameterized.named_parameters(
-        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, GROUPS, kernels=("mosaic_gpu",))
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
-    @parameterized.named_parameters(named(ALONE, COMBINED, WIDE, dict(plain={}), kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(named(ALONE, COMBINED, GROUPS, WIDE, dict(plain={}), kernels=("mosaic_gpu",)))
     def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
         """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
         for least in (1, 2):
@@ -155,11 +166,11 @@ class GpuSecondFormTest(parameterized.TestCase):
                     windowed = dict(kind, dtype=dtype, sequences=UNEVEN, sliding_window=600)
                     self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
 
-    @parameterized.parameters(dict(kv_heads=8), dict(kv_heads=2), dict(kv_heads=8, sinks=True))
+    @parameterized.parameters(dict(q_heads=16), dict(q_heads=16, sinks=True), dict(q_heads=128))
     def test_bits_of_a_sequence_beside_long_ones_and_alone(self, **kind):
         """As many tokens and sequences, and as wide a table: a long context has many parts, with or without others."""
-        lengths, contexts = [1] * 12, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345]
-        usual = dict(q_heads=16, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
+        lengths, contexts = [1] * 24, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 12
+        usual = dict(kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
         call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
         spied = mock.patch.object(host, "parts_of", side_effect=host.parts_of)
         run = self.compiled("mosaic_gpu")
@@ -193,6 +204,15 @@ class GpuSecondFormTest(parameterized.TestCase):
             parameters = dict(sliding_window=100, softmax_scale=-0.05)
             self.check(11, kernel, dict(kind, dtype=dtype, sliding_window=100), **parameters)
             self.check(12, kernel, dict(kind, dtype=dtype, sequences=DECODE, sliding_window=100), **parameters)
+
+    @parameterized.product(drafts=(1, 2, 4), soft_cap=(None, 50.0))
+    def test_large_groups_of_short_calls(self, drafts, soft_cap):
+        """Few tokens a sequence, and more of some than a tile has room for."""
+        sequences = *((n % (drafts + 1), 90 * n + 5) for n in range(9)), (9, 300)
+        for seed, kind in enumerate(GROUPS.values()):
+            window = None if "key_ranges" in kind else 200
+            kind = dict(kind, dtype="bfloat16", sequences=sequences, sliding_window=window, tokens_before=0)
+            self.check(17 + seed, "mosaic_gpu", kind, sliding_window=window, attn_logits_soft_cap=soft_cap)
 
     @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
     def test_wide_heads_have_the_same_bits_whatever_is_beside_them(self, kernel, kind, dtype):

@@ -252,8 +252,24 @@ class SupportsTest(parameterized.TestCase):
         self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
 
     @parameterized.parameters(
+        (16, 1, 4), (16, 4, 4), (16, 5, 8), (32, 1, 2), (32, 3, 4), (64, 1, 1), (128, 1, 1), (128, 2, 2), (48, 1, 4),
+        (12, 1, 8), (8, 1, 8), (24, 1, 8), (64, 100, 128),
+    )  # fmt: skip
+    def test_decode_steps_of_large_groups_have_no_empty_rows(self, group, tokens_per_seq, block_q):
+        """What 64 rows can hold of a group is in one tile, whose keys are loaded once."""
+        given = problem(q_heads=2 * group, seqs=7, tokens=7 * tokens_per_seq)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(config.block_q, block_q)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+        if block_q < 8:
+            self.assertEqual(config.num_warps, 8)
+            self.assertEqual(group % (64 // block_q), 0)
+            odd = dataclasses.replace(given, q_heads=2 * (group + 1))
+            self.assertIn("heads of a group", KERNEL.misfit(odd, HOPPER, config))
+
+    @parameterized.parameters(
         (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),
-        (dict(block_q=128), "block_q must divide"), (dict(block_q=4), "at least 8, or 1, 2 or 4 of wide heads"),
+        (dict(block_q=128), "block_q must divide"), (dict(block_q=4), "at least 8, or 1, 2 or 4 where"),
         (dict(num_stages=2), "num_stages"),
     )
     def test_sizes_that_do_not_fit_wide_heads(self, sizes, reason):
@@ -437,6 +453,7 @@ class LoweringTest(parameterized.TestCase):
         ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
         ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
         ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),

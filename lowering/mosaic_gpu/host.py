@@ -91,7 +91,7 @@ class MosaicGpu(Kernel):
         first = self.heuristic(problem, device)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
-        tokens = (2 * first.block_q, 4 * first.block_q) if _wide(problem) else (rows, rows // 2)
+        tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
         changes += [dict(block_q=block_q) for block_q in tokens]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
@@ -110,8 +110,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (not _wide(problem) or problem.group % (rows // config.block_q)):
-            takes = f"of wide heads, where {rows} / block_q divides the heads of a group"
+        if config.block_q < 8 and (rows > WARPGROUP_ROWS or problem.group % (rows // config.block_q)):
+            takes = f"where {WARPGROUP_ROWS} rows / block_q divides the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
         if _wide(problem) and block != 64:
@@ -256,7 +256,10 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     if _wide(problem):
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
-    if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
+    heads = math.gcd(problem.group, max(1, WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq)))
+    if heads >= 16:  # those of a token lie together, and no row is empty
+        warpgroups = 1
+    elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
         warpgroups = 1 if rows <= WARPGROUP_ROWS else warpgroups

@@ -111,25 +111,30 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     number = len(others) - len(names)
     caches, optional = others[:number], others[number:]
     optional = dict(zip(names, optional))
-    pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
-    turns = -(-pieces // blocks)
-    if plan.splits > 1:
-        pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
-        turns = lax.div(pieces + (blocks - 1), jnp.int32(blocks))
+    blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
         """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
-        def turn(i, done):
+        def turn(i, done, pieces=plan.pieces):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, pieces - 1), slab)
+            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
-        lax.fori_loop(0, turns, turn, jnp.int32(0))
+        def turn_of_parts(carry):
+            """Asks how many there are beside asking for one: neither waits for the other."""
+            i, done, _ = carry
+            pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
+            return i + 1, turn(i, done, pieces), (i + 1) * blocks < pieces
+
+        if plan.splits == 1:
+            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
+        else:
+            lax.while_loop(lambda carry: carry[2], turn_of_parts, (jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
 
     sources = _sources(plan, caches, optional, **scratch)
 
@@ -206,7 +211,8 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
     pool = jnp.int32(0)
     if plan.pools > 1:
-        pool = jnp.clip(pools[lax.div(tile.seq, plan.seqs_of_pool)], 0, plan.pools - 1)
+        entry = jnp.clip(lax.div(tile.seq, plan.seqs_of_pool), 0, pools.shape[0] - 1)  # behind the last part is junk
+        pool = jnp.clip(pools[entry], 0, plan.pools - 1)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)

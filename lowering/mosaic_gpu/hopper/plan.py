@@ -254,7 +254,7 @@ class Plan:
 
         Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
         """
-        return 1 if self.takes_turns or self.wide else self.block_q // self.slab
+        return 1 if self.takes_turns or self.wide or self.by_token else self.block_q // self.slab
 
     @property
     def slab_tokens(self) -> int:
