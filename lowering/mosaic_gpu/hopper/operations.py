@@ -6,6 +6,7 @@ anything. So `start_products` settles the registers of both its products first, 
 product just before it; and what is computed during a stage reaches the next one's operands through `moved`.
 """
 
+import contextlib
 import functools
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -334,34 +335,52 @@ def gathered(source, indices, layout):
     return gather(source, indices)
 
 
-def store_rows(array, lse, rows, places, out, out_lse, first_column=0) -> None:
-    """Writes row i of an array to row rows[i] of a matrix in global memory, and its lse to places[i] of a vector there.
+def store_rows(array, rows, out, first_column=0) -> None:
+    """Writes row i of an array to row rows[i] of a matrix in global memory, unless that is negative.
 
-    Neither is written where rows[i] is negative. The array's columns are the matrix's from `first_column` on.
+    The array's columns are the matrix's from `first_column` on.
     """
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType(), plgpu.RefType()))
-    def store(_, array, lse, rows, places, column, out, out_lse):
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def store(_, array, rows, column, out):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
-        features = ir.MemRefType(out.type).shape[1]
-        start, lse_start = utils.memref_ptr(out), utils.memref_ptr(out_lse)
+        features, start = ir.MemRefType(out.type).shape[1], utils.memref_ptr(out)
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
         quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
         first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, 2)))
-        for half, registers in enumerate(zip(rows.registers.flat, places.registers.flat, lse.registers.flat)):
-            row, place, row_lse = (vector.extract(register, [], [0]) for register in registers)
-            owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
-            with ir.InsertionPoint(owned.then_block):
+        for half, register in enumerate(rows.registers.flat):
+            row = vector.extract(register, [], [0])
+            with _where_not_negative(row):
                 offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
                 own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
                 for column, pair in enumerate(pairs[:, half]):
                     llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
-                llvm.store(row_lse, utils.getelementptr(lse_start, [arith.extsi(i64, place)], lse.mlir_dtype))
-                scf.yield_([])
 
-    store(array, lse, rows, places, jnp.int32(first_column), out, out_lse)
+    store(array, rows, jnp.int32(first_column), out)
+
+
+def store_numbers(numbers, places, out) -> None:
+    """Writes number i to places[i] of a vector in global memory, unless that is negative. There is one a row."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS, plgpu.RefType()))
+    def store(_, numbers, places, out):
+        i64, start = ir.IntegerType.get_signless(64), utils.memref_ptr(out)
+        for registers in zip(numbers.registers.flat, places.registers.flat):
+            number, place = (vector.extract(register, [], [0]) for register in registers)
+            with _where_not_negative(place):
+                llvm.store(number, utils.getelementptr(start, [arith.extsi(i64, place)], numbers.mlir_dtype))
+
+    store(numbers, places, out)
+
+
+@contextlib.contextmanager
+def _where_not_negative(number):
+    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, number, arith.constant(number.type, 0)))
+    with ir.InsertionPoint(branch.then_block):
+        yield
+        scf.yield_([])
 
 
 def _same_type(function, array):
