@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup, settled
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_products, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, ROWS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import settled, start_products, store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
@@ -36,11 +36,26 @@ def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column
     acc, row_lse = results
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, piece.tile.start + token
+    owns, part = rows.owns(rows.rows()), piece.tile.part if plan.splits > 1 else 0
+
+    def place_of(part, within):
+        return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
+
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    place = (piece.split * plan.tokens + token) * plan.q_heads + head
-    lse_place = (piece.split * plan.q_heads + head) * plan.tokens + token
-    place = jnp.where(rows.owns(rows.rows()), place, -1)
-    store_rows(acc.astype(out.dtype), row_lse, place, lse_place, out, lse, first_column)
+    store_rows(acc.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
+    store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
+    if plan.parts.least == plan.parts.most:
+        return
+
+    @pl.when(part == 0)
+    def _():
+        """Of the parts that the tile does not have: they see no key."""
+        nothing = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
+
+        def absent(part, _):
+            store_numbers(nothing, place_of(part, head * plan.tokens + token), lse)
+
+        lax.fori_loop(piece.tile.parts, plan.splits, absent, None)
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):

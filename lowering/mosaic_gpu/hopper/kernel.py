@@ -24,16 +24,17 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, wid
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
-def table_of(tiles: Tiles):
-    """All integers that the kernel reads of the tiles, in one array: a row a tile.
+def table_of(tiles: Tiles, number, is_split: bool):
+    """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
+    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
     so each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]
-    number = jnp.arange(len(columns), dtype=jnp.int32)
-    return sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
+    place = jnp.arange(len(columns), dtype=jnp.int32)
+    table = sum(jnp.where(place == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
+    return jnp.append(table, number) if is_split else table
 
 
 def launch(plan: Plan, schedule, query, caches, optional):
@@ -110,21 +111,30 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     number = len(others) - len(names)
     caches, optional = others[:number], others[number:]
     optional = dict(zip(names, optional))
-    pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
+    blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
         """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
-        def turn(i, done):
+        def turn(i, done, pieces=plan.pieces):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, pieces - 1), slab)
+            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
-        lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
+        def turn_of_parts(carry):
+            """Asks how many there are beside asking for one: neither waits for the other."""
+            i, done, _ = carry
+            pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
+            return i + 1, turn(i, done, pieces), (i + 1) * blocks < pieces
+
+        if plan.splits == 1:
+            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
+        else:
+            lax.while_loop(lambda carry: carry[2], turn_of_parts, (jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
 
     sources = _sources(plan, caches, optional, **scratch)
 
@@ -181,13 +191,12 @@ def _set_registers(number, action) -> None:
 
 
 class Piece(NamedTuple):
-    """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
+    """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
     tile: Tiles  # all scalars too: of what slabs see, one slab's
     pool: Int[Array, ""]
-    split: Int[Array, ""]
     head_tile: Int[Array, ""]
-    last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
+    last: Int[Array, ""]  # block of keys: they are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
@@ -196,25 +205,22 @@ class Piece(NamedTuple):
 
 def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
-    split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
-    row = lax.div(index, plan.head_tiles * plan.splits) * plan.columns
+    row = lax.div(index, plan.head_tiles) * plan.columns
     fields = [table[row + i] for i in range(TILE_COLUMNS)]
     slabs = row + TILE_COLUMNS + slab
     tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
     pool = jnp.int32(0)
     if plan.pools > 1:
-        pool = jnp.clip(pools[lax.div(tile.seq, plan.seqs_of_pool)], 0, plan.pools - 1)
+        entry = jnp.clip(lax.div(tile.seq, plan.seqs_of_pool), 0, pools.shape[0] - 1)  # behind the last part is junk
+        pool = jnp.clip(pools[entry], 0, plan.pools - 1)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
-    share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
-    first = tile.first_block + split * share
-    steps = jnp.maximum(jnp.minimum(share, tile.end_block - first), 1)
+    steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
         pool=pool,
-        split=split,
         head_tile=head_tile,
-        last=first + steps - 1,
+        last=tile.first_block + steps - 1,
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,

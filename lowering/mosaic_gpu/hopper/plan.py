@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
-from paged_prefill.lowering.tiles import Slabs, Tiles
+from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
@@ -49,6 +49,7 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
+WIDE_REGISTERS = Registers(224, 56)  # 24 are too few for what splits add to the loads, and 191 do for products
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Plan:
     block_kv: int
     warpgroups: int
     stages: int
-    splits: int
+    parts: Parts  # of a tile's keys
     softmax_scale: float
     soft_cap: float | None
     window: int | None
@@ -123,7 +124,7 @@ class Plan:
 
     @property
     def registers(self) -> Registers:
-        return REGISTERS[self.warpgroups, self.quantised]
+        return WIDE_REGISTERS if self.wide else REGISTERS[self.warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -166,8 +167,19 @@ class Plan:
         return self.num_kv_heads * self.head_tiles_per_group
 
     @property
+    def splits(self) -> int:
+        """The most parts of a tile: places for the results of each."""
+        return self.parts.most
+
+    @property
+    def rows_of_table(self) -> int:
+        """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
+        return self.tiles * self.splits
+
+    @property
     def pieces(self) -> int:
-        return self.tiles * self.splits * self.head_tiles
+        """At most."""
+        return self.rows_of_table * self.head_tiles
 
     @property
     def query_parts(self) -> int:
@@ -243,7 +255,7 @@ class Plan:
 
         Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
         """
-        return 1 if self.takes_turns or self.wide else self.block_q // self.slab
+        return 1 if self.takes_turns or self.wide or self.by_token else self.block_q // self.slab
 
     @property
     def slab_tokens(self) -> int:
