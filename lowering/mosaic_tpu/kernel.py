@@ -125,11 +125,11 @@ def kernel(head_start_ref, *refs, static: Static):
 
             @pl.loop(0, steps)
             def _(heads):
-                for run in range(0 if copy is None else share):
-                    copy(first_run + heads * share, run)
+                first = first_run + heads * share
+                copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
                 pairs = itertools.product(range(at_once), zip(tile_parts, keys_of_parts, strict=True))
                 products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
-                step(chunk, products, mask_of, fresh)
+                step(chunk, products, mask_of, fresh, copies)
 
         def part_chunk(chunk, part, mask_of, num_keys):
             """One part of the tile."""
@@ -264,15 +264,15 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 def _attend_step(
-    chunk, products, mask_of=None, fresh=False, *, query_ref, keys_ref, values_ref,
+    chunk, products, mask_of=None, fresh=False, beside=(), *, query_ref, keys_ref, values_ref,
     scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`.
 
     Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
     multiplied with. Neighbours have different buffers. `mask_of` gives the mask of Rows, or is None where they see every
-    key. `fresh` says that there are no running values yet. `scale_of` is the scale of "key" or "value" of a KV head,
-    `slot_scales_of` those of a chunk's slots; None where there are none.
+    key. `fresh` says that there are no running values yet; `beside` are functions that start copies. `scale_of` is the
+    scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
@@ -339,6 +339,8 @@ def _attend_step(
     # The logits of the next product come first: the matrix unit computes them while the softmax runs.
     products = [(*of_product, None if mask_of is None else mask_of(of_product[2])) for of_product in products]
     logits(*products[0])
+    for start in beside:  # behind the loads of the first product, which wait for nothing else
+        start()
     for current, following in zip(products, [*products[1:], None]):
         if following is not None:
             logits(*following)
@@ -460,7 +462,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
         name="paged_prefill",
     )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *seen, *(x for x in pages if x is not None))
     _, owned = schedule.owners(sequences, tokens)
-    # Before the heads go back: XLA takes 20 to 30 s of the processor to compile both as one for v6e.
+    # Before the heads go back: XLA made both as one from a copy in HBM, and keeps on the chip what lies between two.
     out = jnp.where(owned[:, None], out[:, :, :tokens], 0)
     out = out.transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
     return out, lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
