@@ -20,8 +20,8 @@ NEARLY = 1.03  # times within this are the same: then fewer splits need less mem
 # What parts of long tiles cost, beside those of short ones.
 LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
 NEXT_PIECE_BYTES = 2**13  # to go from one piece to the next, of which loads run ahead
-LONE = 2.0  # how much faster than with all others at work few cores are
-EVENLY = 1.05  # times the least that contexts of equal length may take, for the sake of others
+LONE = 1.6  # how much faster than with all others at work half of the cores are
+EVENLY = 1.04  # times the least that contexts of equal length may take, for the sake of others
 MOST_PARTS = 32  # all of which the merge looks at
 RESULT_BYTES = 2**26  # of all parts
 
