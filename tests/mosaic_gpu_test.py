@@ -12,12 +12,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, lowering, ragged_paged_prefill
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
+from paged_prefill.lowering.call import Call, Device, Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import softmax
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS, Plan
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
@@ -369,7 +369,7 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
-        for (warpgroups, quantised), registers in REGISTERS.items():
+        for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
             plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
             others = plan.loading_warpgroups
             threads = 128 * (warpgroups + others)
@@ -515,7 +515,7 @@ class LoweringTest(parameterized.TestCase):
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
         call = functools.partial(ragged_paged_prefill, platform="cuda",
                                  cfg=PrefillPageAttentionConfig(num_splits=num_splits))
-        with mock.patch.object(lowering, "with_sinks", side_effect=AssertionError("sinks join after the kernel")):
+        with mock.patch.object(Call, "with_sinks", side_effect=AssertionError("sinks join after the kernel")):
             text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
@@ -526,7 +526,8 @@ class LoweringTest(parameterized.TestCase):
         call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
                                   sinks=True, tokens_before=2, tokens_after=1, page_size=4)
         parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
-        sinks = np.asarray(flatten(call | dict(kv_head_start=0), **parameters).sinks_of_rows())
+        flat = flatten(call | dict(kv_head_start=0), **parameters)
+        sinks = np.asarray(flat.sinks_of_rows())
         offsets, tokens = call["query_offsets"], len(call["query"])
         token = np.arange(tokens)
         owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
@@ -537,7 +538,7 @@ class LoweringTest(parameterized.TestCase):
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
         chex.assert_trees_all_equal(merge_splits(out, lse.swapaxes(1, 2), jnp.float32, sinks, by_head=True), merged)
-        want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
+        want = flat.with_sinks(*merge_splits(out, lse, jnp.float32))
         chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 
     @parameterized.named_parameters(

@@ -44,7 +44,6 @@ class MosaicGpu(Kernel):
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
     )
     invariant = True
-    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):

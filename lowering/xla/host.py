@@ -21,7 +21,6 @@ class Xla(Kernel):
     version = 5
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
-    joins_sinks = True
     invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:

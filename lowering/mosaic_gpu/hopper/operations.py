@@ -94,7 +94,7 @@ def start_logits(query, keys, share, shares: int):
     def start(_, query, keys, share):
         own, parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
         query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), parts))
-        logits = mgpu.WGMMAAccumulator.zero(*shape)
+        logits = _zero(shape)
         for part in range(parts):
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
@@ -119,6 +119,26 @@ def start_output(acc, weights, values, share):
         return output.value
 
     return start(acc, weights, values, share)
+
+
+def _zero(shape):
+    """An accumulator whose zeros are nothing else's.
+
+    LLVM keeps one register for all zeros of a function, a barrier's parity among them. Where that one is in a product
+    too, ptxas takes its other readers for those of a running product, and runs no two at once (its remark C7514).
+    """
+    zeros = mgpu.WGMMAAccumulator.zero(*shape).value
+    registers = np.empty_like(zeros.registers)
+    f32 = ir.F32Type.get()
+    for place, register in np.ndenumerate(zeros.registers):
+        size = ir.VectorType(register.type).shape[0]
+        registers[place] = llvm.mlir_undef(register.type)
+        for i in range(size):
+            zero = llvm.inline_asm(f32, [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
+            registers[place] = vector.insert(zero, registers[place], [], [i])
+    return mgpu.WGMMAAccumulator.from_registers(
+        mgpu.FragmentedArray(_registers=registers, _layout=zeros.layout, _is_signed=None)
+    )
 
 
 def _share(number, size: int):

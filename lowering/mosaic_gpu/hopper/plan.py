@@ -49,6 +49,7 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
+WIDE_REGISTERS = Registers(224, 56)  # 24 are too few for what splits add to the loads, and 191 do for products
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Plan:
 
     @property
     def registers(self) -> Registers:
-        return REGISTERS[self.warpgroups, self.quantised]
+        return WIDE_REGISTERS if self.wide else REGISTERS[self.warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
