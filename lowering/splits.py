@@ -20,7 +20,7 @@ NEARLY = 1.03  # times within this are the same: then fewer splits need less mem
 # What parts of long tiles cost, beside those of short ones.
 LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
 NEXT_PIECE_BYTES = 2**13  # to go from one piece to the next, of which loads run ahead
-LONE = 1.6  # how much faster than with all others at work half of the cores are
+OF_HALF = 1.6  # how much faster each of half of the cores loads than one of all
 EVENLY = 1.04  # times the least that contexts of equal length may take, for the sake of others
 MOST_PARTS = 32  # all of which the merge looks at
 RESULT_BYTES = 2**26  # of all parts
@@ -87,7 +87,7 @@ def parts_of(problem: Problem, device: Device, config: PrefillPageAttentionConfi
     def time(pieces, splits):
         """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer."""
         rounds, rest = divmod(pieces * splits, device.cores)
-        return (rounds + (max(rest / device.cores, 1 / LONE) if rest else 0)) * (
+        return (rounds + (max(rest / device.cores, 1 / OF_HALF) if rest else 0)) * (
             -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
         )
 

@@ -24,7 +24,7 @@ class Slabs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Arrays of int32, an entry a tile, or a part of one. The keys that its rows see lie in blocks first_block : end_block.
+    """Arrays of int32, an entry a tile, or a part of one. The keys that its rows see lie in first_block : end_block.
 
     Between first_key and end_key no slot is empty; with ranges these are the first and last keys that its rows see.
     """

@@ -183,7 +183,7 @@ class FillTest(parameterized.TestCase):
                         self.assertFalse(1 < waves < 1.5, config)
 
     def test_one_long_context_is_no_single_cores_work(self):
-        """Over random decode steps: its parts hold all its blocks, and few are left whole where that would cost more."""
+        """Over random decode steps: its parts hold all its blocks, and few contexts are left whole."""
         rng, device, kernel = np.random.default_rng(0), DEVICES[0][1], GPU_KERNELS[0]
         long, whole = 0, []
         for _ in range(300):
@@ -212,7 +212,9 @@ class FillTest(parameterized.TestCase):
         self.assertGreater(long, 100)
         self.assertLess(len(whole), long / 8, whole)
 
-    @parameterized.parameters((64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 14), (29, 25600, 5), (32, 100000, 23))
+    @parameterized.parameters(
+        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 14), (29, 25600, 5), (32, 100000, 23)
+    )  # fmt: skip
     def test_parts_of_decode_steps(self, seqs, context, most):
         problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
         config = GPU_KERNELS[0].heuristic(problem, DEVICES[0][1])

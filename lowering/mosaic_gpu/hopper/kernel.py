@@ -27,8 +27,8 @@ from paged_prefill.lowering.tiles import Slabs, Tiles
 def table_of(tiles: Tiles, number, is_split: bool):
     """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
-    so each element picks its field here.
+    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out
+    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]

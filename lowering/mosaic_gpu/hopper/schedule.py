@@ -1,7 +1,8 @@
 """The tiles of a pack in one small kernel, where XLA ends a kernel at every running sum.
 
-What it writes is `table_of(*tiles.schedule(...))` to the bit, but for rows behind the last part. Each thread has numbers of its own (threads.py): a
-sequence at first, then tiles. Every block works out the pack's sequences and the work of all tiles, and ranks its own.
+What it writes is `table_of(*tiles.schedule(...))` to the bit, but for rows behind the last part. Each thread has
+numbers of its own (threads.py): a sequence at first, then tiles. Every block works out the pack's sequences and the
+work of all tiles, and ranks its own.
 """
 
 from dataclasses import dataclass
