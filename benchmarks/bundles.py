@@ -13,6 +13,7 @@ import re
 import numpy as np
 
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*(?:(?:LH|LB|LE|PB|PF|CT)\s*)*:\s*(?:> ?)*\s*\{(.*)")
+ENDS = re.compile(r"End region (\d+)")
 STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
 INSTRUCTION = re.compile(r"(?:%(?P<result>\w+) = )?(?P<name>[\w.]+)\s*(?P<rest>.*)", re.DOTALL)
 PREDICATE = re.compile(r"\((?P<negated>!?)%(?P<name>\w+)(?:, %(?P<otherwise>\w+))?\)")
@@ -50,7 +51,7 @@ class Program:
 
     def __init__(self, lines):
         self.regions, self.bundles, self.operands, self.spills, self.products = {}, [], {}, [], []
-        self.allocations = {}
+        self.ends, self.allocations = {}, {}
         for line in lines:
             if match := BUNDLE.match(line):
                 self._add(line, match[1])
@@ -59,6 +60,8 @@ class Program:
         at = len(self.bundles)
         for region in STARTS.findall(line):
             self.regions[region] = at
+        for region in ENDS.findall(line):
+            self.ends[region] = at
         for operand in OPERAND.finditer(slots):
             self.operands[operand["name"]] = int(operand["index"]), operand["space"]
         self.spills.append(len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots)))
@@ -116,7 +119,7 @@ class Program:
             at += 1
             if target is not None:
                 taken_at = at + delay if delay else next(i for i in range(at, len(self.bundles) + 1) if i in starts)
-                branch = self.regions[target], taken_at
+                branch = self.place_of(target, at, taken_at), taken_at
             if branch is not None and at == branch[1]:
                 at, branch = branch[0], None
         else:
@@ -124,6 +127,12 @@ class Program:
         ran = ran[:-1]
         by_bundle = {i: int(n) for i, n in enumerate(ran) if n}
         return Count(int(ran.sum()), int(ran @ np.array(self.spills)), int(ran @ np.array(self.products)), by_bundle)
+
+    def place_of(self, region, at, taken_at):
+        """Where a region starts; one without bundles is named nowhere, and stands behind the one around the branch."""
+        if region in self.regions:
+            return self.regions[region]
+        return min(end + 1 for around, end in self.ends.items() if self.regions.get(around, 0) < at and end >= taken_at)
 
 
 class State:

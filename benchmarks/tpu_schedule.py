@@ -18,6 +18,7 @@ import glob
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -242,14 +243,21 @@ def measure_here(generation, kernel, call, dump):
         started = time.perf_counter()
         jax.jit(attend).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
         seconds = time.perf_counter() - started
-    counts = []
-    for name, integers in programs.items():
-        paths = [x for x in glob.glob(f"{dump}/*-{name}*final_bundles.txt") if "schedule-analysis" not in x]
-        if len(paths) != 1:
-            raise ValueError(f"the final bundles of {name} are in {len(paths)} files: {paths}")
-        counts.append(bundles.count(paths[0], integers, BRANCH_DELAY[generation]))
-    total = {key: sum(getattr(x, key) for x in counts) for key in ("bundles", "spills")}
-    return dict(seconds=seconds, parts={name: x.bundles for name, x in zip(programs, counts)}, **total)
+    counts = {}
+    for name, runs in programs.items():
+        paths = glob.glob(f"{glob.escape(dump)}/*-{name}*final_bundles.txt")
+        paths = sorted((x for x in paths if "schedule-analysis" not in x), key=_number)
+        if len(paths) != len(runs):
+            raise ValueError(f"{name} runs {len(runs)} times, and its final bundles are in {len(paths)} files: {paths}")
+        each = [bundles.count(path, integers, BRANCH_DELAY[generation]) for path, integers in zip(paths, runs)]
+        counts[name] = bundles.Count(sum(x.bundles for x in each), sum(x.spills for x in each))
+    total = {key: sum(getattr(x, key) for x in counts.values()) for key in ("bundles", "spills")}
+    return dict(seconds=seconds, parts={name: x.bundles for name, x in counts.items()}, **total)
+
+
+def _number(path: str) -> int:
+    """Of a program among those of the same name, in the order of the call."""
+    return int(re.search(r"(?:\.(\d+))?-\d+-final_bundles", path)[1] or 0)
 
 
 def _operands_of_programs(attend, operands):
@@ -267,7 +275,8 @@ def _operands_of_programs(attend, operands):
             results, arrays_given = jax.tree.leaves(out_shape), jax.tree.leaves(arrays)
             grid = (x for x in (grid_spec.grid if grid_spec else ()) if not isinstance(x, int))
             integers = {i: x for i, x in enumerate([*grid, *arrays_given]) if jnp.issubdtype(x.dtype, jnp.integer)}
-            jax.debug.callback(lambda integers: found.update({name or body.__name__: integers}), integers)
+            runs = found.setdefault(name or body.__name__, [])
+            jax.debug.callback(runs.append, integers, ordered=True)
             if all(jnp.issubdtype(x.dtype, jnp.integer) for x in [*arrays_given, *results]):  # it makes a schedule
                 interpreted = dict(out_shape=out_shape, grid_spec=grid_spec, interpret=pltpu.InterpretParams())
                 return pallas_call(body, **interpreted)(*arrays)
@@ -284,7 +293,7 @@ def _operands_of_programs(attend, operands):
     jax.effects_barrier()
     pl.pallas_call = pallas_call
     jax.clear_caches()  # functions that are jitted inside would keep to what was put in the programs' place
-    return {name: {int(i): np.asarray(x) for i, x in integers.items()} for name, integers in found.items()}
+    return {name: [{int(i): np.asarray(x) for i, x in run.items()} for run in runs] for name, runs in found.items()}
 
 
 def measure(generation, kernel, name):

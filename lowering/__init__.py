@@ -1,13 +1,12 @@
 """How the operation runs: its registration, and what happens to a call on one device."""
 
 import contextlib
-import dataclasses
 import functools
 
 import jax
 from jax.interpreters import mlir
 
-from paged_prefill.lowering.call import flatten, nothing_seen, unflatten, with_sinks
+from paged_prefill.lowering.call import flatten, nothing_seen, unflatten
 from paged_prefill.lowering.choose import (
     KERNELS,
     XLA_WRITER,
@@ -29,18 +28,12 @@ def run(*operands, device, exported=False, present, platform, config, **paramete
     named = dict(zip(present, operands, strict=True))
     call = flatten(named, **parameters)
     kernel = None if call.problem.empty else _kernel_of(call.problem, device, platform, config)
-    joined = kernel is not None and kernel.joins_sinks
-    if not joined:
-        call = dataclasses.replace(call, sinks=None)
     if kernel is None:
-        results = nothing_seen(call.problem)
+        results = call.with_sinks(*nothing_seen(call.problem))
     else:
         choice = resolve(kernel, call.problem, device, config, under="off" if exported else None)
         results = kernel.attend(call, choice.config, device)
-    out, lse = unflatten(*results, named["query"].shape)
-    if "sinks" in named and not joined:
-        out, lse = with_sinks(out, lse, named["sinks"], named["query_offsets"])
-    return out, lse
+    return unflatten(*results, named["query"].shape)
 
 
 def _kernel_of(problem, device, platform, config):

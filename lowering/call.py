@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt
 from paged_prefill.lowering.cores import cores_of
 from paged_prefill.primitive.attention import Attention, factor_and_lse, with_logit
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS, OWN_LAYOUT, CacheLayout
-from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, Owners, harmless_contexts, harmless_offsets
+from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT, harmless_contexts, harmless_offsets
 
 # What a call may have and not every kernel takes, as users know it.
 FEATURES = {
@@ -233,16 +233,25 @@ class Call:
         )
         return cls(query, key_pages, value_pages, sequences, kv_head_start, problem, **optional)
 
+    def with_sinks(self, out, lse):
+        """Results that leave the sinks out with their part in each softmax; an output of 16 bits is rounded twice."""
+        if self.sinks is None:
+            return out, lse
+        joined, lse = sinks_joined(out.astype(jnp.float32), lse, self.sinks_of_rows())
+        return joined.astype(out.dtype), lse
+
     def sinks_of_rows(self) -> Float[Array, "tokens q_heads"] | None:
         """The sink of each row's softmax: -inf where no sequence owns the token. None without sinks."""
         if self.sinks is None:
             return None
-        token, (starts, lengths, *_) = jnp.arange(self.problem.tokens, dtype=jnp.int32), self.sequences
-        if self.problem.seqs <= FEW_SEQUENCES:
+        tokens, seqs, (packs, q_heads) = self.problem.tokens, self.problem.seqs, self.sinks.shape
+        token, (starts, lengths, *_) = jnp.arange(tokens, dtype=jnp.int32), self.sequences
+        if isinstance(seqs, int) and 0 < seqs <= FEW_SEQUENCES:
             owned = functools.reduce(jnp.logical_or, (_within(token, *seq) for seq in zip(starts, lengths)))
         else:
             owned = jnp.any(_within(token[:, None], starts[None], lengths[None]), axis=1)
-        sinks = jnp.repeat(self.sinks, self.problem.tokens // self.sinks.shape[0], axis=0)
+        of_packs = (packs, tokens // jax.core.max_dim(packs, 1), q_heads)
+        sinks = jnp.broadcast_to(self.sinks[:, None], of_packs).reshape(tokens, q_heads)
         return jnp.where(owned[:, None], sinks, -jnp.inf)
 
 
@@ -357,16 +366,6 @@ def pool_of_packs(operands: Mapping[str, jax.Array], lead, sizes):
 def last_index(size: int) -> int:
     """Of a dimension that may be symbolic, the last index that int32 holds; -1 where there is none."""
     return jax.core.min_dim(size - 1, 2**31 - 1)
-
-
-def with_sinks(out, lse, sinks, query_offsets):
-    """Results [*batch, tokens, ...] with a sink's logit [*batch, q_heads] in the softmax of each row.
-
-    It joins rows that a sequence owns; the others have no softmax.
-    """
-    owned = Owners(query_offsets, out.shape[-3]).owned[..., None]
-    joined, lse = sinks_joined(out.astype(jnp.float32), lse, jnp.where(owned, jnp.expand_dims(sinks, -2), -jnp.inf))
-    return joined.astype(out.dtype), lse
 
 
 def sinks_joined(out, lse, sinks):

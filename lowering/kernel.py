@@ -24,8 +24,6 @@ class Kernel(abc.ABC):
       invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
         window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
         takes no other kernel.
-      joins_sinks: whether `attend` gives the sinks of a call their part in each softmax. A kernel that does not sees a
-        call without them, and they join its results, which rounds an output of 16 bits twice.
     """
 
     name: ClassVar[str]
@@ -33,7 +31,6 @@ class Kernel(abc.ABC):
     platforms: ClassVar[tuple[str, ...]]
     features: ClassVar[frozenset[str]] = frozenset()
     invariant: ClassVar[bool] = False
-    joins_sinks: ClassVar[bool] = False
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         """None, or the reason why it cannot run a call, in words that a user can act on."""
@@ -72,4 +69,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
-        """Returns out [tokens, q_heads, value_dim] in the query's dtype, and lse [tokens, q_heads] in float32."""
+        """Returns out [tokens, q_heads, value_dim] in the query's dtype, and lse [tokens, q_heads] in float32.
+
+        A kernel whose softmax leaves out the sinks gives them their part by `call.with_sinks`.
+        """

@@ -6,6 +6,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -16,6 +17,13 @@ MERGE_BYTES = 3 * 2**14  # to launch the merge
 SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
 ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
+# What parts of long tiles cost, beside those of short ones.
+LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
+NEXT_PIECE_BYTES = 2**14  # to go from one piece to the next, of which loads run ahead
+OF_HALF = 1.6  # how much faster each of half of the cores loads than one of all
+EVENLY = 1.04  # times the least that contexts of equal length may take, for the sake of others
+MOST_PARTS = 32  # all of which the merge looks at
+RESULT_BYTES = 2**26  # of all parts
 
 
 def most_keys(problem: Problem, tokens: int) -> int:
@@ -61,11 +69,45 @@ def best_splits(
     return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 
-def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False):
+def parts_of(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int) -> Parts:
+    """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
+
+    No static shape says how long the contexts in a table are. So it takes the number by which two launches together end
+    soonest, one of contexts as long as the table and one of a single such context; the first of them nearly as soon as
+    without more parts.
+    """
+    seqs, least = min(problem.seqs, problem.tokens), config.num_splits
+    block_bytes = config.block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-LEAST_PART_BYTES // block_bytes)
+    results = problem.tokens * problem.q_heads * problem.value_dim * 4
+    most = min(MOST_PARTS, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)
+    if seqs == 1 or most <= least:
+        return Parts(least, least)
+
+    def time(pieces, splits):
+        """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer."""
+        rounds, rest = divmod(pieces * splits, device.cores)
+        return (rounds + (max(rest / device.cores, 1 / OF_HALF) if rest else 0)) * (
+            -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
+        )
+
+    def costs(splits):
+        merge = MERGE_BYTES + splits * (SPLIT_BYTES + 2 * results / device.cores) if splits > 1 else 0
+        return time(unsplit, splits) + merge, time(unsplit / seqs, splits) + merge
+
+    estimates = {splits: costs(splits) for splits in range(least, most + 1)}
+    soonest = min(even for even, _ in estimates.values())
+    # Two parts cost as much as they gain: they have to be as good where all are long.
+    near = {s: both for s, both in estimates.items() if both[0] <= soonest * (EVENLY if s > 2 else 1)}
+    chosen = min(near, key=lambda s: sum(near[s]))
+    return Parts(least, chosen, of_part)
+
+
+def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False, may_lack: bool = False):
     """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
 
     `lse` is [splits, tokens, q_heads], or [splits, q_heads, tokens] `by_head`. `sinks` [tokens, q_heads] are as the lse
-    of one more part, of value 0.
+    of one more part, of value 0. Where outputs `may_lack`, nobody has written those of lse -inf.
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
@@ -77,6 +119,8 @@ def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False):
     parts = [every.at[place + split * tokens * heads].get(mode="promise_in_bounds") for split in range(splits)]
     parts += [] if sinks is None else [jnp.broadcast_to(sinks[..., None], out.shape[1:])]
     largest, weights, total = _weights(parts)
+    if may_lack:
+        out = [_written(out, split, jnp.isneginf(part)) for split, part in enumerate(parts[:splits])]
     summed = functools.reduce(jnp.add, [w * o for w, o in zip(weights, out)])
     factor, _ = factor_and_lse(total, largest)
     merged = jnp.where(total == 0, 0.0, summed * factor).astype(dtype)
@@ -84,6 +128,14 @@ def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False):
     of_rows = [*(jnp.matrix_transpose(lse) if by_head else lse), *([] if sinks is None else [sinks])]
     largest, _, total = _weights(of_rows)
     return merged, factor_and_lse(total, largest)[1]
+
+
+def _written(out, split, lacks):
+    """One part's output, or 0 where it lacks: then the first part's is read, which is read anyway."""
+    size = out[0].size
+    place = lax.broadcasted_iota(jnp.int32, (size,), 0).reshape(lacks.shape)
+    taken = jnp.asarray(out).reshape(-1).at[jnp.where(lacks, place, place + split * size)].get(mode="promise_in_bounds")
+    return jnp.where(lacks, 0.0, taken)
 
 
 def _weights(parts):

@@ -24,7 +24,7 @@ class Slabs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Arrays of int32, an entry a tile. The keys that a tile's rows see lie in blocks first_block : end_block.
+    """Arrays of int32, an entry a tile, or a part of one. The keys that its rows see lie in first_block : end_block.
 
     Between first_key and end_key no slot is empty; with ranges these are the first and last keys that its rows see.
     """
@@ -40,6 +40,8 @@ class Tiles(NamedTuple):
     end_key: Int[Array, " tiles"]
     owned: Int[Array, " tiles"]  # 1 where a sequence owns its tokens
     holes: Int[Array, " tiles"]  # 1 where between first_key and end_key may lie keys that no row sees
+    part: Int[Array, " tiles"]  # which of the tile's
+    parts: Int[Array, " tiles"]  # that it has
     slabs: Slabs
 
 
@@ -60,10 +62,45 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """How many parts the keys of a tile are cut into: `least` to `most`, of `blocks` blocks where there are enough.
+
+    They follow the tile's own keys and what is static, so that its bits do not depend on the rest of the pack. Where
+    they vary, each is an entry of the schedule; else a kernel cuts its tiles itself.
+    """
+
+    least: int = 1
+    most: int = 1
+    blocks: int = 1
+
+    @property
+    def vary(self) -> bool:
+        return self.most > self.least
+
+    def share(self, blocks):
+        """The blocks of each part but the last, of a tile of so many blocks."""
+        parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), self.least, self.most)
+        return jnp.maximum(lax.div(blocks + (parts - 1), parts), 1)
+
+    def number(self, blocks):
+        """The parts that have a block, of a tile of so many; at least one, so that there is always a result."""
+        share = self.share(blocks)
+        return jnp.maximum(lax.div(blocks + (share - 1), share), 1)
+
+    def part(self, tile: Tiles, part, number) -> Tiles:
+        """One of so many parts of a tile."""
+        share = self.share(tile.end_block - tile.first_block)
+        first_block = tile.first_block + part * share
+        end_block = jnp.minimum(tile.end_block, first_block + share)
+        return tile._replace(first_block=first_block, end_block=end_block, part=part, parts=number)
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How a pack is cut into tiles: `ordered`, those of most work first; those that do not exist are last.
 
-    A tile's work is the blocks of keys that its slabs of `slab` tokens see.
+    A tile's work is the blocks of keys that its slabs of `slab` tokens see. Where the number of parts varies, these
+    stand in the tile's place, those of most blocks first, and there is nothing behind the last.
     """
 
     tokens: int
@@ -74,10 +111,16 @@ class Tiling:
     attention: Attention
     slab: int
     ordered: bool = True
+    parts: Parts = Parts()
 
     @property
     def tiles(self) -> int:
         return tiles_at_most(self.tokens, self.seqs, self.block_q)
+
+    @property
+    def rows(self) -> int:
+        """The most entries of a schedule."""
+        return self.tiles * (self.parts.most if self.parts.vary else 1)
 
     def tiles_of(self, size):
         """The tiles of a stretch."""
@@ -120,6 +163,8 @@ class Tiling:
             end_key=end_key,
             owned=jnp.where(stretch.owned, 1, 0),
             holes=jnp.zeros_like(length),
+            part=jnp.zeros_like(length),
+            parts=jnp.ones_like(length),
             slabs=[slab(token) for token in range(0, self.block_q, self.slab)],
         )
 
@@ -139,6 +184,8 @@ def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"
 
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
     `sequences` ascend in the pack, as `call.flatten` lays them. What rows see is said by `ranges`, if there are any.
+
+    Returns as many entries as there can be, and how many there are: all of the tiles, or some of their parts.
     """
     seqs, block_q = tiling.seqs, tiling.block_q
     few = seqs <= FEW_SEQUENCES
@@ -172,17 +219,38 @@ def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"
         )
 
     index = jnp.arange(tiling.tiles, dtype=jnp.int32)
+    if tiling.parts.vary:
+        return _parts_of(describe(index), tiling.parts)
     if not tiling.ordered:
-        return describe(index)
+        return describe(index), tiling.tiles
     if seqs == 1 and ranges is None:
-        return describe(tiling.reversed(index, ends[-1]))
+        return describe(tiling.reversed(index, ends[-1])), tiling.tiles
     natural = describe(index)
     work = tiling.work(natural.length, [Slabs(*columns) for columns in zip(*(field.T for field in natural.slabs))])
-    # Comparing all with all is quicker than a sort: tiles are few.
-    more, alike = work[None, :] > work[:, None], work[None, :] == work[:, None]
-    rank = jnp.sum(more | (alike & (index[None, :] < index[:, None])), axis=1, dtype=jnp.int32)
+    rank = jnp.sum(_come_before(work), axis=1, dtype=jnp.int32)
     order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
-    return describe(order) if few and ranges is None else jax.tree.map(lambda field: field[order], natural)
+    ordered = describe(order) if few and ranges is None else jax.tree.map(lambda field: field[order], natural)
+    return ordered, tiling.tiles
+
+
+def _come_before(work):
+    """Which tiles have more work than each, or as much and come before it."""
+    # Comparing all with all is quicker than a sort: tiles are few.
+    index = jnp.arange(work.shape[0], dtype=jnp.int32)
+    more, alike = work[None, :] > work[:, None], work[None, :] == work[:, None]
+    return more | (alike & (index[None, :] < index[:, None]))
+
+
+def _parts_of(tiles: Tiles, parts: Parts):
+    """The parts of tiles, those of most blocks first, and how many there are; what lies behind them is any part."""
+    blocks = tiles.end_block - tiles.first_block
+    share, number = parts.share(blocks), jnp.where(tiles.length > 0, parts.number(blocks), 0)
+    first = jnp.sum(jnp.where(_come_before(share), number[None, :], 0), axis=1, dtype=jnp.int32)
+    index = jnp.arange(tiles.length.shape[0] * parts.most, dtype=jnp.int32)
+    within = (index[:, None] >= first[None, :]) & (index[:, None] < (first + number)[None, :])
+    tile = jnp.argmax(within, axis=1)
+    found = parts.part(jax.tree.map(lambda field: field[tile], tiles), index - first[tile], number[tile])
+    return found, jnp.sum(number, dtype=jnp.int32)
 
 
 def _slabs_of_ranges(ranges, start, length, end_key, block_q, slab):

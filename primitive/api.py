@@ -73,17 +73,14 @@ def prefill_page_attention(
         config=cfg,
     )
     hint = context.hint_of(head_axis, batch_axis, page_axis, 0)
-    return _attend_one(query, key_cache, value_cache, *indices, hint=hint, **parameters)
+    return _attend_one(query, key_cache, value_cache, *indices, parameters=tuple(parameters.items()), hint=hint)
 
 
-STATIC = ("attention", "value_dim", "cache_batch_dims", "cache_layout", "platform", "config", "hint")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC, inline=True)  # one dispatch where the call is eager
-def _attend_one(query, key_cache, value_cache, context_len, page_indices, **parameters):
+@functools.partial(jax.jit, static_argnames=("parameters", "hint"), inline=True)  # one dispatch where the call is eager
+def _attend_one(query, key_cache, value_cache, context_len, page_indices, *, parameters, hint):
     pack = checks.pack_of_one(query, key_cache, value_cache, context_len, page_indices)
     present = tuple(row.name for row in PREFILL.operands[: len(pack)])
-    return paged_prefill_p.bind(*pack, present=present, **parameters)[0]
+    return paged_prefill_p.bind(*pack, present=present, hint=hint, **dict(parameters))[0]
 
 
 def ragged_paged_prefill(

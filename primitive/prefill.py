@@ -79,20 +79,16 @@ paged_prefill_p = OperationPrimitive(PREFILL, "paged_prefill", _prefill_paramete
 local_paged_prefill_p = OperationPrimitive(LOCAL, "local_paged_prefill", _local_parameters)
 
 
-def _abstract(*operands, attention, value_dim, present, cache_batch_dims, cache_layout, **params):
-    named = dict(zip(present, operands, strict=True))
-    form = dict(cache_batch_dims=cache_batch_dims, cache_layout=cache_layout)
-    checks.check_attention_operands(PREFILL, named, attention, value_dim, **form)
-    return _results(named, value_dim, specs_by_plan(PREFILL, operands, present=present, **form))
+def _types(operation, specs_of):
+    """The types of results by those of operands, checked; `specs_of` says how a mesh cuts them."""
 
+    def types(*operands, present, attention, value_dim, num_kv_heads=None, **parameters):
+        named = dict(zip(present, operands, strict=True))
+        form = {name: parameters[name] for name in ("cache_batch_dims", "cache_layout")}
+        checks.check_attention_operands(operation, named, attention, value_dim, num_kv_heads=num_kv_heads, **form)
+        return _results(named, value_dim, specs_of(operation, operands, present=present, **form))
 
-def _local_abstract(
-    *operands, attention, value_dim, present, cache_batch_dims, cache_layout, num_kv_heads, **params
-):
-    named = dict(zip(present, operands, strict=True))
-    form = dict(cache_batch_dims=cache_batch_dims, cache_layout=cache_layout)
-    checks.check_attention_operands(LOCAL, named, attention, value_dim, num_kv_heads=num_kv_heads, **form)
-    return _results(named, value_dim, specs_of_one_device(LOCAL, operands, present=present, **form))
+    return types
 
 
 def _results(named, value_dim, specs):
@@ -113,7 +109,7 @@ def features_of_values(key_cache, value_cache, value_dim) -> int:
 # lowering/ reads when it runs. Here, since sharding/ needs it for caches of compiled code and knows no lowering.
 lowering_reads: list[Callable[[], str]] = []
 
-define(local_paged_prefill_p, _local_abstract)
+define(local_paged_prefill_p, _types(LOCAL, specs_of_one_device))
 for _primitive in (paged_prefill_p, typed_paged_prefill_p):
-    define(_primitive, _abstract)
+    define(_primitive, _types(PREFILL, specs_by_plan))
     define_transformations(_primitive, binds=paged_prefill_p)

@@ -54,20 +54,8 @@ def reference(
     Computes in `compute_dtype`: by default float32, or float64 where jax_enable_x64 is set. Results have that dtype.
     `value_dim` is told where value_cache is None: the values are the first features of the keys.
     """
-    operands = dict(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        context_lens=context_lens,
-        page_indices=page_indices,
-        query_offsets=query_offsets,
-        key_ranges=key_ranges,
-        tree_mask=tree_mask,
-        sinks=sinks,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        layer=layer,
-    )
+    given = locals()
+    operands = {row.name: jnp.asarray(given[row.name]) for row in PREFILL.operands if given[row.name] is not None}
     attention = checks.attention_of(
         softmax_scale=softmax_scale,
         attn_logits_soft_cap=attn_logits_soft_cap,
@@ -77,7 +65,6 @@ def reference(
     if compute_dtype is None:
         compute_dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     one_pack = functools.partial(_one_pack, attention=attention, value_dim=value_dim, compute_dtype=compute_dtype)
-    operands = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
     layout = checks.check_layout(cache_layout)
     lead_dims = len(layout.lead(operands["key_cache"].shape))
     operands = _in_default_layout(operands, layout, lead_dims)

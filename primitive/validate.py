@@ -10,11 +10,13 @@ import numpy as np
 
 from paged_prefill.primitive import checks
 from paged_prefill.primitive.api import ragged_paged_prefill
-from paged_prefill.primitive.operands import PREFILL
+from paged_prefill.primitive.operands import PACK, PREFILL, SCALES
 
 SIGNATURE = inspect.signature(ragged_paged_prefill)
-INDICES = ("context_lens", "page_indices", "query_offsets", "key_ranges", "layer")
-NUMBERS = ("sinks", "key_scale", "value_scale")
+INDICES = tuple(row.name for row in PREFILL.operands if row.dtype == "int32")
+NUMBERS = tuple(row.name for row in PREFILL.operands if row.dtype == "float32")
+PACK_NAMES = tuple(row.name for row in PACK)
+SCALE_NAMES = {row.name for row in SCALES}
 
 
 def validate(*arguments, **parameters) -> None:
@@ -83,9 +85,9 @@ def _check_numbers(numbers, cache_ndim) -> None:
     for name, values in numbers.items():
         if values.ndim == cache_ndim - 1:  # one of each slot, and those in use are not known
             continue
-        wrong = np.isnan(values) | (values == np.inf) if name == "sinks" else ~((values >= 0) & (values < np.inf))
+        wrong = ~(values < np.inf) | (values < 0 if name in SCALE_NAMES else False)
         if wrong.any():
-            takes = "numbers or -inf" if name == "sinks" else "numbers from 0 on"
+            takes = "numbers from 0 on" if name in SCALE_NAMES else "numbers or -inf"
             at = np.argwhere(wrong)[0].tolist()
             raise ValueError(f"{name} must hold {takes}, got {values[*at]} at {at}")
 
@@ -116,7 +118,7 @@ def _check_indices(indices, attention, query_shape, cache_shape, layout) -> None
     for pack in np.ndindex(*batch):
         if layered and not 0 <= layers[pack] < lead[-1]:
             raise ValueError(f"layer{_of(pack)} must lie in [0, {lead[-1]}), got {layers[pack]}")
-        lens, pages, offsets = (indices[name][pack] for name in INDICES[:3])
+        lens, pages, offsets = (indices[name][pack] for name in PACK_NAMES)
         _check_offsets(pack, offsets, tokens)
         for seq, length in enumerate(np.diff(offsets)):
             _check_context(_name(pack, seq), lens[seq], length, pages.shape[-1], page_size)
@@ -124,7 +126,7 @@ def _check_indices(indices, attention, query_shape, cache_shape, layout) -> None
     sharing = defaultdict(list)  # by what they could write into
     for pack in np.ndindex(*batch):
         pool = tuple(min(at, size - 1) for at, size in zip(pack, pools))
-        in_pack = {name: indices[name][pack] for name in INDICES[:3]}
+        in_pack = {name: indices[name][pack] for name in PACK_NAMES}
         sharing[pool, layers[pack]] += _sequences(pack, in_pack, intervals[pack], num_pages, page_size)
     for sequences in sharing.values():
         _check_writes(sequences, num_pages)

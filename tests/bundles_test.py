@@ -42,6 +42,21 @@ class BundlesTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "region 2 depends on %p20_p0, which is not known"):
             bundles.Program(PROGRAM.splitlines()).run({}, 4)
 
+    def test_a_region_that_is_named_nowhere_is_behind_the_one_around_the_branch(self):
+        program = """
+     0   :  { %s1_s0 = smov 1 } /* Start region 1 :: Start region 2 */
+   0x1   :  { %p2_p0 = scmp.ne.s32.totalorder %s1_s0, 0 }
+   0x2   :  { %3 = sbr.rel (%p2_p0) target = $region3 }
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  {}
+   0x6   :  {} /* End region 2 */
+   0x7   :  {} /* Start region 4 */
+   0x8   :  {} /* End region 4 :: End region 1 */
+   0x9   :  {}
+"""
+        self.assertEqual(bundles.Program(program.splitlines()).run({}, 4).bundles, 8)
+
 
 if __name__ == "__main__":
     absltest.main()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
@@ -10,6 +11,8 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import KERNELS
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import oracle, poisoned
@@ -19,6 +22,7 @@ SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128)
 FEW = ((70, 300), (1, 513), (9, 4))
 DECODE = ((1, 300), (1, 1), (1, 900), (1, 64))
 SPLIT = PrefillPageAttentionConfig(num_splits=3)
+UNEVEN = ((1, 300), (1, 1), (1, 1900), (3, 700), (0, 7), (5, 0), (1, 64))
 DTYPES = {"triton": ("bfloat16", "float16", "float32"), "mosaic_gpu": ("bfloat16", "float16")}
 PLATFORMS = {"triton": "triton", "mosaic_gpu": "cuda"}
 
@@ -60,6 +64,17 @@ HOPPER = {
     ).items()
     for dtype, scale in (("float8_e4m3fn", "head"), ("int8", "slot"), ("float8_e5m2", "tensor"))
 }  # fmt: skip
+
+
+# Heads of a token that lie together in a tile of few tokens.
+GROUPS = dict(
+    of_16=dict(q_heads=32, kv_heads=2, head_dim=128),
+    of_32=dict(q_heads=32, kv_heads=1, head_dim=64, sinks=True, tree_words=2),
+    of_48=dict(q_heads=48, kv_heads=1, head_dim=128, page_size=8, key_ranges=True),
+    of_64=dict(q_heads=128, kv_heads=2, head_dim=256, key_ranges=True, tree_words=1, layers=2),
+    of_128_int8=dict(q_heads=128, kv_heads=1, head_dim=128, **QUANTISED_KINDS["int8_slot"]),
+    of_16_e4m3=dict(q_heads=16, kv_heads=1, head_dim=64, sinks=True, **QUANTISED_KINDS["float8_e4m3fn_head"]),
+)
 
 
 # Outputs that two of its warpgroups share; rows are tokens of a head, or where groups are large heads of a token.
@@ -136,10 +151,39 @@ class GpuSecondFormTest(parameterized.TestCase):
         self.check(0, kernel, dict(kind, dtype=dtype))
 
     @parameterized.named_parameters(
-        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, GROUPS, kernels=("mosaic_gpu",))
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
+
+    @parameterized.named_parameters(named(ALONE, COMBINED, GROUPS, WIDE, dict(plain={}), kernels=("mosaic_gpu",)))
+    def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
+        """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
+        for least in (1, 2):
+            with mock.patch.object(host, "parts_of_tiles", lambda *_, least=least: Parts(least, 12, 2)):
+                self.check(14, kernel, dict(kind, dtype=dtype, sequences=UNEVEN))
+                if "key_ranges" not in kind:
+                    windowed = dict(kind, dtype=dtype, sequences=UNEVEN, sliding_window=600)
+                    self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
+
+    @parameterized.parameters(dict(q_heads=16), dict(q_heads=16, sinks=True), dict(q_heads=128))
+    def test_bits_of_a_sequence_beside_long_ones_and_alone(self, **kind):
+        """As many tokens and sequences, and as wide a table: a long context has many parts, with or without others."""
+        lengths, contexts = [1] * 24, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 12
+        usual = dict(kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
+        call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
+        spied = mock.patch.object(host, "parts_of", side_effect=host.parts_of)
+        run = self.compiled("mosaic_gpu")
+        with spied as rule:
+            together = run(call)
+        [asked] = rule.call_args_list
+        parts = host.parts_of(*asked.args, **asked.kwargs)
+        self.assertGreater(parts.most, parts.least)
+        oracle.assert_matches(call, *together)
+        for seq in range(len(contexts)):
+            others = np.where(np.arange(len(contexts)) == seq, contexts, 0).astype(np.int32)
+            alone = run(dict(call, context_lens=others))
+            chex.assert_trees_all_equal(*[[x[seq] for x in results] for results in (alone, together)])
 
     @parameterized.named_parameters(named(QUANTISED_KINDS))
     def test_in_splits_without_a_cap(self, kernel, kind, dtype):
@@ -160,6 +204,15 @@ class GpuSecondFormTest(parameterized.TestCase):
             parameters = dict(sliding_window=100, softmax_scale=-0.05)
             self.check(11, kernel, dict(kind, dtype=dtype, sliding_window=100), **parameters)
             self.check(12, kernel, dict(kind, dtype=dtype, sequences=DECODE, sliding_window=100), **parameters)
+
+    @parameterized.product(drafts=(1, 2, 4), soft_cap=(None, 50.0))
+    def test_large_groups_of_short_calls(self, drafts, soft_cap):
+        """Few tokens a sequence, and more of some than a tile has room for."""
+        sequences = *((n % (drafts + 1), 90 * n + 5) for n in range(9)), (9, 300)
+        for seed, kind in enumerate(GROUPS.values()):
+            window = None if "key_ranges" in kind else 200
+            kind = dict(kind, dtype="bfloat16", sequences=sequences, sliding_window=window, tokens_before=0)
+            self.check(17 + seed, "mosaic_gpu", kind, sliding_window=window, attn_logits_soft_cap=soft_cap)
 
     @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
     def test_wide_heads_have_the_same_bits_whatever_is_beside_them(self, kernel, kind, dtype):
@@ -190,6 +243,22 @@ class GpuSecondFormTest(parameterized.TestCase):
             call["query"] = (call["query"].astype(np.float32) * magnitudes[..., None]).astype("bfloat16")
             parameters = dict(softmax_scale=softmax_scale)
             oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
+
+    @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED, soft_cap=(None, 20.0))
+    def test_scales_of_slots_of_any_size(self, kernel, dtype, soft_cap):
+        """Six orders of magnitude, of either sign, growing with the keys or not; some are 0."""
+        kind = dict(sequences=((40, 900), (1, 1500), (9, 4)), q_heads=4, kv_heads=2, head_dim=128, page_size=16)
+        call = poisoned.make_call(15, **kind, dtype="bfloat16", cache_dtype=dtype, key_scale="slot", value_scale="slot")
+        rng = np.random.default_rng(0)
+        for name in ("key_scale", "value_scale"):
+            factors = 10.0 ** rng.uniform(-3, 0 if name == "key_scale" else 3, call[name].shape)
+            factors *= rng.choice([-1.0, 0.0, 1.0], call[name].shape, p=[0.45, 0.1, 0.45])
+            with np.errstate(over="ignore", invalid="ignore"):  # in what no row sees
+                call[name] = (call[name] * factors).astype(np.float32)
+        call["value_scale"][:, call["page_indices"][0, :30]] *= np.float32(1e-3)
+        oracle.assert_matches(
+            call, *self.attend(call, kernel, attn_logits_soft_cap=soft_cap), attn_logits_soft_cap=soft_cap
+        )
 
     @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED)
     def test_many_small_weights_beside_a_large_one(self, kernel, dtype):

@@ -16,6 +16,7 @@ from paged_prefill.lowering.choose import KERNELS
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.operands import PREFILL
 from paged_prefill.tests.problems import problem
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,24 @@ LAYERS = {
     "lowering": {"compat", "primitive", "lowering"},
 }
 LONGEST = 600
+
+# The signatures of users, the one list of static parameters, and the forms in which kernels are given their work. All
+# others read operands.py's table, or pass on what they were given. (The calls in ejkernel.py are another project's.)
+LISTS_OF_PARAMETERS = {
+    "primitive/api.py": {"prefill_page_attention", "ragged_paged_prefill"},
+    "primitive/pages.py": {"append_to_pages"},
+    "primitive/prefill.py": {"parameters_of"},
+    "primitive/reference.py": {"reference"},
+    "sharding/pages.py": {"local_pages"},
+    "lowering/call.py": {"Call", "flatten"},
+    "lowering/mosaic_gpu/host.py": {"_plan"},
+    "lowering/mosaic_gpu/hopper/plan.py": {"Plan"},
+    "lowering/triton/append_kernel.py": {"append_tokens"},
+}
+PARAMETERS = {row.name for row in PREFILL.operands} | {
+    *("softmax_scale", "attn_logits_soft_cap", "sliding_window", "value_dim"),
+    *("cache_batch_dims", "cache_layout", "platform", "config", "kv_head_start", "num_kv_heads"),
+}
 
 
 def sources(*folders) -> list[Path]:
@@ -48,6 +67,20 @@ def imported(path: Path) -> set[str]:
             module = ".".join((*start, *filter(None, [node.module])))
             names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
+
+
+def names_listed(node: ast.AST) -> set[str]:
+    """What a node lists: the parameters of a function, fields of a class, arguments of a call, names in a collection."""
+    match node:
+        case ast.FunctionDef(args=given):
+            return {argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+        case ast.ClassDef(body=body):
+            return {line.target.id for line in body if isinstance(line, ast.AnnAssign)}
+        case ast.Call(args=positional, keywords=named):
+            return {x.id for x in positional if isinstance(x, ast.Name)} | {x.arg for x in named if x.arg}
+        case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items) | ast.Dict(keys=items):
+            return {getattr(x, "id", getattr(x, "value", None)) for x in items}
+    return set()
 
 
 def layer(name: str) -> str:
@@ -95,6 +128,17 @@ class ImportsTest(parameterized.TestCase):
         files = sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
         lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
         self.assertEmpty({name: length for name, length in lengths.items() if length > LONGEST})
+
+    def test_no_list_of_parameters_is_written_twice(self):
+        """Else an operand more is a change in each of them."""
+        found = {}
+        for path in sources("primitive", "sharding", "lowering"):
+            for outer in ast.parse(path.read_text(encoding="utf-8")).body:
+                if any(len(names_listed(node) & PARAMETERS) >= 5 for node in ast.walk(outer)):
+                    name = getattr(outer, "name", ast.unparse(outer)[:40])
+                    found.setdefault(str(path.relative_to(ROOT)), set()).add(name)
+        found.pop("ejkernel.py")
+        self.assertEqual(found, LISTS_OF_PARAMETERS)
 
     def test_no_definition_hides_another_of_its_name(self):
         """A merge may leave a test twice, of which Python runs the last."""

@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig
-from paged_prefill.lowering.call import sinks_joined
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.layout import CacheLayout
 from paged_prefill.primitive.reference import reference
@@ -152,7 +151,7 @@ def dense_kernel(call, config, device):
     out = jnp.einsum("tkgj,tkjv->tkgv", weights, values)
     out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
     out, lse = out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)
-    return (out, lse) if call.sinks is None else sinks_joined(out, lse, call.sinks_of_rows())
+    return call.with_sinks(out, lse)
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:

@@ -78,7 +78,7 @@ def counted(lower, upper, body, carry):
 
 def table_by_threads(launch, *inputs):
     """What the kernel writes, block by block."""
-    table = Shared(launch.tiling.tiles * launch.columns)
+    table = Shared(launch.size)
     inputs = [Shared(0, np.ravel(x)) for x in inputs]
     with mock.patch.object(schedule.lax, "fori_loop", counted):
         for block in range(-(-launch.tiling.tiles // schedule.TILES)):
@@ -110,13 +110,18 @@ class ScheduleInOneTest(parameterized.TestCase):
             dict(packs=3, seqs=5, tokens=90, block_q=16),
         ),
         (
-            dict(kind="valid", ordered=True, window=None, slabs=1),
-            dict(kind="steps", ordered=True, window=100, slabs=2),
-            dict(kind="hostile", ordered=True, window=None, slabs=2),
-            dict(kind="hostile", ordered=False, window=100, slabs=1),
+            dict(kind="valid", ordered=True, window=None, slabs=1, parts=tiles.Parts()),
+            dict(kind="steps", ordered=True, window=100, slabs=2, parts=tiles.Parts()),
+            dict(kind="hostile", ordered=True, window=None, slabs=2, parts=tiles.Parts()),
+            dict(kind="hostile", ordered=False, window=100, slabs=1, parts=tiles.Parts()),
+            dict(kind="valid", ordered=True, window=None, slabs=1, parts=tiles.Parts(1, 7, 3)),
+            dict(kind="steps", ordered=False, window=None, slabs=1, parts=tiles.Parts(3, 3)),
+            dict(kind="hostile", ordered=True, window=500, slabs=2, parts=tiles.Parts(2, 5, 2)),
         ),
     )
-    def test_it_is_the_schedule_that_xla_works_out(self, packs, seqs, tokens, block_q, kind, ordered, window, slabs):
+    def test_it_is_the_schedule_that_xla_works_out(
+        self, packs, seqs, tokens, block_q, kind, ordered, window, slabs, parts
+    ):
         rng, capacity = np.random.default_rng(seqs), 1024
         attention = Attention(1.0, sliding_window=window)
         offsets, contexts = (x.astype(np.int32) for x in random_indices(rng, packs, seqs, tokens, capacity, kind))
@@ -130,24 +135,28 @@ class ScheduleInOneTest(parameterized.TestCase):
         )  # fmt: skip
         floats = {name: operands.pop(name) for name in ("query", "key_cache", "value_cache")}
         tiling = tiles.Tiling(
-            packs * tokens, packs * seqs, capacity, block_q, 64, attention, slab=block_q // slabs, ordered=ordered
+            packs * tokens, packs * seqs, capacity, block_q, 64, attention, block_q // slabs, ordered, parts
         )
 
         def flat(floats, operands):
             call = flatten(floats | operands, cache_batch_dims=0, num_kv_heads=1, attention=attention)
-            return table_of(tiles.schedule(call.sequences, tiling)), call.indices
+            return table_of(*tiles.schedule(call.sequences, tiling), parts.vary), call.indices
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), floats)
         table, indices = jax.jit(flat)(zeros, operands)
-        columns = len(table) // tiling.tiles
+        columns = len(table) // tiling.rows
         launch = schedule.Launch(tiling, packs, columns)
-        found = table_by_threads(launch, indices.query_offsets, indices.context_lens)
-        np.testing.assert_array_equal(found.reshape(-1, columns), np.asarray(table).reshape(-1, columns))
+        found, table = table_by_threads(launch, indices.query_offsets, indices.context_lens), np.asarray(table)
+        self.assertEqual(len(found), len(table))
+        if parts.vary:
+            self.assertEqual(found[-1], table[-1])
+            found, table = (x[: table[-1] * columns] for x in (found, table))
+        np.testing.assert_array_equal(found.reshape(-1, columns), table.reshape(-1, columns))
 
     def test_a_race_would_be_found(self):
         """Without waiting, threads read what others write."""
         tiling = tiles.Tiling(64, 8, 64, 16, 64, Attention(1.0), slab=16)
-        launch = schedule.Launch(tiling, 1, 15)
+        launch = schedule.Launch(tiling, 1, 17)
         self.enterContext(mock.patch.object(Threads, "synchronise", lambda self: None))
         with self.assertRaisesRegex(AssertionError, "meanwhile"):
             table_by_threads(launch, np.arange(9) * 8, np.full(8, 64))

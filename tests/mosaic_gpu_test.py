@@ -1,5 +1,6 @@
 """What of the Hopper kernel can be tested without a GPU: its schedule, what it refuses, and that it lowers."""
 
+import collections
 import dataclasses
 import functools
 from unittest import mock
@@ -11,16 +12,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, lowering, ragged_paged_prefill
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import Device, Sequences, flatten, with_sinks
+from paged_prefill.lowering.call import Call, Device, Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import softmax
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
-from paged_prefill.tests import packs, poisoned, problems
+from paged_prefill.tests import packs, plans, poisoned, problems
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
@@ -62,7 +62,7 @@ class ScheduleTest(parameterized.TestCase):
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
                 sequences, tiles.Tiling(tokens, 6, capacity, block_q, block_kv, attention, slab, ordered)
-            )
+            )[0]
         )(sequences)
         schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
         self.assertLessEqual(len(schedule.start), tiles.tiles_at_most(tokens, 6, block_q))
@@ -108,7 +108,7 @@ class ScheduleTest(parameterized.TestCase):
         schedule = jax.jit(
             lambda sequences, ranges: tiles.schedule(
                 sequences, tiles.Tiling(tokens, 5, 320, 16, 64, Attention(1.0), slab, ordered), ranges
-            )
+            )[0]
         )(sequences, ranges)
         found = each_of(jax.tree.map(np.asarray, schedule))
         self.assertEqual(sum(tile.length for tile in found), tokens)
@@ -138,11 +138,48 @@ class ScheduleTest(parameterized.TestCase):
                 np.testing.assert_array_equal(np.arange(*fields[2:]), every)
         self.assertGreater(without_holes, 0)
 
+    @parameterized.product(parts=(tiles.Parts(1, 6, 2), tiles.Parts(2, 4, 3)), window=(None, 300))
+    def test_parts_hold_all_blocks_of_their_tile_whatever_else_is_in_the_pack(self, parts, window):
+        lengths, contexts, others = [1, 5, 0, 40, 1, 1], [640, 30, 20, 513, 4, 900], [640, 2, 640, 100, 4, 0]
+        starts = 3 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        whole = tiles.Tiling(60, 6, 640, 16, 64, Attention(1.0, sliding_window=window), 16)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def schedule(contexts, tiling):
+            arrays = (jnp.asarray(x, jnp.int32) for x in (starts, lengths, contexts, np.zeros(6)))
+            return tiles.schedule(Sequences(*arrays, jnp.zeros((6, 40), jnp.int32)), tiling)
+
+        def by_start(contexts, tiling):
+            found, number = jax.tree.map(np.asarray, schedule(jnp.asarray(contexts), tiling))
+            there = collections.defaultdict(list)
+            for tile in filter(lambda tile: tile.length > 0, each_of(found)[:number]):
+                there[int(tile.start)].append(tile)
+            return there
+
+        found = by_start(contexts, dataclasses.replace(whole, parts=parts))
+        shares = []
+        for start, [tile] in by_start(contexts, whole).items():
+            own, blocks = found.pop(start), range(tile.first_block, tile.end_block)
+            shares += [max(1, *(part.end_block - part.first_block for part in own), 0)]
+            for field, value in tile._asdict().items():  # but for their blocks they are what the tile is
+                if field not in ("first_block", "end_block", "part", "parts"):
+                    chex.assert_trees_all_equal(*[getattr(part, field) for part in own], value)
+            own = sorted(own, key=lambda part: part.part)
+            self.assertEqual([(part.part, part.parts) for part in own], [(i, len(own)) for i in range(len(own))])
+            self.assertEqual([b for part in own for b in range(part.first_block, part.end_block)], list(blocks))
+            want = np.clip(-(-len(blocks) // parts.blocks), parts.least, parts.most)
+            self.assertLessEqual(shares[-1], max(1, -(-len(blocks) // want)))
+        self.assertEmpty(found)
+        self.assertEqual(shares, sorted(shares, reverse=True))
+        found, beside_others = (by_start(x, dataclasses.replace(whole, parts=parts)) for x in (contexts, others))
+        for seq in (0, 4):
+            chex.assert_trees_all_equal(found[int(starts[seq])], beside_others[int(starts[seq])])
+
     def test_one_sequence_is_scheduled_longest_first(self):
         arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
         sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
         tiling = tiles.Tiling(200, 1, 960, 64, 64, Attention(1.0), slab=64)
-        schedule = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
+        schedule, _ = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
         np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
         np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
@@ -214,8 +251,24 @@ class SupportsTest(parameterized.TestCase):
         self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
 
     @parameterized.parameters(
+        (16, 1, 4), (16, 4, 4), (16, 5, 8), (32, 1, 2), (32, 3, 4), (64, 1, 1), (128, 1, 1), (128, 2, 2), (48, 1, 4),
+        (12, 1, 8), (8, 1, 8), (24, 1, 8), (64, 100, 128),
+    )  # fmt: skip
+    def test_decode_steps_of_large_groups_have_no_empty_rows(self, group, tokens_per_seq, block_q):
+        """What 64 rows can hold of a group is in one tile, whose keys are loaded once."""
+        given = problem(q_heads=2 * group, seqs=7, tokens=7 * tokens_per_seq)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(config.block_q, block_q)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+        if block_q < 8:
+            self.assertEqual(config.num_warps, 8)
+            self.assertEqual(group % (64 // block_q), 0)
+            odd = dataclasses.replace(given, q_heads=2 * (group + 1))
+            self.assertIn("heads of a group", KERNEL.misfit(odd, HOPPER, config))
+
+    @parameterized.parameters(
         (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),
-        (dict(block_q=128), "block_q must divide"), (dict(block_q=4), "at least 8, or 1, 2 or 4 of wide heads"),
+        (dict(block_q=128), "block_q must divide"), (dict(block_q=4), "at least 8, or 1, 2 or 4 where"),
         (dict(num_stages=2), "num_stages"),
     )
     def test_sizes_that_do_not_fit_wide_heads(self, sizes, reason):
@@ -239,15 +292,7 @@ class SupportsTest(parameterized.TestCase):
 
 
 class PlanTest(parameterized.TestCase):
-    @staticmethod
-    def plan(**changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
-                      tokens=100, tiles=3, num_pages=64, pages_per_seq=20, pools=1,
-                      pool_rows=2048, seqs_of_pool=1, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
-                      block_q=64, block_kv=128, warpgroups=2, stages=3, splits=1, softmax_scale=0.1, soft_cap=50.0,
-                      window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
-                      cache_dtype="bfloat16", key_scale=None, value_scale=None)
-        return Plan(**(fields | changes))
+    plan = staticmethod(plans.plan)
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
     def test_weights_by_the_fixed_maximum_stay_in_range(self, soft_cap):
@@ -305,86 +350,19 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 
-    @parameterized.parameters(
-        (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
-        (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
-    )  # fmt: skip
-    def test_numbers_of_8_bits_stay_what_they_are_where_float16_serves(self, changes, exact):
-        plan = self.plan(**(dict(soft_cap=None, cache_dtype="int8", key_scale="head", value_scale="head") | changes))
-        self.assertEqual(plan.exact, exact)
-        self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
+    @parameterized.parameters("tensor", "head", "slot", None)
+    def test_numbers_of_8_bits_stay_what_they_are(self, scale):
+        plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
+        self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
-        for (warpgroups, quantised), registers in REGISTERS.items():
+        for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
             plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
             others = plan.loading_warpgroups
             threads = 128 * (warpgroups + others)
             start = min(65536 // threads // 8 * 8, 255)
             computes, *loads = [number or start for number in registers[: 1 + others]]
             self.assertLessEqual(128 * (warpgroups * computes + sum(loads)), start * threads)
-
-
-class SharedRowsTest(parameterized.TestCase):
-    """The arithmetic of two warpgroups that share rows: each weighs its half of the keys, by a maximum of both."""
-
-    def attend(self, logits, values, softmax_scale):
-        plan = PlanTest.plan(soft_cap=None, head_dim=512, value_dim=512, block_q=8, block_kv=64,
-                             softmax_scale=softmax_scale)
-        shared = softmax.Softmax(plan)
-        shape = (64, values.shape[1] // 2)
-        running = [(jnp.zeros(shape), jnp.full(64, -jnp.inf), jnp.zeros((64, 8)))] * 2
-        with mock.patch.object(softmax, "any_in_warp", lambda flags, after: jnp.any(flags)):
-            for first in range(0, logits.shape[1], 64):
-                block = jnp.asarray(logits[:, first : first + 64])
-                largest, halves = block.max(axis=1), jnp.split(block, 2, axis=1)
-                steps = [shared.step_together(half, largest, *own) for half, own in zip(halves, running)]
-                weights = jnp.concatenate([step[0] for step in steps], axis=1)
-                columns = jnp.split(jnp.asarray(values[first : first + 64]), 2, axis=1)
-                running = [(acc + weights @ own, m, l) for (_, acc, m, l), own in zip(steps, columns)]
-        total = sum(l.sum(axis=1) for _, _, l in running)
-        results = [shared.result(acc, m, total) for acc, m, _ in running]
-        chex.assert_trees_all_equal(results[0][1], results[1][1])
-        return np.concatenate([out for out, _ in results], axis=1), np.asarray(results[0][1])
-
-    def operands(self):
-        """Rows whose logits grow from block to block or not, that see few keys, or none."""
-        rng = np.random.default_rng(0)
-        logits = rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-1, 3, (64, 1))
-        logits[::3] += np.repeat([0, 300, -500, 900], 64)
-        logits[1::3, 128:] = -np.inf
-        logits[2::6] = np.where(rng.random(256) < 0.02, logits[2::6], -np.inf)
-        logits[7] = -np.inf
-        return logits.astype(np.float32), rng.standard_normal((256, 16), np.float32)
-
-    @parameterized.parameters(0.1, 1.0)
-    def test_is_a_softmax_over_both_halves_of_all_blocks(self, softmax_scale):
-        logits, values = self.operands()
-        out, lse = self.attend(logits, values, softmax_scale)
-        exact = np.float64(softmax_scale) * logits
-        largest = np.maximum(exact.max(axis=1, keepdims=True), -1e300)
-        weights = np.exp(exact - largest)
-        total = weights.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(out, weights @ values / np.maximum(total, 1e-300), rtol=1e-4, atol=1e-5)
-        with np.errstate(divide="ignore"):
-            np.testing.assert_allclose(lse, (largest + np.log(total))[:, 0], rtol=1e-5, atol=1e-5)
-        self.assertEqual((lse[7], np.abs(out[7]).max()), (-np.inf, 0))
-
-    def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
-        logits, values = self.operands()
-        logits[1::2] = logits[1::2] * 1e-3
-        # Their maximum grows a little, and so is kept: were it taken with those of the others, their bits would change.
-        logits[::2] = np.random.default_rng(1).standard_normal((32, 256))
-        wild = logits.copy()
-        wild[1::2] += np.repeat(np.float32([0, 400, 800, 1600]), 64)
-        results = [self.attend(each, values, 1.0) for each in (logits, wild)]
-        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
-
-    def test_a_row_that_sees_nan_has_nan(self):
-        logits, values = self.operands()
-        logits[5, 70] = np.nan
-        out, lse = self.attend(logits, values, 0.1)
-        np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse)), [5])
-        self.assertTrue(np.all(np.isnan(out[5])))
 
 
 class LoweringTest(parameterized.TestCase):
@@ -396,7 +374,10 @@ class LoweringTest(parameterized.TestCase):
         ("large_cap", {}, dict(attn_logits_soft_cap=70.0)),
         ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
+        ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
+        ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
         ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),
@@ -458,7 +439,7 @@ class LoweringTest(parameterized.TestCase):
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3))) | {"sinks": jax.ShapeDtypeStruct((8,), jnp.float32)}
         call = functools.partial(ragged_paged_prefill, platform="cuda",
                                  cfg=PrefillPageAttentionConfig(num_splits=num_splits))
-        with mock.patch.object(lowering, "with_sinks", side_effect=AssertionError("sinks join after the kernel")):
+        with mock.patch.object(Call, "with_sinks", side_effect=AssertionError("sinks join after the kernel")):
             text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
@@ -469,7 +450,8 @@ class LoweringTest(parameterized.TestCase):
         call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
                                   sinks=True, tokens_before=2, tokens_after=1, page_size=4)
         parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
-        sinks = np.asarray(flatten(call | dict(kv_head_start=0), **parameters).sinks_of_rows())
+        flat = flatten(call | dict(kv_head_start=0), **parameters)
+        sinks = np.asarray(flat.sinks_of_rows())
         offsets, tokens = call["query_offsets"], len(call["query"])
         token = np.arange(tokens)
         owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
@@ -480,8 +462,32 @@ class LoweringTest(parameterized.TestCase):
         out = np.where(np.isneginf(lse)[..., None], 0, out)
         merged = merge_splits(out, lse, jnp.float32, sinks)
         chex.assert_trees_all_equal(merge_splits(out, lse.swapaxes(1, 2), jnp.float32, sinks, by_head=True), merged)
-        want = with_sinks(*merge_splits(out, lse, jnp.float32), call["sinks"], offsets)
+        want = flat.with_sinks(*merge_splits(out, lse, jnp.float32))
         chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
+
+    def test_parts_that_tiles_lack_are_not_looked_at(self):
+        """A short context has no blocks for as many parts as a long one."""
+        operands = shapes(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000)
+        zeros = dict(zip(packs.Pack._fields, (jnp.zeros(x.shape, x.dtype) for x in operands)))
+        parameters = dict(cache_batch_dims=0, num_kv_heads=8, attention=Attention(1.0))
+        splits = []
+
+        def first_parts_alone(plan, schedule, query, *_):
+            splits.append(plan.splits)
+            rows = query.shape[0] * query.shape[1]
+            first = jnp.arange(plan.splits * rows) < rows
+            out = jnp.where(first, 1.5, jnp.nan)
+            return jnp.tile(out[:, None], (1, plan.value_dim)), jnp.where(first, 0.5, -jnp.inf)
+
+        def attend(operands):
+            call = flatten(operands | dict(kv_head_start=jnp.int32(0)), **parameters)
+            return KERNEL.attend(call, KERNEL.heuristic(call.problem, HOPPER), HOPPER)
+
+        with mock.patch.object(host, "launch", first_parts_alone):
+            out, lse = jax.jit(attend)(zeros)
+        self.assertGreater(min(splits), 2)
+        chex.assert_trees_all_equal(out, jnp.full_like(out, 1.5))
+        chex.assert_trees_all_close(lse, jnp.full_like(lse, 0.5))
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),

@@ -136,6 +136,14 @@ class MosaicTpuTest(chex.TestCase):
             results = run(pack, block_q=32, block_kv=256, sliding_window=window)
         packs.assert_matches_reference(pack, *results, sliding_window=window)
 
+    def test_parts_of_a_tile_that_see_fewer_keys_of_a_chunk(self):
+        # Tiles of two parts of 128 tokens, the last rows of which see 254 keys of a chunk, and more than it has; behind
+        # sequences of one token, and with rows that no sequence owns.
+        pack = packs.make_pack(12, [1, 1, 512, 256], [5, 300, 512, 600], head_dim=16, q_heads=2, kv_heads=2, tokens_after=9)
+        with mock.patch.multiple(schedule, CHUNK=256, ROWS=128, DEPTH=128):
+            results = run(pack, block_q=256, block_kv=256)
+        packs.assert_matches_reference(pack, *results)
+
     def test_context_past_the_page_table(self):
         pack = replace(EDGE, sequences=((9, 112), (2, 16))).pack()
         self.assertEqual(pack.page_indices.shape[1] * EDGE.page_size, 112)
@@ -226,7 +234,9 @@ class ScheduleTest(chex.TestCase):
         query, pages = jnp.zeros((tokens, 1, 1)), jnp.zeros((1, 1, 10, 8, 1))
         attention = Attention(1.0, sliding_window=7)
         call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=attention)
-        items, count = work_items(call, block_q)
+        before = int(schedule.first_row(call, block_q))
+        self.assertEqual(before % 8, 0)
+        items, count = work_items(call, block_q, before)
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]
         owner = np.full(tokens, -1)
@@ -237,7 +247,8 @@ class ScheduleTest(chex.TestCase):
             self.assertGreaterEqual(tile, previous_tile)
             previous_tile = tile
             self.assertTrue(0 <= row_start < row_end <= block_q)
-            rows = np.arange(tile * block_q + row_start, tile * block_q + row_end)
+            self.assertEqual(item.first_token, before + tile * block_q)
+            rows = item.first_token + np.arange(row_start, row_end)
             np.testing.assert_array_equal(owner[rows], -1)
             owner[rows] = seq
             positions = int(contexts[seq]) - int(length[seq]) + rows - int(start[seq])
@@ -251,6 +262,20 @@ class ScheduleTest(chex.TestCase):
         np.testing.assert_array_equal(np.where(owned, seq, -1), want)
         alone = np.array([seq >= 0 and length[seq] == 1 for seq in want])  # decode.py's
         np.testing.assert_array_equal(owner, np.where(alone, -1, want))
+
+    def test_a_chunk_behind_sequences_of_one_token_takes_no_more_tiles_than_alone(self):
+        def tiles(lengths):
+            start = jnp.asarray(np.cumsum([0, *lengths[:-1]]), jnp.int32)
+            table = jnp.zeros((len(lengths), 10), jnp.int32)
+            sequences = Sequences(start, jnp.array(lengths), start * 0 + 99, start * 0, table)
+            pages = jnp.zeros((1, 1, 10, 16, 1), jnp.bfloat16)
+            query = jnp.zeros((sum(lengths), 1, 1), jnp.bfloat16)
+            call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=Attention(1.0))
+            return int(work_items(call, 64, schedule.first_row(call, 64))[1])
+
+        self.assertEqual(tiles([1] * 48 + [128, 1, 1]), tiles([128]))
+        self.assertEqual(tiles([1] * 80 + [64]), 1)
+        self.assertEqual(tiles([1] * 5), 0)
 
     @parameterized.parameters(
         # KV heads, group: tiles, rows, period, and the KV heads of each tile of a period

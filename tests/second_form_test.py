@@ -242,9 +242,11 @@ class SinksTest(parameterized.TestCase):
 
     @parameterized.parameters((True,), (poisoned.EXTREME_SINKS,))
     def test_packs_in_which_nothing_can_be_seen(self, sinks):
-        """Not a page, or not a column of the page table: still the sink alone."""
+        """Not a page, or not a column of the page table: still the sink alone. Not a sequence: not even that."""
         operands = poisoned.make_call(15, ((3, 0), (2, 0)), **SIZES, sinks=sinks)
         for changed in (
+            dict(query_offsets=operands["query_offsets"][:1])
+            | {name: operands[name][:0] for name in ("context_lens", "page_indices")},
             dict(page_indices=operands["page_indices"][:, :0]),
             {name: operands[name][:, :0] for name in ("key_cache", "value_cache")},
         ):

@@ -13,6 +13,7 @@ import numpy as np
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
+from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.tests import calls
 from paged_prefill.tests.tuning_stand_ins import environment
@@ -180,6 +181,44 @@ class FillTest(parameterized.TestCase):
                     waves = kernel.blocks(problem, config) / (device.cores * tiles_a_core)
                     with self.subTest(f"{kind} {kernel.name} {shape}"):
                         self.assertFalse(1 < waves < 1.5, config)
+
+    def test_one_long_context_is_no_single_cores_work(self):
+        """Over random decode steps: its parts hold all its blocks, and few contexts are left whole."""
+        rng, device, kernel = np.random.default_rng(0), DEVICES[0][1], GPU_KERNELS[0]
+        long, whole = 0, []
+        for _ in range(300):
+            seqs, kv_heads, group = int(rng.integers(2, 257)), 2 ** int(rng.integers(0, 4)), int(rng.integers(1, 17))
+            context = int(2 ** rng.uniform(6, 17))
+            problem = problem_of_shape(seqs, 1, context, group * kv_heads, kv_heads, 128, None, None, page_size=16)
+            config = resolve.completed(kernel, problem, device)
+            parts = mosaic_gpu_host.parts_of_tiles(problem, device, config)
+            blocks = -(-context // config.block_kv)
+            share, number = int(parts.share(np.int32(blocks))), int(parts.number(np.int32(blocks)))
+            with self.subTest(f"{seqs} x 1 at {context}, {group * kv_heads} heads over {kv_heads}: {parts}"):
+                self.assertEqual(parts.least, config.num_splits)
+                self.assertBetween(number, min(parts.least, 1 + blocks // 2), parts.most)
+                self.assertBetween(blocks, (number - 1) * share + 1, number * share)
+                if parts.most > parts.least:
+                    self.assertGreaterEqual(parts.blocks * config.block_kv * 512, 2**21)
+                    self.assertLessEqual(parts.most * problem.tokens * problem.q_heads * 128 * 4, 2**26)
+                    # All contexts may be as long: then a last round that is nearly empty would be felt.
+                    whole_rounds, rest = np.divmod(seqs * kv_heads * np.array([number, parts.least]), device.cores)
+                    rounds = whole_rounds + np.where(rest > 0, np.maximum(1 / 1.6, rest / device.cores), 0)
+                    time, without = rounds * np.array([share, -(-blocks // parts.least)])
+                    self.assertLess(time, 1.05 * without)
+            if blocks > 64:
+                long += 1
+                whole += [(seqs, kv_heads, context)] * (number == 1)
+        self.assertGreater(long, 100)
+        self.assertLess(len(whole), long / 8, whole)
+
+    @parameterized.parameters(
+        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 14), (29, 25600, 5), (32, 100000, 23)
+    )  # fmt: skip
+    def test_parts_of_decode_steps(self, seqs, context, most):
+        problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
+        config = GPU_KERNELS[0].heuristic(problem, DEVICES[0][1])
+        self.assertEqual(mosaic_gpu_host.parts_of_tiles(problem, DEVICES[0][1], config).most, most)
 
     def test_a_device_says_itself_how_many_cores_it_has(self):
         self.assertEqual(Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", core_count=66).cores, 66)

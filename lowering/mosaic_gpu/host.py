@@ -17,9 +17,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
-from paged_prefill.lowering.tiles import Tiling, schedule, tiles_at_most
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
@@ -38,13 +38,12 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 11
+    version = 12
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
     )
     invariant = True
-    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if device.compute_capability not in (None, "9.0"):
@@ -91,7 +90,7 @@ class MosaicGpu(Kernel):
         first = self.heuristic(problem, device)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
-        tokens = (2 * first.block_q, 4 * first.block_q) if _wide(problem) else (rows, rows // 2)
+        tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
         changes += [dict(block_q=block_q) for block_q in tokens]
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
@@ -110,8 +109,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (not _wide(problem) or problem.group % (rows // config.block_q)):
-            takes = f"of wide heads, where {rows} / block_q divides the heads of a group"
+        if config.block_q < 8 and (rows > WARPGROUP_ROWS or problem.group % (rows // config.block_q)):
+            takes = f"where {WARPGROUP_ROWS} rows / block_q divides the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
         if _wide(problem) and block != 64:
@@ -160,7 +159,7 @@ class MosaicGpu(Kernel):
         out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
         if plan.splits == 1:
             return out[0], lse[0].T
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True)
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=plan.parts.vary)
 
 
 def _schedule(call: Call, plan: Plan):
@@ -178,11 +177,12 @@ def _schedule(call: Call, plan: Plan):
         attention=problem.attention,
         slab=plan.slab_tokens,
         ordered=plan.pieces > plan.cores,
+        parts=plan.parts,
     )
     if indices is not None and call.ranges is None and fits(tiling):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
     else:
-        table = table_of(schedule(call.sequences, tiling, call.ranges))
+        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
     pages, pools = call.sequences.page_indices, call.sequences.pool
     if indices is not None:
         pages, pools = indices.page_indices, indices.pools
@@ -216,7 +216,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
         stages=config.num_stages,
-        splits=config.num_splits,
+        parts=parts_of_tiles(problem, device, config),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
@@ -228,6 +228,13 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         key_scale=_granularity(call.key_scale),
         value_scale=_granularity(call.value_scale),
     )
+
+
+def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
+    """Long tiles have more only where calls are short: prompts have many tiles, and do not wait for memory."""
+    if current_policy() == "invariant" or problem.tokens_per_seq >= WARPGROUP_ROWS:
+        return Parts(config.num_splits, config.num_splits)
+    return parts_of(problem, device, config, unsplit=programs(problem, config))
 
 
 def _granularity(scale) -> str | None:
@@ -247,7 +254,10 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     if _wide(problem):
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
-    if tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
+    heads = math.gcd(problem.group, max(1, WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq)))
+    if heads >= 16:  # those of a token lie together, and no row is empty
+        warpgroups = 1
+    elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
         warpgroups = 1 if rows <= WARPGROUP_ROWS else warpgroups
@@ -369,9 +379,7 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + 3072
-    scales = 0
+    slots, scales = widened(block, features), 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
-        run = min(problem.page_size, block)
-        scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
-    wide = widened(block, features) * block * features
-    return 2 * (rows * problem.head_dim + wide) + blocks + scales + 3072
+        scales = 2 * 4 * (slots + 1) * block
+    return 2 * (rows * problem.head_dim + slots * block * features) + blocks + scales + 3072

@@ -26,7 +26,7 @@ class MosaicTpu(Kernel):
     """Takes bfloat16 and float32, over caches of them or quantised, and pages of whole tiles, on v4 and later."""
 
     name = "mosaic_tpu"
-    version = 4
+    version = 6
     platforms = ("tpu",)
     features = frozenset(FEATURES)
     invariant = True
@@ -121,7 +121,7 @@ class MosaicTpu(Kernel):
         out, lse = kernel.attend(call, sizes, splits, limit) if problem.tokens > 1 else nothing_seen(problem)
         out, lse = decode.attend(call, sizes, splits, limit, out, lse)
         _, owned = schedule.owners(call.sequences, problem.tokens)  # other rows were not written
-        return jnp.where(owned[:, None, None], out, 0), jnp.where(owned[:, None], lse, -jnp.inf)
+        return call.with_sinks(out, jnp.where(owned[:, None], lse, -jnp.inf))
 
 
 def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:

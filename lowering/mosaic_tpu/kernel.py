@@ -39,6 +39,9 @@ from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
 from paged_prefill.primitive.attention import factor_and_lse
 
+LOWEST = float(jnp.finfo(jnp.float32).min)  # of logits: from infinity, no infinity could be subtracted
+
+
 class Scratch(NamedTuple):
     """What is kept on the chip beside the buffers of pages."""
 
@@ -91,7 +94,10 @@ def kernel(head_start_ref, *refs, static: Static):
             return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
         return Mask(scratch.ends, rows, first_key, key_start, key_end, static.window)
 
-    def attend_block(block, parts, all_parts, rows_of):
+    def seen_whole(first_key, keys):
+        return (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
+
+    def attend_block(block, parts, all_parts, fresh, rows_of):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
         slot, first_key = fetcher.turn(), block * block_kv
         following, exists = fetcher.following(block)
@@ -108,11 +114,9 @@ def kernel(head_start_ref, *refs, static: Static):
             slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
 
-        def seen_whole(first_key, keys):
-            return all_parts & (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
-
-        def tile_chunk(chunk, mask_of=None, num_keys=None, copy=None):
+        def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
             """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
+            keys_of_parts = keys_of_parts or [sizes.chunk] * sizes.parts
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
             steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
@@ -121,11 +125,11 @@ def kernel(head_start_ref, *refs, static: Static):
 
             @pl.loop(0, steps)
             def _(heads):
-                for run in range(0 if copy is None else share):
-                    copy(first_run + heads * share, run)
-                pairs = itertools.product(range(at_once), tile_parts)
-                products = [(i % 2, heads * at_once + head, rows) for i, (head, rows) in enumerate(pairs)]
-                step(chunk, products, mask_of, num_keys)
+                first = first_run + heads * share
+                copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
+                pairs = itertools.product(range(at_once), zip(tile_parts, keys_of_parts, strict=True))
+                products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
+                step(chunk, products, mask_of, fresh, copies)
 
         def part_chunk(chunk, part, mask_of, num_keys):
             """One part of the tile."""
@@ -135,8 +139,8 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(heads):
                 # If every buffer's number were known when compiling, the compiler would keep the buffers in
                 # registers, of which there are too few, and spill.
-                products = [(lax.rem(part + i, 2), heads * at_once + i, rows_of(part)) for i in range(at_once)]
-                step(chunk, products, mask_of, num_keys)
+                rows, head = rows_of(part), heads * at_once
+                step(chunk, [(lax.rem(part + i, 2), head + i, rows, num_keys) for i in range(at_once)], mask_of)
 
         def masked_chunk(chunk):
             first = first_key + chunk * sizes.chunk
@@ -146,14 +150,25 @@ def kernel(head_start_ref, *refs, static: Static):
 
             def of_keys(attend, end):
                 """What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes."""
-                if sizes.chunk <= schedule.DEPTH or sizes.chunk % LANES or schedule.DEPTH % LANES:
+                if not sizes.chunk_is_cut:
                     return attend(sizes.chunk)
                 ends_early = end - first <= schedule.DEPTH
                 pl.when(ends_early)(lambda: attend(schedule.DEPTH))
                 pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.chunk))
 
             def tile():
-                of_keys(functools.partial(tile_chunk, chunk, mask_of_rows), key_end)
+                """Parts before the last see fewer keys, if the last does not see past the chunk."""
+
+                def attend(keys, keys_of_parts=None):
+                    tile_chunk(chunk, mask_of_rows, keys_of_parts or [keys] * sizes.parts)
+
+                staggered = sizes.keys_of_parts(sizes.chunk)
+                if static.by_row or not sizes.chunk_is_cut or len({*staggered}) == 1:
+                    return of_keys(attend, key_end)
+                end = position + sizes.block_q
+                ends_within = end - first <= sizes.chunk
+                pl.when(ends_within)(lambda: of_keys(lambda keys: attend(keys, sizes.keys_of_parts(keys)), end))
+                pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.chunk))
 
             def part_by_part():
                 @pl.loop(*parts)
@@ -183,13 +198,16 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(chunk):
                 if all_parts is None:
                     return masked_chunk(chunk)
-                whole = seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
-                pl.when(whole)(lambda: tile_chunk(chunk))
+                whole = all_parts & seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
+                is_fresh = fresh & (block == fetcher.first_block) & (chunk == low)
+                pl.when(is_fresh)(lambda: tile_chunk(chunk, fresh=True))
+                pl.when(whole & jnp.logical_not(is_fresh))(lambda: tile_chunk(chunk))
                 pl.when(jnp.logical_not(whole))(lambda: masked_chunk(chunk))
 
         if all_parts is None:
             return any_block()
-        hot = seen_whole(first_key, block_kv) & exists & fetcher.whole(following)
+        hot = all_parts & (block > fetcher.first_block) & seen_whole(first_key, block_kv)
+        hot &= exists & fetcher.whole(following)
         pl.when(hot)(whole_block)
         pl.when(jnp.logical_not(hot))(any_block)
 
@@ -216,20 +234,24 @@ def kernel(head_start_ref, *refs, static: Static):
         if not static.by_row:
             pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), group, position))
 
+        def clear():
+            pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: _clear(scratch, head, rows_of(part).at)))
+
+        # A chunk that every row sees whole needs no running values before it.
+        fresh = None
+        if all_parts is not None:
+            first_key = lax.div(key_start, sizes.chunk) * sizes.chunk
+            fresh = all_parts & (key_start < key_end) & seen_whole(first_key, sizes.chunk)
+        clear() if fresh is None else pl.when(jnp.logical_not(fresh))(clear)
+
         @pl.loop(fetcher.first_block, fetcher.last_block + 1)
         def _(block):
-            attend_block(block, parts, all_parts, rows_of)
+            attend_block(block, parts, all_parts, fresh, rows_of)
 
         @pl.loop(*parts)
         def _(part):
             scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
             _write(out_ref, lse_ref, scratch, rows_of(part), row_start, row_end, scale, scale_of)
-
-    @pl.when(item == 0)
-    def _():
-        @pl.loop(0, kv_heads)
-        def _(head):
-            _clear(scratch, head, slice(None))
 
     fetcher.begin()
     few = sublanes(query_ref.dtype)
@@ -242,17 +264,17 @@ def kernel(head_start_ref, *refs, static: Static):
 
 
 def _attend_step(
-    chunk, products, mask_of=None, num_keys=None, *, query_ref, keys_ref, values_ref,
+    chunk, products, mask_of=None, fresh=False, beside=(), *, query_ref, keys_ref, values_ref,
     scratch: Scratch, static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
-    """Folds a chunk of keys into the running values of `products`: the buffer, the KV head and the Rows of each.
+    """Folds a chunk of keys into the running values of `products`.
 
-    Only the first `num_keys` of the chunk, if that is told. Neighbours have different buffers. `mask_of` gives the mask of
-    Rows, or is None where they see every key. `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of`
-    those of a chunk's slots; None where there are none.
+    Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
+    multiplied with. Neighbours have different buffers. `mask_of` gives the mask of Rows, or is None where they see every
+    key. `fresh` says that there are no running values yet; `beside` are functions that start copies. `scale_of` is the
+    scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
-    num_keys = num_keys or sizes.chunk
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
     runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
@@ -263,19 +285,19 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def of_keys(ref, head):
-        """What the chunk's keys have in `ref`, [num_keys, features]."""
+    def of_keys(ref, head, num_keys):
+        """What the chunk's first keys have in `ref`, [num_keys, features]."""
         return ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:num_keys]
 
     def times_slot_scales(x, name, head, seen):
         """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
         scales = slot_scales_of(name, head, chunk)
-        return x if scales is None else x * seen(scales[:, :num_keys])
+        return x if scales is None else x * seen(scales[:, : x.shape[1]])
 
-    def logits(buffer, head, rows, mask):
+    def logits(buffer, head, rows, num_keys, mask):
         """Finished before they are stored: the softmax reads them twice, and would keep in registers what it changes."""
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = of_keys(keys_ref, head)
+        keys = of_keys(keys_ref, head, num_keys)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
             s = times_slot_scales(product(query[strip], keys, 1), "key", head, lambda scales: scales)
@@ -285,33 +307,40 @@ def _attend_step(
                 s = jnp.tanh(s * (softmax_scale / soft_cap))
             scratch.logits[buffer, strip, :num_keys] = s if mask is None else mask.hide(s, group, strip)
 
-    def softmax(buffer, head, rows, mask):
+    def softmax(buffer, head, rows, num_keys, mask):
         count = group * rows.count
-        s, m = scratch.logits[buffer, :count, :num_keys], m_ref[head, rows.at]
+        s = scratch.logits[buffer, :count, :num_keys]
+        m = jnp.full((count, LANES), LOWEST) if fresh else m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2((s - widen(m_next, num_keys)) * to_exponent)
-        fade = jnp.exp2((m - m_next) * to_exponent)
-        m_ref[head, rows.at] = m_next
-        l_ref[head, rows.at] = l_ref[head, rows.at] * fade + lane_sums(p)
+        m_ref[head, rows.at], l = m_next, lane_sums(p)
+        if not fresh:
+            fade = jnp.exp2((m - m_next) * to_exponent)
+            l += l_ref[head, rows.at] * fade
+            scratch.fade[buffer, :count] = fade
+        l_ref[head, rows.at] = l
         p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
         scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
-        scratch.fade[buffer, :count] = fade
 
-    def add_values(buffer, head, rows, mask):
+    def add_values(buffer, head, rows, num_keys, mask):
         count = group * rows.count
-        values = of_keys(values_ref, head)[:, : static.value_dim]
+        values = of_keys(values_ref, head, num_keys)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
         parts = range(-(-num_keys // schedule.DEPTH))
         for part in parts:
             keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, num_keys))
             scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
-        acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2])
-        acc_ref[head, rows.at] = acc + sum(scratch.sums[buffer, part, :count] for part in parts)
+        acc = sum(scratch.sums[buffer, part, :count] for part in parts)
+        if not fresh:
+            acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2]) + acc
+        acc_ref[head, rows.at] = acc
 
     # The logits of the next product come first: the matrix unit computes them while the softmax runs.
     products = [(*of_product, None if mask_of is None else mask_of(of_product[2])) for of_product in products]
     logits(*products[0])
+    for start in beside:  # behind the loads of the first product, which wait for nothing else
+        start()
     for current, following in zip(products, [*products[1:], None]):
         if following is not None:
             logits(*following)
@@ -320,7 +349,7 @@ def _attend_step(
 
 
 def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, scale, scale_of):
-    """Divides, writes the rows of the item, and no other's, and clears their running values for the next item."""
+    """Divides, and writes the rows of the item, and no other's."""
     kv_heads, group, _, value_dim = out_ref.shape
     row = rows.first + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
     lane = lax.broadcasted_iota(jnp.int32, (1, lse_ref.shape[1]), 1)
@@ -341,7 +370,6 @@ def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, s
             if mine is not None:
                 out = jnp.where(mine[None], out, out_ref[head, :, rows.slice])
             out_ref[head, :, rows.slice] = out
-            _clear(scratch, head, rows.at)
             # A logarithm for each query head in a lane of its own, not one for each of the lanes that hold the same.
             for of_head, by_lane in ((l, by_lane_ref.at[0]), (m, by_lane_ref.at[1])):
                 of_head, x = widen(of_head, lane.shape[1]).reshape(group, rows.count, -1), by_lane[: rows.count]
@@ -359,8 +387,8 @@ def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, s
 
 
 def _clear(scratch: Scratch, head, at):
-    """Running values of a KV head that have seen no key. From infinity, no infinity could be subtracted."""
-    for ref, value in ((scratch.m, float(jnp.finfo(jnp.float32).min)), (scratch.l, 0.0), (scratch.acc, 0.0)):
+    """Running values of a KV head that have seen no key."""
+    for ref, value in ((scratch.m, LOWEST), (scratch.l, 0.0), (scratch.acc, 0.0)):
         ref[head, at] = jnp.full_like(ref[head, at], value)
 
 
@@ -372,19 +400,24 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
     problem, sequences = call.problem, call.sequences
     tokens, q_heads, num_kv_heads, group = problem.tokens, problem.q_heads, problem.num_kv_heads, problem.group
     block_q, attention, heads = sizes.block_q, problem.attention, num_kv_heads // splits
-    items, count = schedule.work_items(call, block_q)
-    tiles = -(-tokens // block_q)
-    query = jnp.pad(call.query, ((0, tiles * block_q - tokens), (0, 0), (0, 0)))
+    first_row = schedule.first_row(call, block_q)
+    items, count = schedule.work_items(call, block_q, first_row)
+    tiles, packing = -(-tokens // block_q), sublanes(call.query.dtype)
+    rows = tiles * block_q + (block_q - packing if problem.seqs > 1 else 0)  # the last tile may start so much later
+    query = jnp.pad(call.query, ((0, rows - tokens), (0, 0), (0, 0)))
     query = query.reshape(-1, num_kv_heads, group, problem.head_dim).transpose(1, 2, 0, 3)
     pages, scales, held = fetching.pages_of(call, sizes), fetching.scales_of(call), fetching.Held.by(call)
     by_row = call.ranges is not None or call.tree is not None
-    seen = _seen(call, tiles, block_q) if by_row else []
+    seen = _seen(call, tiles, block_q, first_row) if by_row else []
 
-    def tile_of(split, item, head_start, tile, *_):
-        return (split, 0, tile[item], 0)
+    def in_elements(*sizes):
+        return [pl.Element(size) for size in sizes]
 
-    def lse_tile_of(split, item, head_start, tile, *_):
-        return (split, tile[item], 0)
+    def tile_of(split, item, head_start, tile, first_token, *_):
+        return (split * heads, 0, pl.multiple_of(first_token[item], packing), 0)
+
+    def lse_tile_of(split, item, head_start, tile, first_token, *_):
+        return (split, pl.multiple_of(first_token[item], packing), 0)
 
     def seen_tile_of(split, item, head_start, tile, *_):
         return (tile[item], 0, 0)
@@ -407,19 +440,19 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
             num_scalar_prefetch=1 + len(items) + len(scales),
             grid=(splits, jnp.maximum(count, 1)),
             in_specs=[
-                pl.BlockSpec((heads, group, block_q, problem.head_dim), tile_of),
+                pl.BlockSpec(in_elements(heads, group, block_q, problem.head_dim), tile_of),
                 *(pl.BlockSpec((None, *x.shape[1:]), seen_tile_of) for x in seen),
                 *fetching.in_hbm(pages),
             ],
             out_specs=[
-                pl.BlockSpec((heads, group, block_q, problem.value_dim), tile_of),
-                pl.BlockSpec((None, block_q, q_heads // splits), lse_tile_of),
+                pl.BlockSpec(in_elements(heads, group, block_q, problem.value_dim), tile_of),
+                pl.BlockSpec([None, *in_elements(block_q, q_heads // splits)], lse_tile_of),
             ],
             scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(problem, sizes, heads)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_kv_heads, group, tiles * block_q, problem.value_dim), query.dtype),
-            jax.ShapeDtypeStruct((splits, tiles * block_q, q_heads // splits), jnp.float32),
+            jax.ShapeDtypeStruct((num_kv_heads, group, rows, problem.value_dim), query.dtype),
+            jax.ShapeDtypeStruct((splits, rows, q_heads // splits), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -428,16 +461,20 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
         ),
         name="paged_prefill",
     )(call.kv_head_start.reshape(1), *items, *scales.values(), query, *seen, *(x for x in pages if x is not None))
-    out = out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
+    _, owned = schedule.owners(sequences, tokens)
+    # Before the heads go back: XLA made both as one from a copy in HBM, and keeps on the chip what lies between two.
+    out = jnp.where(owned[:, None], out[:, :, :tokens], 0)
+    out = out.transpose(2, 0, 1, 3).reshape(tokens, q_heads, problem.value_dim)
     return out, lse[:, :tokens].transpose(1, 0, 2).reshape(tokens, q_heads)
 
 
-def _seen(call: Call, tiles: int, block_q: int) -> list:
+def _seen(call: Call, tiles: int, block_q: int, first_row) -> list:
     """What each row sees, int32 [tiles, block_q, 2 + words], and the same with the rows last."""
     seen = schedule.seen_by_rows(call)
     if call.tree is not None:
         seen = jnp.concatenate([seen, lax.bitcast_convert_type(call.tree, jnp.int32)], axis=1)
-    seen = jnp.pad(seen, ((0, tiles * block_q - len(seen)), (0, 0))).reshape(tiles, block_q, -1)
+    seen = jnp.pad(seen, ((0, (tiles + 1) * block_q - len(seen)), (0, 0)))
+    seen = lax.dynamic_slice_in_dim(seen, first_row, tiles * block_q).reshape(tiles, block_q, -1)
     return [seen, seen.swapaxes(1, 2)]
 
 

@@ -49,6 +49,16 @@ class Sizes(NamedTuple):
     def runs_per_block(self) -> int:
         return self.runs_per_chunk * self.chunks_per_block
 
+    @property
+    def chunk_is_cut(self) -> bool:
+        """Whether a masked product may take the first keys of a chunk alone."""
+        return self.chunk > DEPTH and self.chunk % LANES == 0
+
+    def keys_of_parts(self, keys: int) -> list[int]:
+        """The keys that rows of each part see at most, where those of the last see `keys`; in whole registers."""
+        tokens_behind = range((self.parts - 1) * self.part, -1, -self.part)
+        return [max(keys - tokens // LANES * LANES, LANES) for tokens in tokens_behind]
+
     def heads_at_once(self, kv_heads: int) -> int:
         """KV heads of one step over the whole tile."""
         return largest_divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
@@ -94,7 +104,7 @@ class Items(NamedTuple):
     """The items of a pack, all int32 [items]; those from the count of items on are empty.
 
     Attributes:
-      tile: which tile of `block_q` tokens.
+      tile: which tile of `block_q` tokens; `first_token` where it starts in the pack.
       seq: which sequence; `pool` its pool, `key_pool` and `value_pool` where these are of their own.
       row_start, row_end: the item's rows within the tile.
       position: where row 0 of the tile would stand in the sequence (negative where the sequence starts later).
@@ -104,6 +114,7 @@ class Items(NamedTuple):
     """
 
     tile: Int[Array, " items"]
+    first_token: Int[Array, " items"]
     seq: Int[Array, " items"]
     pool: Int[Array, " items"]
     key_pool: Int[Array, " items"]
@@ -145,19 +156,29 @@ def max_items(tokens: int, seqs: int, block_q: int) -> int:
     return min(-(-tokens // block_q) + seqs, tokens)
 
 
-def work_items(call: Call, block_q: int):
-    """Returns (Items, count) for sequences of more than one new token."""
+def first_row(call: Call, block_q: int):
+    """Where tiles start: at the first sequence of several new tokens, which may stand behind others of one token.
+
+    In whole registers, and at most a tile from the pack's start.
+    """
+    sequences, packing = call.sequences, sublanes(call.problem.dtype)
+    first = jnp.min(jnp.where(sequences.length > 1, sequences.start, call.problem.tokens))
+    return first % block_q // packing * packing
+
+
+def work_items(call: Call, block_q: int, first_row):
+    """Returns (Items, count) for sequences of more than one new token, in tiles from a row on."""
     sequences, problem = call.sequences, call.problem
     start, length, context_len = sequences.start, sequences.length, sequences.context_len
-    first_tile = start // block_q
-    per_sequence = jnp.where(length > 1, (start + length - 1) // block_q - first_tile + 1, 0)
+    first_tile = (start - first_row) // block_q
+    per_sequence = jnp.where(length > 1, (start + length - 1 - first_row) // block_q - first_tile + 1, 0)
     ends = jnp.cumsum(per_sequence, dtype=jnp.int32)
 
     item = jnp.arange(max_items(problem.tokens, start.size, block_q), dtype=jnp.int32)
     exists = item < ends[-1]
     seq = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), start.size - 1)
     tile = jnp.where(exists, first_tile[seq] + item - (ends[seq] - per_sequence[seq]), 0)
-    base = tile * block_q
+    base = first_row + tile * block_q
     row_start = jnp.maximum(start[seq] - base, 0)
     row_end = jnp.minimum(start[seq] + length[seq] - base, block_q)
     first_new = context_len[seq] - length[seq]
@@ -180,6 +201,7 @@ def work_items(call: Call, block_q: int):
     sees = exists & (key_end > key_start)
     items = Items(
         tile=tile,
+        first_token=base,
         seq=seq,
         **pools_of(call, seq),
         row_start=jnp.where(exists, row_start, 0),

@@ -73,7 +73,6 @@ class Triton(Kernel):
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
-    joins_sinks = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:
         if reason := reason_against(device, problem.cache_dtype):

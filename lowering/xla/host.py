@@ -23,7 +23,6 @@ class Xla(Kernel):
     version = 6
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
-    joins_sinks = True
     invariant = True
 
     def _reason_against(self, problem: Problem, device: Device) -> str | None:

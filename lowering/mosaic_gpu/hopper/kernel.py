@@ -24,16 +24,17 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, wid
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
-def table_of(tiles: Tiles):
-    """All integers that the kernel reads of the tiles, in one array: a row a tile.
+def table_of(tiles: Tiles, number, parts_vary: bool):
+    """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
-    so each element picks its field here.
+    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out
+    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]
-    number = jnp.arange(len(columns), dtype=jnp.int32)
-    return sum(jnp.where(number == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
+    place = jnp.arange(len(columns), dtype=jnp.int32)
+    table = sum(jnp.where(place == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
+    return jnp.append(table, number) if parts_vary else table
 
 
 def launch(plan: Plan, schedule, query, caches, optional):
@@ -110,21 +111,30 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     number = len(others) - len(names)
     caches, optional = others[:number], others[number:]
     optional = dict(zip(names, optional))
-    pieces, blocks = plan.pieces, min(plan.pieces, plan.cores)
+    blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
 
     def each_piece(do):
         """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
 
-        def turn(i, done):
+        def turn(i, done, pieces=plan.pieces):
             index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
-            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, pieces - 1), slab)
+            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
-        lax.fori_loop(0, -(-pieces // blocks), turn, jnp.int32(0))
+        def turn_of_parts(carry):
+            """Asks how many there are beside asking for one: neither waits for the other."""
+            i, done, _ = carry
+            pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
+            return i + 1, turn(i, done, pieces), (i + 1) * blocks < pieces
+
+        if plan.parts.vary:
+            lax.while_loop(lambda carry: carry[2], turn_of_parts, (jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
+        else:
+            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
 
     sources = _sources(plan, caches, optional, **scratch)
 
@@ -147,7 +157,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         if not plan.quantised or plan.loading_warpgroups > 1:
             return _load(plan, each_piece, pages, query, sources, warp, **scratch)
         pl.when(warp == 0)(lambda: _load(plan, each_piece, pages, query, sources, None, **scratch))
-        pl.when(warp > 0)(lambda: widen(plan, each_piece, sources, warp - 1))
+        pl.when(warp > 0)(lambda: widen(plan, each_piece, pages, sources, warp - 1))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
@@ -162,7 +172,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         def _():
             _set_registers(plan.registers.widens, "decrease")
             plgpu.barrier_wait(scratch["started"])
-            _each_warp(functools.partial(widen, plan, each_piece, sources))
+            _each_warp(functools.partial(widen, plan, each_piece, pages, sources))
 
 
 def _each_warp(do) -> None:
@@ -181,13 +191,12 @@ def _set_registers(number, action) -> None:
 
 
 class Piece(NamedTuple):
-    """A share of a tile's blocks of keys: the work between two visits to the schedule. All scalars, but the tile."""
+    """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
     tile: Tiles  # all scalars too: of what slabs see, one slab's
     pool: Int[Array, ""]
-    split: Int[Array, ""]
     head_tile: Int[Array, ""]
-    last: Int[Array, ""]  # block of keys: the share's blocks are taken from there downwards
+    last: Int[Array, ""]  # block of keys: they are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
@@ -196,25 +205,27 @@ class Piece(NamedTuple):
 
 def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
-    split = lax.rem(lax.div(index, plan.head_tiles), plan.splits)
-    row = lax.div(index, plan.head_tiles * plan.splits) * plan.columns
+    row = lax.div(index, plan.head_tiles)
+    if not plan.parts.vary:
+        row, part = lax.div(row, plan.splits), lax.rem(row, plan.splits)
+    row *= plan.columns
     fields = [table[row + i] for i in range(TILE_COLUMNS)]
     slabs = row + TILE_COLUMNS + slab
     tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
     pool = jnp.int32(0)
     if plan.pools > 1:
-        pool = jnp.clip(pools[lax.div(tile.seq, plan.seqs_of_pool)], 0, plan.pools - 1)
+        entry = jnp.clip(lax.div(tile.seq, plan.seqs_of_pool), 0, pools.shape[0] - 1)  # behind the last part is junk
+        pool = jnp.clip(pools[entry], 0, plan.pools - 1)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
-    share = lax.div(tile.end_block - tile.first_block + plan.splits - 1, plan.splits)
-    first = tile.first_block + split * share
-    steps = jnp.maximum(jnp.minimum(share, tile.end_block - first), 1)
+    if not plan.parts.vary:
+        tile = _part(tile, part, plan.splits)
+    steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
         pool=pool,
-        split=split,
         head_tile=head_tile,
-        last=first + steps - 1,
+        last=tile.first_block + steps - 1,
         steps=steps,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
@@ -222,11 +233,19 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     )
 
 
+def _part(tile: Tiles, part, splits: int) -> Tiles:
+    """One of as many parts as every tile has, the last of which may be empty."""
+    share = lax.div(tile.end_block - tile.first_block + splits - 1, splits)
+    first_block = tile.first_block + part * share
+    end_block = jnp.minimum(first_block + share, tile.end_block)
+    return tile._replace(first_block=first_block, end_block=end_block, part=part)
+
+
 class Source(NamedTuple):
     """The keys, or the values: where they lie, and the blocks that copies bring, to be written once `free` says so.
 
-    Those of a quantised cache come as they are, with the scales of their slots if each has one. They are widened into
-    other blocks, which are what products read.
+    Those of a quantised cache come as they are, and are widened into other blocks, which are what products read. Where
+    each slot has its own scale, those of keys and values are fetched with the keys.
     """
 
     rows: jax.Array  # of whole slots, in global memory
@@ -237,7 +256,7 @@ class Source(NamedTuple):
     free: jax.Array
     scale: str | None
     scales: jax.Array | None  # in global memory
-    scale_blocks: jax.Array | None = None
+    slot_scales: tuple = ()  # (in global memory, of blocks for those that compute)
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
@@ -248,15 +267,19 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
         ("keys", (0, plan.head_dim), plan.key_scale),
         ("values", (plan.value_rows, plan.value_dim), plan.value_scale),
     )
-    found = []
+    found, names = [], ("key_scale", "value_scale")
+    slot_scales = tuple(
+        (optional[its_scale], scratch[f"{name}_scales"])
+        for its_scale, (name, _, scale) in zip(names, kinds)
+        if scale == "slot"
+    )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
-        its_scales = optional.get(("key_scale", "value_scale")[i])
-        wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
-        found.append(Source(rows, *of_rows, *raw, scale, its_scales, *wide))
+        wide = [slot_scales if i == 0 else (), *blocks] if plan.quantised else []
+        found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -282,10 +305,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key, beside):
-            column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = jnp.clip(pages[piece.tile.seq * plan.pages_per_seq + column], 0, plan.num_pages - 1)
-            first = lax.div(piece.first_row + beside, plan.slot_rows)
-            return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
+            return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -339,7 +359,4 @@ def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     copies = []
     for offset, row in zip(offsets, rows):
         copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
-        if source.scale == "slot":
-            scales = source.scale_blocks.at[slot, offset // plan.run]
-            copies.append((source.scales, row, scales.shape[0], scales))
     copy_together(source.here, slot, copies)

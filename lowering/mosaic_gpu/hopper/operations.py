@@ -6,6 +6,7 @@ anything. So `start_products` settles the registers of both its products first, 
 product just before it; and what is computed during a stage reaches the next one's operands through `moved`.
 """
 
+import contextlib
 import functools
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -22,7 +23,8 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
 TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-WGMMA, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+WGMMA = plgpu.Layout.WGMMA
+ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
 
 
 def start_products(query, keys, acc, weights, values):
@@ -93,7 +95,7 @@ def start_logits(query, keys, share, shares: int):
     def start(_, query, keys, share):
         own, parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
         query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), parts))
-        logits = mgpu.WGMMAAccumulator.zero(*shape)
+        logits = _zero(shape)
         for part in range(parts):
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
@@ -118,6 +120,26 @@ def start_output(acc, weights, values, share):
         return output.value
 
     return start(acc, weights, values, share)
+
+
+def _zero(shape):
+    """An accumulator whose zeros are nothing else's.
+
+    LLVM keeps one register for all zeros of a function, a barrier's parity among them. Where that one is in a product
+    too, ptxas takes its other readers for those of a running product, and runs no two at once (its remark C7514).
+    """
+    zeros = mgpu.WGMMAAccumulator.zero(*shape).value
+    registers = np.empty_like(zeros.registers)
+    f32 = ir.F32Type.get()
+    for place, register in np.ndenumerate(zeros.registers):
+        size = ir.VectorType(register.type).shape[0]
+        registers[place] = llvm.mlir_undef(register.type)
+        for i in range(size):
+            zero = llvm.inline_asm(f32, [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
+            registers[place] = vector.insert(zero, registers[place], [], [i])
+    return mgpu.WGMMAAccumulator.from_registers(
+        mgpu.FragmentedArray(_registers=registers, _layout=zeros.layout, _is_signed=None)
+    )
 
 
 def _share(number, size: int):
@@ -313,34 +335,52 @@ def gathered(source, indices, layout):
     return gather(source, indices)
 
 
-def store_rows(array, lse, rows, places, out, out_lse, first_column=0) -> None:
-    """Writes row i of an array to row rows[i] of a matrix in global memory, and its lse to places[i] of a vector there.
+def store_rows(array, rows, out, first_column=0) -> None:
+    """Writes row i of an array to row rows[i] of a matrix in global memory, unless that is negative.
 
-    Neither is written where rows[i] is negative. The array's columns are the matrix's from `first_column` on.
+    The array's columns are the matrix's from `first_column` on.
     """
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType(), plgpu.RefType()))
-    def store(_, array, lse, rows, places, column, out, out_lse):
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def store(_, array, rows, column, out):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
-        features = ir.MemRefType(out.type).shape[1]
-        start, lse_start = utils.memref_ptr(out), utils.memref_ptr(out_lse)
+        features, start = ir.MemRefType(out.type).shape[1], utils.memref_ptr(out)
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
         quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
         first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, 2)))
-        for half, registers in enumerate(zip(rows.registers.flat, places.registers.flat, lse.registers.flat)):
-            row, place, row_lse = (vector.extract(register, [], [0]) for register in registers)
-            owned = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, arith.constant(i32, 0)))
-            with ir.InsertionPoint(owned.then_block):
+        for half, register in enumerate(rows.registers.flat):
+            row = vector.extract(register, [], [0])
+            with _where_not_negative(row):
                 offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
                 own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
                 for column, pair in enumerate(pairs[:, half]):
                     llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
-                llvm.store(row_lse, utils.getelementptr(lse_start, [arith.extsi(i64, place)], lse.mlir_dtype))
-                scf.yield_([])
 
-    store(array, lse, rows, places, jnp.int32(first_column), out, out_lse)
+    store(array, rows, jnp.int32(first_column), out)
+
+
+def store_numbers(numbers, places, out) -> None:
+    """Writes number i to places[i] of a vector in global memory, unless that is negative. There is one a row."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS, plgpu.RefType()))
+    def store(_, numbers, places, out):
+        i64, start = ir.IntegerType.get_signless(64), utils.memref_ptr(out)
+        for registers in zip(numbers.registers.flat, places.registers.flat):
+            number, place = (vector.extract(register, [], [0]) for register in registers)
+            with _where_not_negative(place):
+                llvm.store(number, utils.getelementptr(start, [arith.extsi(i64, place)], numbers.mlir_dtype))
+
+    store(numbers, places, out)
+
+
+@contextlib.contextmanager
+def _where_not_negative(number):
+    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, number, arith.constant(number.type, 0)))
+    with ir.InsertionPoint(branch.then_block):
+        yield
+        scf.yield_([])
 
 
 def _same_type(function, array):

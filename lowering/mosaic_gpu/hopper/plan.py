@@ -5,9 +5,12 @@ import functools
 import math
 from typing import NamedTuple
 
+from jax import lax
+import jax.numpy as jnp
+
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
-from paged_prefill.lowering.tiles import Slabs, Tiles
+from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
@@ -45,10 +48,11 @@ REGISTERS = {
     (1, False): Registers(None, None),
     (2, False): Registers(240, 24),
     (3, False): Registers(160, 32),
-    (1, True): Registers(240, 40, 168),
+    (1, True): Registers(256, 40, 168),
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
+WIDE_REGISTERS = Registers(224, 56)  # 24 are too few for what splits add to the loads, and 191 do for products
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Plan:
     block_kv: int
     warpgroups: int
     stages: int
-    splits: int
+    parts: Parts  # of a tile's keys
     softmax_scale: float
     soft_cap: float | None
     window: int | None
@@ -100,16 +104,12 @@ class Plan:
         return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
 
     @property
-    def exact(self) -> bool:
-        """Whether 8 bits are widened to float16, which holds them exactly, and scales join the results.
-
-        That is the least to do for a number. A scale of each slot would leave the numbers that float16 has.
-        """
-        return self.quantised and "slot" not in (self.key_scale, self.value_scale)
-
-    @property
     def product_dtype(self) -> str:
-        return "float16" if self.exact else self.dtype
+        """8 bits are widened to float16, which holds them exactly: the least to do for a number.
+
+        Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
+        """
+        return "float16" if self.quantised else self.dtype
 
     @property
     def widening_warps(self) -> int:
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def registers(self) -> Registers:
-        return REGISTERS[self.warpgroups, self.quantised]
+        return WIDE_REGISTERS if self.wide else REGISTERS[self.warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -166,7 +166,18 @@ class Plan:
         return self.num_kv_heads * self.head_tiles_per_group
 
     @property
+    def splits(self) -> int:
+        """The most parts of a tile: places for the results of each."""
+        return self.parts.most
+
+    @property
+    def rows_of_table(self) -> int:
+        """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
+        return self.tiles * (self.splits if self.parts.vary else 1)
+
+    @property
     def pieces(self) -> int:
+        """At most."""
         return self.tiles * self.splits * self.head_tiles
 
     @property
@@ -215,6 +226,16 @@ class Plan:
         """Whether rows may not see the first keys of their sequence."""
         return self.has_ranges or self.window is not None
 
+    def page_of(self, piece, key):
+        """Where in the page table a key's page stands."""
+        return piece.tile.seq * self.pages_per_seq + jnp.minimum(lax.div(key, self.page_size), self.pages_per_seq - 1)
+
+    def row_of(self, piece, page, key, beside=0):
+        """The row of a key in that page, or of what lies so many rows beside it, in a cache as rows of whole slots."""
+        page = jnp.clip(page, 0, self.num_pages - 1)
+        first = lax.div(piece.first_row + beside, self.slot_rows)
+        return first + page * (self.page_rows // self.slot_rows) + lax.rem(key, self.page_size)
+
     @property
     def run(self) -> int:
         """Keys of one copy: they lie together, in one page."""
@@ -243,7 +264,7 @@ class Plan:
 
         Warpgroups that take turns go through the tile's blocks together, and so its tokens are one slab.
         """
-        return 1 if self.takes_turns or self.wide else self.block_q // self.slab
+        return 1 if self.takes_turns or self.wide or self.by_token else self.block_q // self.slab
 
     @property
     def slab_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """The tiles of a pack in one small kernel, where XLA ends a kernel at every running sum.
 
-What it writes is `table_of(tiles.schedule(...))` to the bit. Each thread has numbers of its own (threads.py): a
-sequence at first, then tiles. Every block works out the pack's sequences and the work of all tiles, and ranks its own.
+What it writes is `table_of(*tiles.schedule(...))` to the bit, but for rows behind the last part. Each thread has
+numbers of its own (threads.py): a sequence at first, then tiles. Every block works out the pack's sequences and the
+work of all tiles, and ranks its own.
 """
 
 from dataclasses import dataclass
@@ -48,17 +49,21 @@ class Launch:
         """Of all threads over all tiles."""
         return -(-self.tiling.tiles // THREADS)
 
+    @property
+    def size(self) -> int:
+        """Of the table, in numbers: behind the rows of parts is how many there are."""
+        return self.tiling.rows * self.columns + self.tiling.parts.vary
+
 
 def fits(tiling: Tiling) -> bool:
-    return tiling.seqs <= MOST_SEQUENCES and tiling.tiles <= MOST_TILES
+    return tiling.seqs <= MOST_SEQUENCES and tiling.tiles * (1 + tiling.parts.vary) <= MOST_TILES
 
 
 def table_in_one(launch: Launch, indices: Indices):
     """The table, from index arrays as they were given."""
-    size = launch.tiling.tiles * launch.columns
     kernel = plgpu.kernel(
         functools.partial(write_table, launch, threads, lambda: lax.axis_index("block")),
-        out_type=jax.ShapeDtypeStruct((size,), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((launch.size,), jnp.int32),
         scratch_types={name: plgpu.SMEM((length,), jnp.int32) for name, length in scratch(launch).items()},
         grid=(-(-launch.tiling.tiles // TILES),),
         grid_names=("block",),
@@ -74,42 +79,43 @@ def table_in_one(launch: Launch, indices: Indices):
 
 def scratch(launch: Launch) -> dict[str, int]:
     """Shared memory by name, in numbers."""
-    of_sequences = ("starts", "ends", "tile_ends")
-    return dict.fromkeys(of_sequences, THREADS) | dict(
-        scanned=4 * THREADS, works=launch.rounds * THREADS, counts=THREADS
-    )
+    of_tiles = ["works", "numbers"] if launch.tiling.parts.vary else ["works"]
+    sizes = dict.fromkeys(["starts", "ends", "tile_ends"], THREADS) | dict.fromkeys(of_tiles, launch.rounds * THREADS)
+    return sizes | dict(scanned=4 * THREADS, sums=2 * THREADS)
 
 
-def write_table(launch: Launch, threads, block, offsets, contexts, table, *, works, counts, **scratch):
+def write_table(launch: Launch, threads, block, offsets, contexts, table, **scratch):
     """What a thread does. `threads` has the words for it, `block()` is the number of its block."""
     tiling, thread, block = launch.tiling, threads.number(), block()
     _find_sequences(launch, threads, thread, offsets, **scratch)
     tile_of = functools.partial(_tile_of, launch, threads, contexts, **scratch)
 
-    tile = block * TILES + lax.rem(thread, jnp.int32(TILES))
-    row, writes = tile, thread < TILES
-    if tiling.ordered and tiling.seqs == 1:
+    # As many threads as there are shares have the same tile, and different parts of it.
+    tile, share = block * TILES + lax.rem(thread, jnp.int32(TILES)), lax.div(thread, jnp.int32(TILES))
+    row, number = tile, jnp.int32(1)
+    if tiling.parts.vary or (tiling.ordered and tiling.seqs > 1):
+        _weigh(launch, threads, thread, tile_of, **scratch)
+        row, number, of_all = _rank(launch, threads, thread, tile, share, **scratch)
+        if tiling.parts.vary:
+            threads.store(table, jnp.int32(launch.size - 1), of_all, (block == 0) & (thread == 0))
+    elif tiling.ordered:
         end, tiles = (threads.load(scratch[name], jnp.int32(0)) for name in ("ends", "tile_ends"))
         tile = tiling.reversed(tile, tiles + tiling.tiles_of(tiling.tokens - end))
-    elif tiling.ordered:
 
-        def weigh(i, _):
-            each = i * THREADS + thread
-            described = tile_of(each)
-            threads.store(works, each, tiling.work(described.length, described.slabs))
+    described = tile_of(tile)
 
-        lax.fori_loop(0, launch.rounds, weigh, None)
-        threads.synchronise()
-        row = _rank(launch, threads, thread, tile, works, counts)
+    def write(i, _):
+        part = share + i * SHARES
+        *fields, slabs = tiling.parts.part(described, part, number) if tiling.parts.vary else described
+        values = [*fields, *(column for field in zip(*slabs) for column in field)]
+        exists = (part < number) & (row + part < tiling.rows)
+        for column, value in enumerate(values):
+            threads.store(table, jnp.where(exists, row + part, 0) * launch.columns + column, value, exists)
 
-    *fields, slabs = tile_of(tile)
-    values = [*fields, *(column for field in zip(*slabs) for column in field)]
-    exists = writes & (row < tiling.tiles)
-    for column, value in enumerate(values):
-        threads.store(table, jnp.where(exists, row, 0) * launch.columns + column, value, exists)
+    lax.fori_loop(0, -(-tiling.rows // (tiling.tiles * SHARES)), write, None)
 
 
-def _find_sequences(launch, threads, thread, offsets, starts, ends, tile_ends, scanned) -> None:
+def _find_sequences(launch, threads, thread, offsets, *, starts, ends, tile_ends, scanned, **_) -> None:
     """Where each sequence starts and ends in the pack, and the tiles up to its end: thread by thread."""
     tiling, per_pack = launch.tiling, launch.seqs_of_pack
     seq = jnp.minimum(thread, tiling.seqs - 1)
@@ -166,18 +172,46 @@ def _tile_of(launch, threads, contexts, tile, *, starts, ends, tile_ends, **_):
     return tiling.tile(stretch, (place - jnp.where(owned, gap_tiles, 0)) * tiling.block_q)
 
 
-def _rank(launch, threads, thread, tile, works, counts):
-    """How many tiles have more work than this one, or as much and come before it."""
-    mine, share = threads.load(works, tile), lax.div(thread, jnp.int32(TILES))
-    length = launch.rounds * THREADS // SHARES
+def _weigh(launch, threads, thread, tile_of, *, works, numbers=None, **_) -> None:
+    """The work of every tile, or the size of its parts and their number."""
+    tiling = launch.tiling
 
-    def compare(i, count):
+    def weigh(i, _):
+        each = i * THREADS + thread
+        described = tile_of(each)
+        if not tiling.parts.vary:
+            return threads.store(works, each, tiling.work(described.length, described.slabs))
+        blocks = described.end_block - described.first_block
+        threads.store(works, each, tiling.parts.share(blocks))
+        threads.store(numbers, each, jnp.where(described.length > 0, tiling.parts.number(blocks), 0))
+
+    lax.fori_loop(0, launch.rounds, weigh, None)
+    threads.synchronise()
+
+
+def _rank(launch, threads, thread, tile, share, *, works, sums, numbers=None, **_):
+    """How many rows come before those of this tile, since there is more work in them, or as much and they come before.
+
+    And its own number of rows, and that of all tiles.
+    """
+    mine, length = threads.load(works, tile), UNROLLED * -(-launch.tiling.tiles // (UNROLLED * SHARES))
+
+    def compare(i, counts):
+        before, of_all = counts
         for j in range(UNROLLED):
             other = share * length + i * UNROLLED + j
             work = threads.load(works, other)
-            count += jnp.where((work > mine) | ((work == mine) & (other < tile)), 1, 0)
-        return count
+            number = 1 if numbers is None else threads.load(numbers, other)
+            before += jnp.where((work > mine) | ((work == mine) & (other < tile)), number, 0)
+            of_all += number
+        return before, of_all
 
-    threads.store(counts, thread, lax.fori_loop(0, length // UNROLLED, compare, jnp.int32(0)))
+    counts = lax.fori_loop(0, length // UNROLLED, compare, (jnp.int32(0), jnp.int32(0)))
+    for i, count in enumerate(counts):
+        threads.store(sums, i * THREADS + thread, count)
     threads.synchronise()
-    return sum(threads.load(counts, lax.rem(thread, jnp.int32(TILES)) + i * TILES) for i in range(SHARES))
+    before, of_all = (
+        sum(threads.load(sums, i * THREADS + j * TILES + lax.rem(thread, jnp.int32(TILES))) for j in range(SHARES))
+        for i in range(len(counts))
+    )
+    return before, jnp.int32(1) if numbers is None else threads.load(numbers, tile), of_all

@@ -1,0 +1,69 @@
+"""What ptxas says of the Hopper kernel, where a GPU and so its toolchain is. Where there is none, all is skipped."""
+
+import os
+import re
+import subprocess
+import sys
+
+from absl.testing import absltest, parameterized
+import jax
+
+CHILD = """
+import functools
+import jax
+import jax.numpy as jnp
+from paged_prefill import ragged_paged_prefill
+
+def compile(seqs, new, context, q_heads, kv_heads, head_dim, value_dim, latent, cache_dtype):
+    columns = context // 16
+    shapes = dict(
+        query=((seqs * new, q_heads, head_dim), jnp.bfloat16),
+        key_cache=((kv_heads, seqs * columns, 16, head_dim), cache_dtype),
+        value_cache=((kv_heads, seqs * columns, 16, value_dim), cache_dtype),
+        context_lens=((seqs,), jnp.int32),
+        page_indices=((seqs, columns), jnp.int32),
+        query_offsets=((seqs + 1,), jnp.int32),
+    )
+    if cache_dtype != "bfloat16":
+        shapes |= {{name: ((kv_heads, seqs * columns, 16), jnp.float32) for name in ("key_scale", "value_scale")}}
+    call = {{name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}}
+    parameters = dict(value_dim=value_dim, value_cache=None) if latent else {{}}
+    call = {{name: shape for name, shape in call.items() if name not in parameters}}
+    run = functools.partial(ragged_paged_prefill, platform="cuda", **parameters)
+    jax.jit(lambda call: run(**call)).lower(call).compile()
+
+compile(*{case!r})
+"""
+
+
+class GpuMachineCodeTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        try:
+            [device, *_] = jax.devices("cuda")
+        except RuntimeError as error:
+            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+        if device.compute_capability != "9.0":
+            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {device.compute_capability}")
+
+    @parameterized.named_parameters(
+        ("latent_decode_of_16_heads", (16, 1, 4096, 16, 1, 576, 512, True, "bfloat16")),
+        ("latent_decode_of_128_heads", (64, 1, 4096, 128, 1, 576, 512, True, "bfloat16")),
+        ("latent_chunk", (1, 2048, 8192, 128, 1, 576, 512, True, "bfloat16")),
+        ("wide_chunk", (1, 4096, 4096, 16, 2, 512, 512, False, "bfloat16")),
+    )
+    def test_products_run_beside_one_another_and_no_register_is_spilled(self, case):
+        """ptxas serialises products where it doubts what reads their registers, and says so (its remarks C7510 on)."""
+        flags = dict(MOSAIC_GPU_DUMP_PTXAS="1", XLA_PYTHON_CLIENT_PREALLOCATE="false", JAX_ENABLE_COMPILATION_CACHE="0")
+        command = [sys.executable, "-c", CHILD.format(case=case)]
+        done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=300)
+        said = done.stdout + done.stderr
+        self.assertEqual(done.returncode, 0, said[-3000:])
+        found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        self.assertNotEmpty(found, said[-3000:])
+        self.assertEqual(set(found), {("0", "0")})
+        self.assertNotRegex(said, r"C75\d\d")
+
+
+if __name__ == "__main__":
+    absltest.main()
