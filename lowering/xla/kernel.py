@@ -102,8 +102,7 @@ class Walker:
         def tiles_of_group(group):
             number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
             own = (sequences.first_tile[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
-            # The one that owns it: no sum, which XLA takes in three kernels where there are many sequences.
-            seq = lax.argmax(own, 1, jnp.int32)
+            seq = jnp.sum(jnp.where(own, sequences.seq[None, :], 0), axis=1, dtype=jnp.int32)
             sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
             return sequence, number - sequence.first_tile
 
