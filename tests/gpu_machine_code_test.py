@@ -1,4 +1,4 @@
-"""What ptxas says of the Hopper kernel, where there is a GPU and so its toolchain. Where there is none, all is skipped."""
+"""What ptxas says of the Hopper kernel, where a GPU and so its toolchain is. Where there is none, all is skipped."""
 
 import os
 import re

@@ -244,6 +244,22 @@ class GpuSecondFormTest(parameterized.TestCase):
             parameters = dict(softmax_scale=softmax_scale)
             oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
 
+    @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED, soft_cap=(None, 20.0))
+    def test_scales_of_slots_of_any_size(self, kernel, dtype, soft_cap):
+        """Six orders of magnitude, of either sign, growing with the keys or not; some are 0."""
+        kind = dict(sequences=((40, 900), (1, 1500), (9, 4)), q_heads=4, kv_heads=2, head_dim=128, page_size=16)
+        call = poisoned.make_call(15, **kind, dtype="bfloat16", cache_dtype=dtype, key_scale="slot", value_scale="slot")
+        rng = np.random.default_rng(0)
+        for name in ("key_scale", "value_scale"):
+            factors = 10.0 ** rng.uniform(-3, 0 if name == "key_scale" else 3, call[name].shape)
+            factors *= rng.choice([-1.0, 0.0, 1.0], call[name].shape, p=[0.45, 0.1, 0.45])
+            with np.errstate(over="ignore", invalid="ignore"):  # in what no row sees
+                call[name] = (call[name] * factors).astype(np.float32)
+        call["value_scale"][:, call["page_indices"][0, :30]] *= np.float32(1e-3)
+        oracle.assert_matches(
+            call, *self.attend(call, kernel, attn_logits_soft_cap=soft_cap), attn_logits_soft_cap=soft_cap
+        )
+
     @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED)
     def test_many_small_weights_beside_a_large_one(self, kernel, dtype):
         """The first key outweighs each other by 2^23, and its value is 0: the result is that of all the others."""

@@ -16,12 +16,11 @@ from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Call, Device, Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import softmax
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
-from paged_prefill.tests import packs, poisoned, problems
+from paged_prefill.tests import packs, plans, poisoned, problems
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
@@ -293,15 +292,7 @@ class SupportsTest(parameterized.TestCase):
 
 
 class PlanTest(parameterized.TestCase):
-    @staticmethod
-    def plan(**changes):
-        fields = dict(cores=132, group=4, num_kv_heads=2, seqs_of_pack=1, head_dim=128, value_dim=128, page_size=16,
-                      tokens=100, tiles=3, num_pages=64, pages_per_seq=20, pools=1,
-                      pool_rows=2048, seqs_of_pool=1, head_rows=1024, page_rows=16, slot_rows=1, value_rows=0,
-                      block_q=64, block_kv=128, warpgroups=2, stages=3, parts=tiles.Parts(), softmax_scale=0.1, soft_cap=50.0,
-                      window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
-                      cache_dtype="bfloat16", key_scale=None, value_scale=None)
-        return Plan(**(fields | changes))
+    plan = staticmethod(plans.plan)
 
     @parameterized.parameters(1e-3, 1.0, 30.0, 50.0, 51.9)
     def test_weights_by_the_fixed_maximum_stay_in_range(self, soft_cap):
@@ -359,14 +350,10 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 
-    @parameterized.parameters(
-        (dict(), True), (dict(dtype="float16"), True), (dict(key_scale="tensor"), True),
-        (dict(soft_cap=50.0), True), (dict(value_scale="slot"), False), (dict(key_scale="slot"), False),
-    )  # fmt: skip
-    def test_numbers_of_8_bits_stay_what_they_are_where_float16_serves(self, changes, exact):
-        plan = self.plan(**(dict(soft_cap=None, cache_dtype="int8", key_scale="head", value_scale="head") | changes))
-        self.assertEqual(plan.exact, exact)
-        self.assertEqual(plan.product_dtype, "float16" if exact else plan.dtype)
+    @parameterized.parameters("tensor", "head", "slot", None)
+    def test_numbers_of_8_bits_stay_what_they_are(self, scale):
+        plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
+        self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
         for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
@@ -376,69 +363,6 @@ class PlanTest(parameterized.TestCase):
             start = min(65536 // threads // 8 * 8, 255)
             computes, *loads = [number or start for number in registers[: 1 + others]]
             self.assertLessEqual(128 * (warpgroups * computes + sum(loads)), start * threads)
-
-
-class SharedRowsTest(parameterized.TestCase):
-    """The arithmetic of two warpgroups that share rows: each weighs its half of the keys, by a maximum of both."""
-
-    def attend(self, logits, values, softmax_scale):
-        plan = PlanTest.plan(soft_cap=None, head_dim=512, value_dim=512, block_q=8, block_kv=64,
-                             softmax_scale=softmax_scale)
-        shared = softmax.Softmax(plan)
-        shape = (64, values.shape[1] // 2)
-        running = [(jnp.zeros(shape), jnp.full(64, -jnp.inf), jnp.zeros((64, 8)))] * 2
-        with mock.patch.object(softmax, "any_in_warp", lambda flags, after: jnp.any(flags)):
-            for first in range(0, logits.shape[1], 64):
-                block = jnp.asarray(logits[:, first : first + 64])
-                largest, halves = block.max(axis=1), jnp.split(block, 2, axis=1)
-                steps = [shared.step_together(half, largest, *own) for half, own in zip(halves, running)]
-                weights = jnp.concatenate([step[0] for step in steps], axis=1)
-                columns = jnp.split(jnp.asarray(values[first : first + 64]), 2, axis=1)
-                running = [(acc + weights @ own, m, l) for (_, acc, m, l), own in zip(steps, columns)]
-        total = sum(l.sum(axis=1) for _, _, l in running)
-        results = [shared.result(acc, m, total) for acc, m, _ in running]
-        chex.assert_trees_all_equal(results[0][1], results[1][1])
-        return np.concatenate([out for out, _ in results], axis=1), np.asarray(results[0][1])
-
-    def operands(self):
-        """Rows whose logits grow from block to block or not, that see few keys, or none."""
-        rng = np.random.default_rng(0)
-        logits = rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-1, 3, (64, 1))
-        logits[::3] += np.repeat([0, 300, -500, 900], 64)
-        logits[1::3, 128:] = -np.inf
-        logits[2::6] = np.where(rng.random(256) < 0.02, logits[2::6], -np.inf)
-        logits[7] = -np.inf
-        return logits.astype(np.float32), rng.standard_normal((256, 16), np.float32)
-
-    @parameterized.parameters(0.1, 1.0)
-    def test_is_a_softmax_over_both_halves_of_all_blocks(self, softmax_scale):
-        logits, values = self.operands()
-        out, lse = self.attend(logits, values, softmax_scale)
-        exact = np.float64(softmax_scale) * logits
-        largest = np.maximum(exact.max(axis=1, keepdims=True), -1e300)
-        weights = np.exp(exact - largest)
-        total = weights.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(out, weights @ values / np.maximum(total, 1e-300), rtol=1e-4, atol=1e-5)
-        with np.errstate(divide="ignore"):
-            np.testing.assert_allclose(lse, (largest + np.log(total))[:, 0], rtol=1e-5, atol=1e-5)
-        self.assertEqual((lse[7], np.abs(out[7]).max()), (-np.inf, 0))
-
-    def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
-        logits, values = self.operands()
-        logits[1::2] = logits[1::2] * 1e-3
-        # Their maximum grows a little, and so is kept: were it taken with those of the others, their bits would change.
-        logits[::2] = np.random.default_rng(1).standard_normal((32, 256))
-        wild = logits.copy()
-        wild[1::2] += np.repeat(np.float32([0, 400, 800, 1600]), 64)
-        results = [self.attend(each, values, 1.0) for each in (logits, wild)]
-        chex.assert_trees_all_equal(*[[array[::2] for array in result] for result in results])
-
-    def test_a_row_that_sees_nan_has_nan(self):
-        logits, values = self.operands()
-        logits[5, 70] = np.nan
-        out, lse = self.attend(logits, values, 0.1)
-        np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse)), [5])
-        self.assertTrue(np.all(np.isnan(out[5])))
 
 
 class LoweringTest(parameterized.TestCase):

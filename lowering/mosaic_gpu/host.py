@@ -17,7 +17,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import COPY_FLOATS, QUANTISED
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -380,9 +380,7 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + 3072
-    scales = 0
+    slots, scales = widened(block, features), 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
-        run = min(problem.page_size, block)
-        scales = 2 * 4 * config.num_stages * (block // run) * max(run, COPY_FLOATS)
-    wide = widened(block, features) * block * features
-    return 2 * (rows * problem.head_dim + wide) + blocks + scales + 3072
+        scales = 2 * 4 * (slots + 1) * block
+    return 2 * (rows * problem.head_dim + slots * block * features) + blocks + scales + 3072

@@ -14,11 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, ROWS, SWIZZLE_BYTES, WGMMA, any_in_warpgroup
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import settled, start_products, store_numbers, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of, slot_of_scales
 
 
 def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
@@ -78,7 +79,7 @@ class _Attention:
 
     def __init__(
         self, plan, piece, done, warpgroup, optional, sources, *, query_views, keys, values, query_here, query_free,
-        keys_here, values_here, keys_free, values_free, turn, cleaned, **_,
+        keys_here, values_here, keys_free, values_free, turn, cleaned, keys_scales=None, values_scales=None, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
         self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
@@ -90,6 +91,7 @@ class _Attention:
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned
+        self.slot_scales = dict(key_scales=keys_scales, value_scales=values_scales)
 
     def pass_over(self, first, end):
         """Lets go of blocks `first` to `end`; what all warpgroups do together with a block, it does too."""
@@ -121,7 +123,7 @@ class _Attention:
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
-        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.exact else None)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
@@ -129,7 +131,7 @@ class _Attention:
         logits = self._logits_of(i)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
         acc, m, l = self.softmax.start()
-        running = self.softmax.step(logits, lambda: acc, m, l, functools.partial(self.seen, i))
+        running = self._weigh(i, logits, lambda: acc, m, l, self.seen)
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
         self._clean_values(i)
         return running
@@ -142,10 +144,20 @@ class _Attention:
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
-        running = self.softmax.step(logits, output, m, l, seen and functools.partial(seen, i))
+        running = self._weigh(i, logits, output, m, l, seen)
         if seen and self.plan.masks_any_block:
             self._clean_values(i)
         return running
+
+    def _weigh(self, i, logits, output, m, l, seen=None) -> Running:
+        """The softmax's step over block i."""
+        place = slot_of_scales(self.plan, self.done + i)
+        scales = {
+            name: lambda numbers=numbers: plgpu.layout_cast(numbers.at[place][...], KEYS)
+            for name, numbers in self.slot_scales.items()
+            if numbers is not None
+        }
+        return self.softmax.step(logits, output, m, l, seen and functools.partial(seen, i), **scales)
 
     def _steps_by_polynomial(self, first, end, running: Running):
         """Steps from block `first` to `end`, or to the first block with logits that are not small; and where it ended.
@@ -169,7 +181,7 @@ class _Attention:
             _, acc, m, l = running
             logits = self._logits_of(i)
             plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
-            return self.softmax.step(logits, lambda: acc, m, l)
+            return self._weigh(i, logits, lambda: acc, m, l)
 
         carry = first, jnp.bool_(True), running
         end, small, running = lax.while_loop(lambda carry: (carry[0] < end) & carry[1], one, carry)
@@ -189,7 +201,7 @@ class _Attention:
 
         acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.exact else None
+        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.quantised else None
         return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
 
     def _logits_of(self, i):

@@ -157,7 +157,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         if not plan.quantised or plan.loading_warpgroups > 1:
             return _load(plan, each_piece, pages, query, sources, warp, **scratch)
         pl.when(warp == 0)(lambda: _load(plan, each_piece, pages, query, sources, None, **scratch))
-        pl.when(warp > 0)(lambda: widen(plan, each_piece, sources, warp - 1))
+        pl.when(warp > 0)(lambda: widen(plan, each_piece, pages, sources, warp - 1))
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
@@ -172,7 +172,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         def _():
             _set_registers(plan.registers.widens, "decrease")
             plgpu.barrier_wait(scratch["started"])
-            _each_warp(functools.partial(widen, plan, each_piece, sources))
+            _each_warp(functools.partial(widen, plan, each_piece, pages, sources))
 
 
 def _each_warp(do) -> None:
@@ -231,8 +231,8 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
 class Source(NamedTuple):
     """The keys, or the values: where they lie, and the blocks that copies bring, to be written once `free` says so.
 
-    Those of a quantised cache come as they are, with the scales of their slots if each has one. They are widened into
-    other blocks, which are what products read.
+    Those of a quantised cache come as they are, and are widened into other blocks, which are what products read. Where
+    each slot has its own scale, those of keys and values are fetched with the keys.
     """
 
     rows: jax.Array  # of whole slots, in global memory
@@ -243,7 +243,7 @@ class Source(NamedTuple):
     free: jax.Array
     scale: str | None
     scales: jax.Array | None  # in global memory
-    scale_blocks: jax.Array | None = None
+    slot_scales: tuple = ()  # (in global memory, of blocks for those that compute)
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
@@ -254,15 +254,19 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
         ("keys", (0, plan.head_dim), plan.key_scale),
         ("values", (plan.value_rows, plan.value_dim), plan.value_scale),
     )
-    found = []
+    found, names = [], ("key_scale", "value_scale")
+    slot_scales = tuple(
+        (optional[its_scale], scratch[f"{name}_scales"])
+        for its_scale, (name, _, scale) in zip(names, kinds)
+        if scale == "slot"
+    )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
-        its_scales = optional.get(("key_scale", "value_scale")[i])
-        wide = [scratch.get(f"{name}_scales"), *blocks] if plan.quantised else []
-        found.append(Source(rows, *of_rows, *raw, scale, its_scales, *wide))
+        wide = [slot_scales if i == 0 else (), *blocks] if plan.quantised else []
+        found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -288,10 +292,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key, beside):
-            column = jnp.minimum(lax.div(key, plan.page_size), plan.pages_per_seq - 1)
-            page = jnp.clip(pages[piece.tile.seq * plan.pages_per_seq + column], 0, plan.num_pages - 1)
-            first = lax.div(piece.first_row + beside, plan.slot_rows)
-            return first + page * (plan.page_rows // plan.slot_rows) + lax.rem(key, plan.page_size)
+            return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
 
         def copy_piece(piece, done):
             if before is not None:
@@ -345,7 +346,4 @@ def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     copies = []
     for offset, row in zip(offsets, rows):
         copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
-        if source.scale == "slot":
-            scales = source.scale_blocks.at[slot, offset // plan.run]
-            copies.append((source.scales, row, scales.shape[0], scales))
     copy_together(source.here, slot, copies)

@@ -23,7 +23,8 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
 TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-WGMMA, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+WGMMA = plgpu.Layout.WGMMA
+ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
 
 
 def start_products(query, keys, acc, weights, values):

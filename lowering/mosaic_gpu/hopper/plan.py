@@ -5,6 +5,9 @@ import functools
 import math
 from typing import NamedTuple
 
+from jax import lax
+import jax.numpy as jnp
+
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
@@ -45,7 +48,7 @@ REGISTERS = {
     (1, False): Registers(None, None),
     (2, False): Registers(240, 24),
     (3, False): Registers(160, 32),
-    (1, True): Registers(240, 40, 168),
+    (1, True): Registers(256, 40, 168),
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
@@ -101,16 +104,12 @@ class Plan:
         return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
 
     @property
-    def exact(self) -> bool:
-        """Whether 8 bits are widened to float16, which holds them exactly, and scales join the results.
-
-        That is the least to do for a number. A scale of each slot would leave the numbers that float16 has.
-        """
-        return self.quantised and "slot" not in (self.key_scale, self.value_scale)
-
-    @property
     def product_dtype(self) -> str:
-        return "float16" if self.exact else self.dtype
+        """8 bits are widened to float16, which holds them exactly: the least to do for a number.
+
+        Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
+        """
+        return "float16" if self.quantised else self.dtype
 
     @property
     def widening_warps(self) -> int:
@@ -226,6 +225,16 @@ class Plan:
     def begins_late(self) -> bool:
         """Whether rows may not see the first keys of their sequence."""
         return self.has_ranges or self.window is not None
+
+    def page_of(self, piece, key):
+        """Where in the page table a key's page stands."""
+        return piece.tile.seq * self.pages_per_seq + jnp.minimum(lax.div(key, self.page_size), self.pages_per_seq - 1)
+
+    def row_of(self, piece, page, key, beside=0):
+        """The row of a key in that page, or of what lies so many rows beside it, in a cache as rows of whole slots."""
+        page = jnp.clip(page, 0, self.num_pages - 1)
+        first = lax.div(piece.first_row + beside, self.slot_rows)
+        return first + page * (self.page_rows // self.slot_rows) + lax.rem(key, self.page_size)
 
     @property
     def run(self) -> int:

@@ -24,6 +24,10 @@ LARGEST_SUM = 256.0
 # log 2: so weights down to 2^-31 of the largest count, and those of the largest sum are within range.
 HEADROOM = 7
 SMALLEST = 1e-30  # that scales and rows of a query count as
+# Where each value has a scale of its own, 16 bits hold weights times scales, and the maximum is of these. It takes all
+# scales for ones from 2^-64 to 2^64: so that sums of weights without them are finite too.
+LARGEST_SCALE = 2.0**64
+LARGEST_SUM_WITHOUT_SCALES = 2.0**96
 
 
 class Running(NamedTuple):
@@ -36,7 +40,7 @@ class Running(NamedTuple):
 
 
 def scaled_rows(plan: Plan, largest, key_scale):
-    """(factors of a query's rows, what turns its products to logits), where keys' scales join the softmax (Plan.exact).
+    """(factors of a query's rows, what turns its products to logits), where caches are quantised.
 
     Rows with these largest magnitudes come to have one of 1, so that float16 has room. Both are of rows; the second is
     positive.
@@ -57,7 +61,7 @@ def scaled_results(factor, lse, seen, key_scale, value_scale):
 
 
 class Softmax:
-    """The steps of a plan's softmax; `to_logits` is what turns each row's products to logits where it is `exact`."""
+    """The steps of a plan's softmax; `to_logits` turns each row's products to logits where caches are quantised."""
 
     def __init__(self, plan: Plan, to_logits=None):
         self.plan, self.dtype, self.to_logits = plan, jnp.dtype(plan.product_dtype), to_logits
@@ -72,9 +76,9 @@ class Softmax:
         # One fused operation for a weight errs by 2^-24 of the product: too much where it is huge.
         self.fuses = self.unit * largest <= 4096
         self.largest_sum = LARGEST_SUM
-        if plan.exact:
+        if plan.quantised:
             self.largest_sum = LARGEST_SUM * 2**HEADROOM
-        self.has_units = plan.exact and plan.soft_cap is None  # of its own, each row
+        self.has_units = plan.quantised and plan.soft_cap is None  # of its own, each row
         if self.has_units:
             self.unit, self.fuses = to_logits * LOG2_E, abs(plan.softmax_scale) * LOG2_E <= 1
 
@@ -86,11 +90,14 @@ class Softmax:
         acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, self.plan.output_columns), jnp.float32), WGMMA)
         return acc, m, l
 
-    def step(self, logits, output, m, l, visible=None) -> Running:
+    def step(self, logits, output, m, l, visible=None, key_scales=None, value_scales=None) -> Running:
         """What is running after a block with these products of queries and keys.
 
         `output` waits for the output so far. `visible` says which rows see which keys; where it is None, all see all.
+        The last two load the scales of the block's slots, where each has its own.
         """
+        if key_scales is not None:
+            logits *= self._of_keys(key_scales())
         logits = self.logits(logits)
         if visible is not None:
             logits = jnp.where(visible(), logits, -jnp.inf)
@@ -99,15 +106,15 @@ class Softmax:
             acc = output()
             return Running(self.rounded(weights), acc, m, l + sums)
         if visible is not None:
-            weights, *others = self._follow(logits, output(), m, l)
+            weights, *others = self._follow(logits, output(), m, l, value_scales)
             return Running(weights.astype(self.dtype), *others)
-        return self._step_by_old_maximum(logits, output, m, l)
+        return self._step_by_old_maximum(logits, output, m, l, value_scales)
 
     def result(self, acc, m, total, sinks=None, scales=None):
         """The rows' output and lse, from the sums of their weights.
 
-        `sinks` are logits that have a part in their softmax and no value; `scales` those of keys and values where the
-        plan is `exact`.
+        `sinks` are logits that have a part in their softmax and no value; `scales` those of keys and values where
+        caches are quantised.
         """
         plan = self.plan
         to_natural = plan.soft_cap or (plan.softmax_scale if plan.softmax_scale > 0 else 1.0)
@@ -117,7 +124,7 @@ class Softmax:
             total, m, fade = with_logit(total, m, sinks)
         factor, lse = factor_and_lse(total, m)
         factor *= fade
-        if plan.exact:
+        if plan.quantised:
             factor, lse = scaled_results(factor, lse, seen, *scales)
         return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
 
@@ -154,11 +161,11 @@ class Softmax:
         plan = self.plan
         if plan.polynomial is not None:
             return jnp.tanh(products * plan.polynomial.to_tanh)
-        if plan.soft_cap is not None and plan.exact:
+        if plan.soft_cap is not None and plan.quantised:
             return jnp.tanh(products * self._of_rows(self.to_logits / plan.soft_cap))
         if plan.soft_cap is not None:
             return jnp.tanh(products * (plan.softmax_scale / plan.soft_cap))
-        if plan.softmax_scale <= 0 and not plan.exact:
+        if plan.softmax_scale <= 0 and not plan.quantised:
             return lax.optimization_barrier(products * plan.softmax_scale)
         return products
 
@@ -178,10 +185,15 @@ class Softmax:
         weights = jnp.exp2(exponents)
         return weights, fold(jnp.add, weights)
 
-    def _follow(self, logits, acc, m, l, passed=None):
+    def _of_keys(self, keys):
+        """Numbers of keys, for each of their logits."""
+        return lax.broadcast_in_dim(keys, self.shape, [1])
+
+    def _follow(self, logits, acc, m, l, value_scales, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
-        largest = fold(jnp.maximum, logits).max(axis=1)
-        if self.plan.exact:
+        counted = logits if value_scales is None else self._with_scales(logits, value_scales())
+        largest = fold(jnp.maximum, counted).max(axis=1)
+        if self.plan.quantised:
             unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
             largest -= HEADROOM / unit
         m_next = jnp.maximum(m, largest)
@@ -192,16 +204,33 @@ class Softmax:
         weights, sums = self._weigh(logits, shift)
         fade = jnp.exp2((m - shift) * self.unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
+        if value_scales is not None:
+            # A scale that nobody may look at may be NaN.
+            weights = jnp.where(logits == -jnp.inf, 0.0, weights * self._of_keys(value_scales()))
         return weights, acc, m_next, l + sums
 
-    def _step_by_old_maximum(self, logits, output, m, l) -> Running:
+    def _with_scales(self, logits, value_scales):
+        """Logits of weights times their values' scales."""
+        unit = self.unit
+        if self.has_units:
+            unit = self._of_rows(unit)
+        magnitudes = jnp.clip(jnp.abs(value_scales), 1 / LARGEST_SCALE, LARGEST_SCALE)
+        return jnp.where(logits == -jnp.inf, logits, logits + self._of_keys(jnp.log(magnitudes)) * (LOG2_E / unit))
+
+    def _step_by_old_maximum(self, logits, output, m, l, value_scales) -> Running:
         """A block that every row sees: by the maximum so far, unless a warp's sums say that a logit has passed it."""
         late = self.plan.rounds_late
         weights, sums = self._weigh(logits, m)
-        if not late:
-            weights = weights.astype(self.dtype)
-        passed = ~(sums <= self.largest_sum)  # also where a sum is NaN
-        anyone = any_in_warp(passed, after=None if late else weights)
+        if value_scales is None:
+            passed = ~(sums <= self.largest_sum)  # also where a sum is NaN
+            if not late:
+                weights = weights.astype(self.dtype)
+        else:
+            late, weights = False, (weights * self._of_keys(value_scales())).astype(self.dtype)
+            # Of rounded weights, so that they are there before the vote.
+            largest = fold(jnp.maximum, jnp.abs(weights)).astype(jnp.float32)
+            passed = ~(largest <= self.largest_sum) | ~(sums <= LARGEST_SUM_WITHOUT_SCALES)
+        anyone = any_in_warp(passed, after=None if late or value_scales is not None else weights)
         acc = output()
         if not late:
             weights = moved(weights)
@@ -209,7 +238,7 @@ class Softmax:
         def again():
             # A row's bits do not depend on the other rows of its warp.
             own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
-            new, *others = self._follow(logits, acc, m, l, passed=own)
+            new, *others = self._follow(logits, acc, m, l, value_scales, passed=own)
             return new.astype(weights.dtype), *others
 
         weights, *others = lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))

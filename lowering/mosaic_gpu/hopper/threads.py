@@ -15,13 +15,12 @@ from paged_prefill import compat
 arith, gpu, memref, scf = compat.mlir_dialects("arith", "gpu", "memref", "scf")
 
 OWN = plgpu.Layout.WG_SPLAT
-NUMBER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=OWN)
 
 
 def number():
     """This thread's, in its block."""
 
-    @plgpu.inline_mgpu(return_type=NUMBER)
+    @plgpu.inline_mgpu(return_type=_own(jnp.int32))
     def get(_):
         return mgpu.FragmentedArray.splat(utils.thread_idx(), (), is_signed=True)
 
@@ -29,12 +28,13 @@ def number():
 
 
 def load(vector, index):
-    """vector[index], of int32."""
+    """vector[index], of int32 or float32."""
+    signed = True if jnp.issubdtype(vector.dtype, jnp.integer) else None
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN), return_type=NUMBER)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN), return_type=_own(vector.dtype))
     def read(_, vector, index):
         value = memref.load(vector, [_index(index)])
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=signed)
 
     return read(vector, index)
 
@@ -50,7 +50,7 @@ def store(vector, index, value, where=True) -> None:
             memref.store(value.registers.item(), vector, [_index(index)])
             scf.yield_([])
 
-    write(vector, index, jnp.int32(value), jnp.where(where, jnp.int32(1), jnp.int32(0)))
+    write(vector, index, jnp.asarray(value, vector.dtype), jnp.where(where, jnp.int32(1), jnp.int32(0)))
 
 
 def synchronise() -> None:
@@ -61,6 +61,10 @@ def synchronise() -> None:
         gpu.barrier()
 
     wait()
+
+
+def _own(dtype):
+    return plgpu.ShapeDtypeStruct((), dtype, layout=OWN)
 
 
 def _index(number):

@@ -1,9 +1,8 @@
-"""Quantised caches: one more warpgroup turns the numbers of 8 bits into the query's dtype, times their scales.
+"""Quantised caches: one more warpgroup turns the numbers of 8 bits into float16.
 
 Copies bring blocks of keys and values as they lie in the caches, rows of bytes. Each warp of the widening warpgroup
-turns its share of a block into rows of the swizzled tiles that products read. Where float16 serves (Plan.exact), a
-number is what it was, and the scales are left to those that compute. Otherwise it becomes 32 bits wide on the way, is
-multiplied by its scale, and is rounded once: for a warpgroup that computes, nothing is new.
+turns its share of a block into rows of the swizzled tiles that products read. A number is what it was: the scales are
+left to those that compute, who have a logit and a weight of a slot where widening has hundreds of numbers.
 """
 
 from jax import lax
@@ -14,6 +13,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper import threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, wait
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
@@ -21,16 +21,16 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
 CHUNK = 8  # numbers that a thread turns at a time: 8 bytes to 16
+LANES = 32
 LOADED = {1: 3, 2: 4}  # chunks that it holds meanwhile, and as many after them, by Plan.loading_warpgroups
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
-COPY_FLOATS = 32  # at least: 128 bytes, at a multiple of which a copy's place in shared memory begins
 
-# From 4 bytes in $2 to numbers of float16, two and two; on to float32; times a scale.
+# From 4 bytes in $2 to numbers of float16 in $0 and $1, two and two.
 _FROM_FLOAT = """
-    .reg .b16 low, high; .reg .b32 pair0, pair1;
+    .reg .b16 low, high;
     mov.b32 {{low, high}}, $2;
-    cvt.rn.f16x2.{name}x2 pair0, low;
-    cvt.rn.f16x2.{name}x2 pair1, high;
+    cvt.rn.f16x2.{name}x2 $0, low;
+    cvt.rn.f16x2.{name}x2 $1, high;
 """
 # b + 128 are the last bits of a float16 from 1024 on.
 _FROM_INT = """
@@ -39,8 +39,8 @@ _FROM_INT = """
     prmt.b32 pair0, bytes, 0x64646464, 0x5150;
     prmt.b32 pair1, bytes, 0x64646464, 0x5352;
     mov.b32 offset, 0x64806480;
-    sub.rn.f16x2 pair0, pair0, offset;
-    sub.rn.f16x2 pair1, pair1, offset;
+    sub.rn.f16x2 $0, pair0, offset;
+    sub.rn.f16x2 $1, pair1, offset;
 """
 _HALVES = {
     "float8_e4m3fn": _FROM_FLOAT.format(name="e4m3"),
@@ -48,23 +48,19 @@ _HALVES = {
     "int8": _FROM_INT,
 }
 QUANTISED = tuple(_HALVES)
-_SINGLES = """
-    .reg .b16 h<4>; .reg .f32 f<4>;
-    mov.b32 {h0, h1}, pair0;
-    mov.b32 {h2, h3}, pair1;
-""" + "".join(f"cvt.f32.f16 f{i}, h{i};\n" for i in range(4))
-_SCALED = "".join(f"mul.rn.f32 f{i}, f{i}, $3;\n" for i in range(4))
-_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-
 
 def copies_of(plan: Plan) -> int:
     """Copies of a block of keys."""
     return plan.block_kv // plan.run
 
 
-def scales_shape(plan: Plan) -> tuple[int, int, int]:
-    """Of the scales of raw blocks: a row a copy, which brings those of other slots too where pages are small."""
-    return plan.stages, copies_of(plan), max(plan.run, COPY_FLOATS)
+def slot_of_scales(plan: Plan, step):
+    """Where the scales of a step's slots lie, in order.
+
+    One more than widened blocks: keys are let go of before their logits are weighed, and then those of the block after
+    the next may come.
+    """
+    return lax.rem(step, plan.slots + 1)
 
 
 def widening_scratch(plan: Plan) -> dict:
@@ -78,34 +74,81 @@ def widening_scratch(plan: Plan) -> dict:
             f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
         }
         if scale == "slot":
-            found[f"{name}_scales"] = plgpu.SMEM(scales_shape(plan), jnp.float32)
+            found[f"{name}_scales"] = plgpu.SMEM((plan.slots + 1, plan.block_kv), jnp.float32)
     return found
 
 
-def widen(plan: Plan, each_piece, sources, warp) -> None:
+def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
     """One warp's share of all blocks of keys and values (kernel.Source), in the order in which they are copied."""
 
     def widen_piece(piece, done):
-        scales = [None if plan.exact else scale_of(plan, source, piece) for source in sources]
+        scales = _SlotScales(plan, pages, sources[0].slot_scales, piece, warp)
 
-        def step(i, _):
+        def step(i, fetched):
             stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
-            for source, scale in zip(sources, scales):
+            following = scales.fetch(i, fetched)
+            for source in sources:
                 wait(source.here, stage, lax.div(done + i, plan.stages))
 
                 @pl.when(done + i >= plan.slots)
                 def _(source=source):
                     plgpu.barrier_wait(source.wide_free.at[slot])
 
-                of_slots = source.scale_blocks.at[stage] if source.scale == "slot" else None
-                blocks = source.blocks.at[stage], source.wide_blocks.at[slot]
-                _widen_block(plan, source.features, warp, *blocks, scale, of_slots)
+                if source is sources[0]:
+                    scales.store(slot_of_scales(plan, done + i), fetched)
+                _widen_block(plan, source.features, warp, source.blocks.at[stage], source.wide_blocks.at[slot])
                 plgpu.barrier_arrive(source.free.at[stage])
                 plgpu.barrier_arrive(source.wide_here.at[slot])
+            return following
 
-        lax.fori_loop(0, piece.steps, step, None)
+        lax.fori_loop(0, piece.steps, step, scales.start())
 
     each_piece(widen_piece)
+
+
+class _SlotScales:
+    """A warp's share of a piece's scales, where each slot has its own: a lane has every 32nd slot of a part.
+
+    They are few bytes of many pages, for which copies cost as much as for the numbers. So lanes load them, the numbers
+    of pages two blocks ahead and the scales one: nobody waits for either.
+    """
+
+    def __init__(self, plan: Plan, pages, slot_scales, piece, warp):
+        self.plan, self.pages, self.slot_scales, self.piece = plan, pages, slot_scales, piece
+        parts = plan.block_kv // LANES
+        turns = -(-parts // plan.widening_warps) if slot_scales else 0
+        # Warps without a part of their own, at a turn, have another's: they load, and do not store.
+        mine = [warp + turn * plan.widening_warps for turn in range(turns)]
+        lane = threads.number() & (LANES - 1) if turns else 0
+        self.slots = [(jnp.minimum(part, parts - 1) * LANES + lane, part < parts) for part in mine]
+
+    def start(self):
+        """What is fetched before block 0."""
+        pages = self._pages_of(0)
+        return self._pages_of(1), self._scales_of(0, pages)
+
+    def fetch(self, i, fetched):
+        """Likewise before block i + 1, from what was before block i."""
+        pages, _ = fetched
+        return self._pages_of(i + 2), self._scales_of(i + 1, pages)
+
+    def store(self, place, fetched):
+        """Puts the scales of a block where those that compute read them."""
+        _, scales = fetched
+        for (_, ordered), numbers in zip(self.slot_scales, scales):
+            for (slot, is_mine), number in zip(self.slots, numbers):
+                threads.store(ordered.at[place], slot, number, is_mine)
+
+    def _keys_of(self, i):
+        first = (self.piece.last - i) * self.plan.block_kv
+        return [jnp.maximum(first + slot, 0) for slot, _ in self.slots]
+
+    def _pages_of(self, i):
+        return [threads.load(self.pages, self.plan.page_of(self.piece, key)) for key in self._keys_of(i)]
+
+    def _scales_of(self, i, pages):
+        rows = [self.plan.row_of(self.piece, page, key) for page, key in zip(pages, self._keys_of(i))]
+        return [[threads.load(scales, row) for row in rows] for scales, _ in self.slot_scales]
 
 
 def scale_of(plan: Plan, source, piece):
@@ -118,18 +161,7 @@ def scale_of(plan: Plan, source, piece):
     return None
 
 
-def _assembly(plan: Plan, scaled: bool) -> str:
-    """What turns 4 bytes in $2, times $3, into the words $0 and $1."""
-    if plan.exact:
-        last = "".join(f"mov.b32 ${i}, pair{i};\n" for i in range(2))
-    else:
-        name = _NAMES[plan.dtype]
-        last = _SINGLES + _SCALED * scaled
-        last += "".join(f"cvt.rn.{name}x2.f32 ${i}, f{2 * i + 1}, f{2 * i};\n" for i in range(2))
-    return "{" + _HALVES[plan.cache_dtype] + last + "}"
-
-
-def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None:
+def _widen_block(plan: Plan, features, warp, raw, wide) -> None:
     """The share of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
 
     Neighbouring lanes take neighbouring chunks: so neither reads nor writes meet in a bank.
@@ -137,12 +169,11 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
     width = features if 32 % (features // CHUNK) == 0 else COLUMNS  # columns that are taken together
     lanes = width // CHUNK  # of a row
     rows = 32 // lanes  # at a time
-    others = [x for x in (scale, of_slots) if x is not None]
-    assembly = _assembly(plan, scaled=len(others) > 0)
-    types = [plgpu.RefType() if x is of_slots else plgpu.Layout.WG_SPLAT for x in others]
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT, *types))
-    def go(_, raw, wide, warp, *others):
-        f32, i8, i32 = ir.F32Type.get(), *(ir.IntegerType.get_signless(width) for width in (8, 32))
+    assembly = "{" + _HALVES[plan.cache_dtype] + "}"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT))
+    def go(_, raw, wide, warp):
+        i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
         constant = lambda x: arith.constant(i32, x)
         times = lambda x, n: arith.muli(x, constant(n))
         start, target, warp = utils.memref_ptr(raw), utils.memref_ptr(wide), warp.registers.item()
@@ -159,26 +190,16 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
             for shift in range(0, TILE_ROWS, rows)
         }
 
-        def scale_at(first):
-            """The scale of the thread's row, `first` rows on."""
-            if of_slots is None:
-                return [x.registers.item() for x in others]
-            slot = arith.addi(first_row, constant(first))
-            copy, within = (op(slot, constant(plan.run)) for op in (arith.divui, arith.remui))
-            index = arith.addi(times(copy, scales_shape(plan)[-1]), within)
-            return [llvm.load(f32, utils.getelementptr(utils.memref_ptr(others[0]), [index], f32))]
-
         def load(first, part):
             words = ir.VectorType.get((2,), i32)
             pointer = utils.getelementptr(start, [source], i8)
             return llvm.load(words, utils.getelementptr(pointer, [first * features + part], i8))
 
-        def turn(words, factor):
+        def turn(words):
             pair = llvm.StructType.get_literal([i32, i32])
             result = llvm.mlir_undef(ir.VectorType.get((4,), i32))
             for i in range(2):
-                operands = [vector.extract(words, [], [i]), *factor]
-                turned = llvm.inline_asm(pair, operands, assembly, "=r,=r,r" + ",f" * len(factor))
+                turned = llvm.inline_asm(pair, [vector.extract(words, [], [i])], assembly, "=&r,=&r,r")
                 for j in range(2):
                     result = vector.insert(llvm.extractvalue(i32, turned, [j]), result, [], [2 * i + j])
             return result
@@ -193,11 +214,11 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
             chunks = [(first, part) for first in firsts for part in range(0, features, width)]
             size = LOADED[plan.loading_warpgroups]
             batches = [chunks[i : i + size] for i in range(0, len(chunks), size)]
-            loaded = [(load(*chunk), scale_at(chunk[0])) for chunk in batches[0]]
+            loaded = [load(*chunk) for chunk in batches[0]]
             for batch, following in zip(batches, [*batches[1:], []]):
-                ahead = [(load(*chunk), scale_at(chunk[0])) for chunk in following]
-                for chunk, (words, factor) in zip(batch, loaded):
-                    store(*chunk, turn(words, factor))
+                ahead = [load(*chunk) for chunk in following]
+                for chunk, words in zip(batch, loaded):
+                    store(*chunk, turn(words))
                 loaded = ahead
 
         tile_rows = plan.block_kv // TILE_ROWS
@@ -212,4 +233,4 @@ def _widen_block(plan: Plan, features, warp, raw, wide, scale, of_slots) -> None
         # Products read by another way than threads write.
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
-    go(raw, wide, warp, *others)
+    go(raw, wide, warp)
