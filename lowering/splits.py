@@ -19,9 +19,9 @@ ALONE = 1.25  # how much faster than with all others at work a core is alone, si
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
 # What parts of long tiles cost, beside those of short ones.
 LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
-NEXT_PIECE_BYTES = 2**13  # to go from one piece to the next, of which loads run ahead
-LONE = 2.0  # how much faster than with all others at work few cores are
-EVENLY = 1.05  # times the least that contexts of equal length may take, for the sake of others
+NEXT_PIECE_BYTES = 2**14  # to go from one piece to the next, of which loads run ahead
+OF_HALF = 1.6  # how much faster each of half of the cores loads than one of all
+EVENLY = 1.04  # times the least that contexts of equal length may take, for the sake of others
 MOST_PARTS = 32  # all of which the merge looks at
 RESULT_BYTES = 2**26  # of all parts
 
@@ -87,7 +87,7 @@ def parts_of(problem: Problem, device: Device, config: PrefillPageAttentionConfi
     def time(pieces, splits):
         """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer."""
         rounds, rest = divmod(pieces * splits, device.cores)
-        return (rounds + (max(rest / device.cores, 1 / LONE) if rest else 0)) * (
+        return (rounds + (max(rest / device.cores, 1 / OF_HALF) if rest else 0)) * (
             -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
         )
 
@@ -96,8 +96,10 @@ def parts_of(problem: Problem, device: Device, config: PrefillPageAttentionConfi
         return time(unsplit, splits) + merge, time(unsplit / seqs, splits) + merge
 
     estimates = {splits: costs(splits) for splits in range(least, most + 1)}
-    enough = EVENLY * min(even for even, _ in estimates.values())
-    chosen = min((s for s, (even, _) in estimates.items() if even <= enough), key=lambda s: sum(estimates[s]))
+    soonest = min(even for even, _ in estimates.values())
+    # Two parts cost as much as they gain: they have to be as good where all are long.
+    near = {s: both for s, both in estimates.items() if both[0] <= soonest * (EVENLY if s > 2 else 1)}
+    chosen = min(near, key=lambda s: sum(near[s]))
     return Parts(least, chosen, of_part)
 
 

@@ -24,7 +24,7 @@ class Slabs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Arrays of int32, an entry a tile, or a part of one. The keys that its rows see lie in blocks first_block : end_block.
+    """Arrays of int32, an entry a tile, or a part of one. The keys that its rows see lie in first_block : end_block.
 
     Between first_key and end_key no slot is empty; with ranges these are the first and last keys that its rows see.
     """
@@ -65,12 +65,17 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 class Parts:
     """How many parts the keys of a tile are cut into: `least` to `most`, of `blocks` blocks where there are enough.
 
-    They follow the tile's own keys and what is static, so that its bits do not depend on the rest of the pack.
+    They follow the tile's own keys and what is static, so that its bits do not depend on the rest of the pack. Where
+    they vary, each is an entry of the schedule; else a kernel cuts its tiles itself.
     """
 
     least: int = 1
     most: int = 1
     blocks: int = 1
+
+    @property
+    def vary(self) -> bool:
+        return self.most > self.least
 
     def share(self, blocks):
         """The blocks of each part but the last, of a tile of so many blocks."""
@@ -94,8 +99,8 @@ class Parts:
 class Tiling:
     """How a pack is cut into tiles: `ordered`, those of most work first; those that do not exist are last.
 
-    A tile's work is the blocks of keys that its slabs of `slab` tokens see. Where tiles are cut into parts, these stand
-    in their place, those of most blocks first, and there is nothing behind the last.
+    A tile's work is the blocks of keys that its slabs of `slab` tokens see. Where the number of parts varies, these
+    stand in the tile's place, those of most blocks first, and there is nothing behind the last.
     """
 
     tokens: int
@@ -113,8 +118,9 @@ class Tiling:
         return tiles_at_most(self.tokens, self.seqs, self.block_q)
 
     @property
-    def is_split(self) -> bool:
-        return self.parts.most > 1
+    def rows(self) -> int:
+        """The most entries of a schedule."""
+        return self.tiles * (self.parts.most if self.parts.vary else 1)
 
     def tiles_of(self, size):
         """The tiles of a stretch."""
@@ -213,7 +219,7 @@ def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"
         )
 
     index = jnp.arange(tiling.tiles, dtype=jnp.int32)
-    if tiling.is_split:
+    if tiling.parts.vary:
         return _parts_of(describe(index), tiling.parts)
     if not tiling.ordered:
         return describe(index), tiling.tiles

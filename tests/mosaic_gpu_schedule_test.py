@@ -140,15 +140,15 @@ class ScheduleInOneTest(parameterized.TestCase):
 
         def flat(floats, operands):
             call = flatten(floats | operands, cache_batch_dims=0, num_kv_heads=1, attention=attention)
-            return table_of(*tiles.schedule(call.sequences, tiling), tiling.is_split), call.indices
+            return table_of(*tiles.schedule(call.sequences, tiling), parts.vary), call.indices
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), floats)
         table, indices = jax.jit(flat)(zeros, operands)
-        columns = len(table) // (tiling.tiles * parts.most)
+        columns = len(table) // tiling.rows
         launch = schedule.Launch(tiling, packs, columns)
         found, table = table_by_threads(launch, indices.query_offsets, indices.context_lens), np.asarray(table)
         self.assertEqual(len(found), len(table))
-        if parts.most > 1:
+        if parts.vary:
             self.assertEqual(found[-1], table[-1])
             found, table = (x[: table[-1] * columns] for x in (found, table))
         np.testing.assert_array_equal(found.reshape(-1, columns), table.reshape(-1, columns))

@@ -159,8 +159,7 @@ class MosaicGpu(Kernel):
         out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
         if plan.splits == 1:
             return out[0], lse[0].T
-        may_lack = plan.parts.least < plan.splits
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=may_lack)
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=plan.parts.vary)
 
 
 def _schedule(call: Call, plan: Plan):
@@ -183,7 +182,7 @@ def _schedule(call: Call, plan: Plan):
     if indices is not None and call.ranges is None and fits(tiling):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
     else:
-        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.is_split)
+        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
     pages, pools = call.sequences.page_indices, call.sequences.pool
     if indices is not None:
         pages, pools = indices.page_indices, indices.pools

@@ -45,7 +45,7 @@ def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
     store_rows(acc.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
     store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
-    if plan.parts.least == plan.parts.most:
+    if not plan.parts.vary:
         return
 
     @pl.when(part == 0)

@@ -24,17 +24,17 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, wid
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
-def table_of(tiles: Tiles, number, is_split: bool):
+def table_of(tiles: Tiles, number, parts_vary: bool):
     """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own;
-    so each element picks its field here.
+    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out
+    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]
     place = jnp.arange(len(columns), dtype=jnp.int32)
     table = sum(jnp.where(place == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
-    return jnp.append(table, number) if is_split else table
+    return jnp.append(table, number) if parts_vary else table
 
 
 def launch(plan: Plan, schedule, query, caches, optional):
@@ -131,10 +131,10 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
             pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
             return i + 1, turn(i, done, pieces), (i + 1) * blocks < pieces
 
-        if plan.splits == 1:
-            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
-        else:
+        if plan.parts.vary:
             lax.while_loop(lambda carry: carry[2], turn_of_parts, (jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
+        else:
+            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
 
     sources = _sources(plan, caches, optional, **scratch)
 
@@ -205,7 +205,10 @@ class Piece(NamedTuple):
 
 def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     head_tile = lax.rem(index, plan.head_tiles)
-    row = lax.div(index, plan.head_tiles) * plan.columns
+    row = lax.div(index, plan.head_tiles)
+    if not plan.parts.vary:
+        row, part = lax.div(row, plan.splits), lax.rem(row, plan.splits)
+    row *= plan.columns
     fields = [table[row + i] for i in range(TILE_COLUMNS)]
     slabs = row + TILE_COLUMNS + slab
     tile = Tiles(*fields, Slabs(*(table[slabs + i * plan.slabs] for i in range(len(Slabs._fields)))))
@@ -215,6 +218,8 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
         pool = jnp.clip(pools[entry], 0, plan.pools - 1)
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
+    if not plan.parts.vary:
+        tile = _part(tile, part, plan.splits)
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
@@ -226,6 +231,14 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
         heads_left=plan.group - in_group,
         first_row=pool * plan.pool_rows + (kv_head_start[0] + kv_head) * plan.head_rows,
     )
+
+
+def _part(tile: Tiles, part, splits: int) -> Tiles:
+    """One of as many parts as every tile has, the last of which may be empty."""
+    share = lax.div(tile.end_block - tile.first_block + splits - 1, splits)
+    first_block = tile.first_block + part * share
+    end_block = jnp.minimum(first_block + share, tile.end_block)
+    return tile._replace(first_block=first_block, end_block=end_block, part=part)
 
 
 class Source(NamedTuple):

@@ -173,12 +173,12 @@ class Plan:
     @property
     def rows_of_table(self) -> int:
         """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
-        return self.tiles * self.splits
+        return self.tiles * (self.splits if self.parts.vary else 1)
 
     @property
     def pieces(self) -> int:
         """At most."""
-        return self.rows_of_table * self.head_tiles
+        return self.tiles * self.splits * self.head_tiles
 
     @property
     def query_parts(self) -> int:

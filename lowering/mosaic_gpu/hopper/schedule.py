@@ -1,7 +1,8 @@
 """The tiles of a pack in one small kernel, where XLA ends a kernel at every running sum.
 
-What it writes is `table_of(*tiles.schedule(...))` to the bit, but for rows behind the last part. Each thread has numbers of its own (threads.py): a
-sequence at first, then tiles. Every block works out the pack's sequences and the work of all tiles, and ranks its own.
+What it writes is `table_of(*tiles.schedule(...))` to the bit, but for rows behind the last part. Each thread has
+numbers of its own (threads.py): a sequence at first, then tiles. Every block works out the pack's sequences and the
+work of all tiles, and ranks its own.
 """
 
 from dataclasses import dataclass
@@ -49,18 +50,13 @@ class Launch:
         return -(-self.tiling.tiles // THREADS)
 
     @property
-    def rows(self) -> int:
-        """Of the table."""
-        return self.tiling.tiles * self.tiling.parts.most
-
-    @property
     def size(self) -> int:
         """Of the table, in numbers: behind the rows of parts is how many there are."""
-        return self.rows * self.columns + self.tiling.is_split
+        return self.tiling.rows * self.columns + self.tiling.parts.vary
 
 
 def fits(tiling: Tiling) -> bool:
-    return tiling.seqs <= MOST_SEQUENCES and tiling.tiles * (1 + tiling.is_split) <= MOST_TILES
+    return tiling.seqs <= MOST_SEQUENCES and tiling.tiles * (1 + tiling.parts.vary) <= MOST_TILES
 
 
 def table_in_one(launch: Launch, indices: Indices):
@@ -83,7 +79,7 @@ def table_in_one(launch: Launch, indices: Indices):
 
 def scratch(launch: Launch) -> dict[str, int]:
     """Shared memory by name, in numbers."""
-    of_tiles = ["works", "numbers"] if launch.tiling.is_split else ["works"]
+    of_tiles = ["works", "numbers"] if launch.tiling.parts.vary else ["works"]
     sizes = dict.fromkeys(["starts", "ends", "tile_ends"], THREADS) | dict.fromkeys(of_tiles, launch.rounds * THREADS)
     return sizes | dict(scanned=4 * THREADS, sums=2 * THREADS)
 
@@ -97,10 +93,10 @@ def write_table(launch: Launch, threads, block, offsets, contexts, table, **scra
     # As many threads as there are shares have the same tile, and different parts of it.
     tile, share = block * TILES + lax.rem(thread, jnp.int32(TILES)), lax.div(thread, jnp.int32(TILES))
     row, number = tile, jnp.int32(1)
-    if tiling.is_split or (tiling.ordered and tiling.seqs > 1):
+    if tiling.parts.vary or (tiling.ordered and tiling.seqs > 1):
         _weigh(launch, threads, thread, tile_of, **scratch)
         row, number, of_all = _rank(launch, threads, thread, tile, share, **scratch)
-        if tiling.is_split:
+        if tiling.parts.vary:
             threads.store(table, jnp.int32(launch.size - 1), of_all, (block == 0) & (thread == 0))
     elif tiling.ordered:
         end, tiles = (threads.load(scratch[name], jnp.int32(0)) for name in ("ends", "tile_ends"))
@@ -110,13 +106,13 @@ def write_table(launch: Launch, threads, block, offsets, contexts, table, **scra
 
     def write(i, _):
         part = share + i * SHARES
-        *fields, slabs = tiling.parts.part(described, part, number) if tiling.is_split else described
+        *fields, slabs = tiling.parts.part(described, part, number) if tiling.parts.vary else described
         values = [*fields, *(column for field in zip(*slabs) for column in field)]
-        exists = (part < number) & (row + part < launch.rows)
+        exists = (part < number) & (row + part < tiling.rows)
         for column, value in enumerate(values):
             threads.store(table, jnp.where(exists, row + part, 0) * launch.columns + column, value, exists)
 
-    lax.fori_loop(0, -(-tiling.parts.most // SHARES), write, None)
+    lax.fori_loop(0, -(-tiling.rows // (tiling.tiles * SHARES)), write, None)
 
 
 def _find_sequences(launch, threads, thread, offsets, *, starts, ends, tile_ends, scanned, **_) -> None:
@@ -183,7 +179,7 @@ def _weigh(launch, threads, thread, tile_of, *, works, numbers=None, **_) -> Non
     def weigh(i, _):
         each = i * THREADS + thread
         described = tile_of(each)
-        if not tiling.is_split:
+        if not tiling.parts.vary:
             return threads.store(works, each, tiling.work(described.length, described.slabs))
         blocks = described.end_block - described.first_block
         threads.store(works, each, tiling.parts.share(blocks))
