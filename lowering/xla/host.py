@@ -12,7 +12,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 # From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. Up to
-# so few, the smallest tiles are about as fast, and one height fewer is compiled.
+# so few, products of 16 bits are as fast in the smallest tiles, and one height fewer is compiled; those of 32 bits are not.
 LONG_TABLE, SHORT_TABLE = 4096, 640
 
 
@@ -36,7 +36,8 @@ class Xla(Kernel):
         """
         if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-        block_q = 128 if problem.capacity > SHORT_TABLE else PART_HEIGHT
+        wide = _product_dtype(jnp.dtype(problem.dtype), device).itemsize > 2
+        block_q = 128 if wide or problem.capacity > SHORT_TABLE else PART_HEIGHT
         return PrefillPageAttentionConfig(block_q=block_q, block_kv=min(_in_eights(problem.capacity), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
@@ -52,11 +53,13 @@ class Xla(Kernel):
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
-        dtype = call.query.dtype
-        # Where a CPU cannot multiply 16-bit floats, XLA would convert the operands of every product one by one.
-        if device.platform == "cpu" and not (dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16()):
-            dtype = jnp.dtype(jnp.float32)
-        return attend(call, config, dtype)
+        return attend(call, config, _product_dtype(call.query.dtype, device))
+
+
+def _product_dtype(dtype, device: Device):
+    """That of products' operands. Where a CPU cannot multiply 16-bit floats, XLA would convert them one by one."""
+    wide = device.platform == "cpu" and not (dtype == jnp.bfloat16 and _cpu_multiplies_bfloat16())
+    return jnp.dtype(jnp.float32) if wide else dtype
 
 
 def _in_eights(keys: int) -> int:
