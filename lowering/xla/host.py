@@ -12,7 +12,8 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 # From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. Up to
-# so few, products of 16 bits are as fast in the smallest tiles, and one height fewer is compiled; those of 32 bits are not.
+# so few, a CPU's products of 16 bits are as fast in the smallest tiles, and one height fewer is compiled; those of 32
+# bits are not, nor a GPU's.
 LONG_TABLE, SHORT_TABLE = 4096, 640
 
 
@@ -36,8 +37,8 @@ class Xla(Kernel):
         """
         if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-        wide = _product_dtype(jnp.dtype(problem.dtype), device).itemsize > 2
-        block_q = 128 if wide or problem.capacity > SHORT_TABLE else PART_HEIGHT
+        low = device.platform == "cpu" and _product_dtype(jnp.dtype(problem.dtype), device).itemsize == 2
+        block_q = PART_HEIGHT if low and problem.capacity <= SHORT_TABLE else 128
         return PrefillPageAttentionConfig(block_q=block_q, block_kv=min(_in_eights(problem.capacity), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
