@@ -3,6 +3,7 @@ that every kernel has.
 """
 
 import ast
+import inspect
 from pathlib import Path
 import re
 import tomllib
@@ -16,7 +17,7 @@ from paged_prefill.lowering.choose import KERNELS
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.primitive.operands import PREFILL
+from paged_prefill.primitive.prefill import LOCAL, parameters_of
 from paged_prefill.tests.problems import problem
 
 ROOT = Path(__file__).parents[1]
@@ -44,10 +45,8 @@ LISTS_OF_PARAMETERS = {
     "lowering/mosaic_gpu/hopper/plan.py": {"Plan"},
     "lowering/triton/append_kernel.py": {"append_tokens"},
 }
-PARAMETERS = {row.name for row in PREFILL.operands} | {
-    *("softmax_scale", "attn_logits_soft_cap", "sliding_window", "value_dim"),
-    *("cache_batch_dims", "cache_layout", "platform", "config", "kv_head_start", "num_kv_heads"),
-}
+STATIC = inspect.signature(parameters_of).parameters.keys() - {"operands"}
+PARAMETERS = {row.name for row in LOCAL.operands} | STATIC | {"num_kv_heads"}
 
 
 def sources(*folders) -> list[Path]:
