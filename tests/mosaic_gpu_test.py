@@ -20,7 +20,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGIST
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
-from paged_prefill.tests import packs, plans, poisoned, problems
+from paged_prefill.primitive.layout import LAYOUTS
+from paged_prefill.tests import layouts, packs, plans, poisoned, problems
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
@@ -350,6 +351,25 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 
+    @parameterized.parameters("kpsd", *layouts.NAMES)
+    def test_keys_values_and_scales_of_slots_are_found_in_every_layout(self, name):
+        """Each number says whose it is: pool, head, page and slot, and whether of a key or a value."""
+        whose = np.arange(2 * 3 * 2 * 5 * 8, dtype=np.int32).reshape(2, 3, 2, 5, 8)
+        given = dict(key_cache=whose[0][..., None], value_cache=whose[1][..., None])
+        given |= dict(key_scale=whose[0], value_scale=whose[1])
+        laid = given if name == "kpsd" else layouts.lay(given, name)
+        rows = LAYOUTS[name].rows(dict(kv_heads=2, num_pages=5, page_size=8))
+        plan = self.plan(page_size=8, num_pages=5, pools=3, pool_rows=rows["pool"], head_rows=rows["kv_heads"],
+                         page_rows=rows["num_pages"], slot_rows=rows["page_size"], value_rows=rows.get("2", 0))
+        pool, head, page, slot = jnp.indices(whose.shape[1:], jnp.int32)
+        piece = mock.Mock(first_row=pool * plan.pool_rows + head * plan.head_rows)
+        for kind, beside, want in zip(("key", "value"), (0, plan.value_rows), whose):
+            holder = "key" if name in layouts.COMBINED else kind
+            place = piece, page, 8 + slot, beside
+            cache = np.asarray(laid[f"{holder}_cache"]).reshape(-1, plan.slot_rows)
+            chex.assert_trees_all_equal(cache[plan.row_of(*place), plan.in_slot(piece, beside)], want)
+            chex.assert_trees_all_equal(np.ravel(laid[f"{holder}_scale"])[plan.place_of_scale(*place)], want)
+
     @parameterized.parameters("tensor", "head", "slot", None)
     def test_numbers_of_8_bits_stay_what_they_are(self, scale):
         plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
@@ -416,6 +436,20 @@ class LoweringTest(parameterized.TestCase):
             operands[f"{name}_cache"] = jax.ShapeDtypeStruct(operands[f"{name}_cache"].shape, cache_dtype)
             operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
+        self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.product(
+        name=layouts.NAMES,
+        scale=((), (2,), (2, 64, 16)),
+        kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)),
+    )
+    def test_lowers_for_quantised_caches_in_every_layout(self, name, scale, kind):
+        """All dtypes are loaded alike, before they are widened."""
+        shaped = dict(zip(packs.Pack._fields, shapes(**kind)))
+        operands = {f"{x}_cache": np.zeros(shaped[f"{x}_cache"].shape, np.int8) for x in ("key", "value")}
+        operands |= {f"{x}_scale": np.zeros(scale, np.float32) for x in ("key", "value")}
+        operands = shaped | layouts.lay(operands, name)
+        call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", cache_layout=name))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.named_parameters(

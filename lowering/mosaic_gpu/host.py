@@ -22,7 +22,7 @@ from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, 
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
-from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
+from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
@@ -52,8 +52,6 @@ class MosaicGpu(Kernel):
             return f"takes bfloat16 and float16, not {problem.dtype}"
         if _quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
-        if _quantised(problem) and problem.layout.name != DEFAULT_LAYOUT:
-            return f'takes quantised caches in cache_layout="{DEFAULT_LAYOUT}" only'
         if _quantised(problem) and _wide(problem):
             return f"takes quantised caches of heads up to {WARPGROUP_COLUMNS} only, and no latent ones"
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
@@ -152,7 +150,8 @@ class MosaicGpu(Kernel):
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks if plan.splits == 1 else None
-        optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
+        key_scale, value_scale = _scales(call)
+        optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         out, lse = launch(plan, _schedule(call, plan), query, caches, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
@@ -193,10 +192,12 @@ def _schedule(call: Call, plan: Plan):
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem = call.problem
+    key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
+        cache_kv_heads=problem.cache_kv_heads,
         seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
         seqs_of_pool=1 if call.indices is None else problem.seqs // call.indices.pools.shape[0],
         head_dim=problem.head_dim,
@@ -225,8 +226,8 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         latent="latent" in problem.features,
         dtype=problem.dtype,
         cache_dtype=problem.cache_dtype,
-        key_scale=_granularity(call.key_scale),
-        value_scale=_granularity(call.value_scale),
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
 
 
@@ -237,8 +238,14 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     return parts_of(problem, device, config, unsplit=programs(problem, config))
 
 
+def _scales(call: Call):
+    """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
+    together = call.problem.layout.combined and _granularity(call.key_scale) == "slot"
+    return call.key_scale, call.key_scale if together else call.value_scale
+
+
 def _granularity(scale) -> str | None:
-    return None if scale is None else {1: "tensor", 2: "head", 4: "slot"}[scale.ndim]
+    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _block_kv(problem: Problem) -> int | None:

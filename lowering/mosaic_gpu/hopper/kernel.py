@@ -198,6 +198,7 @@ class Piece(NamedTuple):
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: they are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
+    cache_head: Int[Array, ""]  # KV head, those of all pools counted on
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
     first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
@@ -227,6 +228,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
         head_tile=head_tile,
         last=tile.first_block + steps - 1,
         steps=steps,
+        cache_head=pool * plan.cache_kv_heads + kv_head_start[0] + kv_head,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
         first_row=pool * plan.pool_rows + (kv_head_start[0] + kv_head) * plan.head_rows,
@@ -256,7 +258,7 @@ class Source(NamedTuple):
     free: jax.Array
     scale: str | None
     scales: jax.Array | None  # in global memory
-    slot_scales: tuple = ()  # (in global memory, of blocks for those that compute)
+    slot_scales: tuple = ()  # (in global memory, rows from those of keys, of blocks for those that compute)
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
@@ -269,8 +271,8 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
     )
     found, names = [], ("key_scale", "value_scale")
     slot_scales = tuple(
-        (optional[its_scale], scratch[f"{name}_scales"])
-        for its_scale, (name, _, scale) in zip(names, kinds)
+        (optional[its_scale], beside, scratch[f"{name}_scales"])
+        for its_scale, (name, (beside, _), scale) in zip(names, kinds)
         if scale == "slot"
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
@@ -347,16 +349,14 @@ def loading_warps(plan: Plan) -> int:
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
+    column = plan.in_slot(piece, source.beside) * source.features
     if not plan.quantised:
         for offset, row in zip(offsets, rows):
             place = pl.ds(row, plan.run)
             if plan.slot_rows > 1:  # of a slot, one head's columns
-                first = lax.rem(piece.first_row + source.beside, plan.slot_rows) * source.features
-                place = place, pl.ds(first, source.features)
+                place = place, pl.ds(column, source.features)
             slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
             plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
         return
-    copies = []
-    for offset, row in zip(offsets, rows):
-        copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
-    copy_together(source.here, slot, copies)
+    targets = [source.blocks.at[slot, pl.ds(offset, plan.run)] for offset in offsets]
+    copy_together(source.here, slot, [(source.rows, row, column, target) for row, target in zip(rows, targets)])

@@ -62,6 +62,7 @@ class Plan:
     cores: int  # as many blocks are launched at most: any other number is right too, and less balanced
     group: int  # query heads of a KV head
     num_kv_heads: int
+    cache_kv_heads: int  # of which this call reads some
     seqs_of_pack: int  # which share their sinks
     seqs_of_pool: int  # that have one entry among the pools
     head_dim: int
@@ -235,6 +236,14 @@ class Plan:
         page = jnp.clip(page, 0, self.num_pages - 1)
         first = lax.div(piece.first_row + beside, self.slot_rows)
         return first + page * (self.page_rows // self.slot_rows) + lax.rem(key, self.page_size)
+
+    def in_slot(self, piece, beside=0):
+        """How many others of its slot lie before a key, or what lies so many rows beside it: those of other heads."""
+        return lax.rem(piece.first_row + beside, self.slot_rows)
+
+    def place_of_scale(self, piece, page, key, beside=0):
+        """Where a slot's own scale stands: scales lie as the cache does."""
+        return self.row_of(piece, page, key, beside) * self.slot_rows + self.in_slot(piece, beside)
 
     @property
     def run(self) -> int:
