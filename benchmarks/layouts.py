@@ -76,7 +76,10 @@ def _peers(page_size, case) -> dict:
 
 
 def measure(name, page_size, layouts, platform, *of_caches) -> dict:
-    """One row: of every contender that runs, or why it does not. `of_caches`: a dtype and whose scales, if quantised."""
+    """One row: of every contender that runs, or why it does not.
+
+    `of_caches` are the dtype of quantised caches, and what has a scale of its own.
+    """
     case, row = gpu.CASES[name], dict(case=name, page_size=page_size, caches=of_caches)
     makers = {
         layout: functools.partial(contender, layout, page_size, case, platform, *of_caches)
