@@ -28,7 +28,7 @@ HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 UNKNOWN = Device("cuda")
 
 
-def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=20,
+def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=60,
            dtype=jnp.bfloat16):
     cache = (kv_heads, 64, page_size)
     floats = ((tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim))
@@ -37,7 +37,7 @@ def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=No
 
 
 def problem(**changes):
-    sizes = dict(tokens=100, q_heads=8, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=20)
+    sizes = dict(tokens=100, q_heads=8, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=200)
     return problems.problem(**(sizes | changes))
 
 
@@ -287,9 +287,35 @@ class SupportsTest(parameterized.TestCase):
         ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256), 16),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
-        given = problem(**dict(q_heads=32, num_kv_heads=8) | changes)
+        given = problem(**dict(q_heads=32, num_kv_heads=8, pages_per_seq=512) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
-        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {12, 16})
+        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {8, 12, 16})
+
+
+    @parameterized.named_parameters(
+        ("short_prompts", {}, 2),
+        ("of_64_features", dict(head_dim=64, value_dim=64), 2),
+        ("long_contexts", dict(pages_per_seq=512), 1),
+        ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
+        ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2),
+        ("decode_steps", dict(tokens=8), 1),
+        ("no_room", dict(head_dim=256, value_dim=256), 1),
+        ("wide", dict(head_dim=512, value_dim=512), 1),
+        ("quantised", dict(cache_dtype="int8", features=("quantised",)), 1),
+    )
+    def test_tiles_of_short_prompts_go_side_by_side(self, changes, teams):
+        """Where two have room, and few keys: else more rows share what is loaded."""
+        given = problem(**dict(tokens=8 * 100, seqs=8, q_heads=32, num_kv_heads=8, pages_per_seq=32) | changes)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(host._teams(given, config), teams)
+        for config in KERNEL.candidates(given, HOPPER):
+            of_all = host._teams(given, config) * (host.shared_bytes(given, config) - host.RESERVED_BYTES)
+            self.assertLessEqual(of_all + host.RESERVED_BYTES, host.SHARED_BYTES)
+
+    def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
+        for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):
+            given = problem(tokens=8 * tokens, seqs=8, q_heads=2 * group, pages_per_seq=32)
+            self.assertEqual(KERNEL.heuristic(given, HOPPER).block_q, block_q)
 
 
 class PlanTest(parameterized.TestCase):
@@ -375,6 +401,12 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
         self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
 
+    def test_teams_have_blocks_of_their_own(self):
+        plan = self.plan(teams=2, warpgroups=1, stages=3)
+        slots = [[int(plan.slot_of(team, jnp.int32(step))) for step in range(5)] for team in (0, 1)]
+        self.assertEqual(slots, [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]])
+        self.assertEqual((plan.registers, plan.rows), (REGISTERS[2, False], 64))
+
     def test_registers_of_a_block_are_what_the_chip_has(self):
         for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
             plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
@@ -397,6 +429,9 @@ class LoweringTest(parameterized.TestCase):
         ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
         ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("two_teams", dict(seqs=3, pages_per_seq=20), {}),
+        ("two_teams_of_parts", dict(seqs=99, tokens=99, q_heads=32, kv_heads=8, pages_per_seq=2000),
+         dict(cfg=PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2))),
         ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
@@ -408,12 +443,14 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), latent=(False, True))
-    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, latent):
+    @parameterized.product(
+        ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short")
+    )
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, kind):
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
-        dims = dict(q_heads=128, kv_heads=1, head_dim=576) if latent else {}
-        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **dims)))
-        own = dict(value_dim=512, value_cache=None) if latent else {}
+        sizes = dict(latent=dict(q_heads=128, kv_heads=1, head_dim=576), short=dict(pages_per_seq=20)).get(kind, {})
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **sizes)))
+        own = dict(value_dim=512, value_cache=None) if kind == "latent" else {}
         operands = {name: shape for name, shape in operands.items() if name not in own}
         tokens, q_heads, _ = operands["query"].shape
         operands |= {"key_ranges": jax.ShapeDtypeStruct((tokens, 2), jnp.int32)} if ranges else {}

@@ -25,12 +25,15 @@ from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
+RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
+FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
+SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
@@ -38,7 +41,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 12
+    version = 13
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -75,9 +78,11 @@ class MosaicGpu(Kernel):
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        three = _with_three_warpgroups(problem)
+        three, teams = _with_three_warpgroups(problem), _with_teams(problem)
         config = _with_at_most_two(problem)
-        if three is not None and _ends_sooner(problem, device, three, config):
+        if teams is not None and _has_short_prompts(problem):
+            config = teams
+        elif three is not None and _ends_sooner(problem, device, three, config):
             config = three
         config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
@@ -94,6 +99,7 @@ class MosaicGpu(Kernel):
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
+        found += [_with_teams(problem)]
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
@@ -216,6 +222,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
+        teams=_teams(problem, config),
         stages=config.num_stages,
         parts=parts_of_tiles(problem, device, config),
         softmax_scale=problem.attention.softmax_scale,
@@ -309,6 +316,13 @@ def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | Non
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
+def _with_teams(problem: Problem) -> PrefillPageAttentionConfig | None:
+    """Tiles of one warpgroup, two side by side, or None where these have no room."""
+    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
+    sizes = [_config(WARPGROUP_ROWS // heads, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
+    return next((config for config in sizes if _teams(problem, config) == 2), None)
+
+
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
     """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
     stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
@@ -347,6 +361,13 @@ def _warpgroups(config: PrefillPageAttentionConfig) -> int:
     return config.num_warps // 4 - 1
 
 
+def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
+    if _warpgroups(config) > 1 or _quantised(problem) or _wide(problem):
+        return 1
+    return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1
+
+
 def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
     return (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
@@ -359,6 +380,20 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
 
+def _keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:
+    """The fewest and the most that a tile sees, where the new tokens are the last that the table has room for."""
+    most = most_keys(problem, block_q)
+    return min(most, max(problem.capacity - problem.tokens_per_seq, 0)), most
+
+
+def _has_short_prompts(problem: Problem) -> bool:
+    """Whether tiles see so few keys that their beginnings and ends take most of the time: two go on beside one another.
+
+    Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
+    """
+    return problem.tokens_per_seq >= FEW_TOKENS and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+
+
 def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
     """Whether tiles of three warpgroups end sooner than those of at most two, longest first over the cores.
 
@@ -369,8 +404,7 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
         return False
     if programs(problem, three) < ROUNDS * device.cores:
         return False
-    most = most_keys(problem, three.block_q)
-    fewest = min(most, max(problem.capacity - problem.tokens_per_seq, 0))
+    fewest, most = _keys_of_tiles(problem, three.block_q)
 
     def time(config):
         rounds = programs(problem, config) / device.cores
@@ -380,13 +414,13 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
+    """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
     rows, blocks = _rows(problem, config), config.num_stages * block * features
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
-        return 2 * (rows * problem.head_dim + blocks + weights) + 3072
+        return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
     slots, scales = widened(block, features), 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block
-    return 2 * (rows * problem.head_dim + slots * block * features) + blocks + scales + 3072
+    return 2 * (rows * problem.head_dim + slots * block * features) + blocks + scales + RESERVED_BYTES

@@ -80,7 +80,8 @@ class Plan:
     value_rows: int  # and from a key to its value, where they lie in one array
     block_q: int
     block_kv: int
-    warpgroups: int
+    warpgroups: int  # that compute a tile
+    teams: int  # tiles that a thread block goes through side by side, each a team of its own
     stages: int
     parts: Parts  # of a tile's keys
     softmax_scale: float
@@ -123,8 +124,13 @@ class Plan:
         return 2 if self.quantised and self.warpgroups < 2 else 1
 
     @property
+    def computing_warpgroups(self) -> int:
+        """Those of all teams."""
+        return self.teams * self.warpgroups
+
+    @property
     def registers(self) -> Registers:
-        return WIDE_REGISTERS if self.wide else REGISTERS[self.warpgroups, self.quantised]
+        return WIDE_REGISTERS if self.wide else REGISTERS[self.computing_warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -226,6 +232,10 @@ class Plan:
     def begins_late(self) -> bool:
         """Whether rows may not see the first keys of their sequence."""
         return self.has_ranges or self.window is not None
+
+    def slot_of(self, team, step):
+        """Where a step's block lies among those of all teams."""
+        return team * self.slots + lax.rem(step, self.slots)
 
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""
