@@ -34,6 +34,7 @@ MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
 FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
+MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
@@ -78,9 +79,9 @@ class MosaicGpu(Kernel):
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        three, teams = _with_three_warpgroups(problem), _with_teams(problem)
-        config = _with_at_most_two(problem)
-        if teams is not None and _has_short_prompts(problem):
+        three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
+        teams = _with_teams(problem, config)
+        if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
             config = teams
         elif three is not None and _ends_sooner(problem, device, three, config):
             config = three
@@ -99,7 +100,7 @@ class MosaicGpu(Kernel):
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
-        found += [_with_teams(problem)]
+        found += [_with_teams(problem, _with_at_most_two(problem))]
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
@@ -316,10 +317,11 @@ def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | Non
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
-def _with_teams(problem: Problem) -> PrefillPageAttentionConfig | None:
-    """Tiles of one warpgroup, two side by side, or None where these have no room."""
+def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig | None:
+    """Tiles of one warpgroup, two side by side, in place of these; None where they have no room."""
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
-    sizes = [_config(WARPGROUP_ROWS // heads, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
+    block_q = config.block_q if _warpgroups(config) == 1 else WARPGROUP_ROWS // heads
+    sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
     return next((config for config in sizes if _teams(problem, config) == 2), None)
 
 
@@ -392,6 +394,12 @@ def _has_short_prompts(problem: Problem) -> bool:
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
     return problem.tokens_per_seq >= FEW_TOKENS and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+
+
+def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
+    """Whether decode steps have work for most teams: memory serves two of a core a little faster than one."""
+    few = problem.tokens_per_seq < FEW_TOKENS and _warpgroups(config) == 1
+    return few and programs(problem, config) >= MOST_CORES * device.cores
 
 
 def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:

@@ -226,7 +226,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     if not plan.parts.vary:
-        tile = _part(tile, part, plan.splits)
+        tile = plan.parts.part(tile, part, plan.splits)
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
@@ -239,14 +239,6 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
         heads_left=plan.group - in_group,
         first_row=pool * plan.pool_rows + (kv_head_start[0] + kv_head) * plan.head_rows,
     )
-
-
-def _part(tile: Tiles, part, splits: int) -> Tiles:
-    """One of as many parts as every tile has, the last of which may be empty."""
-    share = lax.div(tile.end_block - tile.first_block + splits - 1, splits)
-    first_block = tile.first_block + part * share
-    end_block = jnp.minimum(first_block + share, tile.end_block)
-    return tile._replace(first_block=first_block, end_block=end_block, part=part)
 
 
 class Source(NamedTuple):
