@@ -56,7 +56,7 @@ SIZES = {
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
 # AMD's, where Triton 3.6 does not compile more stages of scales.
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
-LATENT = _Sizes(64, 64, 8, 2)  # of a latent cache on Hopper, where a tile can hold all heads of a group
+LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
@@ -110,7 +110,7 @@ class Triton(Kernel):
                 elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
                     # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
-        elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows >= problem.group:
+        elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
@@ -174,11 +174,11 @@ class Triton(Kernel):
         return programs(problem, config) * config.num_splits
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
-        """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
+        """Uses every size; block_q is rounded so that its rows are a power of 2: see `rows_of`."""
         from paged_prefill.lowering.triton.kernel import attend_tile
 
         problem, query = call.problem, call.query
-        rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
+        rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
         parts = parts_of_tiles(problem, device, config)
         splits = parts.most
         schedule = _schedule(call, rows, block_kv, parts)
@@ -238,9 +238,15 @@ class Triton(Kernel):
         return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), may_lack=parts.vary)
 
 
+def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Rows of a tile: those of all heads of a group for block_q tokens, or in a wide latent cache a token's in part."""
+    rows = _power_of_2(config.block_q * problem.group)
+    return min(rows, LATENT.rows) if config.block_q == 1 and _is_wide_latent(problem) else rows
+
+
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Programs that have work before keys are split, were the tokens spread evenly over the sequences."""
-    rows = _power_of_2(config.block_q * problem.group)
+    rows = rows_of(problem, config)
     tiles_per_seq = -(-problem.tokens_per_seq * problem.group // rows)
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
 
@@ -262,8 +268,12 @@ def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: 
 
     Then a tile's sums fit the registers of eight, and the first product is made once.
     """
-    wide = problem.value_dim > MOST_VALUES and problem.cache_dtype == problem.dtype
-    return wide and "latent" in problem.features and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+    return _is_wide_latent(problem) and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+
+
+def _is_wide_latent(problem: Problem) -> bool:
+    latent = "latent" in problem.features and problem.cache_dtype == problem.dtype
+    return latent and problem.value_dim > MOST_VALUES
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
@@ -277,7 +287,7 @@ def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
-    rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
+    rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
     widths = _Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
