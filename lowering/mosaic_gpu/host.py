@@ -240,10 +240,8 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """Long tiles have more only where calls are short: prompts have many tiles, and do not wait for memory."""
-    if current_policy() == "invariant" or problem.tokens_per_seq >= WARPGROUP_ROWS:
-        return Parts(config.num_splits, config.num_splits)
-    return parts_of(problem, device, config, unsplit=programs(problem, config))
+    """A core has room for one thread block."""
+    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=device.cores)
 
 
 def _scales(call: Call):
