@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import (
+    LEAST_PART_BYTES,
+    MOST_PARTS,
+    best_splits,
+    merge_splits,
+    most_keys,
+    parts_of,
+)
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton.launch import capability, launch, reason_against
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -64,13 +71,14 @@ KEYS_PER_SPLIT = 128  # fewer do not repay the merge
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
+MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
 class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 4
+    version = 5
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -253,8 +261,17 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """Of the keys of each tile; what splits and their merge cost is as in every kernel."""
-    slots = device.cores * max(1, WARPS // config.num_warps)
-    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=slots)
+    unsplit, warps = programs(problem, config), WARPS if rows_of(problem, config) > DECODE.rows else 2 * WARPS
+    return parts_of(
+        problem,
+        device,
+        config,
+        unsplit=unsplit,
+        slots=device.cores * max(1, warps // config.num_warps),
+        most=min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1)),
+        # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
+        part_bytes=LEAST_PART_BYTES // (4 if unsplit < 2 * device.cores else 1),
+    )
 
 
 def _device_class(device: Device) -> str:
@@ -320,6 +337,8 @@ class _Widths(NamedTuple):
         # The values of a latent cache are the first part of its keys.
         if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
             main, rest = whole, 0
+        if main == MAX_FLOAT32_DIM and problem.dtype == "float32" and not latent:
+            main, other, rest = main // 2, main // 4, main // 4  # a product of all six parts at once would spill
         value = main if latent else _power_of_2(problem.value_dim)
         most = value if rows <= DECODE.rows else MOST_VALUES * (2 if share_columns else 1)
         parts = max(1, value // most)
