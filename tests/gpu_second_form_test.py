@@ -172,12 +172,22 @@ class GpuSecondFormTest(parameterized.TestCase):
                     windowed = dict(kind, dtype=dtype, sequences=UNEVEN, sliding_window=600)
                     self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
 
+    @parameterized.named_parameters(
+        each for each in named(ALONE, COMBINED, dict(plain={}), kernels=("mosaic_gpu",)) if "latent" not in each[2]
+    )
+    def test_two_teams(self, kernel, kind, dtype):
+        """Tiles of one warpgroup go side by side in a thread block: those of chunks, and parts of long ones."""
+        cfg = PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2)
+        self.check(17, kernel, dict(kind, dtype=dtype), cfg=cfg)
+        with mock.patch.object(host, "parts_of_tiles", lambda *_: Parts(1, 12, 2)):
+            self.check(18, kernel, dict(kind, dtype=dtype, sequences=UNEVEN), cfg=cfg, attn_logits_soft_cap=20.0)
+
     @parameterized.product(
         kernel=tuple(DTYPES), kind=(dict(q_heads=16), dict(q_heads=16, sinks=True), dict(q_heads=128))
     )
     def test_bits_of_a_sequence_beside_long_ones_and_alone(self, kernel, kind):
         """As many tokens and sequences, and as wide a table: a long context has many parts, with or without others."""
-        lengths, contexts = [1] * 24, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 12
+        lengths, contexts = [1] * 28, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 16
         usual = dict(kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
         call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
         spied = mock.patch.object(HOSTS[kernel], "parts_of", side_effect=host.parts_of)

@@ -38,30 +38,31 @@ def initialise(barriers, warps: int) -> None:
 
 
 def copy_together(barriers, stage, copies) -> None:
-    """Starts this warp's copies of a block, (source, first row, rows, target), announced to barrier `stage`."""
-    lengths = [length for _, _, length, _ in copies]
+    """Starts this warp's copies of a block, (source, first row, first column, target), announced to barrier `stage`."""
     types = [plgpu.RefType(), SPLAT]
     for _ in copies:
-        types += [plgpu.RefType(), SPLAT, plgpu.RefType()]
+        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType()]
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def start(context, barriers, stage, *operands):
         index = ir.IndexType.get()
         barrier, one = _barrier(barriers, stage), utils.single_thread_predicate(utils.ThreadSubset.WARP)
-        parts = list(zip(operands[::3], operands[1::3], lengths, operands[2::3]))
+        parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]
         arrive = "@$2 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;"
         total = arith.constant(ir.IntegerType.get_signless(32), sum(_bytes(target) for *_, target in parts))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"), [barrier.get_ptr(), total, one], arrive, "r,r,b", has_side_effects=True
         )
-        for source, row, length, target in parts:
-            first = arith.index_cast(index, row.registers.item())
+        for source, *firsts, target in parts:
+            place = tuple(
+                mgpu.ds(arith.index_cast(index, first.registers.item()), size)
+                for first, size in zip(firsts, ir.MemRefType(target.type).shape)
+            )
             context.async_copy(
-                src_ref=source, dst_ref=target, gmem_slice=(mgpu.ds(first, length),), barrier=barrier, arrive=False,
-                predicate=one,
-            )  # fmt: skip
+                src_ref=source, dst_ref=target, gmem_slice=place, barrier=barrier, arrive=False, predicate=one
+            )
 
-    start(barriers, stage, *[x for source, row, _, target in copies for x in (source, row, target)])
+    start(barriers, stage, *[x for copy in copies for x in copy])
 
 
 def wait(barriers, stage, phase) -> None:
