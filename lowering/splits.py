@@ -83,10 +83,10 @@ def parts_of(
 ) -> Parts:
     """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
 
-    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long the
-    contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as long as
-    the table and one of a single such context; the first of them nearly as soon as without more parts. `slots` pieces
-    are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values.
+    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long
+    the contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as
+    long as the table and one of a single such context; the first of them nearly as soon as without more parts. `slots`
+    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
     block_bytes = config.block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize

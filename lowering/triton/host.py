@@ -44,20 +44,22 @@ class _Sizes(NamedTuple):
     num_stages: int
 
 
-# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and for float32. Those of Hopper
-# are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
+# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and up to 128 and 256 in float32.
+# Those of Hopper are the fastest measured (benchmarks/results); others are not measured, but fit registers and shared
+# memory.
 SIZES = {
     "hopper": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "blackwell": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "ampere": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "cdna": (
-        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2)
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2),
+        _Sizes(16, 16, 4, 2),
     ),
 }  # fmt: skip
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
@@ -104,8 +106,12 @@ class Triton(Kernel):
         Under the policy "invariant" tiles are as tall for one token as for many, and not split.
         """
         width = max(problem.head_dim, problem.value_dim)
-        *by_width, of_float32 = SIZES[_device_class(device)]
-        sizes = of_float32 if problem.dtype == "float32" else by_width[sum(width > most for most in (64, 128, 256))]
+        *by_width, narrow_float32, wide_float32 = SIZES[_device_class(device)]
+        sizes = by_width[sum(width > most for most in (64, 128, 256))]
+        if problem.dtype == "float32":
+            sizes = narrow_float32 if width <= 128 else wide_float32
+        elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
+            sizes = sizes._replace(block_kv=16)  # registers to turn wide keys to numbers
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
@@ -194,7 +200,7 @@ class Triton(Kernel):
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
         # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
-        # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
+        # have its counters zeroed before, which takes longer (benchmarks/results/triton.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         run = functools.partial(
@@ -219,6 +225,8 @@ class Triton(Kernel):
             PARTS_VARY=parts.vary,
             FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
+            # Where they are short. Others have enough, and their machine code came out slower for it.
+            READ_AGAIN=parts.vary or (widths.main > 64 and (rows > DECODE.rows or problem.dtype == "float32")),
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
             **_constants(call, widths),
         )

@@ -127,18 +127,18 @@ def _in_tree(tree, token, row_exists, key, first_new, WORDS: tl.constexpr):
 
 @triton.jit
 def _tile_of(
-    field, piece, parts, INTERVALS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr
+    field, exists, piece, parts, INTERVALS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr
 ):
-    """Which part of a tile a piece is, the rows of the tile, which of them exist, their tokens, and the interval's length.
+    """Of a piece: which part of its tile it is, the tile's rows, which of them exist, their tokens, its interval's length.
 
-    AGAIN reads anew what it follows from, so that the loops between need no registers to hold it.
+    AGAIN reads anew what these follow from, so that the loops between need no registers to hold it.
     """
-    first_piece = tl.load(field, volatile=AGAIN)
-    start = tl.load(field + INTERVALS, volatile=AGAIN)
-    length = tl.load(field + 2 * INTERVALS, volatile=AGAIN)
+    first_piece = tl.load(field, mask=exists, other=0, volatile=AGAIN)
+    start = tl.load(field + INTERVALS, mask=exists, other=0, volatile=AGAIN)
+    length = tl.load(field + 2 * INTERVALS, mask=exists, other=0, volatile=AGAIN)
     within = piece - first_piece
     tiles_after = (length * GROUP + ROWS - 1) // ROWS - 1 - within // parts  # the last tile first: it sees the most keys
-    first_row = tiles_after * ROWS
+    first_row = tl.maximum(tiles_after, 0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     return within % parts, first_row, rows, rows < length * GROUP, start + rows // GROUP, length
 
@@ -291,6 +291,7 @@ def attend_tile(
     PARTS_VARY: tl.constexpr,
     FLOAT16_PRODUCTS: tl.constexpr,  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
     SHARE_COLUMNS: tl.constexpr,
+    READ_AGAIN: tl.constexpr,  # to save registers
     HARDWARE_TANH: tl.constexpr,
 ):
     program = tl.program_id(0) // VALUE_PARTS
@@ -298,7 +299,8 @@ def attend_tile(
     head = program % KV_HEADS
     piece = program // KV_HEADS
 
-    # The interval whose piece this is. A piece past the last finds none.
+    # The interval whose piece this is. A piece past the last finds none: it ends, or gets length 0, so that every loop
+    # is empty and every store masked.
     numbers = tl.arange(0, INTERVALS_PADDED)
     first_pieces = tl.load(schedule + numbers, mask=numbers < INTERVALS, other=2**31 - 1)
     lengths = tl.load(schedule + 2 * INTERVALS + numbers, mask=numbers < INTERVALS, other=0)
@@ -309,12 +311,16 @@ def attend_tile(
     is_owner = (first_pieces <= piece) & (piece - first_pieces < num_pieces)
     interval = tl.min(tl.where(is_owner, numbers, INTERVALS), 0)
     field = schedule + interval
-    if interval == INTERVALS:
-        return
-    parts = tl.load(field + PARTS_FIELD * INTERVALS) if PARTS_VARY else NUM_SPLITS
-    split, first_row, rows, row_exists, token, length = _tile_of(field, piece, parts, INTERVALS, GROUP, ROWS, False)
-    context_len = tl.load(field + 3 * INTERVALS)
-    pool = tl.load(field + POOL_FIELD * INTERVALS)
+    exists = interval < INTERVALS
+    if READ_AGAIN:
+        if not exists:
+            return
+    parts = tl.load(field + PARTS_FIELD * INTERVALS, mask=exists, other=1) if PARTS_VARY else NUM_SPLITS
+    split, first_row, rows, row_exists, token, length = _tile_of(
+        field, exists, piece, parts, INTERVALS, GROUP, ROWS, False
+    )
+    context_len = tl.load(field + 3 * INTERVALS, mask=exists, other=0)
+    pool = tl.load(field + POOL_FIELD * INTERVALS, mask=exists, other=0)
 
     query_row = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
     first_new = context_len - length
@@ -357,8 +363,8 @@ def attend_tile(
     full_high = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK_KV, high_block), full_low)
 
     cache_head = tl.load(kv_head_start) + head
-    key_pool = tl.load(field + KEY_POOL_FIELD * INTERVALS)
-    value_pool = tl.load(field + VALUE_POOL_FIELD * INTERVALS)
+    key_pool = tl.load(field + KEY_POOL_FIELD * INTERVALS, mask=exists, other=0)
+    value_pool = tl.load(field + VALUE_POOL_FIELD * INTERVALS, mask=exists, other=0)
     first_row = cache_head.to(tl.int64) * HEAD_ROWS
     key_base = key_pages + (key_pool.to(tl.int64) * POOL_ROWS + first_row) * HEAD_DIM
     value_base = value_pages + (value_pool.to(tl.int64) * POOL_ROWS + first_row + VALUE_ROWS) * VALUE_DIM
@@ -429,7 +435,10 @@ def attend_tile(
         )  # fmt: skip
         pool_rows = next_rows
 
-    split, _, rows, row_exists, token, length = _tile_of(field, piece, parts, INTERVALS, GROUP, ROWS, True)
+    if READ_AGAIN:
+        split, _, rows, row_exists, token, length = _tile_of(
+            field, exists, piece, parts, INTERVALS, GROUP, ROWS, True
+        )
     unseen = total == 0
     if VALUE_SCALE == "slot":
         if tile.dtype == tl.float16:
