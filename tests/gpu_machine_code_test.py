@@ -51,6 +51,8 @@ class GpuMachineCodeTest(parameterized.TestCase):
         ("latent_decode_of_128_heads", (64, 1, 4096, 128, 1, 576, 512, True, "bfloat16")),
         ("latent_chunk", (1, 2048, 8192, 128, 1, 576, 512, True, "bfloat16")),
         ("wide_chunk", (1, 4096, 4096, 16, 2, 512, 512, False, "bfloat16")),
+        ("two_teams_of_short_prompts", (16, 100, 256, 32, 8, 128, 128, False, "bfloat16")),
+        ("two_teams_of_decode_steps", (64, 1, 4096, 32, 8, 128, 128, False, "bfloat16")),
     )
     def test_products_run_beside_one_another_and_no_register_is_spilled(self, case):
         """ptxas serialises products where it doubts what reads their registers, and says so (its remarks C7510 on)."""
