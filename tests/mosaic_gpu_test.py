@@ -194,8 +194,6 @@ class SupportsTest(parameterized.TestCase):
         ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "multiple of 128 up to 512 with"),
         ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
         ("latent_values_of_192", dict(features=("latent",), head_dim=256, value_dim=192), HOPPER, "a latent cache or"),
-        ("quantised_and_wide", dict(head_dim=512, cache_dtype="int8", features=("quantised",)), HOPPER, "up to 256"),
-        ("quantised_and_latent", dict(cache_dtype="int8", features=("latent", "quantised")), HOPPER, "no latent ones"),
         ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
@@ -233,11 +231,13 @@ class SupportsTest(parameterized.TestCase):
         page_size=(8, 192),
         pack=((1, 1), (16, 16), (5000, 1)),
         group=(1, 12, 16, 128),
+        quantised=((), ("quantised",), ("quantised", "slot_scales")),
     )
-    def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group):
+    def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group, quantised):
         (head_dim, value_dim, features), (tokens, seqs) = dims, pack
         given = problem(head_dim=head_dim, value_dim=value_dim, page_size=page_size, tokens=tokens, seqs=seqs,
-                        q_heads=2 * group, features=features)
+                        q_heads=2 * group, features=features + quantised,
+                        cache_dtype="float8_e5m2" if quantised else "bfloat16")
         self.assertIsNone(KERNEL.supports(given, HOPPER))
         configs = KERNEL.candidates(given, HOPPER)
         self.assertEqual(configs[0], KERNEL.heuristic(given, HOPPER))
@@ -356,7 +356,8 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
-        for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
+        wide = [((2, quantised), registers) for quantised, registers in WIDE_REGISTERS.items()]
+        for (warpgroups, quantised), registers in [*REGISTERS.items(), *wide]:
             plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
             others = plan.loading_warpgroups
             threads = 128 * (warpgroups + others)
@@ -417,6 +418,25 @@ class LoweringTest(parameterized.TestCase):
             operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.product(
+        cache_dtype=("int8", "float8_e5m2"),
+        scale=(None, (), (1,), (1, 64, 16)),
+        dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
+        soft_cap=(None, 50.0),
+    )
+    def test_lowers_for_quantised_caches_of_wide_heads(self, cache_dtype, scale, dims, soft_cap):
+        head_dim, value_dim, latent = dims
+        sizes = dict(q_heads=16, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=100, **sizes)))
+        for name in ("key",) if latent else ("key", "value"):
+            operands[f"{name}_cache"] = jax.ShapeDtypeStruct(operands[f"{name}_cache"].shape, cache_dtype)
+            operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
+        own = dict(value_dim=value_dim, value_cache=None) if latent else {}
+        operands = {name: shape for name, shape in operands.items() if name not in own}
+        call = functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap, **own)
+        text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertIn("mosaic_gpu", text)
 
     @parameterized.named_parameters(
         ("chunk", {}, {}),

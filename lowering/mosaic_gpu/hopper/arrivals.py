@@ -14,6 +14,7 @@ from paged_prefill import compat
 
 arith, llvm, nvvm = compat.mlir_dialects("arith", "llvm", "nvvm")
 
+MOST_COLUMNS = 256  # of a tensor copy
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -55,6 +56,9 @@ def copy_together(barriers, stage, copies) -> None:
             ir.Type.parse("!llvm.void"), [barrier.get_ptr(), total, one], arrive, "r,r,b", has_side_effects=True
         )
         for source, row, length, target in parts:
+            if ir.MemRefType(source.type).shape[1] > MOST_COLUMNS:
+                _copy_rows(source, row.registers.item(), target, barrier, one)
+                continue
             first = arith.index_cast(index, row.registers.item())
             context.async_copy(
                 src_ref=source, dst_ref=target, gmem_slice=(mgpu.ds(first, length),), barrier=barrier, arrive=False,
@@ -62,6 +66,17 @@ def copy_together(barriers, stage, copies) -> None:
             )  # fmt: skip
 
     start(barriers, stage, *[x for source, row, _, target in copies for x in (source, row, target)])
+
+
+def _copy_rows(source, row, target, barrier, predicate) -> None:
+    """Copies whole rows, which lie together: a plain run of bytes."""
+    i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
+    columns = arith.constant(i64, ir.MemRefType(source.type).shape[1])  # of 8 bits
+    start = utils.getelementptr(utils.memref_ptr(source), [arith.muli(arith.extsi(i64, row), columns)], i8)
+    size = arith.constant(ir.IntegerType.get_signless(32), _bytes(target))
+    copy = "@$4 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    operands = [utils.memref_ptr(target), start, size, barrier.get_ptr(), predicate]
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, copy, "r,l,r,r,b", has_side_effects=True)
 
 
 def wait(barriers, stage, phase) -> None:

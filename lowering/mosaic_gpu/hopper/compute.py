@@ -19,7 +19,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of, slot_of_scales
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
 def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
@@ -271,8 +271,7 @@ class _Attention:
 
     def _scale_of(self, source):
         """The scale of all keys, or of all values, that the piece sees."""
-        scale = scale_of(self.plan, self.sources[source], self.piece)
-        return jnp.float32(1) if scale is None else scale
+        return scale_or_one(self.plan, self.sources[source], self.piece)
 
     def _slot_of(self, i):
         return lax.rem(self.done + i, self.plan.slots)

@@ -52,6 +52,10 @@ def launch(plan: Plan, schedule, query, caches, optional):
     def ring(features):
         return plgpu.SMEM((plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
 
+    blocks = dict(keys=ring(plan.head_dim)) | ({} if plan.latent else dict(values=ring(plan.value_dim)))
+    if plan.shares_place:
+        blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
+
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
     query_shape = (plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
@@ -62,15 +66,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
     slabs = plan.rows // plan.slab
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        keys=ring(plan.head_dim),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
-        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
+        **blocks,
+        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots * len(plan.key_groups)),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
     )
     if not plan.latent:
         scratch |= dict(
-            values=ring(plan.value_dim),
             values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
         )
@@ -136,6 +139,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         else:
             lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
 
+    if plan.shares_place:
+        [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     sources = _sources(plan, caches, optional, **scratch)
 
     @pl.when(warpgroup < plan.warpgroups)
@@ -260,6 +265,8 @@ class Source(NamedTuple):
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
+    free_before: int = 0  # the step that waits first for a widened block to be free
+    groups: list[slice] = []  # of columns, which are widened one after the other
 
 
 def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
@@ -278,7 +285,14 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
-        wide = [slot_scales if i == 0 else (), *blocks] if plan.quantised else []
+        wide = []
+        if plan.quantised:
+            if plan.shares_place:  # what comes next there waits for what was there
+                blocks[2] = scratch["keys_free" if name == "values" else "values_free"]
+            after = 0 if plan.shares_place and name == "values" else plan.slots
+            groups = plan.key_groups if name == "keys" else [slice(0, plan.value_dim // COLUMNS)]
+            columns = [slice(group.start * COLUMNS, group.stop * COLUMNS) for group in groups]
+            wide = [slot_scales if i == 0 else (), *blocks, after, columns]
         found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
     return found
 

@@ -26,12 +26,14 @@ def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
-def widened(block_kv: int, features: int) -> int:
+def widened(block_kv: int, features: int, wide: bool) -> int:
     """Blocks of a quantised cache in 16 bits: one for the products, one that is widened, and a third if they are small.
 
     Without it, the values of a block have their place only from when all warpgroups are done with those of the last but
-    one, until the first of them needs them.
+    one, until the first of them needs them. Of wide heads there is room for the keys of one block, and then its values.
     """
+    if wide:
+        return 1
     return 3 if block_kv * features <= 64 * 256 else 2
 
 
@@ -52,7 +54,9 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
-WIDE_REGISTERS = Registers(224, 56)  # 24 are too few for what splits add to the loads, and 191 do for products
+# By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
+WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 88)}
+KEYS_TOGETHER = 4  # parts of wide keys, at most, that are widened before the products with them start
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Plan:
     @property
     def slots(self) -> int:
         """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
-        return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide) if self.quantised else self.stages
 
     @property
     def product_dtype(self) -> str:
@@ -123,7 +127,7 @@ class Plan:
 
     @property
     def registers(self) -> Registers:
-        return WIDE_REGISTERS if self.wide else REGISTERS[self.warpgroups, self.quantised]
+        return WIDE_REGISTERS[self.quantised] if self.wide else REGISTERS[self.warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -132,6 +136,18 @@ class Plan:
     @property
     def wide(self) -> bool:
         return is_wide(self.head_dim, self.value_dim, self.latent)
+
+    @property
+    def shares_place(self) -> bool:
+        """Whether values are widened to where the keys of their block were, and keys to where the last values were."""
+        return self.wide and self.quantised and not self.latent
+
+    @property
+    def key_groups(self) -> list[slice]:
+        """Parts of keys that are there together: wide ones are widened while products with others of a block run."""
+        size = KEYS_TOGETHER if self.wide and self.quantised else self.query_parts
+        size = -(-self.query_parts // -(-self.query_parts // size))
+        return [slice(i, min(i + size, self.query_parts)) for i in range(0, self.query_parts, size)]
 
     @property
     def row_groups(self) -> int:
