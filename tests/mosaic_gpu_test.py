@@ -227,17 +227,20 @@ class SupportsTest(parameterized.TestCase):
             self.assertIsNone(KERNEL.misfit(given, device, config))
 
     @parameterized.product(
-        dims=((512, 512, ()), (320, 128, ()), (64, 384, ()), (576, 512, ("latent",)), (128, 128, ("latent",))),
+        dims=(
+            (512, 512, ()), (320, 128, ()), (64, 384, ()), (576, 512, ("latent",)), (128, 128, ("latent",)),
+            (576, 512, ("quantised", "slot_scales")), (64, 384, ("quantised",)),
+            (576, 512, ("latent", "quantised", "slot_scales")),
+        ),
         page_size=(8, 192),
         pack=((1, 1), (16, 16), (5000, 1)),
         group=(1, 12, 16, 128),
-        quantised=((), ("quantised",), ("quantised", "slot_scales")),
-    )
-    def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group, quantised):
+    )  # fmt: skip
+    def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group):
         (head_dim, value_dim, features), (tokens, seqs) = dims, pack
         given = problem(head_dim=head_dim, value_dim=value_dim, page_size=page_size, tokens=tokens, seqs=seqs,
-                        q_heads=2 * group, features=features + quantised,
-                        cache_dtype="float8_e5m2" if quantised else "bfloat16")
+                        q_heads=2 * group, features=features,
+                        cache_dtype="float8_e5m2" if "quantised" in features else "bfloat16")
         self.assertIsNone(KERNEL.supports(given, HOPPER))
         configs = KERNEL.candidates(given, HOPPER)
         self.assertEqual(configs[0], KERNEL.heuristic(given, HOPPER))
@@ -420,13 +423,12 @@ class LoweringTest(parameterized.TestCase):
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.product(
-        cache_dtype=("int8", "float8_e5m2"),
-        scale=(None, (), (1,), (1, 64, 16)),
+        kind=(("int8", None), ("float8_e5m2", 50.0)),
+        scale=(None, (1,), (1, 64, 16)),
         dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
-        soft_cap=(None, 50.0),
     )
-    def test_lowers_for_quantised_caches_of_wide_heads(self, cache_dtype, scale, dims, soft_cap):
-        head_dim, value_dim, latent = dims
+    def test_lowers_for_quantised_caches_of_wide_heads(self, kind, scale, dims):
+        (cache_dtype, soft_cap), (head_dim, value_dim, latent) = kind, dims
         sizes = dict(q_heads=16, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=100, **sizes)))
         for name in ("key",) if latent else ("key", "value"):

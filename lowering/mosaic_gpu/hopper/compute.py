@@ -8,6 +8,7 @@ Blocks of the tile that no row of the warpgroup sees, it passes over.
 
 import functools
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -43,7 +44,9 @@ def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column
         return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    store_rows(acc.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
+    for array in jax.tree.leaves(acc):
+        store_rows(array.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
+        first_column += array.shape[1]
     store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
     if not plan.parts.vary:
         return

@@ -20,7 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import wide
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
@@ -63,19 +63,19 @@ def launch(plan: Plan, schedule, query, caches, optional):
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
-    slabs = plan.rows // plan.slab
+    slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
         **blocks,
         keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots * len(plan.key_groups)),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots * turns),
     )
     if not plan.latent:
         scratch |= dict(
             values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots * plan.output_turns),
         )
     if plan.wide:
         scratch |= wide.wide_scratch(plan)
@@ -266,7 +266,8 @@ class Source(NamedTuple):
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
     free_before: int = 0  # the step that waits first for a widened block to be free
-    groups: list[slice] = []  # of columns, which are widened one after the other
+    groups: list[list[int]] = []  # of parts, which are widened one after the other
+    turns: list[int] = [0]  # in which a widened block becomes free, that the first groups wait for
 
 
 def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
@@ -290,9 +291,10 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
             if plan.shares_place:  # what comes next there waits for what was there
                 blocks[2] = scratch["keys_free" if name == "values" else "values_free"]
             after = 0 if plan.shares_place and name == "values" else plan.slots
-            groups = plan.key_groups if name == "keys" else [slice(0, plan.value_dim // COLUMNS)]
-            columns = [slice(group.start * COLUMNS, group.stop * COLUMNS) for group in groups]
-            wide = [slot_scales if i == 0 else (), *blocks, after, columns]
+            groups, turns = [[*range(plan.value_dim // COLUMNS)]], [0]
+            if name == "keys":
+                groups, turns = plan.key_groups, plan.turns_before_keys
+            wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
         found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
     return found
 
@@ -346,7 +348,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     offsets = range(0, plan.block_kv, plan.run)
     if warp is None:
         return copy(offsets, sources, copy_query)
-    size = -(-len(offsets) * len(sources) // 4)
+    size = copies_of_a_warp(plan)
     for part, first in enumerate(range(0, len(offsets), size)):
         for i, source in enumerate(sources):
             before = copy_query if part == 0 and source is sources[-1] else None
@@ -356,7 +358,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
-    return 1 if plan.loading_warpgroups == 1 or copies_of(plan) == 1 else 2
+    return 1 if plan.loading_warpgroups == 1 else -(-copies_of(plan) // copies_of_a_warp(plan))
 
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:

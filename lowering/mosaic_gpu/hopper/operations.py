@@ -82,7 +82,7 @@ def _multiply_settled(acc, a, b):
     return product.to_layout(mgpu.WGMMA_LAYOUT)
 
 
-def start_logits(query, keys, share, shares: int, parts: slice, started=None):
+def start_logits(query, keys, share, shares: int, parts: list[int], started=None):
     """Starts query @ keys.T for a share of the keys: the second of `start_products`' operands, or a part of its rows.
 
     Both lie in shared memory; to be read only once `settled`. Of their columns these parts are multiplied, and added to
@@ -97,7 +97,7 @@ def start_logits(query, keys, share, shares: int, parts: slice, started=None):
         own, all_parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
         query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
         logits = mgpu.WGMMAAccumulator.from_registers(*before) if before else _zero(shape)
-        for part in range(parts.start, parts.stop):
+        for part in parts:
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
         _asm("wgmma.commit_group.sync.aligned;")

@@ -55,8 +55,7 @@ REGISTERS = {
     (3, True): Registers(160, 32),
 }
 # By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
-WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 88)}
-KEYS_TOGETHER = 4  # parts of wide keys, at most, that are widened before the products with them start
+WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,12 @@ class Plan:
     @property
     def widening_warps(self) -> int:
         """A warpgroup of their own, or those of the loading one but the first: no thread has registers for five."""
-        return 4 if self.warpgroups < 2 else 3
+        return 4 if self.loading_warpgroups == 2 else 3
 
     @property
     def loading_warpgroups(self) -> int:
         """Those that do not compute."""
-        return 2 if self.quantised and self.warpgroups < 2 else 1
+        return 2 if self.quantised and (self.warpgroups < 2 or self.wide) else 1
 
     @property
     def registers(self) -> Registers:
@@ -143,11 +142,30 @@ class Plan:
         return self.wide and self.quantised and not self.latent
 
     @property
-    def key_groups(self) -> list[slice]:
-        """Parts of keys that are there together: wide ones are widened while products with others of a block run."""
-        size = KEYS_TOGETHER if self.wide and self.quantised else self.query_parts
-        size = -(-self.query_parts // -(-self.query_parts // size))
-        return [slice(i, min(i + size, self.query_parts)) for i in range(0, self.query_parts, size)]
+    def output_turns(self) -> int:
+        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie.
+
+        Then some may be while the second runs. And with so many threads ptxas has no registers for 256 columns at once.
+        """
+        return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
+
+    @property
+    def key_groups(self) -> list[list[int]]:
+        """Parts of keys that are there together: wide ones are widened while products with others of a block run.
+
+        Those come first that have no values in their place, or those of an output's first turn.
+        """
+        parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
+        if not (self.wide and self.quantised):
+            return [[*parts]]
+        first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
+        return [group for group in (first, [part for part in parts if part not in first]) if group]
+
+    @property
+    def turns_before_keys(self) -> list[int]:
+        """The turns of the last block's output that groups of widened keys wait for; the first group, if there is one."""
+        same_places = self.latent or self.head_dim == self.value_dim
+        return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
 
     @property
     def row_groups(self) -> int:

@@ -126,7 +126,7 @@ class Softmax:
         factor *= fade
         if plan.quantised:
             factor, lse = scaled_results(factor, lse, seen, *scales)
-        return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
+        return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), acc), lse
 
     def times(self, logits, scales):
         """Logits times the scales of their slots, which `scales` loads."""
@@ -144,7 +144,8 @@ class Softmax:
     def step_together(self, logits, largest, acc, m, l, value_scales=None):
         """The weights of these logits, and the output, m and l by the same maximum, where warpgroups share rows.
 
-        `largest` are those of all logits of the rows. The maximum so far stays where none has passed it by far.
+        `largest` are those of all logits of the rows. The maximum so far stays where none has passed it by far. `acc`
+        are arrays of the output's columns.
         """
         passed = (largest - m) * self.unit > math.log2(LARGEST_SUM)
         m_next = jnp.where(passed, largest, m)
@@ -154,7 +155,7 @@ class Softmax:
         def fade():
             # 1 for rows that have not passed theirs: their bits do not depend on the other rows of their warp.
             factor = jnp.exp2((m - shift) * self.unit)
-            return tuple(array * lax.broadcast_in_dim(factor, array.shape, [0]) for array in (acc, l))
+            return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), (acc, l))
 
         passed = lax.broadcast_in_dim(passed, l.shape, [0])
         acc, l = lax.cond(any_in_warp(passed, after=None), fade, lambda: (acc, l))

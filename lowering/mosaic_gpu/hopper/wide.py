@@ -50,7 +50,7 @@ class _Attention:
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
         # A latent cache's values are scaled as its keys are.
-        self.sources = [sources[0], sources[-1]]
+        self.sources, self.turns = [sources[0], sources[-1]], plan.output_turns
         self.key_scales, self.value_scales = keys_scales, keys_scales if plan.latent else values_scales
         self.seen = rows.seen()
         _, *views = query_views
@@ -78,27 +78,27 @@ class _Attention:
         plgpu.barrier_wait(self.query_here)
         self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
         products = self._products_of(self._start_logits(0), 0)
-        return self._weigh(True, 0, products, *self.softmax.start())
+        acc, m, l = self.softmax.start()
+        columns = self.plan.output_columns // self.turns
+        acc = tuple(acc[:, c : c + columns] for c in range(0, self.plan.output_columns, columns))
+        return self._weigh(True, 0, products, acc, m, l)
 
     def _step(self, masked, i, running):
         """The output of block i - 1, and the weights of block i; unless it is masked, every row sees all of it."""
         acc, m, l = running
         acc = self._start_output(i - 1, acc)
         if self.plan.quantised:  # keys are widened to where these values are
-            acc = settled(acc, still_running=0)
-            plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+            acc = self._end_output(i - 1, acc)
             products = self._start_logits(i)
         else:
             products = self._start_logits(i)
-            acc = settled(acc, still_running=1)
-            plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+            acc = self._end_output(i - 1, acc, started_since=1)
         return self._weigh(masked, i, self._products_of(products, i), acc, m, l)
 
     def _finish(self, last, acc, m, l):
         """The output of block `last`, and the rows' results."""
         plgpu.barrier_arrive(self.query_free)
-        acc = settled(self._start_output(last, acc), still_running=0)
-        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        acc = self._end_output(last, self._start_output(last, acc))
         total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
         scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
         return self.softmax.result(acc, m, total, self.rows.sinks(), scales if self.plan.quantised else None)
@@ -175,7 +175,17 @@ class _Attention:
         return logits
 
     def _start_output(self, i, acc):
-        return start_output(acc, self.weights, self.values.at[self._slot_of(i)], self.warpgroup)
+        """In as many turns as `acc` has arrays, each with its share of the warpgroup's columns."""
+        values, first = self.values.at[self._slot_of(i)], self.warpgroup * self.turns
+        return tuple(start_output(part, self.weights, values, first + turn) for turn, part in enumerate(acc))
+
+    def _end_output(self, i, acc, started_since=0):
+        """Waits for each turn of block i's output, and lets go of its values."""
+        done, slot = [], self._slot_of(i) * self.turns
+        for turn, part in enumerate(acc):
+            done.append(settled(part, still_running=self.turns - 1 - turn + started_since))
+            plgpu.barrier_arrive(self.values_free.at[slot + turn])
+        return tuple(done)
 
     def _slot_of(self, i):
         return lax.rem(self.done + i, self.plan.slots)

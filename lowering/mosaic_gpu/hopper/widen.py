@@ -23,7 +23,7 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 CHUNK = 8  # numbers that a thread turns at a time: 8 bytes to 16
 LANES = 32
 # Chunks that it holds meanwhile, and as many after them.
-LOADED = {40: 3, 32: 3, 168: 4, 88: 6}  # by the registers that it has
+LOADED = {40: 3, 32: 3, 168: 4, 56: 3}  # by the registers that it has
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
 
 # From 4 bytes in $2 to numbers of float16 in $0 and $1, two and two.
@@ -54,6 +54,11 @@ QUANTISED = tuple(_HALVES)
 def copies_of(plan: Plan) -> int:
     """Copies of a block of keys."""
     return plan.block_kv // plan.run
+
+
+def copies_of_a_warp(plan: Plan) -> int:
+    """Those of keys, or of values, where all four warps of a warpgroup load."""
+    return -(-copies_of(plan) * (1 if plan.latent else 2) // 4)
 
 
 def slot_of_scales(plan: Plan, step):
@@ -91,15 +96,18 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
             for source in sources:
                 wait(source.here, stage, lax.div(done + i, plan.stages))
 
-                @pl.when(done + i >= source.free_before)
-                def _(source=source):
-                    plgpu.barrier_wait(source.wide_free.at[slot])
+                for number, parts in enumerate(source.groups):
+                    if number < len(source.turns):
 
-                if source is sources[0]:
-                    scales.store(slot_of_scales(plan, done + i), fetched)
-                for number, columns in enumerate(source.groups):
+                        @pl.when(done + i >= source.free_before)
+                        def _(source=source, turn=source.turns[number]):
+                            # Where there are several turns, there is one slot.
+                            plgpu.barrier_wait(source.wide_free.at[slot + turn])
+
+                    if source is sources[0] and number == 0:
+                        scales.store(slot_of_scales(plan, done + i), fetched)
                     raw, wide = source.blocks.at[stage], source.wide_blocks.at[slot]
-                    _widen_block(plan, source.features, columns, warp, raw, wide)
+                    _widen_block(plan, source.features, parts, warp, raw, wide)
                     if number + 1 == len(source.groups):
                         plgpu.barrier_arrive(source.free.at[stage])
                     plgpu.barrier_arrive(source.wide_here.at[slot * len(source.groups) + number])
@@ -171,14 +179,20 @@ def scale_or_one(plan: Plan, source, piece):
     return jnp.float32(1) if scale is None else scale
 
 
-def _widen_block(plan: Plan, features, columns, warp, raw, wide) -> None:
-    """The share of some columns of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
+def _taken_together(parts: list[int]):
+    """(First columns of as many parts as a warp can take together, the number of those columns)."""
+    for number in (4, 2, 1):
+        runs = [parts[i : i + number] for i in range(0, len(parts), number)]
+        if all(run == [*range(run[0], run[0] + number)] for run in runs):
+            return [run[0] * COLUMNS for run in runs], number * COLUMNS
+
+
+def _widen_block(plan: Plan, features, parts, warp, raw, wide) -> None:
+    """The share of some parts of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
 
     Neighbouring lanes take neighbouring chunks: so neither reads nor writes meet in a bank.
     """
-    size = columns.stop - columns.start
-    # Columns that are taken together. Rows of 64 bytes would meet in the banks where they lie a multiple of 128 apart.
-    width = size if 32 % (size // CHUNK) == 0 else COLUMNS * (1 if size % (2 * COLUMNS) else 2)
+    starts, width = _taken_together(parts)
     lanes = width // CHUNK  # of a row
     rows = 32 // lanes  # at a time
     assembly = "{" + _HALVES[plan.cache_dtype] + "}"
@@ -223,7 +237,7 @@ def _widen_block(plan: Plan, features, columns, warp, raw, wide) -> None:
             llvm.store(words, utils.getelementptr(pointer, [offset], i8))
 
         def widen_rows(firsts):
-            chunks = [(first, part) for first in firsts for part in range(columns.start, columns.stop, width)]
+            chunks = [(first, part) for first in firsts for part in starts]
             size = LOADED[plan.registers.widens or plan.registers.loads]
             batches = [chunks[i : i + size] for i in range(0, len(chunks), size)]
             loaded = [load(*chunk) for chunk in batches[0]]
