@@ -8,6 +8,7 @@ EasyDeL calls it, where the package is installed. Caches are laid out before; th
 
 import argparse
 import functools
+import itertools
 import json
 
 import jax
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.benchmarks import gpu
 from paged_prefill.primitive.layout import LAYOUTS
+from paged_prefill.primitive.quantised import quantised
 
 CASES = ("2048@16384", "64x1@4096")
+SCALE = 1 / 32  # of all numbers of quantised caches
 
 
 def laid(key_cache, value_cache, name) -> tuple:
@@ -30,12 +33,24 @@ def laid(key_cache, value_cache, name) -> tuple:
     return (moved, None) if LAYOUTS[name].combined else (moved[0], moved[1])
 
 
-def contender(name, page_size, case, platform):
-    """Calls of this project's kernel over caches in a layout, and what waits for their results."""
+def contender(name, page_size, case, platform, cache_dtype=None, granularity=None):
+    """Calls of this project's kernel over caches in a layout, quantised or not, and what waits for their results."""
     queries, (key_cache, value_cache, *pack) = gpu.operands(page_size, *case)
+    scales = (None, None)
+    if cache_dtype is not None:
+        of_slots = jnp.full(key_cache.shape[:-1], SCALE)
+        key_cache, value_cache = (quantised(x, of_slots, cache_dtype) for x in (key_cache, value_cache))
+        scales = [of_slots if granularity == "slot" else of_slots[:, 0, 0]] * 2
+    if granularity == "slot":
+        scales = [x if x is None else x[..., 0] for x in laid(*(x[..., None] for x in scales), name)]
     caches = jax.block_until_ready(laid(key_cache, value_cache, name))
-    run = functools.partial(ragged_paged_prefill, platform=platform, cache_layout=name)
-    return gpu.layers(run, queries, (*caches, *pack), case)
+
+    def run(query, *operands):
+        *operands, key_scale, value_scale = operands
+        scales = dict(key_scale=key_scale, value_scale=value_scale)
+        return ragged_paged_prefill(query, *operands, **scales, platform=platform, cache_layout=name)
+
+    return gpu.layers(run, queries, (*caches, *pack, *scales), case)
 
 
 def ejkernel(page_size, case, **config):
@@ -52,13 +67,26 @@ def ejkernel(page_size, case, **config):
     return gpu.layers(run, queries, (*caches, *pack), case)
 
 
-def measure(name, page_size, layouts, platform) -> dict:
-    """One row: of every contender that runs, or why it does not."""
-    case, row = gpu.CASES[name], dict(case=name, page_size=page_size)
-    makers = {layout: functools.partial(contender, layout, page_size, case, platform) for layout in ("kpsd", *layouts)}
+def _peers(page_size, case) -> dict:
     as_easydel = dict(num_warps=8, num_stages=2, num_par_softmax_segments=4, seq_threshold_3d=64)
-    makers |= {"ejkernel": functools.partial(ejkernel, page_size, case)}
-    makers |= {"ejkernel by EasyDeL": functools.partial(ejkernel, page_size, case, **as_easydel)}
+    return {
+        "ejkernel": functools.partial(ejkernel, page_size, case),
+        "ejkernel by EasyDeL": functools.partial(ejkernel, page_size, case, **as_easydel),
+    }
+
+
+def measure(name, page_size, layouts, platform, *of_caches) -> dict:
+    """One row: of every contender that runs, or why it does not.
+
+    `of_caches` are the dtype of quantised caches, and what has a scale of its own.
+    """
+    case, row = gpu.CASES[name], dict(case=name, page_size=page_size, caches=of_caches)
+    makers = {
+        layout: functools.partial(contender, layout, page_size, case, platform, *of_caches)
+        for layout in ("kpsd", *layouts)
+    }
+    if not of_caches:
+        makers |= _peers(page_size, case)
     contenders, results = {}, {}
     for label, make in makers.items():
         try:
@@ -85,12 +113,18 @@ def main():
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--pages", default="16,64,128")
     parser.add_argument("--layouts", default="pskd,pksd,ps(k2)d")
+    parser.add_argument("--cache_dtype", help="of quantised caches")
+    parser.add_argument("--scales", default="head,slot", help="of quantised caches")
     parser.add_argument("--platform", default="cuda", help="this project's kernel: cuda, triton or xla")
     arguments = parser.parse_args()
     print(json.dumps(dict(jax=jax.__version__, device=jax.devices()[0].device_kind)), flush=True)
+    kinds = [()]
+    if arguments.cache_dtype:
+        kinds = [(arguments.cache_dtype, granularity) for granularity in arguments.scales.split(",")]
     for page_size in map(int, arguments.pages.split(",")):
-        for name in arguments.cases.split(","):
-            print(json.dumps(measure(name, page_size, arguments.layouts.split(","), arguments.platform)), flush=True)
+        for name, of_caches in itertools.product(arguments.cases.split(","), kinds):
+            row = measure(name, page_size, arguments.layouts.split(","), arguments.platform, *of_caches)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
 
 MAX_SPLITS = 64
 # What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
@@ -18,6 +19,7 @@ SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
 ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
 # What parts of long tiles cost, beside those of short ones.
+SHORT_CALL = 64  # tokens a sequence: longer prompts have many tiles, and do not wait for memory
 LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
 NEXT_PIECE_BYTES = 2**14  # to go from one piece to the next, of which loads run ahead
 OF_HALF = 1.6  # how much faster each of half of the cores loads than one of all
@@ -69,27 +71,30 @@ def best_splits(
     return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
 
 
-def parts_of(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int) -> Parts:
+def parts_of(
+    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int
+) -> Parts:
     """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
 
-    No static shape says how long the contexts in a table are. So it takes the number by which two launches together end
-    soonest, one of contexts as long as the table and one of a single such context; the first of them nearly as soon as
-    without more parts.
+    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long the
+    contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as long as
+    the table and one of a single such context; the first of them nearly as soon as without more parts. `slots` pieces
+    are at work at a time.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
     block_bytes = config.block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
     blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-LEAST_PART_BYTES // block_bytes)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
     most = min(MOST_PARTS, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)
-    if seqs == 1 or most <= least:
+    settled = current_policy() == "invariant" or problem.tokens_per_seq >= SHORT_CALL
+    if settled or seqs == 1 or most <= least:
         return Parts(least, least)
 
     def time(pieces, splits):
         """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer."""
-        rounds, rest = divmod(pieces * splits, device.cores)
-        return (rounds + (max(rest / device.cores, 1 / OF_HALF) if rest else 0)) * (
-            -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
-        )
+        rounds, rest = divmod(pieces * splits, slots)
+        piece = -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
+        return rounds * piece * slots / device.cores + (max(rest / device.cores, 1 / OF_HALF) if rest else 0) * piece
 
     def costs(splits):
         merge = MERGE_BYTES + splits * (SPLIT_BYTES + 2 * results / device.cores) if splits > 1 else 0

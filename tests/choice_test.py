@@ -15,7 +15,6 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import _log_once as log_once, XLA, choose, device_of, log_passed_over
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig as Config
-from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import packs
 from paged_prefill.tests.problems import problem
 from paged_prefill.tests.tuning_stand_ins import environment
@@ -59,8 +58,7 @@ class ChoiceTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("float32", dict(dtype="float32"), "takes bfloat16 and float16, not float32"),
-        *((layout, dict(cache_dtype="int8", features=tuple(sorted(("quantised", layout)))), 'in cache_layout="kpsd" only')
-          for layout in LAYOUTS if layout != "kpsd"),
+        ("quantised_and_latent", dict(cache_dtype="int8", head_dim=192, features=("latent", "quantised")), "no latent ones"),
     )
     def test_another_kernel_in_place_of_the_first_is_no_warning(self, changes, words):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):

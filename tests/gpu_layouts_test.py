@@ -40,6 +40,18 @@ class GpuLayoutsTest(parameterized.TestCase):
         cfg = PrefillPageAttentionConfig(num_splits=3)
         self.check("cuda", name, dict(sequences=decode, dtype="float16", head_dim=64), cfg=cfg, attn_logits_soft_cap=20.0)
 
+    @parameterized.product(name=layouts.NAMES, granularity=poisoned.GRANULARITIES)
+    def test_hopper_reads_quantised_caches(self, name, granularity):
+        """Two warpgroups that compute, and one; each granularity with a dtype and a page size of its own."""
+        of_granularity = dict(tensor=("float8_e5m2", 192, 192), head=("float8_e4m3fn", 64, 128), slot=("int8", 8, 64))
+        cache_dtype, page_size, head_dim = of_granularity[granularity]
+        scales = dict(key_scale=granularity, value_scale=granularity)
+        kind = dict(cache_dtype=cache_dtype, page_size=page_size, head_dim=head_dim) | scales
+        self.check("cuda", name, EVERYTHING | dict(dtype="bfloat16") | kind)
+        decode = dict(sequences=((1, 700), (2, 513), (1, 40), (3, 1100)), dtype="float16")
+        self.check("cuda", name, decode | kind, cfg=PrefillPageAttentionConfig(num_splits=3), attn_logits_soft_cap=20.0)
+        self.check("cuda", name, decode | kind, sliding_window=100)
+
     @parameterized.parameters(*layouts.NAMES)
     def test_triton(self, name):
         self.check("triton", name, dict(EVERYTHING, cache_dtype="int8", key_scale="slot", value_scale="slot", page_size=24))

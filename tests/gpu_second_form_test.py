@@ -13,6 +13,7 @@ from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import KERNELS
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.tiles import Parts
+from paged_prefill.lowering.triton import host as triton_host
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import oracle, poisoned
@@ -25,6 +26,7 @@ SPLIT = PrefillPageAttentionConfig(num_splits=3)
 UNEVEN = ((1, 300), (1, 1), (1, 1900), (3, 700), (0, 7), (5, 0), (1, 64))
 DTYPES = {"triton": ("bfloat16", "float16", "float32"), "mosaic_gpu": ("bfloat16", "float16")}
 PLATFORMS = {"triton": "triton", "mosaic_gpu": "cuda"}
+HOSTS = {"triton": triton_host, "mosaic_gpu": host}
 
 ALONE = dict(
     key_ranges=dict(key_ranges=True),
@@ -160,6 +162,7 @@ class GpuSecondFormTest(parameterized.TestCase):
     @parameterized.named_parameters(
         named(ALONE, QUANTISED_KINDS, COMBINED)
         + named(HOPPER, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
+        + named({name: WIDE[name] for name in ("mla_of_24", "mla_of_128")}, kernels=("triton",))
     )
     def test_matches_the_oracle(self, kernel, kind, dtype):
         self.check(0, kernel, dict(kind, dtype=dtype))
@@ -172,25 +175,37 @@ class GpuSecondFormTest(parameterized.TestCase):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
     @parameterized.named_parameters(
-        named(ALONE, COMBINED, GROUPS, WIDE, WIDE_QUANTISED, dict(plain={}), kernels=("mosaic_gpu",))
+        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
     )
     def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
         """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
         for least in (1, 2):
-            with mock.patch.object(host, "parts_of_tiles", lambda *_, least=least: Parts(least, 12, 2)):
+            with mock.patch.object(HOSTS[kernel], "parts_of_tiles", lambda *_, least=least: Parts(least, 12, 2)):
                 self.check(14, kernel, dict(kind, dtype=dtype, sequences=UNEVEN))
                 if "key_ranges" not in kind:
                     windowed = dict(kind, dtype=dtype, sequences=UNEVEN, sliding_window=600)
                     self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
 
-    @parameterized.parameters(dict(q_heads=16), dict(q_heads=16, sinks=True), dict(q_heads=128))
-    def test_bits_of_a_sequence_beside_long_ones_and_alone(self, **kind):
+    @parameterized.named_parameters(
+        each for each in named(ALONE, COMBINED, dict(plain={}), kernels=("mosaic_gpu",)) if "latent" not in each[2]
+    )
+    def test_two_teams(self, kernel, kind, dtype):
+        """Tiles of one warpgroup go side by side in a thread block: those of chunks, and parts of long ones."""
+        cfg = PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2)
+        self.check(17, kernel, dict(kind, dtype=dtype), cfg=cfg)
+        with mock.patch.object(host, "parts_of_tiles", lambda *_: Parts(1, 12, 2)):
+            self.check(18, kernel, dict(kind, dtype=dtype, sequences=UNEVEN), cfg=cfg, attn_logits_soft_cap=20.0)
+
+    @parameterized.product(
+        kernel=tuple(DTYPES), kind=(dict(q_heads=16), dict(q_heads=16, sinks=True), dict(q_heads=128))
+    )
+    def test_bits_of_a_sequence_beside_long_ones_and_alone(self, kernel, kind):
         """As many tokens and sequences, and as wide a table: a long context has many parts, with or without others."""
-        lengths, contexts = [1] * 24, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 12
+        lengths, contexts = [1] * 28, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 16
         usual = dict(kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
         call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
-        spied = mock.patch.object(host, "parts_of", side_effect=host.parts_of)
-        run = self.compiled("mosaic_gpu")
+        spied = mock.patch.object(HOSTS[kernel], "parts_of", side_effect=host.parts_of)
+        run = self.compiled(kernel)
         with spied as rule:
             together = run(call)
         [asked] = rule.call_args_list

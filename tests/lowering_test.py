@@ -81,7 +81,7 @@ class CostTest(parameterized.TestCase):
 
         def attend(operands):
             call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
-            return kernel.attend(call, self.CONFIG, jnp.float32)
+            return kernel.attend(call, self.CONFIG, jnp.float32, walks.PART_HEIGHTS)
 
         lane_keys = mock.patch.multiple(walks, LANE_KEYS=16, ONLY_BLOCK=16)
         with mock.patch.object(kernel, "Walker", Counting), lane_keys:
@@ -138,12 +138,13 @@ class CostTest(parameterized.TestCase):
         few, many = (problem(seqs=n, tokens=512 * n, pages_per_seq=pages_per_seq, num_kv_heads=2) for n in (1, 64))
         configs = [XLA.heuristic(p, Device("cpu")) for p in (few, many)]
         self.assertEqual(*configs)
-        self.assertEqual(*(walks.walks(p, configs[0]) for p in (few, many)))
+        heights = walks.heights_of(configs[0].block_q, walks.CPU_PART_HEIGHTS)
+        self.assertEqual(*(walks.walks(p, configs[0], heights) for p in (few, many)))
 
     def test_many_short_sequences_take_few_turns(self):
         """A turn of a loop costs as much as hundreds of keys: the loop's counter must not count sequences."""
         short = problem(seqs=64, tokens=64, pages_per_seq=4, num_kv_heads=2, head_dim=64)
-        wide = walks.walks(short, self.CONFIG)[-1]
+        wide = walks.walks(short, self.CONFIG, (32, 8, 1))[-1]
         self.assertEqual((wide.height, wide.lanes), (1, walks.MOST_LANES))
 
 
@@ -170,7 +171,7 @@ class XlaTest(parameterized.TestCase):
             self.assertFalse(ask())
 
     @parameterized.parameters(
-        ("cpu", True, "bfloat16", 600, walks.PART_HEIGHT),
+        ("cpu", True, "bfloat16", 600, host.LOW_TILE),
         ("cpu", True, "bfloat16", 700, 128),
         ("cpu", True, "float32", 600, 128),
         ("cpu", False, "bfloat16", 600, 128),
@@ -182,22 +183,30 @@ class XlaTest(parameterized.TestCase):
         with mock.patch.object(host, "_cpu_multiplies_bfloat16", return_value=multiplies):
             self.assertEqual(XLA.heuristic(short, Device(platform)).block_q, rows)
 
-    @parameterized.parameters(1, 16, 32, 33, 64, 256)
-    def test_tiles_cover_every_length_and_little_more(self, block_q):
+    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=(walks.PART_HEIGHTS, walks.CPU_PART_HEIGHTS))
+    def test_tiles_cover_every_length_and_little_more(self, block_q, parts):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
-        heights = walks.heights(10**6, block_q)
+        heights = walks.heights_of(block_q, parts)
+        self.assertEqual(heights, tuple(sorted(set(heights), reverse=True)))
         counts, rows = {}, np.zeros(len(lengths), np.int32)
         for height in heights:
-            counts[height], first = map(np.asarray, walks.tiles_of(jnp.asarray(lengths), height, block_q))
+            counts[height], first = map(np.asarray, walks.tiles_of(jnp.asarray(lengths), height, heights))
             np.testing.assert_array_equal(first[counts[height] > 0], rows[counts[height] > 0])  # behind the taller
             rows += height * counts[height]
         in_vain = rows - lengths
         self.assertEqual(in_vain.min(), 0)
-        self.assertLess(in_vain.max(), max(block_q / 2, min(block_q, walks.PART_HEIGHT)))
+        self.assertLess(in_vain.max(), max(block_q / 2, heights[-2:][0]))
         np.testing.assert_array_equal(in_vain[lengths % block_q == 1], 0)
-        for tokens in {1, 2, block_q // 2, block_q // 2 + 1, block_q} - {0}:  # what few tokens do not need is left out
-            needed = {height for height, n in counts.items() if n[:tokens].any()}
-            self.assertEqual(set(walks.heights(tokens, block_q)), needed)
+        for n in {x for x in (1, 2, 5, 8, 17, block_q // 2 + 1, block_q) if x <= len(lengths)}:
+            needed = {height for height, count in counts.items() if count[:n].any()}
+            self.assertEqual(set(walks.needed_heights(heights, n)), needed)  # the rest is left out
+
+    @parameterized.parameters((5, {8: 1}), (16, {8: 2}), (17, {32: 1}), (40, {32: 1, 8: 1}), (33, {32: 1, 1: 1}))
+    def test_few_tokens_take_low_tiles_on_a_cpu(self, length, tiles):
+        """Five drafted tokens in a tile of 32 rows took four times as long."""
+        heights = walks.heights_of(256, walks.CPU_PART_HEIGHTS)
+        counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
+        self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 
 
 class SplitsTest(parameterized.TestCase):

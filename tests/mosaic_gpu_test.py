@@ -20,14 +20,15 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGIST
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
-from paged_prefill.tests import packs, plans, poisoned, problems
+from paged_prefill.primitive.layout import LAYOUTS
+from paged_prefill.tests import layouts, packs, plans, poisoned, problems
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 UNKNOWN = Device("cuda")
 
 
-def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=20,
+def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=None, page_size=16, pages_per_seq=60,
            dtype=jnp.bfloat16):
     cache = (kv_heads, 64, page_size)
     floats = ((tokens, q_heads, head_dim), (*cache, head_dim), (*cache, value_dim or head_dim))
@@ -36,7 +37,7 @@ def shapes(seqs=1, tokens=100, q_heads=8, kv_heads=2, head_dim=128, value_dim=No
 
 
 def problem(**changes):
-    sizes = dict(tokens=100, q_heads=8, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=20)
+    sizes = dict(tokens=100, q_heads=8, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=200)
     return problems.problem(**(sizes | changes))
 
 
@@ -289,9 +290,35 @@ class SupportsTest(parameterized.TestCase):
         ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256), 16),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
-        given = problem(**dict(q_heads=32, num_kv_heads=8) | changes)
+        given = problem(**dict(q_heads=32, num_kv_heads=8, pages_per_seq=512) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
-        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {12, 16})
+        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {8, 12, 16})
+
+
+    @parameterized.named_parameters(
+        ("short_prompts", {}, 2),
+        ("of_64_features", dict(head_dim=64, value_dim=64), 2),
+        ("long_contexts", dict(pages_per_seq=512), 1),
+        ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
+        ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2),
+        ("decode_steps", dict(tokens=8), 1),
+        ("no_room", dict(head_dim=256, value_dim=256), 1),
+        ("wide", dict(head_dim=512, value_dim=512), 1),
+        ("quantised", dict(cache_dtype="int8", features=("quantised",)), 1),
+    )
+    def test_tiles_of_short_prompts_go_side_by_side(self, changes, teams):
+        """Where two have room, and few keys: else more rows share what is loaded."""
+        given = problem(**dict(tokens=8 * 100, seqs=8, q_heads=32, num_kv_heads=8, pages_per_seq=32) | changes)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(host._teams(given, config), teams)
+        for config in KERNEL.candidates(given, HOPPER):
+            of_all = host._teams(given, config) * (host.shared_bytes(given, config) - host.RESERVED_BYTES)
+            self.assertLessEqual(of_all + host.RESERVED_BYTES, host.SHARED_BYTES)
+
+    def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
+        for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):
+            given = problem(tokens=8 * tokens, seqs=8, q_heads=2 * group, pages_per_seq=32)
+            self.assertEqual(KERNEL.heuristic(given, HOPPER).block_q, block_q)
 
 
 class PlanTest(parameterized.TestCase):
@@ -353,10 +380,35 @@ class PlanTest(parameterized.TestCase):
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 
+    @parameterized.parameters("kpsd", *layouts.NAMES)
+    def test_keys_values_and_scales_of_slots_are_found_in_every_layout(self, name):
+        """Each number says whose it is: pool, head, page and slot, and whether of a key or a value."""
+        whose = np.arange(2 * 3 * 2 * 5 * 8, dtype=np.int32).reshape(2, 3, 2, 5, 8)
+        given = dict(key_cache=whose[0][..., None], value_cache=whose[1][..., None])
+        given |= dict(key_scale=whose[0], value_scale=whose[1])
+        laid = given if name == "kpsd" else layouts.lay(given, name)
+        rows = LAYOUTS[name].rows(dict(kv_heads=2, num_pages=5, page_size=8))
+        plan = self.plan(page_size=8, num_pages=5, pools=3, pool_rows=rows["pool"], head_rows=rows["kv_heads"],
+                         page_rows=rows["num_pages"], slot_rows=rows["page_size"], value_rows=rows.get("2", 0))
+        pool, head, page, slot = jnp.indices(whose.shape[1:], jnp.int32)
+        piece = mock.Mock(first_row=pool * plan.pool_rows + head * plan.head_rows)
+        for kind, beside, want in zip(("key", "value"), (0, plan.value_rows), whose):
+            holder = "key" if name in layouts.COMBINED else kind
+            place = piece, page, 8 + slot, beside
+            cache = np.asarray(laid[f"{holder}_cache"]).reshape(-1, plan.slot_rows)
+            chex.assert_trees_all_equal(cache[plan.row_of(*place), plan.in_slot(piece, beside)], want)
+            chex.assert_trees_all_equal(np.ravel(laid[f"{holder}_scale"])[plan.place_of_scale(*place)], want)
+
     @parameterized.parameters("tensor", "head", "slot", None)
     def test_numbers_of_8_bits_stay_what_they_are(self, scale):
         plan = self.plan(cache_dtype="int8", key_scale=scale, value_scale=scale)
         self.assertEqual((plan.quantised, plan.product_dtype), (True, "float16"))
+
+    def test_teams_have_blocks_of_their_own(self):
+        plan = self.plan(teams=2, warpgroups=1, stages=3)
+        slots = [[int(plan.slot_of(team, jnp.int32(step))) for step in range(5)] for team in (0, 1)]
+        self.assertEqual(slots, [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]])
+        self.assertEqual((plan.registers, plan.rows), (REGISTERS[2, False], 64))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
         wide = [((2, quantised), registers) for quantised, registers in WIDE_REGISTERS.items()]
@@ -381,6 +433,9 @@ class LoweringTest(parameterized.TestCase):
         ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
         ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("two_teams", dict(seqs=3, pages_per_seq=20), {}),
+        ("two_teams_of_parts", dict(seqs=99, tokens=99, q_heads=32, kv_heads=8, pages_per_seq=2000),
+         dict(cfg=PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2))),
         ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
@@ -392,12 +447,14 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), latent=(False, True))
-    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, latent):
+    @parameterized.product(
+        ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short")
+    )
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, kind):
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
-        dims = dict(q_heads=128, kv_heads=1, head_dim=576) if latent else {}
-        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **dims)))
-        own = dict(value_dim=512, value_cache=None) if latent else {}
+        sizes = dict(latent=dict(q_heads=128, kv_heads=1, head_dim=576), short=dict(pages_per_seq=20)).get(kind, {})
+        operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **sizes)))
+        own = dict(value_dim=512, value_cache=None) if kind == "latent" else {}
         operands = {name: shape for name, shape in operands.items() if name not in own}
         tokens, q_heads, _ = operands["query"].shape
         operands |= {"key_ranges": jax.ShapeDtypeStruct((tokens, 2), jnp.int32)} if ranges else {}
@@ -439,6 +496,20 @@ class LoweringTest(parameterized.TestCase):
         call = functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap, **own)
         text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
+
+    @parameterized.product(
+        name=layouts.NAMES,
+        scale=((), (2,), (2, 64, 16)),
+        kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)),
+    )
+    def test_lowers_for_quantised_caches_in_every_layout(self, name, scale, kind):
+        """All dtypes are loaded alike, before they are widened."""
+        shaped = dict(zip(packs.Pack._fields, shapes(**kind)))
+        operands = {f"{x}_cache": np.zeros(shaped[f"{x}_cache"].shape, np.int8) for x in ("key", "value")}
+        operands |= {f"{x}_scale": np.zeros(scale, np.float32) for x in ("key", "value")}
+        operands = shaped | layouts.lay(operands, name)
+        call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", cache_layout=name))
+        self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.named_parameters(
         ("chunk", {}, {}),

@@ -3,11 +3,13 @@
 On GPUs, gpu_second_form_test.py runs them.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 from absl.testing import absltest, parameterized
 
 from paged_prefill import PrefillPageAttentionConfig
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import poisoned, triton_stand_ins
 from paged_prefill.tests.append_test import QUANTISED
 from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter, process
@@ -18,6 +20,7 @@ SPLIT = PrefillPageAttentionConfig(block_q=8, block_kv=16, num_splits=3)
 SIZES = dict(page_size=4, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
 LATENT = dict(latent=True, value_dim=12)
 LONG = ((21, 70), (1, 44), (5, 0), (7, 3))
+UNEVEN = ((1, 100), (1, 9), (3, 40), (11, 61), (1, 0), (2, 1))
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
@@ -95,6 +98,22 @@ class SecondFormTest(WithInterpreter):
     def test_sinks_of_any_size_in_splits(self):
         self.check(11, dict(sinks=poisoned.EXTREME_SINKS), cfg=SPLIT)
 
+    @parameterized.named_parameters(
+        ("from_one", Parts(1, 4, 2), {}, {}),
+        ("from_two", Parts(2, 5, 1), {}, dict(sliding_window=33)),
+        ("of_ranges_and_trees", Parts(1, 3, 2), dict(key_ranges=True, tree_words=1, sinks=True), {}),
+        ("of_a_latent_cache", Parts(1, 3, 1), dict(LATENT, q_heads=4, kv_heads=1), dict(sliding_window=40)),
+    )
+    def test_parts_of_long_tiles(self, parts, kind, parameters):
+        """What a tile's absent parts would have written holds NaN here."""
+        kind = dict(seed=13, sequences=UNEVEN) | SIZES | kind
+        if "latent" in kind:
+            parameters = dict(parameters, value_dim=kind["value_dim"])
+        self.interpreter.submit(check_in_parts, parts, kind, dict(parameters, cfg=SPLIT)).result()
+
+    def test_bits_of_a_sequence_in_parts_beside_others_and_alone(self):
+        self.interpreter.submit(check_alone_in_parts, Parts(1, 6, 2)).result()
+
     def test_tree_sinks_window_latent_and_quantised(self):
         kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot")
         self.check(4, kind | LATENT, sliding_window=40)
@@ -120,6 +139,41 @@ class SecondFormTest(WithInterpreter):
         self.check(7, dict(kind, sequences=((3, 40), (1, 20)), page_size=8))
 
 
+def in_parts(parts):
+    from paged_prefill.lowering.triton import host
+
+    return mock.patch.object(host, "parts_of_tiles", lambda *_: parts)
+
+
+def check_in_parts(parts, kind, parameters):
+    """In a process prepared by `interpret_triton`."""
+    with in_parts(parts):
+        triton_stand_ins.check_second_form_interpreted(kind, parameters)
+
+
+def check_alone_in_parts(parts):
+    """In a process prepared by `interpret_triton`."""
+    import jax
+    import numpy as np
+
+    from paged_prefill import ragged_paged_prefill
+
+    call = poisoned.make_call(14, UNEVEN, **SIZES, dtype="bfloat16")
+
+    @jax.jit
+    def attend(call):
+        return ragged_paged_prefill(**call, cfg=SPLIT, platform="triton", return_lse=True)
+
+    with in_parts(parts):
+        together = attend(call)
+        offsets = call["query_offsets"]
+        for seq in range(len(UNEVEN)):
+            contexts = np.where(np.arange(len(UNEVEN)) == seq, call["context_lens"], 0)
+            rows = slice(offsets[seq], offsets[seq + 1])
+            for whole, alone in zip(together, attend(dict(call, context_lens=contexts))):
+                np.testing.assert_array_equal(whole[rows], alone[rows])
+
+
 def check_small_values():
     """In a process prepared by `interpret_triton`."""
     import numpy as np
@@ -140,10 +194,15 @@ def check_shared_columns():
     """In a process prepared by `interpret_triton`."""
     from paged_prefill.lowering.triton import host
 
-    config = PrefillPageAttentionConfig(block_q=32, block_kv=32, num_warps=8, num_splits=1)  # 64 rows
+    config = PrefillPageAttentionConfig(block_q=32, block_kv=32, num_warps=8, num_splits=1)
     kind = dict(SIZES, seed=12, sequences=((37, 90), (1, 44), (5, 0)), kv_heads=2, q_heads=4, latent=True, value_dim=12)
+    # Of 64 rows; and of half of a token's heads.
+    more_heads = dict(kind, sequences=((3, 40), (1, 20), (0, 4)), kv_heads=1, q_heads=128, key_ranges=True)
     with mock.patch.multiple(host, _device_class=lambda device: "hopper", MOST_VALUES=8):
         triton_stand_ins.check_second_form_interpreted(kind, dict(cfg=config, value_dim=12))
+        for num_splits in (1, 2):
+            of_one = replace(config, block_q=1, num_splits=num_splits)
+            triton_stand_ins.check_second_form_interpreted(more_heads, dict(cfg=of_one, value_dim=12))
 
 
 def check_queries_of_any_size():

@@ -198,10 +198,13 @@ class HeuristicTest(parameterized.TestCase):
             [config] = {KERNEL.heuristic(problem(**dims | pack), H200) for pack in packs}
             self.assertEqual(config.num_splits, 1)
 
-    @parameterized.parameters((8, 64, 64), (16, 64, 64), (64, 64, 64), (128, 128, 32))
-    def test_a_latent_tile_is_64_rows_where_it_can_hold_all_heads(self, q_heads, rows, block_kv):
-        config = KERNEL.heuristic(problem(**MLA | dict(q_heads=q_heads)), H200)
-        self.assertEqual((config.block_q * q_heads, config.block_kv), (rows, block_kv))
+    @parameterized.parameters(8, 16, 64, 128, 256)
+    def test_a_latent_tile_is_64_rows_of_tokens_or_of_a_tokens_heads(self, q_heads):
+        for pack in ({}, DECODE):
+            each = problem(**MLA | pack | dict(q_heads=q_heads))
+            config = KERNEL.heuristic(each, H200)
+            if q_heads >= 64 or not pack:
+                self.assertEqual((host.rows_of(each, config), config.block_kv), (64, 64))
 
     @parameterized.parameters(4, 5, 6, 7, 8)
     def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):

@@ -22,15 +22,19 @@ from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, 
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
-from paged_prefill.primitive.layout import DEFAULT_LAYOUT, LAYOUTS
+from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
+RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
+FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
+SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
+MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 
 
@@ -38,7 +42,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 13
+    version = 14
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -52,8 +56,6 @@ class MosaicGpu(Kernel):
             return f"takes bfloat16 and float16, not {problem.dtype}"
         if _quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
-        if _quantised(problem) and problem.layout.name != DEFAULT_LAYOUT:
-            return f'takes quantised caches in cache_layout="{DEFAULT_LAYOUT}" only'
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
         shares, where = 1, ""
         if _wide(problem):
@@ -75,9 +77,11 @@ class MosaicGpu(Kernel):
         """Sizes from the shape and the chip; measured in benchmarks/results."""
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        three = _with_three_warpgroups(problem)
-        config = _with_at_most_two(problem)
-        if three is not None and _ends_sooner(problem, device, three, config):
+        three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
+        teams = _with_teams(problem, config)
+        if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
+            config = teams
+        elif three is not None and _ends_sooner(problem, device, three, config):
             config = three
         config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
@@ -94,6 +98,7 @@ class MosaicGpu(Kernel):
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
             found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
+        found += [_with_teams(problem, _with_at_most_two(problem))]
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
@@ -150,7 +155,8 @@ class MosaicGpu(Kernel):
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks if plan.splits == 1 else None
-        optional |= dict(key_scale=call.key_scale, value_scale=call.value_scale)
+        key_scale, value_scale = _scales(call)
+        optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         out, lse = launch(plan, _schedule(call, plan), query, caches, optional)
         lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
@@ -191,10 +197,12 @@ def _schedule(call: Call, plan: Plan):
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem = call.problem
+    key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
         group=problem.group,
         num_kv_heads=problem.num_kv_heads,
+        cache_kv_heads=problem.cache_kv_heads,
         seqs_of_pack=problem.seqs // (1 if call.sinks is None else call.sinks.shape[0]),
         seqs_of_pool=1 if call.indices is None else problem.seqs // call.indices.pools.shape[0],
         head_dim=problem.head_dim,
@@ -213,6 +221,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
+        teams=_teams(problem, config),
         stages=config.num_stages,
         parts=parts_of_tiles(problem, device, config),
         softmax_scale=problem.attention.softmax_scale,
@@ -223,20 +232,24 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         latent="latent" in problem.features,
         dtype=problem.dtype,
         cache_dtype=problem.cache_dtype,
-        key_scale=_granularity(call.key_scale),
-        value_scale=_granularity(call.value_scale),
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """Long tiles have more only where calls are short: prompts have many tiles, and do not wait for memory."""
-    if current_policy() == "invariant" or problem.tokens_per_seq >= WARPGROUP_ROWS:
-        return Parts(config.num_splits, config.num_splits)
-    return parts_of(problem, device, config, unsplit=programs(problem, config))
+    """A core has room for one thread block."""
+    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=device.cores)
+
+
+def _scales(call: Call):
+    """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
+    together = call.problem.layout.combined and _granularity(call.key_scale) == "slot"
+    return call.key_scale, call.key_scale if together else call.value_scale
 
 
 def _granularity(scale) -> str | None:
-    return None if scale is None else {1: "tensor", 2: "head", 4: "slot"}[scale.ndim]
+    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _block_kv(problem: Problem) -> int | None:
@@ -300,6 +313,14 @@ def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | Non
     return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
 
 
+def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig | None:
+    """Tiles of one warpgroup, two side by side, in place of these; None where they have no room."""
+    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
+    block_q = config.block_q if _warpgroups(config) == 1 else WARPGROUP_ROWS // heads
+    sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
+    return next((config for config in sizes if _teams(problem, config) == 2), None)
+
+
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
     """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
     stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
@@ -338,6 +359,13 @@ def _warpgroups(config: PrefillPageAttentionConfig) -> int:
     return config.num_warps // 4 - 1
 
 
+def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
+    if _warpgroups(config) > 1 or _quantised(problem) or _wide(problem):
+        return 1
+    return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1
+
+
 def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
     return (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
@@ -350,6 +378,26 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
 
+def _keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:
+    """The fewest and the most that a tile sees, where the new tokens are the last that the table has room for."""
+    most = most_keys(problem, block_q)
+    return min(most, max(problem.capacity - problem.tokens_per_seq, 0)), most
+
+
+def _has_short_prompts(problem: Problem) -> bool:
+    """Whether tiles see so few keys that their beginnings and ends take most of the time: two go on beside one another.
+
+    Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
+    """
+    return problem.tokens_per_seq >= FEW_TOKENS and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+
+
+def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
+    """Whether decode steps have work for most teams: memory serves two of a core a little faster than one."""
+    few = problem.tokens_per_seq < FEW_TOKENS and _warpgroups(config) == 1
+    return few and programs(problem, config) >= MOST_CORES * device.cores
+
+
 def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
     """Whether tiles of three warpgroups end sooner than those of at most two, longest first over the cores.
 
@@ -360,8 +408,7 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
         return False
     if programs(problem, three) < ROUNDS * device.cores:
         return False
-    most = most_keys(problem, three.block_q)
-    fewest = min(most, max(problem.capacity - problem.tokens_per_seq, 0))
+    fewest, most = _keys_of_tiles(problem, three.block_q)
 
     def time(config):
         rounds = programs(problem, config) / device.cores
@@ -371,15 +418,15 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of a thread block, with room for its barriers and what the compiler reserves."""
+    """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
     rows, blocks = _rows(problem, config), config.num_stages * block * features
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
-        return 2 * (rows * problem.head_dim + blocks + weights) + 3072
+        return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
     slots, scales, weights = widened(block, features, _wide(problem)), 0, 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block
     if _wide(problem):  # keys and values in one place, and warpgroups that exchange their numbers
         features, weights, scales = max(problem.head_dim, problem.value_dim), rows * block, scales + 1024
-    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + 3072
+    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + RESERVED_BYTES

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys
+from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton.launch import capability, launch, reason_against
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -55,7 +56,7 @@ SIZES = {
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
 # AMD's, where Triton 3.6 does not compile more stages of scales.
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
-LATENT = _Sizes(64, 64, 8, 2)  # of a latent cache on Hopper, where a tile can hold all heads of a group
+LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
@@ -109,7 +110,7 @@ class Triton(Kernel):
                 elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
                     # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
-        elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows >= problem.group:
+        elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
@@ -173,19 +174,20 @@ class Triton(Kernel):
         return programs(problem, config) * config.num_splits
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
-        """Uses every size; block_q is rounded so that its rows, one a head of the group, are a power of 2."""
+        """Uses every size; block_q is rounded so that its rows are a power of 2: see `rows_of`."""
         from paged_prefill.lowering.triton.kernel import attend_tile
 
         problem, query = call.problem, call.query
-        rows, splits = _power_of_2(config.block_q * problem.group), config.num_splits
-        schedule = _schedule(call, rows)
+        rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
+        parts = parts_of_tiles(problem, device, config)
+        splits = parts.most
+        schedule = _schedule(call, rows, block_kv, parts)
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
         # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
         # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
-        block_kv = _power_of_2(config.block_kv)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         run = functools.partial(
             launch,
@@ -205,6 +207,8 @@ class Triton(Kernel):
             # Masks of ranges and trees take more registers.
             EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
             NUM_SPLITS=splits,
+            SPLITS_PADDED=_power_of_2(splits),
+            PARTS_VARY=parts.vary,
             FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
@@ -229,14 +233,28 @@ class Triton(Kernel):
             cuda=functools.partial(run, HARDWARE_TANH=True),
             default=functools.partial(run, HARDWARE_TANH=False),
         )
-        return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, query.dtype, call.sinks_of_rows())
+        if splits == 1:
+            return out[0], lse[0]
+        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), may_lack=parts.vary)
+
+
+def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Rows of a tile: those of all heads of a group for block_q tokens, or in a wide latent cache a token's in part."""
+    rows = _power_of_2(config.block_q * problem.group)
+    return min(rows, LATENT.rows) if config.block_q == 1 and _is_wide_latent(problem) else rows
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Programs that have work before keys are split, were the tokens spread evenly over the sequences."""
-    rows = _power_of_2(config.block_q * problem.group)
+    rows = rows_of(problem, config)
     tiles_per_seq = -(-problem.tokens_per_seq * problem.group // rows)
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
+
+
+def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
+    """Of the keys of each tile; what splits and their merge cost is as in every kernel."""
+    slots = device.cores * max(1, WARPS // config.num_warps)
+    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=slots)
 
 
 def _device_class(device: Device) -> str:
@@ -250,8 +268,12 @@ def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: 
 
     Then a tile's sums fit the registers of eight, and the first product is made once.
     """
-    wide = problem.value_dim > MOST_VALUES and problem.cache_dtype == problem.dtype
-    return wide and "latent" in problem.features and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+    return _is_wide_latent(problem) and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+
+
+def _is_wide_latent(problem: Problem) -> bool:
+    latent = "latent" in problem.features and problem.cache_dtype == problem.dtype
+    return latent and problem.value_dim > MOST_VALUES
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
@@ -265,7 +287,7 @@ def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
-    rows, block_kv = _power_of_2(config.block_q * problem.group), _power_of_2(config.block_kv)
+    rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
     widths = _Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
@@ -313,6 +335,8 @@ def _constants(call: Call, widths: _Widths) -> dict:
     return dict(
         TOKENS=problem.tokens,
         SEQS=problem.seqs,
+        PARTS_FIELD=PARTS_FIELD,
+        POOL_FIELD=POOL_FIELD,
         KEY_POOL_FIELD=POOL_FIELD if call.key_pool is None else POOL_FIELD + 1,
         VALUE_POOL_FIELD=POOL_FIELD if call.value_pool is None else POOL_FIELD + 2,
         KV_HEADS=problem.num_kv_heads,
@@ -361,15 +385,15 @@ def _granularity(scale) -> str:
     return "one" if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
-POOL_FIELD = 4  # of the schedule; those of the caches apart follow
+PARTS_FIELD, POOL_FIELD = 4, 5  # of the schedule; pools of the caches apart follow
 
 
-def _schedule(call: Call, rows: int):
-    """int32 [5 or 7, 2 * seqs + 1]: first tile, start, length, context_len and pool of the sequences, then of the gaps.
+def _schedule(call: Call, rows: int, block_kv: int, parts: Parts):
+    """int32 [6 or 8, 2 * seqs + 1]: first piece, start, length, context_len, parts and pool of sequences, then of gaps.
 
-    Tiles are numbered longest context first, so that the last programs to start are short ones. The sequences must be
-    in the order of their rows, as `call.flatten` gives them. Where caches have pools apart, those of the keys and of the
-    values follow.
+    A piece is a part of a tile, and the tiles of a sequence have the parts of its last. Pieces are numbered longest
+    first, so that the last programs to start are short ones. The sequences must be in the order of their rows, as
+    `call.flatten` gives them. Where caches have pools apart, those of the keys and of the values follow.
     """
     sequences, group = call.sequences, call.problem.group
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
@@ -388,11 +412,18 @@ def _schedule(call: Call, rows: int):
         )
     )
     number = jnp.arange(len(start))
-    longer = context_len[:, None] < context_len[None, :]
-    before = longer | ((context_len[:, None] == context_len[None, :]) & (number[:, None] > number[None, :]))
     num_tiles = (length * group + rows - 1) // rows
-    first_tile = jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
-    return jnp.stack([first_tile, start, length, context_len, *pools])
+    num_parts, size = jnp.full_like(length, parts.most), context_len
+    if parts.vary:
+        seen_end = jnp.minimum(context_len, call.problem.capacity)
+        last_tile = context_len - length + (num_tiles - 1) * rows // group
+        seen_start = jnp.minimum(call.problem.attention.visible_keys(last_tile)[0], seen_end)
+        blocks = (seen_end + block_kv - 1) // block_kv - seen_start // block_kv
+        num_parts, size = parts.number(blocks), parts.share(blocks)
+    longer = size[:, None] < size[None, :]
+    before = longer | ((size[:, None] == size[None, :]) & (number[:, None] > number[None, :]))
+    first_piece = jnp.sum(jnp.where(before, (num_tiles * num_parts)[None, :], 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([first_piece, start, length, context_len, num_parts, *pools])
 
 
 def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:

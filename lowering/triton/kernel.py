@@ -232,6 +232,8 @@ def attend_tile(
     SEQS: tl.constexpr,
     INTERVALS: tl.constexpr,
     INTERVALS_PADDED: tl.constexpr,
+    PARTS_FIELD: tl.constexpr,
+    POOL_FIELD: tl.constexpr,
     KEY_POOL_FIELD: tl.constexpr,
     VALUE_POOL_FIELD: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -266,33 +268,42 @@ def attend_tile(
     ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,  # parts of a tile, or the most of one
+    SPLITS_PADDED: tl.constexpr,
+    PARTS_VARY: tl.constexpr,
     FLOAT16_PRODUCTS: tl.constexpr,  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
     SHARE_COLUMNS: tl.constexpr,
     HARDWARE_TANH: tl.constexpr,
 ):
     program = tl.program_id(0) // VALUE_PARTS
     first_feature = tl.program_id(0) % VALUE_PARTS * VALUE_WIDTH
-    split = program % NUM_SPLITS
-    head = program // NUM_SPLITS % KV_HEADS
-    tile_number = program // (NUM_SPLITS * KV_HEADS)
+    head = program % KV_HEADS
+    piece = program // KV_HEADS
 
-    # The interval whose tile this is, its last tile first: that one sees the most keys. A tile number past the last
-    # finds no interval and gets length 0, so that every loop is empty and every store masked.
+    # The interval whose piece this is, its last tile first: that one sees the most keys. A piece past the last finds no
+    # interval and gets length 0, so that every loop is empty and every store masked.
     numbers = tl.arange(0, INTERVALS_PADDED)
-    first_tiles = tl.load(schedule + numbers, mask=numbers < INTERVALS, other=2**31 - 1)
+    first_pieces = tl.load(schedule + numbers, mask=numbers < INTERVALS, other=2**31 - 1)
     lengths = tl.load(schedule + 2 * INTERVALS + numbers, mask=numbers < INTERVALS, other=0)
-    num_tiles = (lengths * GROUP + ROWS - 1) // ROWS
-    is_owner = (first_tiles <= tile_number) & (tile_number - first_tiles < num_tiles)
+    parts_of_each = NUM_SPLITS
+    if PARTS_VARY:
+        parts_of_each = tl.load(schedule + PARTS_FIELD * INTERVALS + numbers, mask=numbers < INTERVALS, other=1)
+    num_pieces = (lengths * GROUP + ROWS - 1) // ROWS * parts_of_each
+    is_owner = (first_pieces <= piece) & (piece - first_pieces < num_pieces)
     interval = tl.min(tl.where(is_owner, numbers, INTERVALS), 0)
     field = schedule + interval
     exists = interval < INTERVALS
-    first_tile = tl.load(field, mask=exists, other=0)
+    if PARTS_VARY:  # then most pieces that there could be may not exist
+        if not exists:
+            return
+    parts = tl.load(field + PARTS_FIELD * INTERVALS, mask=exists, other=1) if PARTS_VARY else NUM_SPLITS
+    first_piece = tl.load(field, mask=exists, other=0)
     start = tl.load(field + INTERVALS, mask=exists, other=0)
     length = tl.load(field + 2 * INTERVALS, mask=exists, other=0)
     context_len = tl.load(field + 3 * INTERVALS, mask=exists, other=0)
-    pool = tl.load(field + 4 * INTERVALS, mask=exists, other=0)
-    tiles_after = (length * GROUP + ROWS - 1) // ROWS - 1 - (tile_number - first_tile)
+    pool = tl.load(field + POOL_FIELD * INTERVALS, mask=exists, other=0)
+    split = (piece - first_piece) % parts
+    tiles_after = (length * GROUP + ROWS - 1) // ROWS - 1 - (piece - first_piece) // parts
     first_row = tl.maximum(tiles_after, 0) * ROWS
 
     rows = first_row + tl.arange(0, ROWS)
@@ -330,11 +341,11 @@ def attend_tile(
             full_start = tl.maximum(last_position - WINDOW + 1, 0)
     if TREE_WORDS != 0:
         full_end = tl.minimum(full_end, first_new)
-    # The same in blocks: this split's are low_block to high_block, of which full_low to full_high need no mask.
+    # The same in blocks: this part's are low_block to high_block, of which full_low to full_high need no mask.
     first_block = seen_start // BLOCK_KV
     num_blocks = tl.maximum((seen_end + BLOCK_KV - 1) // BLOCK_KV - first_block, 0)
-    low_block = first_block + num_blocks * split // NUM_SPLITS
-    high_block = first_block + num_blocks * (split + 1) // NUM_SPLITS
+    low_block = first_block + num_blocks * split // parts
+    high_block = first_block + num_blocks * (split + 1) // parts
     full_low = tl.minimum(tl.maximum((full_start + BLOCK_KV - 1) // BLOCK_KV, low_block), high_block)
     full_high = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK_KV, high_block), full_low)
 
@@ -437,3 +448,9 @@ def attend_tile(
         mask=row_exists[:, None] & (features < VALUE_DIM)[None, :],
     )
     tl.store(lse + result_row, row_lse, mask=row_exists)
+    if PARTS_VARY:  # the first part says of those that this tile does not have that they see no key
+        absent = tl.arange(0, SPLITS_PADDED)
+        lacks = (absent >= tl.where(split == 0, parts, NUM_SPLITS)) & (absent < NUM_SPLITS)
+        places = lse + query_row[:, None] + absent.to(tl.int64)[None, :] * (TOKENS * KV_HEADS * GROUP)
+        nothing = tl.full((ROWS, SPLITS_PADDED), float("-inf"), tl.float32)
+        tl.store(places, nothing, mask=row_exists[:, None] & lacks[None, :])

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.xla.kernel import attend
-from paged_prefill.lowering.xla.walks import PART_HEIGHT
+from paged_prefill.lowering.xla.walks import CPU_PART_HEIGHTS, PART_HEIGHTS
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 # From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. Up to
-# so few, a CPU's products of 16 bits are as fast in the smallest tiles, and one height fewer is compiled; those of 32
-# bits are not, nor a GPU's.
-LONG_TABLE, SHORT_TABLE = 4096, 640
+# so few, a CPU's products of 16 bits are as fast in low tiles, and one height fewer is compiled; those of 32 bits are
+# not, nor a GPU's.
+LONG_TABLE, SHORT_TABLE, LOW_TILE = 4096, 640, 32
 
 
 class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 6
+    version = 7
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -38,7 +38,7 @@ class Xla(Kernel):
         if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
         low = device.platform == "cpu" and _product_dtype(jnp.dtype(problem.dtype), device).itemsize == 2
-        block_q = PART_HEIGHT if low and problem.capacity <= SHORT_TABLE else 128
+        block_q = LOW_TILE if low and problem.capacity <= SHORT_TABLE else 128
         return PrefillPageAttentionConfig(block_q=block_q, block_kv=min(_in_eights(problem.capacity), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
@@ -54,7 +54,8 @@ class Xla(Kernel):
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
-        return attend(call, config, _product_dtype(call.query.dtype, device))
+        part_heights = CPU_PART_HEIGHTS if device.platform == "cpu" else PART_HEIGHTS
+        return attend(call, config, _product_dtype(call.query.dtype, device), part_heights)
 
 
 def _product_dtype(dtype, device: Device):

@@ -18,18 +18,18 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from paged_prefill.lowering.call import Call, sinks_joined
 from paged_prefill.lowering.xla import softmax
-from paged_prefill.lowering.xla.walks import Walk, shared, tiles_of, walks
+from paged_prefill.lowering.xla.walks import Walk, heights_of, shared, tiles_of, walks
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 
-def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype):
+def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, part_heights: tuple[int, ...]):
     """The results of a call; `product_dtype` is that of the operands of its matrix products."""
-    problem = call.problem
+    problem, heights = call.problem, heights_of(config.block_q, part_heights)
     out = _bits(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
-    for walk in walks(problem, config):
-        results = Walker(call, walk, config.block_q, product_dtype).attend(results)
+    for walk in walks(problem, config, heights):
+        results = Walker(call, walk, heights, product_dtype).attend(results)
     out, lse = results
     return _floats(out, call.query.dtype), lse
 
@@ -40,9 +40,9 @@ PARTNERS = {"keys": "values", "key_scale": "value_scale"}  # what lies beside wh
 class Walker:
     """One walk of a call: what does not change from tile to tile, and its steps, from the whole to a block of keys."""
 
-    def __init__(self, call: Call, walk: Walk, block_q: int, product_dtype):
+    def __init__(self, call: Call, walk: Walk, heights: tuple[int, ...], product_dtype):
         self.call, self.problem, self.attention = call, call.problem, call.problem.attention
-        self.walk, self.block_q, self.product_dtype = walk, block_q, product_dtype
+        self.walk, self.heights, self.product_dtype = walk, heights, product_dtype
         seqs = self.problem.seqs
         self.lane_of_each = walk.alone and walk.most_blocks == 1 and isinstance(seqs, int) and seqs <= walk.lanes
         self.runs_per_page = self.problem.page_size // walk.run
@@ -90,14 +90,19 @@ class Walker:
     def _groups(self):
         """How many groups of tiles walk one after the other, and which: each lane's sequence, and a number in it."""
         sequences, lanes = self._sequences(), self.walk.lanes
-        if self.lane_of_each:
-            padded = _Sequence(*(jnp.pad(x, (0, lanes - self.problem.seqs)) for x in sequences))
-            # A token alone is such a tile, or is in none.
-            groups = 1 if self.problem.tokens == 1 else jnp.max(sequences.tiles, initial=0)
-            return groups, lambda group: (padded, jnp.zeros(lanes, jnp.int32))
-        end = sequences.first_tile + sequences.tiles
         # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
         numbers = jnp.stack(sequences, axis=1)
+        if self.lane_of_each:
+
+            def lane_of_each(group):
+                # What does not follow the loop's counter is computed ahead of the loop, even if that has no turn.
+                seq = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
+                sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
+                return sequence, (seq >= self.problem.seqs).astype(jnp.int32)
+
+            # A token alone is such a tile, or is in none.
+            return 1 if self.problem.tokens == 1 else jnp.max(sequences.tiles, initial=0), lane_of_each
+        end = sequences.first_tile + sequences.tiles
 
         def tiles_of_group(group):
             number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
@@ -112,7 +117,7 @@ class Walker:
         """The sequences, how many tiles of this height each has, and in which order these are taken."""
         call, seqs = self.call, self.call.sequences
         pools = [seqs.pool if x is None else x for x in (call.key_pool, call.value_pool)]
-        tiles, first_row = tiles_of(seqs.length, self.walk.height, self.block_q)
+        tiles, first_row = tiles_of(seqs.length, self.walk.height, self.heights)
         seq = jnp.arange(seqs.length.shape[0], dtype=jnp.int32)
         sequences = _Sequence(seq, *seqs[:4], *pools, first_row, tiles, jnp.zeros_like(tiles), jnp.ones_like(tiles))
         before = seq[:, None] < seq[None, :]
@@ -246,7 +251,8 @@ class Walker:
             some = (key >= tile.start_key[:, None]) & (key < tile.end_key[:, None])
         else:
             some = jnp.any(visible, axis=1)
-        block = block._replace(values=jnp.where(some[:, None, :, None], block.values, 0))
+        values = jnp.where(some[:, None, :, None], _bits(block.values), 0)
+        block = block._replace(values=_floats(values, block.values.dtype))
         if block.value_scale is not None:
             block = block._replace(value_scale=jnp.where(some[:, None, :], block.value_scale, 0.0))
         return block, visible
@@ -300,10 +306,10 @@ class Walker:
             [{"kv_heads": walk.heads}.get(dim, 1 if dim in single else size) for dim, size in zip(dims, array.shape)],
             mode=lax.GatherScatterMode.CLIP,
         )
-        gathered = _floats(gathered, array.dtype)
         order = [dim for dim in ("2", "lanes", "kv_heads", "runs", "page_size", "features") if dim in result]
         gathered = gathered.transpose(*map(result.index, order))
         both = gathered.reshape(-1, walk.lanes, walk.heads, walk.block_kv, *gathered.shape[order.index("page_size") + 1 :])
+        both = _floats(both, array.dtype)
         return dict(zip((name, PARTNERS[name]), both)) if layout.combined else {name: both[0]}
 
     def _scale(self, tile: "_Tile", first_head, scale, of_each_slot):
@@ -390,7 +396,8 @@ def _kept_in_loop(i, *arrays):
 def _bits(x):
     """Floats of 8 and 16 bits as integers: XLA's CPU compiler gathers and scatters those as they are.
 
-    Others it does in wider floats, bfloat16 with jaxlib 0.10 too: a gather takes half as long again.
+    Others it does in wider floats, bfloat16 with jaxlib 0.10 too: a gather takes half as long again, and so does choosing
+    between them.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
         return x

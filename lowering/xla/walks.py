@@ -14,8 +14,9 @@ from paged_prefill.lowering.call import Problem
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
-# The height of the tiles that a small rest of a sequence is cut into.
-PART_HEIGHT = 32
+# The heights of tiles that a small rest of a sequence is cut into, the tallest first. A CPU's time follows the rows, so
+# it has a lower one: a draft of five tokens takes a quarter of it. Each height is one more loop to compile.
+PART_HEIGHTS, CPU_PART_HEIGHTS = (32,), (32, 8)
 # The keys of a block that one row walks over: fewer, and a batched product takes longer for each. A table of up to
 # ONLY_BLOCK keys is a single block all the same, for which no loop over blocks is compiled.
 LANE_KEYS, ONLY_BLOCK = 128, 256
@@ -55,9 +56,9 @@ class Walk(NamedTuple):
         return self.run * self.runs
 
 
-def walks(problem: Problem, config: PrefillPageAttentionConfig) -> list[Walk]:
-    """The walks of a call, one for each height that its tokens can need."""
-    return [_walk(problem, config, height) for height in heights(problem.tokens, config.block_q)]
+def walks(problem: Problem, config: PrefillPageAttentionConfig, heights: tuple[int, ...]) -> list[Walk]:
+    """The walks of a call, one for each of `heights` that its tokens can need."""
+    return [_walk(problem, config, height) for height in needed_heights(heights, problem.tokens)]
 
 
 def _walk(problem, config, height) -> Walk:
@@ -91,38 +92,39 @@ def shared(blocks, splits: int):
     return (2 * blocks > splits) & (splits > 1)
 
 
-def heights(tokens, block_q: int) -> list[int]:
-    """The heights of tiles that so many tokens can need, the tallest first."""
-    fewest = {1: 1, PART_HEIGHT: 2, block_q: _most_in_parts(block_q) + 1}
-    return [
-        height
-        for height in sorted({1, min(PART_HEIGHT, block_q), block_q}, reverse=True)
-        if not isinstance(tokens, int) or fewest[height] <= tokens
-    ]
+def heights_of(block_q: int, part_heights: tuple[int, ...]) -> tuple[int, ...]:
+    """The heights of tiles where the tallest has block_q rows, the tallest first; the last is 1."""
+    return tuple(sorted({block_q, 1, *(height for height in part_heights if 2 * height <= block_q)}, reverse=True))
 
 
-def tiles_of(length, height: int, block_q: int):
+def needed_heights(heights: tuple[int, ...], tokens) -> list[int]:
+    """Those of `heights` that so many tokens can need."""
+    return [h for h in heights if not isinstance(tokens, int) or tokens > (_most_for_lower(heights, h) if h > 1 else 0)]
+
+
+def tiles_of(length, height: int, heights: tuple[int, ...]):
     """How many tiles of a height a sequence of `length` rows has, and its first row that is in one.
 
-    First tiles of block_q rows, the last too if what is left fills more than half of it. Else what is left goes to
-    tiles of PART_HEIGHT, or a single row to a tile of its own.
+    As many tiles of the tallest height as are full, and one more if what is left fills more than half of it. What is
+    left then goes to the next height in the same way, but that the lowest above 1 leaves no more than a single row.
     """
-    whole = lax.div(length, jnp.int32(block_q))
-    first_left = whole * block_q
-    left = length - first_left
-    in_parts = left <= _most_in_parts(block_q)
-    if height == block_q:
-        return whole + (~in_parts).astype(jnp.int32), jnp.zeros_like(length)
+    first, left = jnp.zeros_like(length), length
+    for taller in heights[: heights.index(height)]:
+        rows = _tiles(left, taller, heights) * taller
+        first, left = first + jnp.minimum(rows, left), jnp.maximum(left - rows, 0)
+    return _tiles(left, height, heights), first
+
+
+def _tiles(left, height, heights):
+    whole = lax.div(left, jnp.int32(height))
+    return whole + (left - whole * height > _most_for_lower(heights, height)).astype(jnp.int32)
+
+
+def _most_for_lower(heights, height) -> int:
+    """The most rows left by whole tiles of a height that are not one more."""
     if height == 1:
-        return (left == 1).astype(jnp.int32), first_left
-    return jnp.where((left > 1) & in_parts, lax.div(left + (height - 1), jnp.int32(height)), 0), first_left
-
-
-def _most_in_parts(block_q: int) -> int:
-    """The most rows left by whole tiles that are not one more."""
-    if block_q == 1:
         return 0
-    return block_q // 2 if PART_HEIGHT < block_q else 1
+    return height // 2 if heights[heights.index(height) + 1] > 1 else 1
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -39,44 +39,49 @@ def initialise(barriers, warps: int) -> None:
 
 
 def copy_together(barriers, stage, copies) -> None:
-    """Starts this warp's copies of a block, (source, first row, rows, target), announced to barrier `stage`."""
-    lengths = [length for _, _, length, _ in copies]
+    """Starts this warp's copies of a block, (source, first row, first column, target), announced to barrier `stage`."""
     types = [plgpu.RefType(), SPLAT]
     for _ in copies:
-        types += [plgpu.RefType(), SPLAT, plgpu.RefType()]
+        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType()]
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def start(context, barriers, stage, *operands):
         index = ir.IndexType.get()
         barrier, one = _barrier(barriers, stage), utils.single_thread_predicate(utils.ThreadSubset.WARP)
-        parts = list(zip(operands[::3], operands[1::3], lengths, operands[2::3]))
+        parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]
         arrive = "@$2 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;"
         total = arith.constant(ir.IntegerType.get_signless(32), sum(_bytes(target) for *_, target in parts))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"), [barrier.get_ptr(), total, one], arrive, "r,r,b", has_side_effects=True
         )
-        for source, row, length, target in parts:
-            if ir.MemRefType(source.type).shape[1] > MOST_COLUMNS:
-                _copy_rows(source, row.registers.item(), target, barrier, one)
+        for source, *firsts, target in parts:
+            if ir.MemRefType(target.type).shape[1] > MOST_COLUMNS:
+                _copy_rows(source, *(first.registers.item() for first in firsts), target, barrier, one)
                 continue
-            first = arith.index_cast(index, row.registers.item())
+            place = tuple(
+                mgpu.ds(arith.index_cast(index, first.registers.item()), size)
+                for first, size in zip(firsts, ir.MemRefType(target.type).shape)
+            )
             context.async_copy(
-                src_ref=source, dst_ref=target, gmem_slice=(mgpu.ds(first, length),), barrier=barrier, arrive=False,
-                predicate=one,
-            )  # fmt: skip
+                src_ref=source, dst_ref=target, gmem_slice=place, barrier=barrier, arrive=False, predicate=one
+            )
 
-    start(barriers, stage, *[x for source, row, _, target in copies for x in (source, row, target)])
+    start(barriers, stage, *[x for copy in copies for x in copy])
 
 
-def _copy_rows(source, row, target, barrier, predicate) -> None:
-    """Copies whole rows, which lie together: a plain run of bytes."""
-    i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
-    columns = arith.constant(i64, ir.MemRefType(source.type).shape[1])  # of 8 bits
-    start = utils.getelementptr(utils.memref_ptr(source), [arith.muli(arith.extsi(i64, row), columns)], i8)
-    size = arith.constant(ir.IntegerType.get_signless(32), _bytes(target))
+def _copy_rows(source, row, column, target, barrier, predicate) -> None:
+    """Copies so many columns of rows of bytes as a plain run of them, or where rows have more columns, one each."""
+    i8, i32, i64 = (ir.IntegerType.get_signless(width) for width in (8, 32, 64))
+    (rows, columns), width = ir.MemRefType(target.type).shape, ir.MemRefType(source.type).shape[1]
+    start = arith.addi(arith.muli(arith.extsi(i64, row), arith.constant(i64, width)), arith.extsi(i64, column))
+    start = utils.getelementptr(utils.memref_ptr(source), [start], i8)
+    together = rows if width == columns else 1
+    size = arith.constant(i32, together * columns)
     copy = "@$4 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    operands = [utils.memref_ptr(target), start, size, barrier.get_ptr(), predicate]
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, copy, "r,l,r,r,b", has_side_effects=True)
+    for i in range(0, rows, together):
+        place = utils.getelementptr(utils.memref_ptr(target), [i * columns], i8)
+        operands = [place, utils.getelementptr(start, [i * width], i8), size, barrier.get_ptr(), predicate]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, copy, "r,l,r,r,b", has_side_effects=True)
 
 
 def wait(barriers, stage, phase) -> None:

@@ -23,9 +23,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, s
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    attention = _Attention(plan, piece, done, warpgroup, optional, sources, **scratch)
+    attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
@@ -78,22 +78,23 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
 
 
 class _Attention:
-    """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
+    """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, optional, sources, *, query_views, keys, values, query_here, query_free,
-        keys_here, values_here, keys_free, values_free, turn, cleaned, keys_scales=None, values_scales=None, **_,
+        self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, keys, values, query_here,
+        query_free, keys_here, values_here, keys_free, values_free, turn, cleaned, keys_scales=None, values_scales=None,
+        **_,
     ):  # fmt: skip
-        self.plan, self.piece, self.done, self.warpgroup = plan, piece, done, warpgroup
+        self.plan, self.piece, self.done, self.team, self.warpgroup = plan, piece, done, team, warpgroup
         self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
         _, *views = query_views
-        self.loaded_query, self.query = (view.at[warpgroup] for [view] in views)
+        self.loaded_query, self.query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
         self.keys, self.values = keys, values
-        self.query_here, self.query_free = query_here, query_free
+        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
-        self.turn, self.cleaned = turn, cleaned
+        self.turn, self.cleaned = turn, cleaned.at[team]
         self.slot_scales = dict(key_scales=keys_scales, value_scales=values_scales)
 
     def pass_over(self, first, end):
@@ -277,7 +278,7 @@ class _Attention:
         return scale_or_one(self.plan, self.sources[source], self.piece)
 
     def _slot_of(self, i):
-        return lax.rem(self.done + i, self.plan.slots)
+        return self.plan.slot_of(self.team, self.done + i)
 
     def _take_turn(self):
         if self.plan.takes_turns:

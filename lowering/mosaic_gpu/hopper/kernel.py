@@ -3,9 +3,11 @@
 The block takes a *tile*: some tokens of one sequence, for some of the query heads that share a KV head, 64 rows (a head
 and a token) to each compute warpgroup (compute.py). One more warpgroup only loads: its warps copy keys and values page
 by page, from where they lie into the rows of a swizzled tile in shared memory, and the query rows of the next tile.
+Where tiles have few keys, two of one warpgroup each go on side by side: *teams*, with blocks and barriers of their own.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -50,7 +52,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
     lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
     def ring(features):
-        return plgpu.SMEM((plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
+        return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
 
     blocks = dict(keys=ring(plan.head_dim)) | ({} if plan.latent else dict(values=ring(plan.value_dim)))
     if plan.shares_place:
@@ -58,7 +60,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    query_shape = (plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
+    query_shape = (plan.teams * plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
     views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
@@ -66,23 +68,24 @@ def launch(plan: Plan, schedule, query, caches, optional):
     slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts),
-        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups),
+        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.teams),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
         **blocks,
-        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots * len(plan.key_groups)),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots * turns),
+        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
     )
     if not plan.latent:
+        outputs = plan.teams * plan.slots * plan.output_turns
         scratch |= dict(
-            values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.slots),
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.slots * plan.output_turns),
+            values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
     if plan.wide:
         scratch |= wide.wide_scratch(plan)
     else:
         scratch |= dict(
             turn=plgpu.Barrier(num_barriers=plan.warpgroups),
-            cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups),
+            cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
         )
     if plan.quantised:
         scratch |= widening_scratch(plan)
@@ -92,7 +95,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
-        num_threads=plan.warpgroups + plan.loading_warpgroups,
+        num_threads=plan.computing_warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -118,11 +121,12 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
 
-    def each_piece(do):
-        """Calls do(piece, steps already done) for this block's pieces: longest first, to and fro over the blocks."""
+    def each_piece(do, team=0):
+        """Calls do(piece, steps already done) for a team's pieces: longest first, to and fro over the blocks' teams."""
+        place, places = team * blocks + block, plan.teams * blocks
 
         def turn(i, done, pieces=plan.pieces):
-            index = i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
+            index = i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
             piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
             exists = (index < pieces) & (piece.tile.length > 0)
             pl.when(exists)(lambda: do(piece, done))
@@ -132,24 +136,27 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
             """Asks how many there are beside asking for one: neither waits for the other."""
             i, done, _ = carry
             pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles
-            return i + 1, turn(i, done, pieces), (i + 1) * blocks < pieces
+            return i + 1, turn(i, done, pieces), (i + 1) * places < pieces
 
         if plan.parts.vary:
             lax.while_loop(lambda carry: carry[2], turn_of_parts, (jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
         else:
-            lax.fori_loop(0, -(-plan.pieces // blocks), turn, jnp.int32(0))
+            lax.fori_loop(0, -(-plan.pieces // places), turn, jnp.int32(0))
 
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     sources = _sources(plan, caches, optional, **scratch)
 
-    @pl.when(warpgroup < plan.warpgroups)
+    @pl.when(warpgroup < plan.computing_warpgroups)
     def _():
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(warpgroup=warpgroup, optional=optional, sources=sources, out=out, lse=lse)
-        each_piece(functools.partial(wide.compute if plan.wide else compute, plan, **shared, **scratch))
+        shared = dict(optional=optional, sources=sources, out=out, lse=lse)
+        if plan.wide:
+            return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+        team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
+        each_piece(functools.partial(compute, plan, team=team, warpgroup=of_team, **shared, **scratch), team)
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
@@ -164,7 +171,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         pl.when(warp == 0)(lambda: _load(plan, each_piece, pages, query, sources, None, **scratch))
         pl.when(warp > 0)(lambda: widen(plan, each_piece, pages, sources, warp - 1))
 
-    @pl.when(warpgroup == plan.warpgroups)
+    @pl.when(warpgroup == plan.computing_warpgroups)
     def _():
         _set_registers(plan.registers.loads, "decrease")
         if plan.quantised:
@@ -173,7 +180,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     if plan.loading_warpgroups == 2:
 
-        @pl.when(warpgroup == plan.warpgroups + 1)
+        @pl.when(warpgroup == plan.computing_warpgroups + 1)
         def _():
             _set_registers(plan.registers.widens, "decrease")
             plgpu.barrier_wait(scratch["started"])
@@ -203,6 +210,7 @@ class Piece(NamedTuple):
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: they are taken from there downwards
     steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
+    cache_head: Int[Array, ""]  # KV head, those of all pools counted on
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
     first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
@@ -224,7 +232,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     if not plan.parts.vary:
-        tile = _part(tile, part, plan.splits)
+        tile = plan.parts.part(tile, part, plan.splits)
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
@@ -232,18 +240,11 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
         head_tile=head_tile,
         last=tile.first_block + steps - 1,
         steps=steps,
+        cache_head=pool * plan.cache_kv_heads + kv_head_start[0] + kv_head,
         head=kv_head * plan.group + in_group,
         heads_left=plan.group - in_group,
         first_row=pool * plan.pool_rows + (kv_head_start[0] + kv_head) * plan.head_rows,
     )
-
-
-def _part(tile: Tiles, part, splits: int) -> Tiles:
-    """One of as many parts as every tile has, the last of which may be empty."""
-    share = lax.div(tile.end_block - tile.first_block + splits - 1, splits)
-    first_block = tile.first_block + part * share
-    end_block = jnp.minimum(first_block + share, tile.end_block)
-    return tile._replace(first_block=first_block, end_block=end_block, part=part)
 
 
 class Source(NamedTuple):
@@ -261,7 +262,7 @@ class Source(NamedTuple):
     free: jax.Array
     scale: str | None
     scales: jax.Array | None  # in global memory
-    slot_scales: tuple = ()  # (in global memory, of blocks for those that compute)
+    slot_scales: tuple = ()  # (in global memory, rows from those of keys, of blocks for those that compute)
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
@@ -277,8 +278,8 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
     )
     found, names = [], ("key_scale", "value_scale")
     slot_scales = tuple(
-        (optional[its_scale], scratch[f"{name}_scales"])
-        for its_scale, (name, _, scale) in zip(names, kinds)
+        (optional[its_scale], beside, scratch[f"{name}_scales"])
+        for its_scale, (name, (beside, _), scale) in zip(names, kinds)
         if scale == "slot"
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
@@ -302,22 +303,23 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
 def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_here, query_free, **_):
     """Copies each piece's query rows, and its blocks of keys and values page by page.
 
-    Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone; all is one's where
-    `warp` is None.
+    Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are
+    two teams; everything is one's where `warp` is None.
     """
     [[query_slots], *_] = query_views
 
-    def copy_query(piece, done):
-        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free))
+    def copy_query(team, piece, done):
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free.at[team]))
         for row in range(0, plan.rows, plan.slab):
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
-                slots = query_slots.at[row // WARPGROUP_ROWS, part, pl.ds(row % WARPGROUP_ROWS, plan.slab)]
-                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here)
+                its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
+                slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
+                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[team])
 
-    def copy(offsets, sources, before=None):
+    def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
 
         def row_of(piece, key, beside):
@@ -325,10 +327,10 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
         def copy_piece(piece, done):
             if before is not None:
-                before(piece, done)
+                before(team, piece, done)
 
             def step(i, _):
-                slot = lax.rem(done + i, plan.stages)
+                slot = team * plan.stages + lax.rem(done + i, plan.stages)
                 rows = {
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
@@ -343,17 +345,18 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
             lax.fori_loop(0, piece.steps, step, None)
 
-        each_piece(copy_piece)
+        each_piece(copy_piece, team)
 
     offsets = range(0, plan.block_kv, plan.run)
     if warp is None:
         return copy(offsets, sources, copy_query)
-    size = copies_of_a_warp(plan)
-    for part, first in enumerate(range(0, len(offsets), size)):
-        for i, source in enumerate(sources):
-            before = copy_query if part == 0 and source is sources[-1] else None
-            share = offsets[first : first + size]
-            pl.when(warp == len(sources) * part + i)(functools.partial(copy, share, [source], before))
+    warps, size = 4 // plan.teams, copies_of_a_warp(plan)
+    firsts = range(0, len(offsets), size)
+    for team, (part, first), (i, source) in itertools.product(range(plan.teams), enumerate(firsts), enumerate(sources)):
+        before = copy_query if part == 0 and source is sources[-1] else None
+        share = offsets[first : first + size]
+        its_warp = team * warps + len(sources) * part + i
+        pl.when(warp == its_warp)(functools.partial(copy, share, [source], before, team))
 
 
 def loading_warps(plan: Plan) -> int:
@@ -363,16 +366,14 @@ def loading_warps(plan: Plan) -> int:
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
+    column = plan.in_slot(piece, source.beside) * source.features
     if not plan.quantised:
         for offset, row in zip(offsets, rows):
             place = pl.ds(row, plan.run)
             if plan.slot_rows > 1:  # of a slot, one head's columns
-                first = lax.rem(piece.first_row + source.beside, plan.slot_rows) * source.features
-                place = place, pl.ds(first, source.features)
+                place = place, pl.ds(column, source.features)
             slots = source.blocks.at[slot, pl.ds(offset, plan.run)]
             plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
         return
-    copies = []
-    for offset, row in zip(offsets, rows):
-        copies.append((source.rows, row, plan.run, source.blocks.at[slot, pl.ds(offset, plan.run)]))
-    copy_together(source.here, slot, copies)
+    targets = [source.blocks.at[slot, pl.ds(offset, plan.run)] for offset in offsets]
+    copy_together(source.here, slot, [(source.rows, row, column, target) for row, target in zip(rows, targets)])

@@ -65,6 +65,7 @@ class Plan:
     cores: int  # as many blocks are launched at most: any other number is right too, and less balanced
     group: int  # query heads of a KV head
     num_kv_heads: int
+    cache_kv_heads: int  # of which this call reads some
     seqs_of_pack: int  # which share their sinks
     seqs_of_pool: int  # that have one entry among the pools
     head_dim: int
@@ -82,7 +83,8 @@ class Plan:
     value_rows: int  # and from a key to its value, where they lie in one array
     block_q: int
     block_kv: int
-    warpgroups: int
+    warpgroups: int  # that compute a tile
+    teams: int  # tiles that a thread block goes through side by side, each a team of its own
     stages: int
     parts: Parts  # of a tile's keys
     softmax_scale: float
@@ -125,8 +127,15 @@ class Plan:
         return 2 if self.quantised and (self.warpgroups < 2 or self.wide) else 1
 
     @property
+    def computing_warpgroups(self) -> int:
+        """Those of all teams."""
+        return self.teams * self.warpgroups
+
+    @property
     def registers(self) -> Registers:
-        return WIDE_REGISTERS[self.quantised] if self.wide else REGISTERS[self.warpgroups, self.quantised]
+        if self.wide:
+            return WIDE_REGISTERS[self.quantised]
+        return REGISTERS[self.computing_warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -260,6 +269,10 @@ class Plan:
         """Whether rows may not see the first keys of their sequence."""
         return self.has_ranges or self.window is not None
 
+    def slot_of(self, team, step):
+        """Where a step's block lies among those of all teams."""
+        return team * self.slots + lax.rem(step, self.slots)
+
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""
         return piece.tile.seq * self.pages_per_seq + jnp.minimum(lax.div(key, self.page_size), self.pages_per_seq - 1)
@@ -269,6 +282,14 @@ class Plan:
         page = jnp.clip(page, 0, self.num_pages - 1)
         first = lax.div(piece.first_row + beside, self.slot_rows)
         return first + page * (self.page_rows // self.slot_rows) + lax.rem(key, self.page_size)
+
+    def in_slot(self, piece, beside=0):
+        """How many others of its slot lie before a key, or what lies so many rows beside it: those of other heads."""
+        return lax.rem(piece.first_row + beside, self.slot_rows)
+
+    def place_of_scale(self, piece, page, key, beside=0):
+        """Where a slot's own scale stands: scales lie as the cache does."""
+        return self.row_of(piece, page, key, beside) * self.slot_rows + self.in_slot(piece, beside)
 
     @property
     def run(self) -> int:

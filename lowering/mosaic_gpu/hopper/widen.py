@@ -57,8 +57,8 @@ def copies_of(plan: Plan) -> int:
 
 
 def copies_of_a_warp(plan: Plan) -> int:
-    """Those of keys, or of values, where all four warps of a warpgroup load."""
-    return -(-copies_of(plan) * (1 if plan.latent else 2) // 4)
+    """Those of keys, or of values, where all four warps of a warpgroup load, a team's share each."""
+    return -(-copies_of(plan) * (1 if plan.latent else 2) // (4 // plan.teams))
 
 
 def slot_of_scales(plan: Plan, step):
@@ -147,7 +147,7 @@ class _SlotScales:
     def store(self, place, fetched):
         """Puts the scales of a block where those that compute read them."""
         _, scales = fetched
-        for (_, ordered), numbers in zip(self.slot_scales, scales):
+        for (*_, ordered), numbers in zip(self.slot_scales, scales):
             for (slot, is_mine), number in zip(self.slots, numbers):
                 threads.store(ordered.at[place], slot, number, is_mine)
 
@@ -159,8 +159,11 @@ class _SlotScales:
         return [threads.load(self.pages, self.plan.page_of(self.piece, key)) for key in self._keys_of(i)]
 
     def _scales_of(self, i, pages):
-        rows = [self.plan.row_of(self.piece, page, key) for page, key in zip(pages, self._keys_of(i))]
-        return [[threads.load(scales, row) for row in rows] for scales, _ in self.slot_scales]
+        slots = list(zip(pages, self._keys_of(i)))
+        return [
+            [threads.load(scales, self.plan.place_of_scale(self.piece, *slot, beside)) for slot in slots]
+            for scales, beside, _ in self.slot_scales
+        ]
 
 
 def scale_of(plan: Plan, source, piece):
@@ -169,7 +172,7 @@ def scale_of(plan: Plan, source, piece):
         case "tensor":
             return source.scales[piece.pool]
         case "head":
-            return source.scales[lax.div(piece.first_row, plan.head_rows)]
+            return source.scales[piece.cache_head]
     return None
 
 
