@@ -394,6 +394,8 @@ def _has_short_prompts(problem: Problem) -> bool:
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
     """Whether decode steps have work for most teams: memory serves two of a core a little faster than one."""
+    if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
+        return False
     few = problem.tokens_per_seq < FEW_TOKENS and _warpgroups(config) == 1
     return few and programs(problem, config) >= MOST_CORES * device.cores
 
