@@ -172,7 +172,7 @@ class Plan:
 
     @property
     def turns_before_keys(self) -> list[int]:
-        """The turns of the last block's output that groups of widened keys wait for; the first group, if there is one."""
+        """The turns of the last block's output that groups of widened keys wait for: if it is one, the first group."""
         same_places = self.latent or self.head_dim == self.value_dim
         return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
 
