@@ -40,7 +40,7 @@ class Count:
 def count(path: str, operands: dict, delay: int | None) -> Count:
     """Runs the program whose final bundles are in a file, with the integers among its operands by their number.
 
-    `delay` are the bundles behind a branch that run before it is taken; None, as on 7x, if all up to the next region.
+    `delay` are the bundles behind a branch that run before it is taken; None, as on 7x, if all up to where a region starts or ends.
     """
     with open(path, errors="replace") as lines:
         return Program(lines).run(operands, delay)
@@ -109,7 +109,7 @@ class Program:
     def run(self, operands, delay: int | None) -> Count:
         """Runs it once."""
         state, ran, at = State(self, operands), np.zeros(len(self.bundles) + 1, np.int64), 0
-        starts = {*self.regions.values(), len(self.bundles)}
+        borders = {*self.regions.values(), *(end + 1 for end in self.ends.values())}
         branch = None  # where one leads, and where it is taken
         for _ in range(MOST_BUNDLES):
             if at >= len(self.bundles):
@@ -118,7 +118,7 @@ class Program:
             target = state.execute(self.bundles[at])
             at += 1
             if target is not None:
-                taken_at = at + delay if delay else next(i for i in range(at, len(self.bundles) + 1) if i in starts)
+                taken_at = at + delay if delay else next(i for i in range(at, len(self.bundles) + 1) if i in borders)
                 branch = self.place_of(target, at, taken_at), taken_at
             if branch is not None and at == branch[1]:
                 at, branch = branch[0], None
@@ -176,6 +176,8 @@ class State:
                 self.smem[self.get(arguments[0])] = self.get(arguments[1])
             elif name.startswith("dma."):
                 self._copy(*(self.get(x) for x in arguments[:3]))
+            elif name.startswith("int_to_ptr"):  # no instruction: it writes no register, where others may be by now
+                self.values[result] = self.get(arguments[0])
             elif result is not None:
                 self.set(result, self._value(name, [self.get(x) for x in arguments]))
         return target
@@ -199,7 +201,7 @@ class State:
             return PREDICATES[name](*x) if None not in x else None
         if None in x:
             return None
-        if name == "smov" or name.startswith("int_to_ptr"):
+        if name == "smov":
             return x[0]
         if name.startswith("scalar_lea"):
             return sum(x)

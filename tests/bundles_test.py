@@ -57,6 +57,29 @@ class BundlesTest(parameterized.TestCase):
 """
         self.assertEqual(bundles.Program(program.splitlines()).run({}, 4).bundles, 8)
 
+    def test_the_delay_of_a_branch_ends_with_the_loop_around_it(self):
+        program = """
+     0   :  { %s1_s0 = smov 0 } /* Start region 1 */
+   0x1 LB: > { %s3_s0 = sadd.s32 1, %s2_s0  ;;  %s2_s0 = sphi %s1_s0, %s3_s0 /* phi copy */ } /* Start region 2 */
+   0x2   : > { %p4_p0 = scmp.ge.s32.totalorder %s3_s0, 3 }
+   0x3   : > { %5 = sbr.rel (!%p4_p0) target = $region2 }
+   0x4   : > {} /* End region 2 */
+   0x5   :  {}
+   0x6   :  {} /* End region 1 */
+"""
+        self.assertEqual(bundles.Program(program.splitlines()).run({}, None).bundles, 1 + 3 * 4 + 2)
+
+    def test_a_pointer_is_no_instruction_and_writes_no_register(self):
+        program = """
+     0   :  { %s1_s0 = smov 0 }
+   0x1 LB: > { %s3_s0 = sadd.s32 1, %s2_s0  ;;  %s2_s0 = sphi %s1_s0, %s3_s0 /* phi copy */ } /* Start region 1 */
+   0x2   : > { %p4_p0 = scmp.ge.s32.totalorder %s3_s0, 3 }
+   0x3   : > { %s5_s0 = sshll.u32 (%p4_p0), %s9_s1, 4  ;;  %s6_s0 = int_to_ptr.vmem [resolvable:$true] %s5_s0 }
+   0x4   : > { %7 = sbr.rel (!%p4_p0) target = $region1 }
+   0x5   : > {} /* End region 1 */
+"""
+        self.assertEqual(bundles.Program(program.splitlines()).run({}, None).bundles, 1 + 3 * 5)
+
 
 if __name__ == "__main__":
     absltest.main()

@@ -85,6 +85,10 @@ class CompileTest(parameterized.TestCase):
         ("group_of_64", dict(q_heads=64, kv_heads=1)),
         ("page_of_8_float32", dict(page_size=8, dtype="float32", head_dim=256)),
         ("decode_in_groups_of_1", dict(tokens=3, q_heads=2)),
+        # Where pages are smaller than native tiles, several share one.
+        ("int8_page_of_48", dict(page_size=48, cache_dtype="int8", pages=64)),
+        ("int8_head_dim_256_and_page_of_16", dict(head_dim=256, cache_dtype="int8", pages=64)),
+        ("float32_over_int8_page_of_8", dict(page_size=8, dtype="float32", cache_dtype="int8", pages=64)),
         ("table_larger_than_scalar_memory", dict(seqs=64, pages_per_seq=8192, tokens=64)),
     )
     def test_shapes(self, shape):  # head_dim 64 and 80 and large pages are compiled below

@@ -107,6 +107,7 @@ class MosaicTpuTest(chex.TestCase):
         ("groups_of_4", dict(q_heads=16, kv_heads=4)),
         ("groups_of_1_with_a_window", dict(q_heads=16, kv_heads=16, sliding_window=70)),
         ("groups_of_5", dict(q_heads=40, kv_heads=8)),
+        ("steps_of_two_chunks", dict(q_heads=16, kv_heads=4, decode_keys=128)),
         ("group_of_17_and_one_kv_head", dict(q_heads=17, kv_heads=1)),
         ("beside_a_chunk_on_two_cores", dict(q_heads=12, kv_heads=4, cores=2, chunk=(20, 70))),
     )
@@ -114,10 +115,10 @@ class MosaicTpuTest(chex.TestCase):
         # Blocks of two chunks that are seen whole before others that are, and before those that are not, and at the ends
         # of what is seen; a sequence of more tokens between, one without any, and one that sees nothing.
         cores, window = shape.pop("cores", 1), dict(sliding_window=shape.get("sliding_window"))
-        chunk, context = shape.pop("chunk", (2, 20))
+        (chunk, context), decode_keys = shape.pop("chunk", (2, 20)), shape.pop("decode_keys", 32)
         lengths, contexts = [1, 1, 1, 0, 1, chunk, 1], [64, 200, 96, 33, 0, context, 70]
         pack = packs.make_pack(9, lengths, contexts, head_dim=16, tokens_before=1, tokens_after=1, **shape)
-        with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=32):
+        with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=decode_keys):
             results = run(pack, block_q=16, block_kv=32, cores=cores, **window)
         packs.assert_matches_reference(pack, *results, **window)
 

@@ -101,8 +101,8 @@ def kernel(head_start_ref, *refs, static: Static):
     item = pl.program_id(1)
     kv_heads = row_tiles.kv_heads
     fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
-    key_start, key_end, block_kv = items.key_start[item], items.key_end[item], fetcher.block_kv
-    at_once = schedule.largest_divisor(row_tiles.tiles // row_tiles.period, _periods_at_once(row_tiles, sizes))
+    key_start, key_end, block_kv = items.key_start[item], items.key_end[item], sizes.block_kv
+    at_once, chunks_at_once = _at_once(row_tiles, sizes)
     steps = row_tiles.tiles // row_tiles.period // at_once
 
     scratch.m[...] = jnp.full(scratch.m.shape, -jnp.inf, jnp.float32)
@@ -134,22 +134,24 @@ def kernel(head_start_ref, *refs, static: Static):
             """Every key of the block is seen, and every run of the next one is needed."""
             fetcher.wait(block, slot)
             copy = fetcher.copier(following, 1 - slot)
-            steps_with_copies = schedule.largest_divisor(sizes.runs_per_chunk, steps)
-            share = sizes.runs_per_chunk // steps_with_copies
+            runs = chunks_at_once * sizes.runs_per_chunk
+            steps_with_copies = schedule.largest_divisor(runs, steps)
+            share = runs // steps_with_copies
 
-            @pl.loop(0, sizes.chunks_per_block)
-            def _(chunk):
+            @pl.loop(0, sizes.chunks_per_block // chunks_at_once)
+            def _(i):
+                chunks = [i * chunks_at_once + chunk for chunk in range(chunks_at_once)]
+
                 def copies(part):
-                    first = chunk * sizes.runs_per_chunk + part * share
-                    return [functools.partial(copy, first, i) for i in range(share)]
+                    return [functools.partial(copy, i * runs + part * share, run) for run in range(share)]
 
                 @pl.loop(0, steps_with_copies)
                 def _(part):
-                    step(chunk, part * at_once, at_once, beside=copies(part))
+                    step(chunks, part * at_once, at_once, beside=copies(part))
 
                 @pl.loop(steps_with_copies, steps)
                 def _(part):
-                    step(chunk, part * at_once, at_once)
+                    step(chunks, part * at_once, at_once)
 
         @pl.when(jnp.logical_not(hot))
         def masked():
@@ -166,34 +168,36 @@ def kernel(head_start_ref, *refs, static: Static):
 
                 @pl.loop(0, steps)
                 def _(part):
-                    step(chunk, part * at_once, at_once, interval)
+                    step([chunk], part * at_once, at_once, interval)
 
     _write(out_ref, lse_ref, scratch, static.softmax_scale if static.soft_cap is None else static.soft_cap)
 
 
-def _periods_at_once(row_tiles: RowTiles, sizes: Sizes) -> int:
-    """Periods of tiles in one step: enough products for the matrix unit never to wait for a softmax."""
-    heads = row_tiles.period * row_tiles.rows / row_tiles.group
-    return max(1, int(schedule.DECODE_KEYS / (heads * sizes.chunk)))
+def _at_once(row_tiles: RowTiles, sizes: Sizes) -> tuple[int, int]:
+    """Periods of tiles and chunks in one step: enough products for the matrix unit never to wait for a softmax."""
+    keys_of_period = row_tiles.period * row_tiles.rows * sizes.chunk / row_tiles.group
+    most = max(1, int(schedule.DECODE_KEYS / keys_of_period))
+    periods = schedule.largest_divisor(row_tiles.tiles // row_tiles.period, most)
+    return periods, schedule.largest_divisor(sizes.chunks_per_block, most // periods)
 
 
 def _attend_step(
-    chunk, first_period, periods, interval=None, beside=(), *, query_ref, keys_ref, values_ref, scratch: Scratch,
+    chunks, first_period, periods, interval=None, beside=(), *, query_ref, keys_ref, values_ref, scratch: Scratch,
     static: Static, scale_of, slot_scales_of,
 ):  # fmt: skip
-    """Folds a chunk of keys into the running values of some periods of tiles; `interval` is what is seen of it.
+    """Folds chunks of keys into the running values of some periods of tiles; `interval` is what is seen of each chunk.
 
-    `beside` are functions that start copies, spread evenly over the products: the compiler keeps loads and copies in the
-    order of the program, and only what lies between them runs at the same time. `scale_of` is the scale of "key" or
-    "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
+    All logits come first: the matrix unit computes those of later chunks while the softmax of the first ones runs.
+    `beside` are functions that start copies, spread evenly over the products with values: the compiler keeps loads and
+    copies in the order of the program, and only what lies between them runs at the same time. `scale_of` is the scale of
+    "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
     """
     sizes, row_tiles, softmax_scale, soft_cap = static.sizes, static.row_tiles, static.softmax_scale, static.soft_cap
     rows, period = row_tiles.rows, row_tiles.period
     tiles = range(periods * period)
-    products = 2 * sum(len(row_tiles.kv_heads_of(tile % period)) for tile in tiles)
+    products = len(chunks) * sum(len(row_tiles.kv_heads_of(tile % period)) for tile in tiles)
     # Products are in pieces, for copies to lie between them.
-    piece_runs = max(1, schedule.DEPTH // sizes.run)
-    pieces = range(0, sizes.runs_per_chunk, piece_runs)
+    pieces = [slice(first, min(first + schedule.DEPTH, sizes.chunk)) for first in range(0, sizes.chunk, schedule.DEPTH)]
     shares = _shares(beside, products * len(pieces))
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
     to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
@@ -203,25 +207,23 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def weighted(p, head):
+    def weighted(p, head, chunk):
         """Weights [rows, keys] times the scales of values, as they come to be multiplied."""
         if (scales := slot_scales_of("value", head, chunk)) is not None:
             p = p * (scales if interval is None else zero_scales_outside(scales, interval))  # 0 * NaN is NaN
         return p.astype(query_ref.dtype)
 
-    def of_each_head(tile, x, ref, contract, name):
+    def of_each_head(chunk, tile, x, ref, contract, name):
         """The product of each row with what its KV head has in `ref`, times the scales."""
         result = None
         for head in row_tiles.kv_heads_of(tile % period):
             place = (first_period + tile // period) * (period * rows // row_tiles.group) + head
-            rows_of_x, here = weighted(x, place) if contract == 0 else x, []
-            for piece in pieces:
-                keys = slice(piece * sizes.run, min(piece + piece_runs, sizes.runs_per_chunk) * sizes.run)
-                y = ref[pl.ds(chunk * sizes.runs_per_chunk + piece, (keys.stop - keys.start) // sizes.run), place]
-                y = y.astype(query_ref.dtype).reshape(-1, y.shape[-1])
+            rows_of_x, here = weighted(x, place, chunk) if contract == 0 else x, []
+            for keys in pieces:
+                y = ref[place, sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)].astype(query_ref.dtype)
                 y = y[:, : static.value_dim] if contract == 0 else y
                 here.append(product(rows_of_x[:, keys] if contract == 0 else x, y, contract))
-                for start in next(shares):
+                for start in next(shares) if contract == 0 else ():
                     start()
             here = sum(here) if contract == 0 else jnp.concatenate(here, axis=1)
             for scale in (scale_of(name, place), slot_scales_of(name, place, chunk) if contract == 1 else None):
@@ -246,12 +248,16 @@ def _attend_step(
         scratch.l[at] = scratch.l[at] * fade + lane_sums(p)
         return p, fade
 
-    logits = [of_each_head(tile, query_ref[first_period * period + tile], keys_ref, 1, "key") for tile in tiles]
-    weights = [softmax(tile, s) for tile, s in zip(tiles, logits)]
-    for tile, (p, fade) in zip(tiles, weights):
-        at = first_period * period + tile
-        added = of_each_head(tile, p, values_ref, 0, "value")
-        scratch.acc[at] = scratch.acc[at] * widen(fade, added.shape[1]) + added
+    def logits(chunk, tile):
+        return of_each_head(chunk, tile, query_ref[first_period * period + tile], keys_ref, 1, "key")
+
+    logits_of_chunks = [[logits(chunk, tile) for tile in tiles] for chunk in chunks]
+    for chunk, logits_of_tiles in zip(chunks, logits_of_chunks):
+        weights = [softmax(tile, s) for tile, s in zip(tiles, logits_of_tiles)]
+        for tile, (p, fade) in zip(tiles, weights):
+            at = first_period * period + tile
+            added = of_each_head(chunk, tile, p, values_ref, 0, "value")
+            scratch.acc[at] = scratch.acc[at] * widen(fade, added.shape[1]) + added
 
 
 def _shares(sequence, count):
@@ -365,5 +371,6 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     value_dim = round_up(problem.value_dim, LANES)
     tiles = 2 * rows * ((round_up(problem.head_dim, LANES) + value_dim) * jnp.dtype(problem.dtype).itemsize + 32)
     running = rows * (value_dim + 2 * LANES) * 4
-    step = 2 * rows * round_up(sizes.chunk, LANES) * 4  # what the compiler keeps of a step
+    keys_at_once = round_up(sizes.chunk * _at_once(row_tiles, sizes)[1], LANES)
+    step = 2 * rows * keys_at_once * 4  # what the compiler keeps of a step
     return tiles + running + step

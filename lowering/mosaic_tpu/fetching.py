@@ -101,8 +101,8 @@ class Scales(NamedTuple):
 class Buffers(NamedTuple):
     """What is kept on the chip from one grid step to the next."""
 
-    keys: object  # VMEM [2, runs_per_block, kv_heads, run, head_dim]
-    values: object  # VMEM [2, runs_per_block, kv_heads, run, value_dim]
+    keys: object  # VMEM [2, kv_heads, keys of a block, head_dim]
+    values: object  # VMEM [2, kv_heads, keys of a block, value_dim]
     key_scales: object  # VMEM [2, kv_heads, chunks_per_block, 1, chunk], or None like the next
     value_scales: object
     table: object  # SMEM [2 * pages_per_seq]
@@ -145,9 +145,8 @@ class Fetcher:
         of_core = pl.ds(pl.program_id(0) * kv_heads, kv_heads)
         scales = (pages.key_scales, buffers.key_scales), (pages.value_scales, buffers.value_scales)
         self.scales = [(array.at[:, of_core], buffer) for array, buffer in scales if array is not None]
-        self.block_kv = sizes.runs_per_block * sizes.run
-        self.first_block = lax.div(items.key_start[item], self.block_kv)
-        self.last_block = jnp.maximum(lax.div(items.key_end[item] - 1, self.block_kv), self.first_block)
+        self.first_block = lax.div(items.key_start[item], self.sizes.block_kv)
+        self.last_block = jnp.maximum(lax.div(items.key_end[item] - 1, self.sizes.block_kv), self.first_block)
 
     def begin(self):
         """What comes before the blocks of the item: the very first fetch, and the next item's row of the table."""
@@ -182,7 +181,7 @@ class Fetcher:
             self._table_copy(self.item + 1).wait()
 
         next_item = jnp.where(last & exists, self.item + 1, self.item)
-        first_block = lax.div(self.items.key_start[next_item], self.block_kv)
+        first_block = lax.div(self.items.key_start[next_item], self.sizes.block_kv)
         return Block(next_item, jnp.where(last, first_block, block + 1)), exists
 
     def whole(self, block: Block):
@@ -205,14 +204,18 @@ class Fetcher:
     def copier(self, block: Block, slot):
         """Starts to copy a block's scales. Returns the function that starts to copy run `at + i` of it.
 
-        Where `i` is static, `at` is added up but once.
+        `i` is static, and `at` is added up but once. So are the pool and the first head.
         """
         for copy in self._scale_copies(block, slot):
             copy.start()
         runs_per_page, sem = self.sizes.runs_per_page, self.buffers.page_sems.at[slot]
         first = block.number * self.sizes.runs_per_block
         table = self._table_slot(block.item)[0]
-        streams = [(pages.at[pool[block.item]], heads, buffer.at[slot]) for pages, heads, buffer, pool in self.streams]
+        before_heads = (slice(None),) if self.pages_first else ()
+        streams = [
+            (pages.at[(pool[block.item], *before_heads, heads)], buffer.at[slot])
+            for pages, heads, buffer, pool in self.streams
+        ]
 
         def start(at, i=0):
             if runs_per_page == 1:
@@ -220,9 +223,9 @@ class Fetcher:
             else:
                 number = first + at + i
                 page, run = self.buffers.table[table + lax.div(number, runs_per_page)], lax.rem(number, runs_per_page)
-            for pages, heads, buffer in streams:
-                place = (page, heads, run) if self.pages_first else (heads, page * runs_per_page + run)
-                pltpu.make_async_copy(pages.at[place], buffer.at[at + i], sem).start()
+            for pages, buffer in streams:
+                there = pages.at[page, :, run] if self.pages_first else pages.at[:, page * runs_per_page + run]
+                pltpu.make_async_copy(there, buffer.at[:, self.sizes.slots_of_run(at + i)], sem).start()
 
         return start
 
@@ -232,14 +235,17 @@ class Fetcher:
         for copy in self._scale_copies(Block(self.item, block), slot):
             copy.wait()
 
-        def wait(*at):  # a copy of the same size stands for the ones that were started
+        def wait(slots):  # a copy of the same size stands for the ones that were started
             for buffer in (self.buffers.keys, self.buffers.values):
                 if buffer is not None:
-                    there = buffer.at[slot, *at]
+                    there = buffer.at[slot, :, slots]
                     pltpu.make_async_copy(there, there, self.buffers.page_sems.at[slot]).wait()
 
-        pl.when(whole)(wait)
-        pl.when(jnp.logical_not(whole))(lambda: pl.loop(start, end)(wait))
+        def wait_for_runs():
+            pl.loop(start, end)(lambda run: wait(self.sizes.slots_of_run(run)))
+
+        pl.when(whole)(lambda: wait(slice(None)))
+        pl.when(jnp.logical_not(whole))(wait_for_runs)
 
     def _needed(self, block: Block):
         """Which of a block's runs hold needed keys, as [start, end), and whether that is all of them."""
@@ -329,7 +335,7 @@ def buffers_of(problem: Problem, held: Held, sizes: Sizes, heads: int) -> Buffer
         return pltpu.VMEM(shape, jnp.float32) if name in held.slots_scaled else None
 
     def buffer(features):
-        return pltpu.VMEM((2, sizes.runs_per_block, heads, sizes.run, features), jnp.dtype(problem.cache_dtype))
+        return pltpu.VMEM((2, heads, sizes.block_kv, features), jnp.dtype(problem.cache_dtype))
 
     return Buffers(
         keys=buffer(problem.head_dim),
@@ -347,9 +353,7 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     """VMEM that the buffers of all KV heads take."""
     value_dim = 0 if "latent" in problem.features else problem.value_dim
     features = round_up(problem.head_dim, LANES) + round_up(value_dim, LANES)
-    itemsize = jnp.dtype(problem.cache_dtype).itemsize
-    run = round_up(sizes.run, 8 if itemsize > 1 else 32)
-    of_head_bytes = features * itemsize * run * sizes.runs_per_block
+    of_head_bytes = features * jnp.dtype(problem.cache_dtype).itemsize * sizes.block_kv
     if "slot_scales" in problem.features:
         of_head_bytes += 2 * 4 * sizes.chunks_per_block * round_up(sizes.chunk, LANES)
     return 2 * problem.num_kv_heads * of_head_bytes

@@ -26,7 +26,7 @@ class MosaicTpu(Kernel):
     """Takes bfloat16 and float32, over caches of them or quantised, and pages of whole tiles, on v4 and later."""
 
     name = "mosaic_tpu"
-    version = 6
+    version = 7
     platforms = ("tpu",)
     features = frozenset(FEATURES)
     invariant = True
@@ -114,7 +114,7 @@ class MosaicTpu(Kernel):
         if problem.attention.softmax_scale <= 0:  # the sign goes to the query: the maximum is taken before scaling
             sign = jnp.sign(problem.attention.softmax_scale).astype(call.query.dtype)
             call = dataclasses.replace(call, query=call.query * sign)
-        sizes = schedule.sizes_of(config, problem.group, problem.page_size, problem.dtype)
+        sizes = schedule.sizes_of(config, problem)
         # A chip whose two cores are one device splits the KV heads between them.
         splits = schedule.largest_divisor(problem.num_kv_heads, device.cores)
         limit = max(vmem_bytes(problem, config), 16 * 2**20)
@@ -126,13 +126,13 @@ class MosaicTpu(Kernel):
 
 def vmem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """VMEM that a configuration takes, from above."""
-    sizes = schedule.sizes_of(config, problem.group, problem.page_size, problem.dtype)
+    sizes = schedule.sizes_of(config, problem)
     launches = max(kernel.vmem_bytes(problem, sizes), decode.vmem_bytes(problem, sizes))
     return fetching.vmem_bytes(problem, sizes) + launches
 
 
 def smem_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """SMEM that the items and two rows of the page table take."""
-    sizes = schedule.sizes_of(config, problem.group, problem.page_size, problem.dtype)
+    sizes = schedule.sizes_of(config, problem)
     items = max(schedule.max_items(problem.tokens, problem.seqs, sizes.block_q), problem.seqs)
     return 4 * (len(schedule.Items._fields) * round_up(items, LANES) + 2 * round_up(problem.pages_per_seq, LANES))

@@ -83,7 +83,7 @@ def kernel(head_start_ref, *refs, static: Static):
     first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
     item = pl.program_id(1)
     fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
-    block_kv, position = fetcher.block_kv, items.position[item]
+    block_kv, position = sizes.block_kv, items.position[item]
     row_start, row_end = items.row_start[item], items.row_end[item]
     key_start, key_end = items.key_start[item], items.key_end[item]
     scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
@@ -277,7 +277,6 @@ def _attend_step(
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
     group = query_ref.shape[1]
-    runs = pl.ds(chunk * sizes.runs_per_chunk, sizes.runs_per_chunk)
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
     to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
 
@@ -287,7 +286,7 @@ def _attend_step(
 
     def of_keys(ref, head, num_keys):
         """What the chunk's first keys have in `ref`, [num_keys, features]."""
-        return ref[runs, head].astype(query_ref.dtype).reshape(sizes.chunk, -1)[:num_keys]
+        return ref[head, sizes.keys_of_chunk(chunk, 0, num_keys)].astype(query_ref.dtype)
 
     def times_slot_scales(x, name, head, seen):
         """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_tpu.registers import widen
-from paged_prefill.lowering.mosaic_tpu.schedule import Sizes
+from paged_prefill.lowering.mosaic_tpu.schedule import Sizes, sublanes
 from paged_prefill.primitive.packing import MAX_CONTEXT
 
 
@@ -37,15 +37,16 @@ def hide_outside(s, interval):
 def zero_outside(values_ref, chunk, interval, sizes: Sizes):
     """Zeroes the values of a chunk that lie outside an interval of its keys: 0 * NaN is NaN."""
     start, end = interval
+    keys = max(sizes.run, sublanes(values_ref.dtype))  # what is stored at once fills native tiles
 
-    @pl.loop(0, sizes.runs_per_chunk)
-    def _(run):
-        first = run * sizes.run
+    @pl.loop(0, sizes.chunk // keys)
+    def _(i):
+        first = i * keys
 
-        @pl.when((first < start) | (first + sizes.run > end))
+        @pl.when((first < start) | (first + keys > end))
         def _():
-            at = chunk * sizes.runs_per_chunk + run
-            inside = is_inside((start - first, end - first), (1, sizes.run, 1), 1)
+            at = slice(None), pl.ds(pl.multiple_of(chunk * sizes.chunk + first, keys), keys)
+            inside = is_inside((start - first, end - first), (1, keys, 1), 1)
             values_ref[at] = jnp.where(inside, values_ref[at], 0)
 
 

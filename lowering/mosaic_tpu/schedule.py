@@ -8,10 +8,11 @@ operations before the kernel starts.
 
 from typing import NamedTuple
 
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_prefill.lowering.call import Call, Sequences
+from paged_prefill.lowering.call import Call, Problem, Sequences
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.packing import MAX_CONTEXT
 
@@ -20,7 +21,7 @@ CHUNK = 512  # keys of one matrix product
 ROWS = 512  # rows of one matrix product: few would leave the matrix unit waiting for its weights
 LOGIT_ROWS = 256  # rows whose logits one product computes: more would hold up registers that the values need
 DEPTH = 256  # keys whose weighted values one product adds up
-DECODE_KEYS = 4096  # keys that a step of decoding takes, over its KV heads
+DECODE_KEYS = 16384  # keys that a step of decoding takes, over its KV heads and chunks
 PRODUCTS_AT_ONCE = 2  # pairs of products in one step, each with a buffer of its own so that they overlap
 
 
@@ -46,8 +47,20 @@ class Sizes(NamedTuple):
         return self.run * self.runs_per_chunk
 
     @property
+    def block_kv(self) -> int:
+        return self.chunk * self.chunks_per_block
+
+    @property
     def runs_per_block(self) -> int:
         return self.runs_per_chunk * self.chunks_per_block
+
+    def slots_of_run(self, run):
+        """Where the slots of a block's run lie among the block's keys."""
+        return pl.ds(pl.multiple_of(run * self.run, self.run), self.run)
+
+    def keys_of_chunk(self, chunk, first: int, keys: int):
+        """Where so many of a chunk's keys, from its first-th on, lie among the block's."""
+        return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk) + first, keys)
 
     @property
     def chunk_is_cut(self) -> bool:
@@ -64,12 +77,16 @@ class Sizes(NamedTuple):
         return largest_divisor(kv_heads, max(PRODUCTS_AT_ONCE // self.parts, 1))
 
 
-def sizes_of(config: PrefillPageAttentionConfig, group: int, page_size: int, dtype) -> Sizes:
-    """Rounds block_q up to whole parts, and block_kv to whole chunks of whole pages."""
-    packing = sublanes(dtype)
-    part = min(round_up(config.block_q, packing), max(power_of_2(ROWS // group), packing))
-    chunk = max(packing, min(CHUNK, config.block_kv))
-    run = max(r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and r <= chunk)
+def sizes_of(config: PrefillPageAttentionConfig, problem: Problem) -> Sizes:
+    """Rounds block_q up to whole parts, and block_kv to whole chunks of whole pages.
+
+    Runs fill native tiles of the caches, or several fill one.
+    """
+    packing, tile, page_size = sublanes(problem.dtype), sublanes(problem.cache_dtype), problem.page_size
+    part = min(round_up(config.block_q, packing), max(power_of_2(ROWS // problem.group), packing))
+    chunk = max(packing, round_up(min(CHUNK, config.block_kv), tile))
+    runs = [r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and (r % tile == 0 or tile % r == 0)]
+    run = max(r for r in runs if r <= chunk)
     runs_per_chunk = chunk // run
     return Sizes(
         part=part,
@@ -82,7 +99,7 @@ def sizes_of(config: PrefillPageAttentionConfig, group: int, page_size: int, dty
 
 
 def sublanes(dtype) -> int:
-    """Rows of the chip's native tile: 8 of 32 bits, 16 of 16 bits."""
+    """Rows of the chip's native tile: 8 of 32 bits, 16 of 16 bits, 32 of 8 bits."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
