@@ -72,29 +72,40 @@ def best_splits(
 
 
 def parts_of(
-    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int
+    problem: Problem,
+    device: Device,
+    config: PrefillPageAttentionConfig,
+    *,
+    unsplit: int,
+    slots: int,
+    most: int = MOST_PARTS,
+    part_bytes: int = LEAST_PART_BYTES,
 ) -> Parts:
     """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
 
-    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long the
-    contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as long as
-    the table and one of a single such context; the first of them nearly as soon as without more parts. `slots` pieces
-    are at work at a time.
+    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long
+    the contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as
+    long as the table and one of a single such context; the first of them nearly as soon as without more parts. `slots`
+    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
     block_bytes = config.block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
-    blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-LEAST_PART_BYTES // block_bytes)
+    blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-part_bytes // block_bytes)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
-    most = min(MOST_PARTS, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)
+    most = min(most, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)
     settled = current_policy() == "invariant" or problem.tokens_per_seq >= SHORT_CALL
     if settled or seqs == 1 or most <= least:
         return Parts(least, least)
 
     def time(pieces, splits):
-        """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer."""
+        """Of a launch, in bytes that a core loads meanwhile: those of its last round share the memory with fewer.
+
+        Those of a first round lie evenly over the cores; later ones go where others ended, and may be together.
+        """
         rounds, rest = divmod(pieces * splits, slots)
-        piece = -(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES
-        return rounds * piece * slots / device.cores + (max(rest / device.cores, 1 / OF_HALF) if rest else 0) * piece
+        least = (slots if rounds else device.cores) / OF_HALF
+        at_a_time = rounds * slots + (max(rest, least) if rest else 0)
+        return at_a_time / device.cores * (-(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES)
 
     def costs(splits):
         merge = MERGE_BYTES + splits * (SPLIT_BYTES + 2 * results / device.cores) if splits > 1 else 0

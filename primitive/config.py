@@ -25,7 +25,7 @@ class PrefillPageAttentionConfig:
       num_warps: warps of one thread block (GPU kernels).
       num_stages: key blocks in flight.
       block_q: query tokens of one tile.
-      num_splits: parts that the keys of one query tile are cut into (GPU kernels). Of short calls `mosaic_gpu` cuts
+      num_splits: parts that the keys of one query tile are cut into (GPU kernels). Of short calls they cut
         tiles of many keys into more, but for the policy "invariant".
 
     Raises:

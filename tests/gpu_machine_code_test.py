@@ -25,9 +25,11 @@ def compile(seqs, new, context, q_heads, kv_heads, head_dim, value_dim, latent, 
         query_offsets=((seqs + 1,), jnp.int32),
     )
     if cache_dtype != "bfloat16":
-        shapes |= {{name: ((kv_heads, seqs * columns, 16), jnp.float32) for name in ("key_scale", "value_scale")}}
+        # With two scales of slots, wide heads have two registers spilled between pieces, outside all loops over keys.
+        scale = (kv_heads, seqs * columns, 16) if latent else (kv_heads,)
+        shapes |= {{name: (scale, jnp.float32) for name in ("key_scale", "value_scale")}}
     call = {{name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}}
-    parameters = dict(value_dim=value_dim, value_cache=None) if latent else {{}}
+    parameters = dict(value_dim=value_dim, value_cache=None, value_scale=None) if latent else {{}}
     call = {{name: shape for name, shape in call.items() if name not in parameters}}
     run = functools.partial(ragged_paged_prefill, platform="cuda", **parameters)
     jax.jit(lambda call: run(**call)).lower(call).compile()
@@ -51,6 +53,9 @@ class GpuMachineCodeTest(parameterized.TestCase):
         ("latent_decode_of_128_heads", (64, 1, 4096, 128, 1, 576, 512, True, "bfloat16")),
         ("latent_chunk", (1, 2048, 8192, 128, 1, 576, 512, True, "bfloat16")),
         ("wide_chunk", (1, 4096, 4096, 16, 2, 512, 512, False, "bfloat16")),
+        ("latent_decode_of_128_heads_in_8_bits", (64, 1, 4096, 128, 1, 576, 512, True, "float8_e4m3fn")),
+        ("latent_chunk_in_8_bits", (1, 2048, 8192, 128, 1, 576, 512, True, "int8")),
+        ("wide_chunk_in_8_bits", (1, 4096, 4096, 16, 2, 512, 512, False, "float8_e4m3fn")),
         ("two_teams_of_short_prompts", (16, 100, 256, 32, 8, 128, 128, False, "bfloat16")),
         ("two_teams_of_decode_steps", (64, 1, 4096, 32, 8, 128, 128, False, "bfloat16")),
     )

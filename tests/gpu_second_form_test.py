@@ -95,12 +95,30 @@ WIDE = dict(
 )
 
 
+def quantised_by(scale, dtype="float8_e4m3fn", latent=False):
+    """Arguments of `poisoned.make_call` for caches with such scales, or none."""
+    if scale is None:
+        return {}
+    return dict(cache_dtype=dtype, key_scale=scale) | ({} if latent else dict(value_scale=scale))
+
+
+# The same with their numbers in one place, widened before each product; each kind of numbers and scales in turn.
+WIDE_QUANTISED = {
+    f"{name}_{dtype}_{scale}": kind | quantised_by(scale, dtype, kind.get("latent", False))
+    for (name, kind), (scale, dtype) in zip(
+        WIDE.items(), itertools.cycle(itertools.product(poisoned.GRANULARITIES, QUANTISED))
+    )
+}
+MLA_QUANTISED = {
+    f"mla_{dtype}_{scale}": MLA | quantised_by(scale, dtype, latent=True)
+    for dtype, scale in itertools.product(QUANTISED, poisoned.GRANULARITIES)
+}
+
+
 def takes(kernel, kind) -> bool:
     """Whether the kernel has the features and dims of such a call."""
     needed = {"latent": kind.get("latent"), "quantised": "cache_dtype" in kind, "key_ranges": "key_ranges" in kind}
-    head_dim = kind.get("head_dim", 128)
-    wide_in_8_bits = "cache_dtype" in kind and (head_dim > 256 or kind.get("latent"))
-    fits = kernel == "triton" or (head_dim % 64 == 0 and not wide_in_8_bits)
+    fits = kernel == "triton" or kind.get("head_dim", 128) % 64 == 0
     return fits and KERNELS["cuda"][kernel].features >= {name for name, has in needed.items() if has}
 
 
@@ -116,11 +134,6 @@ def named(*tables, kernels=tuple(DTYPES)):
             dtype = "bfloat16" if kind.get("head_dim", 0) > 256 and dtype == "float32" else dtype
             found.append((f"{kernel}_{name}_{dtype}", kernel, kind, dtype))
     return found
-
-
-def quantised_by(scale, dtype="float8_e4m3fn"):
-    """Arguments of `poisoned.make_call` for caches with such scales, or none."""
-    return {} if scale is None else dict(cache_dtype=dtype, key_scale=scale, value_scale=scale)
 
 
 class GpuSecondFormTest(parameterized.TestCase):
@@ -148,20 +161,21 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         named(ALONE, QUANTISED_KINDS, COMBINED)
-        + named(HOPPER, WIDE, kernels=("mosaic_gpu",))
+        + named(HOPPER, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
         + named({name: WIDE[name] for name in ("mla_of_24", "mla_of_128")}, kernels=("triton",))
     )
     def test_matches_the_oracle(self, kernel, kind, dtype):
         self.check(0, kernel, dict(kind, dtype=dtype))
 
     @parameterized.named_parameters(
-        named(COMBINED, QUANTISED_KINDS, ALONE) + named(HOPPER, WIDE, GROUPS, kernels=("mosaic_gpu",))
+        named(COMBINED, QUANTISED_KINDS, ALONE)
+        + named(HOPPER, WIDE, WIDE_QUANTISED, GROUPS, kernels=("mosaic_gpu",))
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
     @parameterized.named_parameters(
-        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, WIDE, kernels=("mosaic_gpu",))
+        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
     )
     def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
         """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
@@ -216,7 +230,7 @@ class GpuSecondFormTest(parameterized.TestCase):
     def test_windows_over_quantised_caches(self, kernel, kind, dtype):
         self.check(3, kernel, dict(kind, dtype=dtype), sliding_window=100)
 
-    @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(named(WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",)))
     def test_windows_over_wide_heads(self, kernel, kind, dtype):
         if "key_ranges" not in kind:
             parameters = dict(sliding_window=100, softmax_scale=-0.05)
@@ -232,7 +246,7 @@ class GpuSecondFormTest(parameterized.TestCase):
             kind = dict(kind, dtype="bfloat16", sequences=sequences, sliding_window=window, tokens_before=0)
             self.check(17 + seed, "mosaic_gpu", kind, sliding_window=window, attn_logits_soft_cap=soft_cap)
 
-    @parameterized.named_parameters(named(WIDE, kernels=("mosaic_gpu",)))
+    @parameterized.named_parameters(named(WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",)))
     def test_wide_heads_have_the_same_bits_whatever_is_beside_them(self, kernel, kind, dtype):
         """Each time, with other poison where no row looks, and with wild numbers in the rows beside."""
         kind = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, page_size=16, tokens_before=0) | kind

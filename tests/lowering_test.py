@@ -132,6 +132,17 @@ class CostTest(parameterized.TestCase):
         )
         self.assertNotIn("stablehlo.while", jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).as_text())
 
+    def test_nothing_is_fetched_ahead_of_a_loop(self):
+        """Of a short prompt no row walks alone: keys fetched for its lanes ahead of their loop are fetched in vain."""
+        shapes = dict(query=(12, 4, 64), caches=(2, 9, 16, 64), context_lens=(1,), table=(1, 2), offsets=(2,))
+        query, cache, *rest = (
+            jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
+        )
+        text = jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).compile().as_text()
+        block = f"f32[{walks.MOST_LANES},2,32,64]"
+        self.assertIn(block, text)
+        self.assertNotIn(block, text[text.index("ENTRY") :])
+
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):
         """For XLA rounds small products otherwise where they are fewer: bits would follow the pack."""

@@ -195,8 +195,6 @@ class SupportsTest(parameterized.TestCase):
         ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "multiple of 128 up to 512 with"),
         ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
         ("latent_values_of_192", dict(features=("latent",), head_dim=256, value_dim=192), HOPPER, "a latent cache or"),
-        ("quantised_and_wide", dict(head_dim=512, cache_dtype="int8", features=("quantised",)), HOPPER, "up to 256"),
-        ("quantised_and_latent", dict(cache_dtype="int8", features=("latent", "quantised")), HOPPER, "no latent ones"),
         ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
         ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
         ("page_of_24", dict(page_size=24), HOPPER, "24"),
@@ -230,15 +228,18 @@ class SupportsTest(parameterized.TestCase):
             self.assertIsNone(KERNEL.misfit(given, device, config))
 
     @parameterized.product(
-        dims=((512, 512, ()), (320, 128, ()), (64, 384, ()), (576, 512, ("latent",)), (128, 128, ("latent",))),
+        dims=((512, 512, ()), (320, 128, ()), (64, 384, ()), (576, 512, ("latent",)), (128, 128, ("latent",)),
+              (576, 512, ("quantised", "slot_scales")), (64, 384, ("quantised",)),
+              (576, 512, ("latent", "quantised", "slot_scales"))),
         page_size=(8, 192),
         pack=((1, 1), (16, 16), (5000, 1)),
         group=(1, 12, 16, 128),
-    )
+    )  # fmt: skip
     def test_two_warpgroups_share_the_rows_of_wide_heads(self, dims, page_size, pack, group):
         (head_dim, value_dim, features), (tokens, seqs) = dims, pack
+        dtype = "float8_e5m2" if "quantised" in features else "bfloat16"
         given = problem(head_dim=head_dim, value_dim=value_dim, page_size=page_size, tokens=tokens, seqs=seqs,
-                        q_heads=2 * group, features=features)
+                        q_heads=2 * group, features=features, cache_dtype=dtype)
         self.assertIsNone(KERNEL.supports(given, HOPPER))
         configs = KERNEL.candidates(given, HOPPER)
         self.assertEqual(configs[0], KERNEL.heuristic(given, HOPPER))
@@ -411,8 +412,10 @@ class PlanTest(parameterized.TestCase):
         self.assertEqual((plan.registers, plan.rows), (REGISTERS[2, False], 64))
 
     def test_registers_of_a_block_are_what_the_chip_has(self):
-        for (warpgroups, quantised), registers in [*REGISTERS.items(), ((2, False), WIDE_REGISTERS)]:
-            plan = self.plan(warpgroups=warpgroups, cache_dtype="int8" if quantised else "bfloat16")
+        wide = zip(((2, False), (2, True)), WIDE_REGISTERS.values())
+        for (warpgroups, quantised), registers in [*REGISTERS.items(), *wide]:
+            head_dim, dtype = 512 if registers in WIDE_REGISTERS.values() else 128, "int8" if quantised else "bfloat16"
+            plan = self.plan(warpgroups=warpgroups, cache_dtype=dtype, head_dim=head_dim, value_dim=head_dim)
             others = plan.loading_warpgroups
             threads = 128 * (warpgroups + others)
             start = min(65536 // threads // 8 * 8, 255)
@@ -476,6 +479,23 @@ class LoweringTest(parameterized.TestCase):
             operands[f"{name}_cache"] = jax.ShapeDtypeStruct(operands[f"{name}_cache"].shape, cache_dtype)
             operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
+        self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.product(
+        kind=(("int8", None), ("float8_e5m2", 50.0)),
+        scale=(None, (1,), (1, 64, 16)),
+        dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
+    )
+    def test_lowers_for_quantised_caches_of_wide_heads(self, kind, scale, dims):
+        (cache_dtype, soft_cap), (head_dim, value_dim, latent) = kind, dims
+        sizes = dict(q_heads=16, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
+        operands = dict(zip(packs.Pack._fields, shapes(**sizes)))
+        for name in ("key",) if latent else ("key", "value"):
+            operands[f"{name}_cache"] = jax.ShapeDtypeStruct(operands[f"{name}_cache"].shape, cache_dtype)
+            operands |= {} if scale is None else {f"{name}_scale": jax.ShapeDtypeStruct(scale, jnp.float32)}
+        operands |= dict(value_cache=None) if latent else {}
+        own = dict(platform="cuda", attn_logits_soft_cap=soft_cap) | (dict(value_dim=value_dim) if latent else {})
+        call = jax.jit(functools.partial(ragged_paged_prefill, **own))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.product(

@@ -14,6 +14,7 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
+from paged_prefill.lowering.triton import host as triton_host
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.tests import calls
 from paged_prefill.tests.tuning_stand_ins import environment
@@ -219,6 +220,18 @@ class FillTest(parameterized.TestCase):
         problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
         config = GPU_KERNELS[0].heuristic(problem, DEVICES[0][1])
         self.assertEqual(mosaic_gpu_host.parts_of_tiles(problem, DEVICES[0][1], config).most, most)
+
+    @parameterized.parameters(
+        (64, 4096, 1), (256, 1024, 1), (8, 1024, 8), (1, 131072, 27), (29, 8192, 4), (64, 32768, 8), (256, 32768, 3)
+    )  # fmt: skip
+    def test_parts_of_decode_steps_of_triton(self, seqs, context, most):
+        """Where contexts are as long as the table of 4096 keys and fill the cores, there is one part, and no merge."""
+        problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
+        kernel, device = GPU_KERNELS[1], DEVICES[0][1]
+        parts = triton_host.parts_of_tiles(problem, device, kernel.heuristic(problem, device))
+        self.assertEqual(parts.most, most)
+        absent = (parts.most - parts.least) * seqs * 8 if parts.vary else 0
+        self.assertLessEqual(absent, triton_host.MOST_ABSENT + seqs * 8)
 
     def test_a_device_says_itself_how_many_cores_it_has(self):
         self.assertEqual(Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", core_count=66).cores, 66)

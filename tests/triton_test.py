@@ -5,6 +5,7 @@ On GPUs, gpu_test.py runs it.
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+import importlib.metadata
 import importlib.util
 import multiprocessing
 from unittest import mock
@@ -135,12 +136,12 @@ COMPILED = {
     ],
     "sm_100": [(MLA, {})],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
-    "gfx942": [(CAPPED, {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
+    "gfx942": [(CAPPED, {}), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {})],
 }
-# Addresses of a latent cache's keys for Hopper's matrix unit, read again for each block: 72 bytes, 336 by Triton 3.6. A
-# tile that spills none has each of its first products made twice, in 1.13 times the time.
-SPILLED = {("sm_90", "latent"): 336}
+# By Triton 3.6, of a latent cache's tile on Hopper, outside its loops for the most part; by 3.9 none.
+OLD = HAS_TRITON and importlib.metadata.version("triton").startswith("3.6")
+SPILLED = {("sm_90", "latent"): 72} if OLD else {}
 
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")

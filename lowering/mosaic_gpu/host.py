@@ -42,7 +42,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 13
+    version = 14
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -56,8 +56,6 @@ class MosaicGpu(Kernel):
             return f"takes bfloat16 and float16, not {problem.dtype}"
         if _quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
-        if _quantised(problem) and _wide(problem):
-            return f"takes quantised caches of heads up to {WARPGROUP_COLUMNS} only, and no latent ones"
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
         shares, where = 1, ""
         if _wide(problem):
@@ -428,7 +426,9 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
-    slots, scales = widened(block, features), 0
+    slots, scales, weights = widened(block, features, _wide(problem)), 0, 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block
-    return 2 * (rows * problem.head_dim + slots * block * features) + blocks + scales + RESERVED_BYTES
+    if _wide(problem):  # keys and values in one place, and warpgroups that exchange their numbers
+        features, weights, scales = max(problem.head_dim, problem.value_dim), rows * block, scales + 1024
+    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + RESERVED_BYTES

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import (
+    LEAST_PART_BYTES,
+    MOST_PARTS,
+    best_splits,
+    merge_splits,
+    most_keys,
+    parts_of,
+)
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton.launch import capability, launch, reason_against
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -37,20 +44,22 @@ class _Sizes(NamedTuple):
     num_stages: int
 
 
-# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and for float32. Those of Hopper
-# are the fastest measured (benchmarks/results); the others are not measured, but fit registers and shared memory.
+# By class of device, for dims up to 64, 128, 256 and all others in 16-bit dtypes, and up to 128 and 256 in float32.
+# Those of Hopper are the fastest measured (benchmarks/results); others are not measured, but fit registers and shared
+# memory.
 SIZES = {
     "hopper": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 128, 8, 3), _Sizes(128, 64, 8, 2), _Sizes(128, 32, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "blackwell": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "ampere": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(16, 32, 4, 2)
+        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "cdna": (
-        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2)
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2),
+        _Sizes(16, 16, 4, 2),
     ),
 }  # fmt: skip
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
@@ -64,13 +73,14 @@ KEYS_PER_SPLIT = 128  # fewer do not repay the merge
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
+MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
 class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 4
+    version = 5
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -96,8 +106,12 @@ class Triton(Kernel):
         Under the policy "invariant" tiles are as tall for one token as for many, and not split.
         """
         width = max(problem.head_dim, problem.value_dim)
-        *by_width, of_float32 = SIZES[_device_class(device)]
-        sizes = of_float32 if problem.dtype == "float32" else by_width[sum(width > most for most in (64, 128, 256))]
+        *by_width, narrow_float32, wide_float32 = SIZES[_device_class(device)]
+        sizes = by_width[sum(width > most for most in (64, 128, 256))]
+        if problem.dtype == "float32":
+            sizes = narrow_float32 if width <= 128 else wide_float32
+        elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
+            sizes = sizes._replace(block_kv=16)  # registers to turn wide keys to numbers
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
@@ -186,7 +200,7 @@ class Triton(Kernel):
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
         # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
-        # have its counters zeroed before, which takes longer (benchmarks/results/triton_h200.md).
+        # have its counters zeroed before, which takes longer (benchmarks/results/triton.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         run = functools.partial(
@@ -211,6 +225,8 @@ class Triton(Kernel):
             PARTS_VARY=parts.vary,
             FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
+            # Where they are short. Others have enough, and their machine code came out slower for it.
+            READ_AGAIN=parts.vary or (widths.main > 64 and (rows > DECODE.rows or problem.dtype == "float32")),
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
             **_constants(call, widths),
         )
@@ -253,8 +269,17 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """Of the keys of each tile; what splits and their merge cost is as in every kernel."""
-    slots = device.cores * max(1, WARPS // config.num_warps)
-    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=slots)
+    unsplit, warps = programs(problem, config), WARPS if rows_of(problem, config) > DECODE.rows else 2 * WARPS
+    return parts_of(
+        problem,
+        device,
+        config,
+        unsplit=unsplit,
+        slots=device.cores * max(1, warps // config.num_warps),
+        most=min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1)),
+        # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
+        part_bytes=LEAST_PART_BYTES // (4 if unsplit < 2 * device.cores else 1),
+    )
 
 
 def _device_class(device: Device) -> str:
@@ -320,6 +345,8 @@ class _Widths(NamedTuple):
         # The values of a latent cache are the first part of its keys.
         if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
             main, rest = whole, 0
+        if main == MAX_FLOAT32_DIM and problem.dtype == "float32" and not latent:
+            main, other, rest = main // 2, main // 4, main // 4  # a product of all six parts at once would spill
         value = main if latent else _power_of_2(problem.value_dim)
         most = value if rows <= DECODE.rows else MOST_VALUES * (2 if share_columns else 1)
         parts = max(1, value // most)

@@ -126,6 +126,24 @@ def _in_tree(tree, token, row_exists, key, first_new, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _tile_of(
+    field, exists, piece, parts, INTERVALS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr
+):
+    """Of a piece: which part of its tile it is, the tile's rows, which of them exist, their tokens, its interval's length.
+
+    AGAIN reads anew what these follow from, so that the loops between need no registers to hold it.
+    """
+    first_piece = tl.load(field, mask=exists, other=0, volatile=AGAIN)
+    start = tl.load(field + INTERVALS, mask=exists, other=0, volatile=AGAIN)
+    length = tl.load(field + 2 * INTERVALS, mask=exists, other=0, volatile=AGAIN)
+    within = piece - first_piece
+    tiles_after = (length * GROUP + ROWS - 1) // ROWS - 1 - within // parts  # the last tile first: it sees the most keys
+    first_row = tl.maximum(tiles_after, 0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    return within % parts, first_row, rows, rows < length * GROUP, start + rows // GROUP, length
+
+
+@triton.jit
 def _fold_block(
     running_max,
     total,
@@ -273,6 +291,7 @@ def attend_tile(
     PARTS_VARY: tl.constexpr,
     FLOAT16_PRODUCTS: tl.constexpr,  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
     SHARE_COLUMNS: tl.constexpr,
+    READ_AGAIN: tl.constexpr,  # to save registers
     HARDWARE_TANH: tl.constexpr,
 ):
     program = tl.program_id(0) // VALUE_PARTS
@@ -280,8 +299,8 @@ def attend_tile(
     head = program % KV_HEADS
     piece = program // KV_HEADS
 
-    # The interval whose piece this is, its last tile first: that one sees the most keys. A piece past the last finds no
-    # interval and gets length 0, so that every loop is empty and every store masked.
+    # The interval whose piece this is. A piece past the last finds none: it ends, or gets length 0, so that every loop
+    # is empty and every store masked.
     numbers = tl.arange(0, INTERVALS_PADDED)
     first_pieces = tl.load(schedule + numbers, mask=numbers < INTERVALS, other=2**31 - 1)
     lengths = tl.load(schedule + 2 * INTERVALS + numbers, mask=numbers < INTERVALS, other=0)
@@ -293,22 +312,16 @@ def attend_tile(
     interval = tl.min(tl.where(is_owner, numbers, INTERVALS), 0)
     field = schedule + interval
     exists = interval < INTERVALS
-    if PARTS_VARY:  # then most pieces that there could be may not exist
+    if READ_AGAIN:
         if not exists:
             return
     parts = tl.load(field + PARTS_FIELD * INTERVALS, mask=exists, other=1) if PARTS_VARY else NUM_SPLITS
-    first_piece = tl.load(field, mask=exists, other=0)
-    start = tl.load(field + INTERVALS, mask=exists, other=0)
-    length = tl.load(field + 2 * INTERVALS, mask=exists, other=0)
+    split, first_row, rows, row_exists, token, length = _tile_of(
+        field, exists, piece, parts, INTERVALS, GROUP, ROWS, False
+    )
     context_len = tl.load(field + 3 * INTERVALS, mask=exists, other=0)
     pool = tl.load(field + POOL_FIELD * INTERVALS, mask=exists, other=0)
-    split = (piece - first_piece) % parts
-    tiles_after = (length * GROUP + ROWS - 1) // ROWS - 1 - (piece - first_piece) // parts
-    first_row = tl.maximum(tiles_after, 0) * ROWS
 
-    rows = first_row + tl.arange(0, ROWS)
-    row_exists = rows < length * GROUP
-    token = start + rows // GROUP
     query_row = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
     first_new = context_len - length
     position = first_new + rows // GROUP
@@ -422,6 +435,10 @@ def attend_tile(
         )  # fmt: skip
         pool_rows = next_rows
 
+    if READ_AGAIN:
+        split, _, rows, row_exists, token, length = _tile_of(
+            field, exists, piece, parts, INTERVALS, GROUP, ROWS, True
+        )
     unseen = total == 0
     if VALUE_SCALE == "slot":
         if tile.dtype == tl.float16:
@@ -440,6 +457,7 @@ def attend_tile(
         unseen = total == 0
     acc = acc / tl.where(unseen, 1.0, total)[:, None]
     row_lse = tl.where(unseen, float("-inf"), (running_max + tl.log2(total)) * LN_2)
+    query_row = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
     result_row = query_row + split.to(tl.int64) * (TOKENS * KV_HEADS * GROUP)
     features = first_feature + tl.arange(0, VALUE_WIDTH)
     tl.store(

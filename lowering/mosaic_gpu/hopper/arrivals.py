@@ -14,6 +14,7 @@ from paged_prefill import compat
 
 arith, llvm, nvvm = compat.mlir_dialects("arith", "llvm", "nvvm")
 
+MOST_COLUMNS = 256  # of a tensor copy
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -54,6 +55,9 @@ def copy_together(barriers, stage, copies) -> None:
             ir.Type.parse("!llvm.void"), [barrier.get_ptr(), total, one], arrive, "r,r,b", has_side_effects=True
         )
         for source, *firsts, target in parts:
+            if ir.MemRefType(target.type).shape[1] > MOST_COLUMNS:
+                _copy_rows(source, *(first.registers.item() for first in firsts), target, barrier, one)
+                continue
             place = tuple(
                 mgpu.ds(arith.index_cast(index, first.registers.item()), size)
                 for first, size in zip(firsts, ir.MemRefType(target.type).shape)
@@ -63,6 +67,21 @@ def copy_together(barriers, stage, copies) -> None:
             )
 
     start(barriers, stage, *[x for copy in copies for x in copy])
+
+
+def _copy_rows(source, row, column, target, barrier, predicate) -> None:
+    """Copies so many columns of rows of bytes as a plain run of them, or where rows have more columns, one each."""
+    i8, i32, i64 = (ir.IntegerType.get_signless(width) for width in (8, 32, 64))
+    (rows, columns), width = ir.MemRefType(target.type).shape, ir.MemRefType(source.type).shape[1]
+    start = arith.addi(arith.muli(arith.extsi(i64, row), arith.constant(i64, width)), arith.extsi(i64, column))
+    start = utils.getelementptr(utils.memref_ptr(source), [start], i8)
+    together = rows if width == columns else 1
+    size = arith.constant(i32, together * columns)
+    copy = "@$4 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    for i in range(0, rows, together):
+        place = utils.getelementptr(utils.memref_ptr(target), [i * columns], i8)
+        operands = [place, utils.getelementptr(start, [i * width], i8), size, barrier.get_ptr(), predicate]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, copy, "r,l,r,r,b", has_side_effects=True)
 
 
 def wait(barriers, stage, phase) -> None:

@@ -8,6 +8,7 @@ Blocks of the tile that no row of the warpgroup sees, it passes over.
 
 import functools
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -19,7 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_of, slot_of_scales
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
 def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, out, lse, **scratch):
@@ -43,7 +44,9 @@ def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column
         return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
     # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    store_rows(acc.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
+    for array in jax.tree.leaves(acc):
+        store_rows(array.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
+        first_column += array.shape[1]
     store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
     if not plan.parts.vary:
         return
@@ -272,8 +275,7 @@ class _Attention:
 
     def _scale_of(self, source):
         """The scale of all keys, or of all values, that the piece sees."""
-        scale = scale_of(self.plan, self.sources[source], self.piece)
-        return jnp.float32(1) if scale is None else scale
+        return scale_or_one(self.plan, self.sources[source], self.piece)
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)

@@ -22,7 +22,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import wide
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, widen, widening_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
@@ -54,6 +54,10 @@ def launch(plan: Plan, schedule, query, caches, optional):
     def ring(features):
         return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
 
+    blocks = dict(keys=ring(plan.head_dim)) | ({} if plan.latent else dict(values=ring(plan.value_dim)))
+    if plan.shares_place:
+        blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
+
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
     query_shape = (plan.teams * plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
@@ -61,20 +65,20 @@ def launch(plan: Plan, schedule, query, caches, optional):
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
-    slabs = plan.rows // plan.slab
+    slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        keys=ring(plan.head_dim),
         query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.teams),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
-        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots),
+        **blocks,
+        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
     )
     if not plan.latent:
+        outputs = plan.teams * plan.slots * plan.output_turns
         scratch |= dict(
-            values=ring(plan.value_dim),
             values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots),
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
     if plan.wide:
         scratch |= wide.wide_scratch(plan)
@@ -139,6 +143,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         else:
             lax.fori_loop(0, -(-plan.pieces // places), turn, jnp.int32(0))
 
+    if plan.shares_place:
+        [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     sources = _sources(plan, caches, optional, **scratch)
 
     @pl.when(warpgroup < plan.computing_warpgroups)
@@ -260,6 +266,9 @@ class Source(NamedTuple):
     wide_blocks: jax.Array | None = None
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
+    free_before: int = 0  # the step that waits first for a widened block to be free
+    groups: list[list[int]] = []  # of parts, which are widened one after the other
+    turns: list[int] = [0]  # in which a widened block becomes free, that the first groups wait for
 
 
 def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
@@ -278,7 +287,15 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
         raw = blocks
         if plan.quantised:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
-        wide = [slot_scales if i == 0 else (), *blocks] if plan.quantised else []
+        wide = []
+        if plan.quantised:
+            if plan.shares_place:  # what comes next there waits for what was there
+                blocks[2] = scratch["keys_free" if name == "values" else "values_free"]
+            after = 0 if plan.shares_place and name == "values" else plan.slots
+            groups, turns = [[*range(plan.value_dim // COLUMNS)]], [0]
+            if name == "keys":
+                groups, turns = plan.key_groups, plan.turns_before_keys
+            wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
         found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
     return found
 
@@ -333,8 +350,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     offsets = range(0, plan.block_kv, plan.run)
     if warp is None:
         return copy(offsets, sources, copy_query)
-    warps = 4 // plan.teams
-    size = -(-len(offsets) * len(sources) // warps)
+    warps, size = 4 // plan.teams, copies_of_a_warp(plan)
     firsts = range(0, len(offsets), size)
     for team, (part, first), (i, source) in itertools.product(range(plan.teams), enumerate(firsts), enumerate(sources)):
         before = copy_query if part == 0 and source is sources[-1] else None
@@ -345,7 +361,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
-    return 1 if plan.loading_warpgroups == 1 or copies_of(plan) == 1 else 2
+    return 1 if plan.loading_warpgroups == 1 else -(-copies_of(plan) // copies_of_a_warp(plan))
 
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:

@@ -82,27 +82,28 @@ def _multiply_settled(acc, a, b):
     return product.to_layout(mgpu.WGMMA_LAYOUT)
 
 
-def start_logits(query, keys, share, shares: int):
+def start_logits(query, keys, share, shares: int, parts: list[int], started=None):
     """Starts query @ keys.T for a share of the keys: the second of `start_products`' operands, or a part of its rows.
 
-    Both lie in shared memory; to be read only once `settled`.
+    Both lie in shared memory; to be read only once `settled`. Of their columns these parts are multiplied, and added to
+    the product `started` with others, which may be running.
     """
     shape = (query.shape[1], keys.shape[0] // shares)
     its_type = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
-    tiled = plgpu.RefType(TILED)
+    tiled, before = plgpu.RefType(TILED), () if started is None else (started,)
 
-    @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT), return_type=its_type)
-    def start(_, query, keys, share):
-        own, parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
-        query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), parts))
-        logits = _zero(shape)
-        for part in range(parts):
+    @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)), return_type=its_type)
+    def start(_, query, keys, share, *before):
+        own, all_parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
+        query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
+        logits = mgpu.WGMMAAccumulator.from_registers(*before) if before else _zero(shape)
+        for part in parts:
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
         _asm("wgmma.commit_group.sync.aligned;")
         return logits.value
 
-    return start(query, keys, share)
+    return start(query, keys, share, *before)
 
 
 def start_output(acc, weights, values, share):

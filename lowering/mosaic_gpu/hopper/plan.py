@@ -26,12 +26,14 @@ def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
-def widened(block_kv: int, features: int) -> int:
+def widened(block_kv: int, features: int, wide: bool) -> int:
     """Blocks of a quantised cache in 16 bits: one for the products, one that is widened, and a third if they are small.
 
     Without it, the values of a block have their place only from when all warpgroups are done with those of the last but
-    one, until the first of them needs them.
+    one, until the first of them needs them. Of wide heads there is room for the keys of one block, and then its values.
     """
+    if wide:
+        return 1
     return 3 if block_kv * features <= 64 * 256 else 2
 
 
@@ -52,7 +54,8 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
-WIDE_REGISTERS = Registers(224, 56)  # 24 are too few for what splits add to the loads, and 191 do for products
+# By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
+WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Plan:
     @property
     def slots(self) -> int:
         """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
-        return widened(self.block_kv, self.head_dim + self.value_dim) if self.quantised else self.stages
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide) if self.quantised else self.stages
 
     @property
     def product_dtype(self) -> str:
@@ -116,12 +119,12 @@ class Plan:
     @property
     def widening_warps(self) -> int:
         """A warpgroup of their own, or those of the loading one but the first: no thread has registers for five."""
-        return 4 if self.warpgroups < 2 else 3
+        return 4 if self.loading_warpgroups == 2 else 3
 
     @property
     def loading_warpgroups(self) -> int:
         """Those that do not compute."""
-        return 2 if self.quantised and self.warpgroups < 2 else 1
+        return 2 if self.quantised and (self.warpgroups < 2 or self.wide) else 1
 
     @property
     def computing_warpgroups(self) -> int:
@@ -130,7 +133,9 @@ class Plan:
 
     @property
     def registers(self) -> Registers:
-        return WIDE_REGISTERS if self.wide else REGISTERS[self.computing_warpgroups, self.quantised]
+        if self.wide:
+            return WIDE_REGISTERS[self.quantised]
+        return REGISTERS[self.computing_warpgroups, self.quantised]
 
     @property
     def q_heads(self) -> int:
@@ -139,6 +144,37 @@ class Plan:
     @property
     def wide(self) -> bool:
         return is_wide(self.head_dim, self.value_dim, self.latent)
+
+    @property
+    def shares_place(self) -> bool:
+        """Whether values are widened to where the keys of their block were, and keys to where the last values were."""
+        return self.wide and self.quantised and not self.latent
+
+    @property
+    def output_turns(self) -> int:
+        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie.
+
+        Then some may be while the second runs. And with so many threads ptxas has no registers for 256 columns at once.
+        """
+        return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
+
+    @property
+    def key_groups(self) -> list[list[int]]:
+        """Parts of keys that are there together: wide ones are widened while products with others of a block run.
+
+        Those come first that have no values in their place, or those of an output's first turn.
+        """
+        parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
+        if not (self.wide and self.quantised):
+            return [[*parts]]
+        first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
+        return [group for group in (first, [part for part in parts if part not in first]) if group]
+
+    @property
+    def turns_before_keys(self) -> list[int]:
+        """The turns of the last block's output that groups of widened keys wait for: if it is one, the first group."""
+        same_places = self.latent or self.head_dim == self.value_dim
+        return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
 
     @property
     def row_groups(self) -> int:

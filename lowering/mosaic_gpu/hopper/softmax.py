@@ -97,7 +97,7 @@ class Softmax:
         The last two load the scales of the block's slots, where each has its own.
         """
         if key_scales is not None:
-            logits *= self._of_keys(key_scales())
+            logits = self.times(logits, key_scales)
         logits = self.logits(logits)
         if visible is not None:
             logits = jnp.where(visible(), logits, -jnp.inf)
@@ -126,12 +126,26 @@ class Softmax:
         factor *= fade
         if plan.quantised:
             factor, lse = scaled_results(factor, lse, seen, *scales)
-        return acc * lax.broadcast_in_dim(factor, acc.shape, [0]), lse
+        return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), acc), lse
 
-    def step_together(self, logits, largest, acc, m, l):
+    def times(self, logits, scales):
+        """Logits times the scales of their slots, which `scales` loads."""
+        return logits * self._of_keys(scales())
+
+    def largest(self, logits, value_scales=None):
+        """What a maximum of rows with these logits would be; with scales that `value_scales` loads, of both."""
+        counted = logits if value_scales is None else self._with_scales(logits, value_scales())
+        largest = fold(jnp.maximum, counted).max(axis=1)
+        if not self.plan.quantised:
+            return largest
+        unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
+        return largest - HEADROOM / unit
+
+    def step_together(self, logits, largest, acc, m, l, value_scales=None):
         """The weights of these logits, and the output, m and l by the same maximum, where warpgroups share rows.
 
-        `largest` are those of all logits of the rows. The maximum so far stays where none has passed it by far.
+        `largest` are those of all logits of the rows. The maximum so far stays where none has passed it by far. `acc`
+        are arrays of the output's columns.
         """
         passed = (largest - m) * self.unit > math.log2(LARGEST_SUM)
         m_next = jnp.where(passed, largest, m)
@@ -141,10 +155,12 @@ class Softmax:
         def fade():
             # 1 for rows that have not passed theirs: their bits do not depend on the other rows of their warp.
             factor = jnp.exp2((m - shift) * self.unit)
-            return tuple(array * lax.broadcast_in_dim(factor, array.shape, [0]) for array in (acc, l))
+            return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), (acc, l))
 
         passed = lax.broadcast_in_dim(passed, l.shape, [0])
         acc, l = lax.cond(any_in_warp(passed, after=None), fade, lambda: (acc, l))
+        if value_scales is not None:
+            weights = self._scaled(weights, logits, value_scales)
         return weights, acc, m_next, l + sums
 
     def by_polynomial(self, logits, m):
@@ -191,12 +207,7 @@ class Softmax:
 
     def _follow(self, logits, acc, m, l, value_scales, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""
-        counted = logits if value_scales is None else self._with_scales(logits, value_scales())
-        largest = fold(jnp.maximum, counted).max(axis=1)
-        if self.plan.quantised:
-            unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
-            largest -= HEADROOM / unit
-        m_next = jnp.maximum(m, largest)
+        m_next = jnp.maximum(m, self.largest(logits, value_scales))
         if passed is None:
             shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
         else:
@@ -205,9 +216,12 @@ class Softmax:
         fade = jnp.exp2((m - shift) * self.unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
         if value_scales is not None:
-            # A scale that nobody may look at may be NaN.
-            weights = jnp.where(logits == -jnp.inf, 0.0, weights * self._of_keys(value_scales()))
+            weights = self._scaled(weights, logits, value_scales)
         return weights, acc, m_next, l + sums
+
+    def _scaled(self, weights, logits, value_scales):
+        """Weights times their values' scales: one that nobody may look at may be NaN."""
+        return jnp.where(logits == -jnp.inf, 0.0, weights * self._of_keys(value_scales()))
 
     def _with_scales(self, logits, value_scales):
         """Logits of weights times their values' scales."""

@@ -17,24 +17,25 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, meet, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILED, WGMMA, meet, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_output, store_weights, swapped
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, fold
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
 def wide_scratch(plan: Plan) -> dict:
     """What is in shared memory for this alone, by the names of `kernel.launch`."""
     return dict(
-        weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.dtype), transforms=TILED),
+        weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.product_dtype), transforms=TILED),
         boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),
     )
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     rows = Rows(plan, piece, warpgroup, optional)
-    results = _Attention(plan, piece, done, warpgroup, rows, **scratch).run()
+    results = _Attention(plan, piece, done, warpgroup, rows, sources, **scratch).run()
     # Both write the lse, the same bits.
     store_results(plan, piece, rows, results, out, lse, warpgroup * plan.output_columns)
 
@@ -43,13 +44,18 @@ class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
     def __init__(
-        self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
-        weights, boards, values=None, values_here=None, values_free=None, **_,
+        self, plan, piece, done, warpgroup, rows, sources, *, query_views, query_here, query_free, keys, keys_here,
+        keys_free, weights, boards, values=None, values_here=None, values_free=None, keys_scales=None,
+        values_scales=None, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
-        self.softmax, self.seen = Softmax(plan), rows.seen()
-        _, [query], _ = query_views
-        self.query, self.query_here, self.query_free = query.at[0], query_here, query_free
+        # A latent cache's values are scaled as its keys are.
+        self.sources, self.turns = [sources[0], sources[-1]], plan.output_turns
+        self.key_scales, self.value_scales = keys_scales, keys_scales if plan.latent else values_scales
+        self.seen = rows.seen()
+        _, *views = query_views
+        self.loaded_query, self.query = (view.at[0] for [view] in views)
+        self.query_here, self.query_free = query_here, query_free
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
         self.values = keys if plan.latent else values
         self.values_here, self.values_free = values_here, keys_free if plan.latent else values_free
@@ -70,35 +76,43 @@ class _Attention:
     def _start(self):
         """The weights of block 0."""
         plgpu.barrier_wait(self.query_here)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
         products = self._products_of(self._start_logits(0), 0)
-        return self._weigh(True, 0, products, *self.softmax.start())
+        acc, m, l = self.softmax.start()
+        columns = self.plan.output_columns // self.turns
+        acc = tuple(acc[:, c : c + columns] for c in range(0, self.plan.output_columns, columns))
+        return self._weigh(True, 0, products, acc, m, l)
 
     def _step(self, masked, i, running):
         """The output of block i - 1, and the weights of block i; unless it is masked, every row sees all of it."""
         acc, m, l = running
         acc = self._start_output(i - 1, acc)
-        products = self._start_logits(i)
-        acc = settled(acc, still_running=1)
-        plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+        if self.plan.quantised:  # keys are widened to where these values are
+            acc = self._end_output(i - 1, acc)
+            products = self._start_logits(i)
+        else:
+            products = self._start_logits(i)
+            acc = self._end_output(i - 1, acc, started_since=1)
         return self._weigh(masked, i, self._products_of(products, i), acc, m, l)
 
     def _finish(self, last, acc, m, l):
         """The output of block `last`, and the rows' results."""
         plgpu.barrier_arrive(self.query_free)
-        acc = settled(self._start_output(last, acc), still_running=0)
-        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        acc = self._end_output(last, self._start_output(last, acc))
         total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
-        return self.softmax.result(acc, m, total, self.rows.sinks())
+        scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
+        return self.softmax.result(acc, m, total, self.rows.sinks(), scales if self.plan.quantised else None)
 
     def _weigh(self, masked, i, products, acc, m, l):
         """Lays block i's weights where both warpgroups read them; what is running by a maximum of both."""
-        logits = self.softmax.logits(products)
+        key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
+        logits = self.softmax.logits(products if key_scales is None else self.softmax.times(products, key_scales))
         if masked:
             logits = jnp.where(self.seen(i), logits, -jnp.inf)
         # Where both have met, the last block's weights have been read.
-        largest = self._of_both(jnp.maximum, fold(jnp.maximum, logits).max(axis=1), self.maxima)
-        weights, acc, m, l = self.softmax.step_together(logits, largest, acc, m, l)
-        store_weights(weights.astype(self.plan.dtype), self.weights, self.warpgroup)
+        largest = self._of_both(jnp.maximum, self.softmax.largest(logits, value_scales), self.maxima)
+        weights, acc, m, l = self.softmax.step_together(logits, largest, acc, m, l, value_scales)
+        store_weights(weights.astype(self.plan.product_dtype), self.weights, self.warpgroup)
         if not self.plan.latent:
             plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
         if masked:
@@ -107,6 +121,39 @@ class _Attention:
             pl.when(self.rows.may_hold_nothing(i))(unseen)
         meet(self.plan.warpgroups)
         return acc, m, l
+
+    def _scales_of(self, i, scales):
+        """Those of the warpgroup's share of block i, where each slot has its own; each use loads them."""
+        if scales is None:
+            return None
+        share = pl.ds(self.rows.first_column, self.plan.logit_columns)
+        place = slot_of_scales(self.plan, self.done + i)
+        return lambda: plgpu.layout_cast(scales.at[place, share][...], KEYS)
+
+    def _scale_rows(self):
+        """Turns the query into float16, as compute.scale_rows does: each warpgroup one half, by what both have read."""
+        plan, parts = self.plan, range(self.plan.query_parts)
+        largest = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
+        largest = plgpu.layout_cast(largest, ROWS)
+        for part in parts:
+            numbers = self._loaded(part)
+            largest = jnp.maximum(largest, jnp.maximum(numbers, -numbers).max(axis=1))
+        factor, to_logits = scaled_rows(plan, largest, scale_or_one(plan, self.sources[0], self.piece))
+        meet(plan.warpgroups)
+        for part in parts:
+
+            @pl.when(self.warpgroup == part % plan.warpgroups)
+            def _(part=part):
+                numbers = self._loaded(part)
+                scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
+                self.query.at[part][...] = scaled.astype(plan.product_dtype)
+
+        plgpu.commit_smem()
+        meet(plan.warpgroups)
+        return to_logits
+
+    def _loaded(self, part):
+        return plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
 
     def _of_both(self, combine, numbers, board):
         """Numbers of rows, combined with the other warpgroup's."""
@@ -120,11 +167,25 @@ class _Attention:
         return products
 
     def _start_logits(self, i):
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
-        return start_logits(self.query, self.keys.at[self._slot_of(i)], self.warpgroup, self.plan.warpgroups)
+        slot, groups, logits = self._slot_of(i), self.plan.key_groups, None
+        for number, parts in enumerate(groups):
+            plgpu.barrier_wait(self.keys_here.at[slot * len(groups) + number])
+            shares = self.warpgroup, self.plan.warpgroups
+            logits = start_logits(self.query, self.keys.at[slot], *shares, parts, logits)
+        return logits
 
     def _start_output(self, i, acc):
-        return start_output(acc, self.weights, self.values.at[self._slot_of(i)], self.warpgroup)
+        """In as many turns as `acc` has arrays, each with its share of the warpgroup's columns."""
+        values, first = self.values.at[self._slot_of(i)], self.warpgroup * self.turns
+        return tuple(start_output(part, self.weights, values, first + turn) for turn, part in enumerate(acc))
+
+    def _end_output(self, i, acc, started_since=0):
+        """Waits for each turn of block i's output, and lets go of its values."""
+        done, slot = [], self._slot_of(i) * self.turns
+        for turn, part in enumerate(acc):
+            done.append(settled(part, still_running=self.turns - 1 - turn + started_since))
+            plgpu.barrier_arrive(self.values_free.at[slot + turn])
+        return tuple(done)
 
     def _slot_of(self, i):
         return lax.rem(self.done + i, self.plan.slots)

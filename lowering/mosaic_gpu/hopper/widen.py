@@ -22,7 +22,8 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 
 CHUNK = 8  # numbers that a thread turns at a time: 8 bytes to 16
 LANES = 32
-LOADED = {1: 3, 2: 4}  # chunks that it holds meanwhile, and as many after them, by Plan.loading_warpgroups
+# Chunks that it holds meanwhile, and as many after them.
+LOADED = {40: 3, 32: 3, 168: 4, 56: 3}  # by the registers that it has
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
 
 # From 4 bytes in $2 to numbers of float16 in $0 and $1, two and two.
@@ -49,9 +50,15 @@ _HALVES = {
 }
 QUANTISED = tuple(_HALVES)
 
+
 def copies_of(plan: Plan) -> int:
     """Copies of a block of keys."""
     return plan.block_kv // plan.run
+
+
+def copies_of_a_warp(plan: Plan) -> int:
+    """Those of keys, or of values, where all four warps of a warpgroup load, a team's share each."""
+    return -(-copies_of(plan) * (1 if plan.latent else 2) // (4 // plan.teams))
 
 
 def slot_of_scales(plan: Plan, step):
@@ -66,9 +73,8 @@ def slot_of_scales(plan: Plan, step):
 def widening_scratch(plan: Plan) -> dict:
     """What is in shared memory for widening alone, by the names of `kernel.launch`."""
     found = dict(raw_here=arrivals(2, plan.stages), started=plgpu.Barrier())
-    for name, features, scale in (
-        ("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)
-    ):  # fmt: skip
+    kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
+    for name, features, scale in kinds[: 1 if plan.latent else 2]:
         found |= {
             f"raw_{name}": plgpu.SMEM((plan.stages, plan.block_kv, features), jnp.dtype(plan.cache_dtype)),
             f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
@@ -90,15 +96,21 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
             for source in sources:
                 wait(source.here, stage, lax.div(done + i, plan.stages))
 
-                @pl.when(done + i >= plan.slots)
-                def _(source=source):
-                    plgpu.barrier_wait(source.wide_free.at[slot])
+                for number, parts in enumerate(source.groups):
+                    if number < len(source.turns):
 
-                if source is sources[0]:
-                    scales.store(slot_of_scales(plan, done + i), fetched)
-                _widen_block(plan, source.features, warp, source.blocks.at[stage], source.wide_blocks.at[slot])
-                plgpu.barrier_arrive(source.free.at[stage])
-                plgpu.barrier_arrive(source.wide_here.at[slot])
+                        @pl.when(done + i >= source.free_before)
+                        def _(source=source, turn=source.turns[number]):
+                            # Where there are several turns, there is one slot.
+                            plgpu.barrier_wait(source.wide_free.at[slot + turn])
+
+                    if source is sources[0] and number == 0:
+                        scales.store(slot_of_scales(plan, done + i), fetched)
+                    raw, wide = source.blocks.at[stage], source.wide_blocks.at[slot]
+                    _widen_block(plan, source.features, parts, warp, raw, wide)
+                    if number + 1 == len(source.groups):
+                        plgpu.barrier_arrive(source.free.at[stage])
+                    plgpu.barrier_arrive(source.wide_here.at[slot * len(source.groups) + number])
             return following
 
         lax.fori_loop(0, piece.steps, step, scales.start())
@@ -164,12 +176,26 @@ def scale_of(plan: Plan, source, piece):
     return None
 
 
-def _widen_block(plan: Plan, features, warp, raw, wide) -> None:
-    """The share of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
+def scale_or_one(plan: Plan, source, piece):
+    """That of `scale_of`, as a number."""
+    scale = scale_of(plan, source, piece)
+    return jnp.float32(1) if scale is None else scale
+
+
+def _taken_together(parts: list[int]):
+    """(First columns of as many parts as a warp can take together, the number of those columns)."""
+    for number in (4, 2, 1):
+        runs = [parts[i : i + number] for i in range(0, len(parts), number)]
+        if all(run == [*range(run[0], run[0] + number)] for run in runs):
+            return [run[0] * COLUMNS for run in runs], number * COLUMNS
+
+
+def _widen_block(plan: Plan, features, parts, warp, raw, wide) -> None:
+    """The share of some parts of a block of one of the warps that widen: 8 rows, a row of tiles, in turns.
 
     Neighbouring lanes take neighbouring chunks: so neither reads nor writes meet in a bank.
     """
-    width = features if 32 % (features // CHUNK) == 0 else COLUMNS  # columns that are taken together
+    starts, width = _taken_together(parts)
     lanes = width // CHUNK  # of a row
     rows = 32 // lanes  # at a time
     assembly = "{" + _HALVES[plan.cache_dtype] + "}"
@@ -214,8 +240,8 @@ def _widen_block(plan: Plan, features, warp, raw, wide) -> None:
             llvm.store(words, utils.getelementptr(pointer, [offset], i8))
 
         def widen_rows(firsts):
-            chunks = [(first, part) for first in firsts for part in range(0, features, width)]
-            size = LOADED[plan.loading_warpgroups]
+            chunks = [(first, part) for first in firsts for part in starts]
+            size = LOADED[plan.registers.widens or plan.registers.loads]
             batches = [chunks[i : i + size] for i in range(0, len(chunks), size)]
             loaded = [load(*chunk) for chunk in batches[0]]
             for batch, following in zip(batches, [*batches[1:], []]):
