@@ -187,7 +187,9 @@ class GpuSecondFormTest(parameterized.TestCase):
                     self.check(15, kernel, windowed, sliding_window=600, attn_logits_soft_cap=20.0)
 
     @parameterized.named_parameters(
-        each for each in named(ALONE, COMBINED, dict(plain={}), kernels=("mosaic_gpu",)) if "latent" not in each[2]
+        each
+        for each in named(ALONE, COMBINED, dict(plain={}), kernels=("mosaic_gpu",))
+        if "latent" not in each[2] and each[2].get("head_dim", 128) <= 256  # rows of wide heads are shared by two warpgroups
     )
     def test_two_teams(self, kernel, kind, dtype):
         """Tiles of one warpgroup go side by side in a thread block: those of chunks, and parts of long ones."""
