@@ -103,8 +103,8 @@ def parts_of(
         Those of a first round lie evenly over the cores; later ones go where others ended, and may be together.
         """
         rounds, rest = divmod(pieces * splits, slots)
-        least = (slots if rounds else device.cores) / OF_HALF
-        at_a_time = rounds * slots + (max(rest, least) if rest else 0)
+        as_slow_as = (slots if rounds else device.cores) / OF_HALF  # a round of fewer takes no less
+        at_a_time = rounds * slots + (max(rest, as_slow_as) if rest else 0)
         return at_a_time / device.cores * (-(-blocks // splits) * block_bytes + NEXT_PIECE_BYTES)
 
     def costs(splits):
