@@ -23,6 +23,10 @@ class Writer(abc.ABC):
     platforms: ClassVar[tuple[str, ...]]
     any_call: ClassVar[bool] = False
 
+    def is_for(self, device: Device) -> bool:
+        """Whether it is asked at all on a device."""
+        return device.platform in self.platforms
+
     def supports(self, operands: Mapping, device: Device, layout: CacheLayout = OWN_LAYOUT) -> str | None:
         """None, or the reason why it cannot run a call with these operands, in words that a user can act on."""
         if self.any_call:
