@@ -103,6 +103,12 @@ class MosaicGpu(Kernel):
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Tiles of whole slabs, and what fits them."""
+        tiles = (1, 2, 4, 8, 16, 32, 64, 128, 192)
+        stages = range(MOST_QUANTISED_STAGES, 0, -1)
+        return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
+
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
