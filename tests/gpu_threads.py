@@ -65,7 +65,7 @@ class Threads:
         self._words(matrix)[places] = np.stack([np.broadcast_to(word, where.shape)[where] for word in words])
 
     def _words(self, matrix):
-        return matrix.reshape(-1).view(np.int32)
+        return matrix.reshape(-1).view(np.float32 if matrix.dtype == np.float32 else np.int32)
 
     def _places(self, matrix, row, column, number):
         row, column, size = np.int64(row), np.int64(column), number * 4 // matrix.itemsize

@@ -27,7 +27,9 @@ def table_of(rng, tiles, room):
 
 def merged_by_threads(launch, table, of_parts, results):
     """What the kernel writes, block by block."""
-    table, of_parts, results = ([Shared(0, np.ravel(x)) for x in arrays] for arrays in ([table], of_parts, results))
+    table, results = ([Shared(0, np.ravel(x)) for x in arrays] for arrays in ([table], results))
+    out, lse = of_parts
+    of_parts = out.reshape(-1, launch.value_dim), Shared(0, np.ravel(lse))
     with mock.patch.object(merge.lax, "fori_loop", counted):
         for block in range(launch.blocks):
             threads = Threads(merge.THREADS, [])
@@ -39,8 +41,8 @@ class MergeTest(parameterized.TestCase):
     @parameterized.product(cores=(1, 40), dtype=("bfloat16", "float16"))
     def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, dtype):
         """A block has many rows of the table, or one. Rows that see no key, rows of NaN, parts that nobody wrote."""
-        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, 7), (11, 1, 1)]
-        tokens, heads, value_dim, splits = 12, 3, 64, 8
+        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, 17), (11, 1, 1)]
+        tokens, heads, value_dim, splits = 12, 10, 64, 17
         table = table_of(rng, tiles, len(tiles) * splits)
         out = rng.standard_normal((splits, tokens, heads, value_dim)).astype(np.float32)
         lse = 20 * rng.standard_normal((splits, heads, tokens)).astype(np.float32)

@@ -55,28 +55,31 @@ def store(array, index, value, where=True) -> None:
 def load_words(matrix, row, column, number: int):
     """So many words of 32 bits of matrix[row], from that column on: they lie at a multiple of their size.
 
-    Volatile, so that they are asked for here, and not where they are used.
+    Of a float32 matrix they are its numbers, else integers. Volatile, so that they are asked for here, and not where
+    they are used.
     """
+    dtype = jnp.float32 if matrix.dtype == jnp.float32 else jnp.int32
+    element, signed = (ir.F32Type.get, None) if dtype == jnp.float32 else (lambda: ir.IntegerType.get_signless(32), True)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN), return_type=[_own(jnp.int32)] * number)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN), return_type=[_own(dtype)] * number)
     def read(_, matrix, row, column):
-        its_type = ir.VectorType.get((number,), ir.IntegerType.get_signless(32))
-        words = llvm.load(its_type, _place(matrix, row, column), volatile_=True)
+        words = llvm.load(ir.VectorType.get((number,), element()), _place(matrix, row, column), volatile_=True)
         each = [vector.extract(words, [], [i]) for i in range(number)]
-        return [mgpu.FragmentedArray.splat(word, (), is_signed=True) for word in each]
+        return [mgpu.FragmentedArray.splat(word, (), is_signed=signed) for word in each]
 
     return read(matrix, row, column)
 
 
 def store_words(words, matrix, row, column, where) -> None:
-    """Writes them to matrix[row], from that column on, if `where`."""
+    """Writes them, as `load_words` gives them, to matrix[row], from that column on, if `where`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, OWN, *[OWN] * len(words)))
     def write(_, matrix, row, column, where, *words):
+        words = [word.registers.item() for word in words]
         with _if(where):
-            together = llvm.mlir_undef(ir.VectorType.get((len(words),), ir.IntegerType.get_signless(32)))
+            together = llvm.mlir_undef(ir.VectorType.get((len(words),), words[0].type))
             for i, word in enumerate(words):
-                together = vector.insert(word.registers.item(), together, [], [i])
+                together = vector.insert(word, together, [], [i])
             llvm.store(together, _place(matrix, row, column))
 
     write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
