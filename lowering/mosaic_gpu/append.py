@@ -5,11 +5,11 @@ import math
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.append import CHUNK_BYTES, Launch, append
+from paged_prefill.lowering.triton.append import MANY_TOKENS
 from paged_prefill.lowering.writer import Writer
 from paged_prefill.primitive.layout import OWN_LAYOUT
 
 DTYPES = ("bfloat16", "float16", "float32")
-MANY_TOKENS = 128  # from so many on Triton's kernel is as fast
 
 
 class MosaicGpuWriter(Writer):
