@@ -10,6 +10,9 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 
+MANY_TOKENS = 128  # of an append, from which on kernels of many tokens to a program are asked
+
+
 class Writer(abc.ABC):
     """A way to run `local_append_to_pages_p`. A new one fills in what is abstract here, and is named in choose.py.
 

@@ -8,6 +8,7 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import append_to_pages
@@ -87,11 +88,16 @@ class WritesTest(parameterized.TestCase):
                 np.testing.assert_array_equal(a, b)
 
 
-class LoweredTest(absltest.TestCase):
-    def test_one_launch_in_the_memory_of_both_caches(self):
+class LoweredTest(parameterized.TestCase):
+    @parameterized.parameters("jit", "shard_map")
+    def test_one_launch_in_the_memory_of_both_caches(self, way):
         call = {name: jnp.asarray(x) for name, x in appends.make_append(0, layers=2, **SIZES).items()}
         self.enterContext(mock.patch("paged_prefill.lowering.device_of", lambda *_, **__: H100))
-        text = jax.jit(append_to_pages).trace(**call).lower(lowering_platforms=("cuda",)).as_text()
+        run = lambda call: append_to_pages(**call)
+        if way == "shard_map":
+            mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+            run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())
+        text = jax.jit(run).trace(call).lower(lowering_platforms=("cuda",)).as_text()
         launches = [line for line in text.splitlines() if "mosaic_gpu" in line]
         self.assertLen(launches, 1)
         self.assertEqual(launches[0].count("output_operand_alias<"), 2)

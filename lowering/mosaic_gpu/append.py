@@ -5,8 +5,7 @@ import math
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.append import CHUNK_BYTES, Launch, append
-from paged_prefill.lowering.triton.append import MANY_TOKENS
-from paged_prefill.lowering.writer import Writer
+from paged_prefill.lowering.writer import MANY_TOKENS, Writer
 from paged_prefill.primitive.layout import OWN_LAYOUT
 
 DTYPES = ("bfloat16", "float16", "float32")
