@@ -139,7 +139,7 @@ COMPILED = {
     "sm_100": [(MLA, {})],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
-    "gfx950": [({}, {})],
+    "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
 # By Triton 3.6, of a latent cache's tile on Hopper, outside its loops for the most part; by 3.9 none.
 OLD = HAS_TRITON and importlib.metadata.version("triton").startswith("3.6")

@@ -84,7 +84,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 5
+    version = 6
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -115,7 +115,8 @@ class Triton(Kernel):
         if problem.dtype == "float32":
             sizes = narrow_float32 if width <= 128 else wide_float32
         elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
-            sizes = sizes._replace(block_kv=16)  # registers to turn wide keys to numbers
+            # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
+            sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
