@@ -35,7 +35,7 @@ def most_keys(problem: Problem, tokens: int) -> int:
 
 
 def mean_keys(problem: Problem, tokens: int) -> float:
-    """The keys that so many neighbouring tokens see on average, if a sequence's new ones are the last of a full table."""
+    """The keys that so many neighbouring tokens see on average, where the new ones are the last of a full table."""
     keys = most_keys(problem, tokens)
     return max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
 
@@ -92,8 +92,8 @@ def parts_of(
     Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long
     the contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as
     long as the table and one of a single such context; the first of them nearly as soon as without more parts. `slots`
-    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values, or fewer where it
-    goes so many times `slower` through them than memory brings them.
+    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values, or fewer where
+    it goes so many times `slower` through them than memory brings them.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
     key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize

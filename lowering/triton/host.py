@@ -71,8 +71,9 @@ LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
-SHORT = _Sizes(64, 64, 4, 3)  # of dims up to 128 on Hopper, two to a core, where tiles see at most SHORT_KEYS on average
-SHORT_KEYS = 768
+SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
+SHORT_KEYS = 768  # that are few, on average
+MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
@@ -135,7 +136,7 @@ class Triton(Kernel):
             sizes = SHORT
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
-            sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
+            sizes = sizes._replace(block_kv=min(sizes.block_kv, MOST_KEYS), num_warps=4)
         config = PrefillPageAttentionConfig(
             block_q=max(1, rows // problem.group),
             block_kv=sizes.block_kv,
@@ -150,7 +151,8 @@ class Triton(Kernel):
         changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
         for factor in (0.5, 2):
             tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
-            changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+            changes += [dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+            changes += [tile | dict(block_kv=min(first.block_kv, MOST_KEYS)) if factor < 1 else tile]
         found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
         sane = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
         fitting = [c for c in sane if self.misfit(problem, device, c) is None]
