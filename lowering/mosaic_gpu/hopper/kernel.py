@@ -306,7 +306,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are
     two teams; everything is one's where `warp` is None.
     """
-    [[query_slots], *_] = query_views
+    [[query_slots], *_], keys = query_views, sources[0]
 
     def copy_query(team, piece, done):
         pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free.at[team]))
@@ -321,6 +321,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
+        ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
 
         def row_of(piece, key, beside):
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
@@ -335,6 +336,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
                 }
+                if plan.query_comes_first:
+                    pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[team]))
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)

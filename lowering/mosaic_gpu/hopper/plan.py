@@ -13,6 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
@@ -175,6 +176,15 @@ class Plan:
         """The turns of the last block's output that groups of widened keys wait for: if it is one, the first group."""
         same_places = self.latent or self.head_dim == self.value_dim
         return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
+
+    @property
+    def query_comes_first(self) -> bool:
+        """Whether a thread block's first loads, but for a block of keys, wait for its first query.
+
+        All at once take as long as the rings are large. That is well where memory is what all wait for, as in decode
+        steps and in parts of tiles; but products can begin with a query and a block of keys.
+        """
+        return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
 
     @property
     def row_groups(self) -> int:
