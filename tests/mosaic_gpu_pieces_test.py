@@ -12,11 +12,13 @@ from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import kernel, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.tests import plans
 
 
-def launch_of(seqs=1, tokens=2048, pages_per_seq=128, **parameters):
+def launch_of(seqs=1, tokens=2048, pages_per_seq=128, q_heads=8, kv_heads=2, **parameters):
     """The plan that a call launches the kernel with, and the shapes of its arrays."""
-    shapes = [(tokens, 8, 128), (2, 64, 16, 128), (2, 64, 16, 128), (seqs,), (seqs, pages_per_seq), (seqs + 1,)]
+    cache = (kv_heads, 64, 16, 128)
+    shapes = [(tokens, q_heads, 128), cache, cache, (seqs,), (seqs, pages_per_seq), (seqs + 1,)]
     dtypes = [jnp.bfloat16] * 3 + [jnp.int32] * 3
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
     call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", **parameters))
@@ -47,6 +49,29 @@ class FirstLoadsTest(parameterized.TestCase):
                 program = jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
             waits.append(str(program).count("barrier_wait"))
         self.assertEqual(waits[1] - waits[0], 4)
+
+
+class QueriesTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("three_warpgroups", dict(warpgroups=3, block_q=192), [0, 1, 2]),
+        ("any_block_may_be_masked", dict(warpgroups=3, block_q=192, has_ranges=True), [0, 0, 0]),
+        ("two_in_turns", dict(warpgroups=2, soft_cap=None), [0, 0]),
+        ("two_teams", dict(warpgroups=1, teams=2), [0, 1]),
+    )
+    def test_warpgroups_that_go_apart_have_queries_of_their_own(self, changes, groups):
+        plan = plans.plan(**changes)
+        places = [(team, row_group) for team in range(plan.teams) for row_group in range(plan.row_groups)]
+        self.assertEqual([plan.queries_of(*place) for place in places], groups)
+
+    def test_each_group_waits_for_as_many_copies_as_it_gets(self):
+        """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
+        plan, arrays = launch_of(tokens=8192, q_heads=32, kv_heads=8)
+        self.assertEqual((plan.warpgroups, plan.query_groups), (3, 3))
+        with mock.patch.object(kernel.plgpu, "Barrier", wraps=kernel.plgpu.Barrier) as barrier:
+            jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
+        made = [call.kwargs for call in barrier.call_args_list]
+        queries = [sizes["num_arrivals"] for sizes in made if sizes.get("num_barriers") == 3 and "num_arrivals" in sizes]
+        self.assertEqual(queries, [2, 1])
 
 
 class ResultsTest(parameterized.TestCase):

@@ -350,7 +350,7 @@ def store_rows(array, rows, out, first_column=0) -> None:
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
-        quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
+        quarter = arith.remui(utils.thread_idx(), arith.constant(i32, QUAD))
         together = 2 * QUAD if utils.bitwidth(array.mlir_dtype) == 16 else 2  # columns of a store
         first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, together)))
         for half, register in enumerate(rows.registers.flat):

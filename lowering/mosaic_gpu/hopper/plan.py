@@ -187,6 +187,15 @@ class Plan:
         return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
 
     @property
+    def query_groups(self) -> int:
+        """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
+
+        One that is done first goes on with its next tile. Two that take turns are done together, and where any block may
+        be masked, no thread has a register left for it.
+        """
+        return self.warpgroups if self.warpgroups == 3 and not self.masks_any_block else 1
+
+    @property
     def row_groups(self) -> int:
         """Groups of 64 rows: each warpgroup has one, or all share one."""
         return 1 if self.wide else self.warpgroups
@@ -282,6 +291,10 @@ class Plan:
     def slot_of(self, team, step):
         """Where a step's block lies among those of all teams."""
         return team * self.slots + lax.rem(step, self.slots)
+
+    def queries_of(self, team, row_group):
+        """Which of all teams' groups of queries those of 64 rows are in."""
+        return team if self.query_groups == 1 else team * self.query_groups + row_group
 
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""
