@@ -20,7 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.transpose import QUARTER, keep_keys
+from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
@@ -79,11 +79,11 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
 def zero_unseen_transposed(plan: Plan, rows: Rows, warpgroup, i, values):
     """The same where values lie transposed, in 8 bits."""
     held = jnp.where(rows.held_keys(i, KEYS), jnp.int32(1), jnp.int32(0))
-    for number in range(plan.value_dim // QUARTER):
+    for number in range(plan.value_dim // FEATURES_AT_ONCE):
 
         @pl.when(warpgroup == number % plan.warpgroups)
         def _(number=number):
-            keep_keys(held, values.at[pl.ds(number * QUARTER, QUARTER)])
+            keep_keys(held, values.at[pl.ds(number * FEATURES_AT_ONCE, FEATURES_AT_ONCE)])
 
     plgpu.commit_smem()
 

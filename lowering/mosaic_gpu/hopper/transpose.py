@@ -20,7 +20,7 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 TILE_BYTES = 8 * COLUMNS
 KEYS_AT_ONCE, CHUNK = 32, 16  # keys and features of four matrices; bytes of a row of one
 LOADED = 2  # fours of matrices that a thread has in registers, and as many after them
-QUARTER = 32  # features that a warpgroup's threads take in turn, four threads each
+FEATURES_AT_ONCE = 32  # features that a warpgroup's threads take in turn, four threads each
 
 
 def _constant(x):
@@ -124,7 +124,7 @@ def transpose_block(plan: Plan, warp, raw, turned) -> None:
 
 
 def keep_keys(held, values) -> None:
-    """Zeroes, of QUARTER features of a block's transposed values, those keys where `held` is 0."""
+    """Zeroes, of FEATURES_AT_ONCE features of a block's transposed values, those keys where `held` is 0."""
 
     @plgpu.inline_mgpu(arg_types=(KEYS, plgpu.RefType(TILED_BYTES)))
     def go(_, held, values):

@@ -3,6 +3,8 @@
 Copies bring blocks of keys and values as they lie in the caches, rows of bytes. Each warp of the widening warpgroup
 turns its share of a block into rows of the swizzled tiles that products read. A number is what it was: the scales are
 left to those that compute, who have a logit and a weight of a slot where widening has hundreds of numbers.
+
+Where products are of 8 bits, keys come as they are, and values are transposed (transpose.py).
 """
 
 from jax import lax
