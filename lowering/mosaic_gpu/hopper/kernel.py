@@ -44,12 +44,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
-    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
+    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens]. Where
+    the number of parts varies, before them those of tiles of one part, as if nothing were split.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
-    rows = plan.splits * plan.tokens * query.shape[1]
-    out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
-    lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shape, result_types = jax.ShapeDtypeStruct, []
+    for splits in [1, plan.splits] if plan.parts.vary else [plan.splits]:
+        rows = splits * plan.tokens * plan.q_heads
+        result_types += [shape((rows, plan.value_dim), dtype if splits == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
     def ring(features):
         return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
@@ -92,7 +94,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
         scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
-        out_type=(out_type, lse_type),
+        out_type=tuple(result_types),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
@@ -114,9 +116,9 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *others, out, lse = others
-    number = len(others) - len(names)
-    caches, optional = others[:number], others[number:]
+    results_at = len(others) - (4 if plan.parts.vary else 2)
+    number = results_at - len(names)
+    caches, optional, results = others[:number], others[number:results_at], others[results_at:]
     optional = dict(zip(names, optional))
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -153,7 +155,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(optional=optional, sources=sources, out=out, lse=lse)
+        shared = dict(optional=optional, sources=sources, results=results)
         if plan.wide:
             return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
