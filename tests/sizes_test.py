@@ -16,6 +16,7 @@ from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
 from paged_prefill.lowering.triton import host as triton_host
 from paged_prefill.lowering.tuning import resolve, tables, timing
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import calls
 from paged_prefill.tests.tuning_stand_ins import environment
 from paged_prefill.tune import problem_of_shape
@@ -133,6 +134,23 @@ class CandidatesTest(parameterized.TestCase):
                     if kernel.supports(problem, device) is None:
                         with self.subTest(kernel=kernel.name, problem=problem):
                             self.check(kernel, problem, device)
+
+    @parameterized.named_parameters(*DEVICES)
+    def test_any_of_their_sizes_may_be_chosen_alone(self, device):
+        """What a caller leaves open follows: by these sizes there is some configuration that fits."""
+        rng, open_ones = np.random.default_rng(4), set()
+        with PACKAGES:
+            for problem in [calls.random_problem(rng) for _ in range(60)]:
+                for kernel in kernels_of(problem, device):
+                    for candidate in kernel.candidates(problem, device):
+                        for name, size in candidate.sizes().items():
+                            asked = PrefillPageAttentionConfig(**{name: size})
+                            config, _ = resolve.resolve(kernel, problem, device, asked)
+                            self.assertIsNone(kernel.misfit(problem, device, config), (asked, problem))
+                            self.assertEqual(getattr(config, name), size)
+                            open_ones.add(kernel.misfit(problem, device, asked.over(kernel.heuristic(problem, device))))
+        if device.platform == "cuda":
+            self.assertGreater(len(open_ones), 1)  # some did not go with the heuristic's
 
     def check(self, kernel, problem, device):
         heuristic, candidates = kernel.heuristic(problem, device), kernel.candidates(problem, device)

@@ -159,6 +159,10 @@ class Triton(Kernel):
         fitting = [c for c in sane if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Those that shared memory holds; registers have room for the heuristic's warps."""
+        return dict(block_q=(1, 2, 4, 8, 16, 32, 64, 128), block_kv=(16, 32, 64, 128), num_stages=(1, 2, 3, 4))
+
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known before."""
         capacity = SHARED_KIB.get(capability(device)) if device.platform == "cuda" else None
