@@ -251,6 +251,15 @@ class FillTest(parameterized.TestCase):
         absent = (parts.most - parts.least) * seqs * 8 if parts.vary else 0
         self.assertLessEqual(absent, triton_host.MOST_ABSENT + seqs * 8)
 
+    @parameterized.parameters((16, 2048, 13), (71, 1024, 10))
+    def test_parts_of_tall_tiles_of_triton(self, q_heads, keys, most):
+        """Where a token's heads fill a tile, its products take as long as its loads: then fewer keys are a part."""
+        problem = problem_of_shape(77, 1, 28700, q_heads, 1, 64, None, None, page_size=16)
+        kernel, device = GPU_KERNELS[1], DEVICES[0][1]
+        config = kernel.heuristic(problem, device)
+        parts = triton_host.parts_of_tiles(problem, device, config)
+        self.assertEqual((parts.blocks * config.block_kv, parts.most), (keys, most))
+
     def test_a_device_says_itself_how_many_cores_it_has(self):
         self.assertEqual(Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", core_count=66).cores, 66)
         self.assertEqual(Device("cpu", "cpu").cores, 1)

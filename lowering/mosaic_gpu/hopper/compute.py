@@ -88,7 +88,8 @@ class _Attention:
         _, *views = query_views
         self.loaded_query, self.query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
         self.keys, self.values = keys, values
-        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
+        queries = plan.queries_of(team, warpgroup)
+        self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free

@@ -67,11 +67,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
-    slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
+    queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
+    copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.teams),
-        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
+        query_here=plgpu.Barrier(num_arrivals=copies_of_queries, num_barriers=queries),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
         **blocks,
         keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
@@ -308,21 +309,25 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are
     two teams; everything is one's where `warp` is None.
     """
-    [[query_slots], *_] = query_views
+    [[query_slots], *_], keys = query_views, sources[0]
 
     def copy_query(team, piece, done):
-        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free.at[team]))
         for row in range(0, plan.rows, plan.slab):
+            queries = plan.queries_of(team, row // WARPGROUP_ROWS)
+            if row % (plan.rows // plan.query_groups) == 0:
+                pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
                 slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
-                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[team])
+                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
+        ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
+        last_queries = plan.queries_of(team, plan.row_groups - 1)
 
         def row_of(piece, key, beside):
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
@@ -337,6 +342,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
                 }
+                if plan.query_comes_first:
+                    pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)
