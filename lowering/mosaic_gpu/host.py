@@ -170,19 +170,20 @@ class MosaicGpu(Kernel):
         table, *schedule = _schedule(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
         if plan.parts.vary:
-            out, lse = merge(_merging(plan), table, (out, lse), *final)
+            out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
         splits = 1 if plan.parts.vary else plan.splits
         lse = lse.reshape(splits, problem.q_heads, problem.tokens)
         out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
         return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
 
 
-def _merging(plan: Plan) -> Merging:
+def _merging(problem: Problem, plan: Plan) -> Merging:
     return Merging(
         cores=plan.cores,
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
+        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
     )

@@ -71,6 +71,7 @@ LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+KEYS_OF_PROMPT = 512  # in a table: prompts seldom fill it, and over fewer they are not split, but those of wide heads
 SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
 SHORT_KEYS = 768  # that are few, on average
 MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
@@ -183,9 +184,8 @@ class Triton(Kernel):
         unsplit = programs(problem, config)
         keys = most_keys(problem, config.block_q)
         few_rows, wide = config.block_q * problem.group <= DECODE.rows, max(problem.head_dim, problem.value_dim) > 256
-        # Tall tiles fetch more keys at a time, and begin with prompts, which seldom fill their table.
-        keys_per_split = KEYS_PER_SPLIT * (1 if few_rows or wide else 2)
-        warps, most, enough = WARPS, keys // keys_per_split, 0.5
+        worth = few_rows or wide or keys >= KEYS_OF_PROMPT
+        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT if worth else 1, 0.5
         key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
         all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
         if few_rows:

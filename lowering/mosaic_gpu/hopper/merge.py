@@ -31,6 +31,7 @@ class Launch:
     rows: int  # that the table has room for; behind them is how many there are
     columns: int  # of a row
     tokens: int
+    tokens_of_tile: int  # of most: they are merged side by side, and others after them
     q_heads: int
     value_dim: int
 
@@ -41,7 +42,11 @@ class Launch:
 
     @property
     def shares(self) -> int:
-        """Of a token's numbers: as many as all threads of a block merge at a time."""
+        """Of a tile's numbers: of a token, as many as all threads of a block merge at a time."""
+        return self.tokens_of_tile * self.shares_of_token
+
+    @property
+    def shares_of_token(self) -> int:
         return -(-self.numbers // (NUMBERS * THREADS))
 
     @property
@@ -82,12 +87,15 @@ def merge_shares(launch: Launch, threads, block, table, of_parts, results):
         start, length, part, parts = (
             table[row + Tiles._fields.index(name)] for name in ("start", "length", "part", "parts")
         )
-        first = (share * THREADS + thread) * NUMBERS
+        own, of_token = lax.div(share, launch.shares_of_token), lax.rem(share, launch.shares_of_token)
+        first = (of_token * THREADS + thread) * NUMBERS
 
         def token(j, _):
-            _merge_numbers(launch, threads, parts, start + j, first, of_parts, results)
+            its_token = start + own + j * launch.tokens_of_tile
+            _merge_numbers(launch, threads, parts, its_token, first, of_parts, results)
 
-        lax.fori_loop(0, jnp.where((part == 0) & (parts > 1), length, 0), token, None)
+        length = jnp.where((part == 0) & (parts > 1), length - own, 0)
+        lax.fori_loop(0, lax.div(jnp.maximum(length, 0) + (launch.tokens_of_tile - 1), launch.tokens_of_tile), token, None)
 
     number = table[launch.rows * launch.columns] * launch.shares
     lax.fori_loop(0, lax.div(jnp.maximum(number - block, 0) + (launch.blocks - 1), launch.blocks), turn, None)
