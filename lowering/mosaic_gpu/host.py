@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
@@ -42,7 +43,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 14
+    version = 15
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -102,6 +103,12 @@ class MosaicGpu(Kernel):
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Tiles of whole slabs, and what fits them."""
+        tiles = (1, 2, 4, 8, 16, 32, 64, 128, 192)
+        stages = range(MOST_QUANTISED_STAGES, 0, -1)
+        return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
+
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
@@ -126,6 +133,8 @@ class MosaicGpu(Kernel):
                 f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
                 f"{problem.value_dim} and cfg.block_kv {block}"
             )
+        if config.fp8_terms and (wrong := _reason_against_fp8(problem)):
+            return f"cfg.fp8_terms is for caches in float8_e4m3fn, got {config.fp8_terms} with {wrong}"
         fewest = _fewest_stages(problem)
         if config.num_stages < fewest or shared_bytes(problem, config) > SHARED_BYTES:
             return f"cfg.num_stages must be at least {fewest} and fit the shared memory, got {config.num_stages}"
@@ -154,16 +163,30 @@ class MosaicGpu(Kernel):
         caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
-        optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional["sinks"] = call.sinks
         key_scale, value_scale = _scales(call)
         optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
-        out, lse = launch(plan, _schedule(call, plan), query, caches, optional)
-        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
-        out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
-        if plan.splits == 1:
-            return out[0], lse[0].T
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=plan.parts.vary)
+        table, *schedule = _schedule(call, plan)
+        *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
+        if plan.parts.vary:
+            out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
+        splits = 1 if plan.parts.vary else plan.splits
+        lse = lse.reshape(splits, problem.q_heads, problem.tokens)
+        out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
+        return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
+
+
+def _merging(problem: Problem, plan: Plan) -> Merging:
+    return Merging(
+        cores=plan.cores,
+        rows=plan.rows_of_table,
+        columns=plan.columns,
+        tokens=plan.tokens,
+        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
+        q_heads=plan.q_heads,
+        value_dim=plan.value_dim,
+    )
 
 
 def _schedule(call: Call, plan: Plan):
@@ -234,6 +257,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         cache_dtype=problem.cache_dtype,
         key_scale=key_scale,
         value_scale=value_scale,
+        fp8_terms=config.fp8_terms or 0,
     )
 
 
@@ -346,6 +370,15 @@ def _quantised(problem: Problem) -> bool:
     return "quantised" in problem.features
 
 
+def _reason_against_fp8(problem: Problem) -> str | None:
+    """Why products cannot be of 8 bits."""
+    if problem.cache_dtype != "float8_e4m3fn":
+        return f"caches in {problem.cache_dtype}"
+    if "slot_scales" in problem.features:
+        return "scales of each token and head"
+    return WIDE if _wide(problem) else None
+
+
 def _latent(problem: Problem) -> bool:
     return "latent" in problem.features
 
@@ -426,6 +459,8 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
+    if config.fp8_terms:
+        return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
     slots, scales, weights = widened(block, features, _wide(problem)), 0, 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block

@@ -93,6 +93,12 @@ class MosaicTpu(Kernel):
                     candidates.append(config)
         return candidates
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Halves of the heuristic's, which the chip's memories have room for."""
+        first, packing = self.heuristic(problem, device), sublanes(problem.dtype)
+        halves = lambda size: tuple(round_up(max(size >> i, 1), packing) for i in range(size.bit_length()))
+        return dict(block_q=halves(first.block_q), block_kv=halves(first.block_kv))
+
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How sizes pass the chip's memories, or None."""
         if vmem_bytes(problem, config) > vmem_budget(device):

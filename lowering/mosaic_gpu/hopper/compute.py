@@ -15,51 +15,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, WGMMA
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products, start_weighted
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
-def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
-    store_results(plan, piece, rows, attention.run(first, end), out, lse)
+    store_results(plan, piece, rows, attention.run(first, end), results)
     attention.pass_over(end, piece.steps)
 
 
-def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column=0):
-    """Writes a warpgroup's output, from that column on, and the lse of its rows."""
-    acc, row_lse = results
+def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
+    """Writes a warpgroup's output, from that column on, and the lse of its rows.
+
+    Where the number of parts varies, there are results twice: those of tiles of one part are final.
+    """
+    acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, piece.tile.start + token
-    owns, part = rows.owns(rows.rows()), piece.tile.part if plan.splits > 1 else 0
+    owns = rows.owns(rows.rows())
 
-    def place_of(part, within):
-        return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
+    def store(out, lse, part):
+        def place_of(within):
+            return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
-    # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    for array in jax.tree.leaves(acc):
-        store_rows(array.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
-        first_column += array.shape[1]
-    store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
+        # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
+        column = first_column
+        for array in jax.tree.leaves(acc):
+            store_rows(array.astype(out.dtype), place_of(token * plan.q_heads + head), out, column)
+            column += array.shape[1]
+        store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
+
     if not plan.parts.vary:
-        return
-
-    @pl.when(part == 0)
-    def _():
-        """Of the parts that the tile does not have: they see no key."""
-        nothing = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
-
-        def absent(part, _):
-            store_numbers(nothing, place_of(part, head * plan.tokens + token), lse)
-
-        lax.fori_loop(piece.tile.parts, plan.splits, absent, None)
+        return store(*results, piece.tile.part if plan.splits > 1 else 0)
+    pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
+    pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
@@ -77,6 +76,26 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     plgpu.commit_smem()
 
 
+def zero_unseen_transposed(plan: Plan, rows: Rows, warpgroup, i, values):
+    """The same where values lie transposed, in 8 bits."""
+    held = jnp.where(rows.held_keys(i, KEYS), jnp.int32(1), jnp.int32(0))
+    for number in range(plan.value_dim // FEATURES_AT_ONCE):
+
+        @pl.when(warpgroup == number % plan.warpgroups)
+        def _(number=number):
+            keep_keys(held, values.at[pl.ds(number * FEATURES_AT_ONCE, FEATURES_AT_ONCE)])
+
+    plgpu.commit_smem()
+
+
+def store_query(plan: Plan, query, part, numbers):
+    """Writes a part's numbers as the products with keys take them."""
+    if plan.fp8_terms:
+        store_terms(numbers, [query.at[part + term * plan.query_parts] for term in range(plan.fp8_terms)])
+    else:
+        query.at[part][...] = numbers.astype(plan.product_dtype)
+
+
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
@@ -90,7 +109,8 @@ class _Attention:
         _, *views = query_views
         self.loaded_query, self.query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
         self.keys, self.values = keys, values
-        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
+        queries = plan.queries_of(team, warpgroup)
+        self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
@@ -103,9 +123,9 @@ class _Attention:
             return
 
         def step(i, _):
-            slot = self._slot_of(i)
-            plgpu.barrier_wait(self.keys_here.at[slot])
-            plgpu.barrier_arrive(self.keys_free.at[slot])
+            slot, key_slot = self._slot_of(i), self._key_slot_of(i)
+            plgpu.barrier_wait(self.keys_here.at[key_slot])
+            plgpu.barrier_arrive(self.keys_free.at[key_slot])
             plgpu.barrier_wait(self.values_here.at[slot])
             self._clean_values(i)
             plgpu.barrier_arrive(self.values_free.at[slot])
@@ -130,10 +150,10 @@ class _Attention:
         self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
         logits = self._logits_of(i)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
         acc, m, l = self.softmax.start()
         running = self._weigh(i, logits, lambda: acc, m, l, self.seen)
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
@@ -147,7 +167,7 @@ class _Attention:
         """Block i's logits and weights, and the output of block i - 1; without `seen`, every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
         running = self._weigh(i, logits, output, m, l, seen)
         if seen and self.plan.masks_any_block:
             self._clean_values(i)
@@ -177,14 +197,14 @@ class _Attention:
             weights, sums = self.softmax.by_polynomial(logits, m)
             small = ~any_in_warpgroup(self.plan.polynomial.doubts(sums), self.warpgroup)
             acc = output()
-            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)]))
+            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)]))
             weights = self.softmax.rounded(weights)
             return i + 1, small, Running(weights, acc, m, l + jnp.where(small, sums, 0.0))
 
         def again(i, running):
             _, acc, m, l = running
             logits = self._logits_of(i)
-            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+            plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
             return self._weigh(i, logits, lambda: acc, m, l)
 
         carry = first, jnp.bool_(True), running
@@ -203,7 +223,12 @@ class _Attention:
             plgpu.wgmma(output, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
 
-        acc = pl.run_state(product)(plgpu.ACC.init(acc))
+        if self.plan.fp8_terms:
+            acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
+            self._pass_turn()
+            acc = settled(acc, still_running=0)
+        else:
+            acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
         scales = [self._scale_of(i) for i in (0, 1)] if self.plan.quantised else None
         return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
@@ -212,9 +237,10 @@ class _Attention:
         """Block i's logits, with no other product beside them."""
 
         def products(logits):
-            for part in range(self.plan.query_parts):
-                columns = self.keys.at[self._slot_of(i), :, pl.ds(part * COLUMNS, COLUMNS)]
-                plgpu.wgmma(logits, self.query.at[part], columns.transpose((1, 0)))
+            parts = self.plan.query_parts
+            for place in range(parts * self.plan.query_terms):
+                columns = self.keys.at[self._key_slot_of(i), :, pl.ds(place % parts * COLUMNS, COLUMNS)]
+                plgpu.wgmma(logits, self.query.at[place], columns.transpose((1, 0)))
             self._pass_turn()
             return logits[...]
 
@@ -222,9 +248,9 @@ class _Attention:
 
     def _products_of(self, i, weights, acc):
         """Block i's logits; and a function that waits for the output of block i - 1, which is still being computed."""
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
-        keys, values = self.keys.at[self._slot_of(i)], self.values.at[self._slot_of(i - 1)]
+        keys, values = self.keys.at[self._key_slot_of(i)], self.values.at[self._slot_of(i - 1)]
         logits, acc = start_products(self.query, keys, acc, weights, values)
         self._pass_turn()
 
@@ -242,7 +268,8 @@ class _Attention:
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
-            zero_unseen(self.plan, self.rows, self.warpgroup, i, self.values.at[self._slot_of(i)])
+            zero = zero_unseen_transposed if self.plan.fp8_terms else zero_unseen
+            zero(self.plan, self.rows, self.warpgroup, i, self.values.at[self._slot_of(i)])
             plgpu.barrier_arrive(self.cleaned)
             plgpu.barrier_wait(self.cleaned)
 
@@ -259,7 +286,7 @@ class _Attention:
         plgpu.commit_smem()
 
     def _scale_rows(self):
-        """Turns the query into float16, each row over its largest number; what turns its products to logits."""
+        """Turns the query into what products take, each row by its largest number; what turns its products to logits."""
         plan = self.plan
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
@@ -267,9 +294,10 @@ class _Attention:
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
         factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
+        if plan.fp8_terms:
+            plgpu.commit_smem()  # all threads have read what they are about to write over
         for part, numbers in enumerate(parts):
-            scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
-            self.query.at[part][...] = scaled.astype(jnp.float16)
+            store_query(plan, self.query, part, numbers * lax.broadcast_in_dim(factor, numbers.shape, [0]))
         plgpu.commit_smem()
         return to_logits
 
@@ -279,6 +307,9 @@ class _Attention:
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)
+
+    def _key_slot_of(self, i):
+        return self.plan.key_slot_of(self.team, self.done + i)
 
     def _take_turn(self):
         if self.plan.takes_turns:

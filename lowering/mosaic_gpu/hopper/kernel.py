@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
@@ -44,40 +44,55 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
-    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
+    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens]. Where
+    the number of parts varies, before them those of tiles of one part, as if nothing were split.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
-    rows = plan.splits * plan.tokens * query.shape[1]
-    out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
-    lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shape, result_types = jax.ShapeDtypeStruct, []
+    for splits in [1, plan.splits] if plan.parts.vary else [plan.splits]:
+        rows = splits * plan.tokens * plan.q_heads
+        result_types += [shape((rows, plan.value_dim), dtype if splits == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
-    def ring(features):
-        return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
+    tiled = tiling_of(product_dtype)
 
-    blocks = dict(keys=ring(plan.head_dim)) | ({} if plan.latent else dict(values=ring(plan.value_dim)))
+    def ring(slots, *shape):
+        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=tiled)
+
+    blocks = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    if not plan.latent:  # products of 8 bits read values as features of all keys
+        shape = (plan.value_dim, plan.block_kv) if plan.fp8_terms else (plan.block_kv, plan.value_dim)
+        blocks |= dict(values=ring(plan.slots, *shape))
     if plan.shares_place:
         blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    query_shape = (plan.teams * plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
-    views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
-    query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
+    # There is room for two terms of 8 bits.
+    parts = plan.query_parts
+    views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (parts * plan.query_terms, product_dtype, tiled)
+    query_views = [
+        plgpu.SMEM((plan.teams * plan.row_groups, number, WARPGROUP_ROWS, COLUMNS), its_dtype, transforms=transforms)
+        for number, its_dtype, transforms in views
+    ]
     # Each copy of a block arrives, or each warp that widens it.
-    arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
-    slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
+    arrivals = {False: copies_of(plan), True: plan.widening_warps}
+    queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
+    copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.teams),
-        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
+        query_here=plgpu.Barrier(num_arrivals=copies_of_queries, num_barriers=queries),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
         **blocks,
-        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
+        keys_here=plgpu.Barrier(
+            num_arrivals=arrivals[plan.widens_keys],
+            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
+        ),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
     )
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         scratch |= dict(
-            values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots),
+            values_here=plgpu.Barrier(num_arrivals=arrivals[plan.quantised], num_barriers=plan.teams * plan.slots),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
     if plan.wide:
@@ -91,7 +106,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
         scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
-        out_type=(out_type, lse_type),
+        out_type=tuple(result_types),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
@@ -113,9 +128,9 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *others, out, lse = others
-    number = len(others) - len(names)
-    caches, optional = others[:number], others[number:]
+    results_at = len(others) - (4 if plan.parts.vary else 2)
+    number = results_at - len(names)
+    caches, optional, results = others[:number], others[number:results_at], others[results_at:]
     optional = dict(zip(names, optional))
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -152,7 +167,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(optional=optional, sources=sources, out=out, lse=lse)
+        shared = dict(optional=optional, sources=sources, results=results)
         if plan.wide:
             return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
@@ -161,7 +176,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
         for source in sources:
-            initialise(source.here, loading_warps(plan))
+            if source.wide_blocks is not None:
+                initialise(source.here, loading_warps(plan))
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["started"])
 
@@ -284,11 +300,11 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
-        raw = blocks
-        if plan.quantised:
+        raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.quantised
+        if is_widened:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         wide = []
-        if plan.quantised:
+        if is_widened:
             if plan.shares_place:  # what comes next there waits for what was there
                 blocks[2] = scratch["keys_free" if name == "values" else "values_free"]
             after = 0 if plan.shares_place and name == "values" else plan.slots
@@ -306,21 +322,25 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are
     two teams; everything is one's where `warp` is None.
     """
-    [[query_slots], *_] = query_views
+    [[query_slots], *_], keys = query_views, sources[0]
 
     def copy_query(team, piece, done):
-        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free.at[team]))
         for row in range(0, plan.rows, plan.slab):
+            queries = plan.queries_of(team, row // WARPGROUP_ROWS)
+            if row % (plan.rows // plan.query_groups) == 0:
+                pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
                 slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
-                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[team])
+                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
+        ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
+        last_queries = plan.queries_of(team, plan.row_groups - 1)
 
         def row_of(piece, key, beside):
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
@@ -335,6 +355,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
                 }
+                if plan.query_comes_first:
+                    pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)
@@ -367,7 +389,7 @@ def loading_warps(plan: Plan) -> int:
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
     column = plan.in_slot(piece, source.beside) * source.features
-    if not plan.quantised:
+    if source.wide_blocks is None:
         for offset, row in zip(offsets, rows):
             place = pl.ds(row, plan.run)
             if plan.slot_rows > 1:  # of a slot, one head's columns
@@ -376,4 +398,5 @@ def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
             plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
         return
     targets = [source.blocks.at[slot, pl.ds(offset, plan.run)] for offset in offsets]
-    copy_together(source.here, slot, [(source.rows, row, column, target) for row, target in zip(rows, targets)])
+    copies = [(source.rows, row, column, target) for row, target in zip(rows, targets)]
+    copy_together(source.here, slot, copies, tiled=plan.fp8_terms > 0)

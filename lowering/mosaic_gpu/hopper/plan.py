@@ -13,6 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
@@ -24,6 +25,9 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns (wide.py)."""
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
+
+
+FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
 def widened(block_kv: int, features: int, wide: bool) -> int:
@@ -97,6 +101,7 @@ class Plan:
     cache_dtype: str  # another one in a quantised cache
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
     value_scale: str | None
+    fp8_terms: int  # whose sum is a query, where products are of 8 bits; 0 where caches are widened
 
     @property
     def quantised(self) -> bool:
@@ -105,15 +110,34 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
-        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide) if self.quantised else self.stages
+        """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
+        if not self.quantised:
+            return self.stages
+        if self.fp8_terms:
+            return FP8_SLOTS
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide)
+
+    @property
+    def key_slots(self) -> int:
+        return self.stages if self.fp8_terms else self.slots
+
+    @property
+    def query_terms(self) -> int:
+        """Factors of products, whose sum a query is."""
+        return self.fp8_terms or 1
+
+    @property
+    def widens_keys(self) -> bool:
+        return self.quantised and not self.fp8_terms
 
     @property
     def product_dtype(self) -> str:
         """8 bits are widened to float16, which holds them exactly: the least to do for a number.
 
-        Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
+        But where products are of 8 bits. Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
         """
+        if self.fp8_terms:
+            return self.cache_dtype
         return "float16" if self.quantised else self.dtype
 
     @property
@@ -177,6 +201,24 @@ class Plan:
         return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
 
     @property
+    def query_comes_first(self) -> bool:
+        """Whether a thread block's first loads, but for a block of keys, wait for its first query.
+
+        All at once take as long as the rings are large. That is well where memory is what all wait for, as in decode
+        steps and in parts of tiles; but products can begin with a query and a block of keys.
+        """
+        return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
+
+    @property
+    def query_groups(self) -> int:
+        """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
+
+        One that is done first goes on with its next tile. Two that take turns are done together, and where any block may
+        be masked, no thread has a register left for it.
+        """
+        return self.warpgroups if self.warpgroups == 3 and not self.masks_any_block else 1
+
+    @property
     def row_groups(self) -> int:
         """Groups of 64 rows: each warpgroup has one, or all share one."""
         return 1 if self.wide else self.warpgroups
@@ -230,8 +272,11 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short."""
-        return self.warpgroups == 2 and not self.wide and self.polynomial is None
+        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short.
+
+        Or products of 8 bits do.
+        """
+        return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
     @property
     def rounds_late(self) -> bool:
@@ -270,8 +315,16 @@ class Plan:
         return self.has_ranges or self.window is not None
 
     def slot_of(self, team, step):
-        """Where a step's block lies among those of all teams."""
+        """Where a step's block of values, and of keys with them, lies among those of all teams."""
         return team * self.slots + lax.rem(step, self.slots)
+
+    def key_slot_of(self, team, step):
+        """Likewise its keys, which may have more places."""
+        return team * self.key_slots + lax.rem(step, self.key_slots)
+
+    def queries_of(self, team, row_group):
+        """Which of all teams' groups of queries those of 64 rows are in."""
+        return team if self.query_groups == 1 else team * self.query_groups + row_group
 
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""
