@@ -40,3 +40,11 @@ def wgmma_m64(*operands, element_type, **parameters):
     if jax.__version_info__ < (0, 11):
         return emit(*operands, element_type=element_type, **parameters)
     return emit(*operands, a_element_type=element_type, b_element_type=element_type, **parameters)
+
+
+def takes_references(kernel):
+    """A kernel of Pallas Mosaic GPU that writes into arrays it is given, as references, and not in results alone.
+
+    JAX 0.10 wraps it for vmap, and settles no reference through that; later both go together.
+    """
+    return kernel.fun if jax.__version_info__ < (0, 11) else kernel

@@ -2,7 +2,7 @@
 
 The compiler writes a program's final bundles as text (`--xla_jf_dump_llo_text=true`). Which of them run, and how often,
 is decided by scalars alone: numbers in SMEM, which came there as the call's int32 operands, and what is computed of
-them. So scalar instructions are done here, vector ones and copies are not (but for those from an operand to SMEM), and
+them. So scalar instructions are done here, vector ones and copies are not (but for those to SMEM and from it), and
 each bundle is counted as it is passed. What can only be known from vectors is unknown, and a branch on it is an error.
 A bundle is one cycle when nothing stalls: waits for copies are not in the count.
 """
@@ -19,11 +19,12 @@ INSTRUCTION = re.compile(r"(?:%(?P<result>\w+) = )?(?P<name>[\w.]+)\s*(?P<rest>.
 PREDICATE = re.compile(r"\((?P<negated>!?)%(?P<name>\w+)(?:, %(?P<otherwise>\w+))?\)")
 OPERAND = re.compile(r"%(?P<name>\w+) = inlined_call_operand\.(?P<space><.*?>|\w+) .*?index: (?P<index>\d+), kind: \w+")
 ADDRESS = re.compile(r"\[(?:smem|sflag|vmem|hbm):\[(?P<sum>.*?)\]\]|\[(?P<alone>.*)\]")
+DIVISION = re.compile(r"sdivrem\.u32([^;/]*)/\* k(Rem|Div) \*/")
 MOST_BUNDLES = 10**8
 
 WORD = 2**32 - 1
-# Made-up addresses that no number of 32 bits is. Copies count in granules of 32 bytes: those of HBM as they are, those
-# of VMEM, which counts rows of 512 bytes, shifted left by 4.
+# Made-up addresses that no number of 32 bits is. Copies count in granules of 32 bytes; VMEM, and up to v5 HBM too, in
+# rows of 512 bytes, which a program shifts left by 4.
 ALLOCATION_BASE, ALLOCATION_STRIDE, OPERAND_SHIFT, ROW_SHIFT, WORDS_OF_GRANULE = 2**33, 2**20, 45, 4, 8
 
 
@@ -51,7 +52,7 @@ class Program:
 
     def __init__(self, lines):
         self.regions, self.bundles, self.operands, self.spills, self.products = {}, [], {}, [], []
-        self.ends, self.allocations = {}, {}
+        self.ends, self.allocations, self.in_rows = {}, {}, {"vmem"}
         for line in lines:
             if match := BUNDLE.match(line):
                 self._add(line, match[1])
@@ -62,10 +63,13 @@ class Program:
             self.regions[region] = at
         for region in ENDS.findall(line):
             self.ends[region] = at
+        if "int_to_ptr.hbm" in slots:
+            self.in_rows.add("hbm")
         for operand in OPERAND.finditer(slots):
             self.operands[operand["name"]] = int(operand["index"]), operand["space"]
         self.spills.append(len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", slots)))
         self.products.append(slots.count("= vmatmul"))
+        slots = DIVISION.sub(r"sdivrem.\2\1", slots)  # which of the two results is used, a comment alone says
         slots = re.sub(r"/\*.*?\*/", "", slots)
         texts = slots[: slots.rindex("}")].split(";;") if "}" in slots else []
         instructions = [self._parse(text.strip()) for text in texts]
@@ -79,7 +83,7 @@ class Program:
         if match is None or "inlined_call_operand" in text:
             return None
         name, rest, predicate = match["name"], match["rest"], None
-        if not re.match(r"s[a-z]|p[a-z]|dma\.\w+_to_smem|int_to_ptr|vpop.sfrf", name):
+        if not re.match(r"s[a-z]|p[a-z]|dma\.\w+_to_smem|dma\.smem_to_\w+|int_to_ptr|vpop.sfrf", name):
             return None
         if found := PREDICATE.search(rest):
             predicate = found["name"], bool(found["negated"]), found["otherwise"]
@@ -142,7 +146,7 @@ class State:
         self.values, self.machine, self.smem = {}, {}, {}
         self.operands = {i: np.asarray(x).reshape(-1) for i, x in operands.items()}
         for name, (index, space) in program.operands.items():
-            shift = OPERAND_SHIFT - (ROW_SHIFT if space == "vmem" else 0)
+            shift = OPERAND_SHIFT - (ROW_SHIFT if space in program.in_rows else 0)
             by_value = space.startswith("<") and index in self.operands
             self.set(name, int(self.operands[index][0]) & WORD if by_value else (index + 1) << shift)
 
@@ -183,14 +187,16 @@ class State:
         return target
 
     def _copy(self, source, granules, destination):
-        """From an operand to SMEM."""
+        """From an operand to SMEM, or of scalars that were spilled from SMEM and back."""
         if source is None or destination is None or granules is None:
             return
+        words = granules * WORDS_OF_GRANULE
         array = self.operands.get((source >> OPERAND_SHIFT) - 1)
-        if array is not None:
+        if array is None:
+            self.smem.update({destination + i: self.smem.get(source + i) for i in range(words)})
+        else:
             first = (source & ((1 << OPERAND_SHIFT) - 1)) * WORDS_OF_GRANULE
-            for i, value in enumerate(array[first : first + granules * WORDS_OF_GRANULE]):
-                self.smem[destination + i] = int(value) & WORD
+            self.smem.update({destination + i: int(x) & WORD for i, x in enumerate(array[first : first + words])})
 
     def _value(self, name, x):
         if name == "sld":
@@ -201,7 +207,7 @@ class State:
             return PREDICATES[name](*x) if None not in x else None
         if None in x:
             return None
-        if name == "smov":
+        if name in ("smov", "spop.drf"):
             return x[0]
         if name.startswith("scalar_lea"):
             return sum(x)
@@ -247,6 +253,9 @@ ARITHMETIC = {
     "sadd.s32": lambda x, y: x + y,
     "ssub.s32": lambda x, y: x - y,
     "smul.u32": lambda x, y: x * y,
+    "smulhi.u32": lambda x, y: (x & WORD) * (y & WORD) >> 32,
+    "sdivrem.Div": lambda x, y: x // y,
+    "sdivrem.Rem": lambda x, y: x % y,
     "sshll.u32": lambda x, y: x << (y & 31),
     "sshrl.u32": lambda x, y: x >> (y & 31),
     "sshra.s32": lambda x, y: _signed(x) >> (y & 31),

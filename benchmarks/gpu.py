@@ -319,7 +319,8 @@ def measure_append(name, page_size) -> dict:
         jnp.asarray(pages, jnp.int32),
         jnp.arange(seqs + 1, dtype=jnp.int32) * chunk,
     )
-    new = jax.random.normal(jax.random.key(0), (LAYERS, 2, seqs * chunk, 8, 128), jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), (LAYERS, 2))
+    new = [[jax.random.normal(key, (seqs * chunk, 8, 128), jnp.bfloat16) for key in pair] for pair in keys]
     caches = [jnp.zeros((LAYERS, 8, num_pages, page_size, 128), jnp.bfloat16) for _ in range(2)]
 
     def write(caches, new):

@@ -155,12 +155,14 @@ def jax_ragged_paged_attention(call: Attention, device):
 
 
 def tpu_inference_v3(call: Attention, device):
-    """tpu-inference's kernel, with its default sizes for v5 and v6.
+    """tpu-inference's kernel, with its default sizes for v5 and v6, or its other one where head_dim is 64.
 
     On 7x too: of its own there, 512 queries x 2048 keys, it needs more VMEM than the 64 MiB that JAX reports.
     """
     import jax.numpy as jnp
 
+    if call.head_dim == 64:
+        return _tpu_inference_v3_of_64(call)
     name = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
     v3 = _loaded("TPU_INFERENCE", name, "tpu_inference.kernels")
     v3.get_tpu_version = lambda: 6 if "6" in device.device_kind or "7" in device.device_kind else 5
@@ -175,10 +177,46 @@ def tpu_inference_v3(call: Attention, device):
             sliding_window=call.window,
             d_block_sizes=decoding,
             m_block_sizes=(1024 // group, 1024, 512 // group, 512),
+        )
+
+    shape = v3.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
+    return attend, _with_new_keys(call, shape)
+
+
+def _tpu_inference_v3_of_64(call: Attention):
+    """With the sizes that it takes on v5 and v6 where its table has none."""
+    import jax.numpy as jnp
+
+    package = "tpu_inference.kernels.ragged_paged_attention.v3"
+    table = types.ModuleType(f"{package}.tuned_block_sizes_hd64")  # the real one needs vLLM
+    sys.modules[table.__name__], table.get_tuned_block_sizes = table, None
+    v3 = _loaded("TPU_INFERENCE", f"{package}.kernel_hd64", "tpu_inference.kernels")
+
+    def attend(*arrays):
+        return v3.ragged_paged_attention_hd64(
+            *arrays,
+            sm_scale=call.head_dim**-0.5,
+            sliding_window=call.window,
+            num_kv_pages_per_block=2048 // call.page_size,
+            num_queries_per_block=32,
             vmem_limit_bytes=60 * 2**20,
         )
 
     shape = v3.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
+    return attend, _with_new_keys(call, shape)
+
+
+def tpu_inference_stacked_rpa(call: Attention, device):
+    """tpu-inference's experimental kernel, with the sizes that it computes for a chip. Its pages have 128 slots or more."""
+    import jax.numpy as jnp
+
+    name = "tpu_inference.kernels.experimental.stacked_rpa.wrapper"
+    wrapper = _loaded("TPU_INFERENCE", name, "tpu_inference.kernels")
+
+    def attend(*arrays):
+        return wrapper.ragged_paged_attention(*arrays, sm_scale=call.head_dim**-0.5, sliding_window=call.window)
+
+    shape = wrapper.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
     return attend, _with_new_keys(call, shape)
 
 
@@ -219,8 +257,13 @@ def _loaded(variable: str, module: str, package: str):
     return importlib.import_module(module)
 
 
-KERNELS = {k.__name__: k for k in (paged_prefill, jax_ragged_paged_attention, tpu_inference_v3, tokamax_batched_rpa)}
-FROM_WHEELS = {"tpu_inference_v3": "TPU_INFERENCE", "tokamax_batched_rpa": "TOKAMAX"}
+OF_WHEELS = {
+    tpu_inference_v3: "TPU_INFERENCE",
+    tpu_inference_stacked_rpa: "TPU_INFERENCE",
+    tokamax_batched_rpa: "TOKAMAX",
+}
+KERNELS = {k.__name__: k for k in (paged_prefill, jax_ragged_paged_attention, *OF_WHEELS)}
+FROM_WHEELS = {k.__name__: variable for k, variable in OF_WHEELS.items()}
 
 
 def measure_here(generation, kernel, call, dump):
@@ -244,24 +287,42 @@ def measure_here(generation, kernel, call, dump):
         jax.jit(attend).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
         seconds = time.perf_counter() - started
     counts = {}
-    for name, runs in programs.items():
-        paths = glob.glob(f"{glob.escape(dump)}/*-{name}*final_bundles.txt")
-        paths = sorted((x for x in paths if "schedule-analysis" not in x), key=_number)
-        if len(paths) != len(runs):
-            raise ValueError(f"{name} runs {len(runs)} times, and its final bundles are in {len(paths)} files: {paths}")
-        each = [bundles.count(path, integers, BRANCH_DELAY[generation]) for path, integers in zip(paths, runs)]
+    for name, calls in programs.items():
+        runs = runs_of_files(name, files_of(name, dump), calls)
+        each = [bundles.count(path, integers, BRANCH_DELAY[generation]) for path, integers in runs]
         counts[name] = bundles.Count(sum(x.bundles for x in each), sum(x.spills for x in each))
     total = {key: sum(getattr(x, key) for x in counts.values()) for key in ("bundles", "spills")}
     return dict(seconds=seconds, parts={name: x.bundles for name, x in counts.items()}, **total)
 
 
-def _number(path: str) -> int:
-    """Of a program among those of the same name, in the order of the call."""
-    return int(re.search(r"(?:\.(\d+))?-\d+-final_bundles", path)[1] or 0)
+def runs_of_files(name, paths, calls):
+    """Pairs each run's integers with the file of its program.
+
+    `calls` has a list of runs for each place that calls programs of this name, none where a branch was not taken. A
+    function that is traced once and called often has one place, and may have as many files as runs.
+    """
+    if len(paths) == len(calls):
+        return [(path, run) for path, runs in zip(paths, calls) for run in runs]
+    runs = [run for runs in calls for run in runs]
+    if len(paths) != len(runs):
+        raise ValueError(f"{name} runs {len(runs)} times, and its final bundles are in {len(paths)} files: {paths}")
+    return list(zip(paths, runs))
+
+
+def files_of(name: str, dump: str) -> list[str]:
+    """The final bundles of the programs of a name, in the order of the call; not of those whose names it begins."""
+    found = {}
+    for path in glob.glob(f"{glob.escape(dump)}/*-final_bundles.txt"):
+        if match := re.search(rf"-{re.escape(name)}(?:\.(\d+))?-\d+-final_bundles\.txt$", path):
+            found[path] = int(match[1] or 0)
+    return sorted(found, key=found.get)
 
 
 def _operands_of_programs(attend, operands):
-    """The integers among the operands of each Pallas program of a call, by the program's name and their numbers."""
+    """The integers among the operands of each Pallas program of a call, by their numbers.
+
+    A dict of the programs' names; for each of its places in the code, a list of its runs.
+    """
     import jax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -271,11 +332,14 @@ def _operands_of_programs(attend, operands):
     found, pallas_call = {}, pl.pallas_call
 
     def recorded(body, *, out_shape, grid_spec=None, name=None, **others):
+        out_shape = tuple(out_shape) if isinstance(out_shape, list) else out_shape  # as the real one gives it
+
         def run(*arrays):
+            runs = []
+            found.setdefault(name or body.__name__, []).append(runs)
             results, arrays_given = jax.tree.leaves(out_shape), jax.tree.leaves(arrays)
             grid = (x for x in (grid_spec.grid if grid_spec else ()) if not isinstance(x, int))
             integers = {i: x for i, x in enumerate([*grid, *arrays_given]) if jnp.issubdtype(x.dtype, jnp.integer)}
-            runs = found.setdefault(name or body.__name__, [])
             jax.debug.callback(runs.append, integers, ordered=True)
             if all(jnp.issubdtype(x.dtype, jnp.integer) for x in [*arrays_given, *results]):  # it makes a schedule
                 interpreted = dict(out_shape=out_shape, grid_spec=grid_spec, interpret=pltpu.InterpretParams())
@@ -293,7 +357,7 @@ def _operands_of_programs(attend, operands):
     jax.effects_barrier()
     pl.pallas_call = pallas_call
     jax.clear_caches()  # functions that are jitted inside would keep to what was put in the programs' place
-    return {name: [{int(i): np.asarray(x) for i, x in run.items()} for run in runs] for name, runs in found.items()}
+    return jax.tree.map(np.asarray, found)
 
 
 def measure(generation, kernel, name):

@@ -7,6 +7,7 @@ import jax
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.append import MosaicGpuWriter
 from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
 from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
 from paged_prefill.lowering.mosaic_tpu.host import MosaicTpu
@@ -30,7 +31,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 
 # The lowerings of `append_to_pages`, likewise.
 XLA_WRITER = XlaWriter()
-WRITERS = (MosaicTpuWriter(), TritonWriter(), XLA_WRITER)
+WRITERS = (MosaicTpuWriter(), MosaicGpuWriter(), TritonWriter(), XLA_WRITER)
 
 # What `platform=` asks for, as the kernels that answer to it.
 ANSWERS = {"xla": ("xla",), "triton": ("triton",), "pallas": ("mosaic_tpu", "mosaic_gpu"), "cuda": ("mosaic_gpu",)}
@@ -96,7 +97,7 @@ def choose_writer(operands, device: Device, layout: CacheLayout = OWN_LAYOUT) ->
     """What runs an `append_to_pages` with these operands, by name, and why each one before it was passed over."""
     passed_over = {}
     for writer in WRITERS:
-        if device.platform in writer.platforms:
+        if writer.is_for(device):
             reason = writer.supports(operands, device, layout)
             if reason is not None:
                 passed_over[writer.name] = reason

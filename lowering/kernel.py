@@ -52,6 +52,10 @@ class Kernel(abc.ABC):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The configurations worth timing, the heuristic one first."""
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """What sizes may be, by name, of those that do not go with all others: for a caller who chose one alone."""
+        return {}
+
     @abc.abstractmethod
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """None, or what is wrong with sizes that someone chose: then they do not get to `attend`."""

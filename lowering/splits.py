@@ -34,6 +34,12 @@ def most_keys(problem: Problem, tokens: int) -> int:
     return problem.capacity if window is None else min(problem.capacity, window + tokens)
 
 
+def mean_keys(problem: Problem, tokens: int) -> float:
+    """The keys that so many neighbouring tokens see on average, where the new ones are the last of a full table."""
+    keys = most_keys(problem, tokens)
+    return max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
+
+
 def best_splits(
     problem: Problem,
     device: Device,
@@ -53,17 +59,16 @@ def best_splits(
     """
     if most < 2 or unsplit >= slots * enough:
         return 1
-    keys = most_keys(problem, config.block_q)
-    mean_keys = max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
+    keys, mean = most_keys(problem, config.block_q), mean_keys(problem, config.block_q)
     key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
     blocks = -(-keys // config.block_kv)
-    all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * mean_keys * key_bytes
+    all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * mean * key_bytes
     results = (rows + problem.tokens * problem.q_heads) * problem.value_dim * 4  # written and read, in float32
 
     def cost(splits):
         piece = -(-blocks // splits) * config.block_kv * key_bytes
         rounds = -(-unsplit * splits // slots)
-        last = max(piece + PIECE_BYTES, rounds * (piece * mean_keys / keys + PIECE_BYTES)) * slots / device.cores
+        last = max(piece + PIECE_BYTES, rounds * (piece * mean / keys + PIECE_BYTES)) * slots / device.cores
         merge = MERGE_BYTES + splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
         return max(last / ALONE, all_keys / device.cores) + merge
 
@@ -80,16 +85,19 @@ def parts_of(
     slots: int,
     most: int = MOST_PARTS,
     part_bytes: int = LEAST_PART_BYTES,
+    slower: int = 1,
 ) -> Parts:
     """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
 
     Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long
     the contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as
     long as the table and one of a single such context; the first of them nearly as soon as without more parts. `slots`
-    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values.
+    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values, or fewer where
+    it goes so many times `slower` through them than memory brings them.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
-    block_bytes = config.block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    block_bytes = config.block_kv * key_bytes * slower
     blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-part_bytes // block_bytes)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
     most = min(most, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)

@@ -10,6 +10,9 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 
+MANY_TOKENS = 128  # of an append, from which on kernels of many tokens to a program are asked
+
+
 class Writer(abc.ABC):
     """A way to run `local_append_to_pages_p`. A new one fills in what is abstract here, and is named in choose.py.
 
@@ -22,6 +25,10 @@ class Writer(abc.ABC):
     name: ClassVar[str]
     platforms: ClassVar[tuple[str, ...]]
     any_call: ClassVar[bool] = False
+
+    def is_for(self, device: Device) -> bool:
+        """Whether it is asked at all on a device."""
+        return device.platform in self.platforms
 
     def supports(self, operands: Mapping, device: Device, layout: CacheLayout = OWN_LAYOUT) -> str | None:
         """None, or the reason why it cannot run a call with these operands, in words that a user can act on."""

@@ -1,9 +1,12 @@
 """What benchmarks/bundles.py counts of a program, written here as the TPU compiler writes them."""
 
+import pathlib
+import tempfile
+
 from absl.testing import absltest, parameterized
 import numpy as np
 
-from paged_prefill.benchmarks import bundles
+from paged_prefill.benchmarks import bundles, tpu_schedule
 
 # Two numbers come from an operand into SMEM: a loop's trips, and whether what follows it is passed over.
 PROGRAM = """
@@ -38,6 +41,12 @@ class BundlesTest(parameterized.TestCase):
         self.assertEqual(count.bundles, 4 + again * (trips - 1) + 7 + 6 + (passed_over == 0) + 1)
         self.assertEqual(count.spills, trips)
 
+    @parameterized.parameters("hbm", "vmem")
+    def test_operands_that_are_counted_in_rows(self, memory):
+        program = PROGRAM.replace("operand.vmem", f"operand.{memory}").replace("int_to_ptr.vmem", f"int_to_ptr.{memory}")
+        program = program.replace("dma.vmem_to_smem", f"dma.{memory}_to_smem")
+        self.assertEqual(bundles.Program(program.splitlines()).run({1: np.array([2, 1], np.int32)}, 4).bundles, 4 + 7 + 7 + 7)
+
     def test_a_branch_on_what_is_not_known_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "region 2 depends on %p20_p0, which is not known"):
             bundles.Program(PROGRAM.splitlines()).run({}, 4)
@@ -69,6 +78,45 @@ class BundlesTest(parameterized.TestCase):
 """
         self.assertEqual(bundles.Program(program.splitlines()).run({}, None).bundles, 1 + 3 * 4 + 2)
 
+    def test_a_scalar_that_was_spilled_to_hbm_comes_back(self):
+        program = """
+     0   :  { %s1_s0 = smov 1  ;;  %s2_s1 = smov [#allocation3_spill]  ;;  %s3_s2 = smov [#allocation4_spill] }
+   0x1   :  { %4 = sst [smem:[#allocation4_spill]] %s1_s0 }
+   0x2   :  { %5 = dma.smem_to_hbm /*smem=*/%s3_s2, /*size_in_granules=*/1, /*hbm=*/%s2_s1, /*dst_syncflagno=*/[#allocation7] }
+   0x3   :  { %s6_s0 = smov [#allocation5_spill] }
+   0x4   :  { %7 = dma.hbm_to_smem /*hbm=*/%s2_s1, /*size_in_granules=*/1, /*smem=*/%s6_s0, /*dst_syncflagno=*/[#allocation7] }
+   0x5   :  { %s8_s3 = sld [smem:[%s6_s0]] }
+   0x6   :  { %p9_p0 = scmp.ne.s32.totalorder %s8_s3, 1 }
+   0x7   :  { %10 = sbr.rel (!%p9_p0) target = $region1 }
+   0x8   :  {}
+   0x9   :  {}
+   0xa   :  {}
+   0xb   :  {}
+   0xc   :  {}
+   0xd   :  {} /* Start region 1 */
+"""
+        self.assertEqual(bundles.Program(program.splitlines()).run({}, 4).bundles, 13)
+
+    @parameterized.parameters((3 * 7 + 5, 7), (2**32 - 1, 3), (4, 9))
+    def test_quotients_and_remainders(self, x, y):
+        program = f"""
+     0   :  {{ %s1_s0 = smov {x}  ;;  %s2_s1 = smov {2**32 // y + 1} }}
+   0x1   :  {{ %3 = sdivrem.u32 %s1_s0, {y} /* kRem */  ;;  %4 = sdivrem.u32 %s1_s0, {y} /* kDiv */ }}
+   0x2   :  {{ %s5_s2 = spop.drf %3  ;;  %s6_s3 = smulhi.u32 %s1_s0, %s2_s1 }}
+   0x3   :  {{ %s7_s4 = spop.drf %4 }}
+   0x4   :  {{ %p8_p0 = scmp.ne.s32.totalorder %s5_s2, {x % y}  ;;  %p9_p1 = scmp.ne.s32.totalorder %s6_s3, {x // y} }}
+   0x5   :  {{ %p10_p2 = por %p8_p0, %p9_p1  ;;  %p11_p3 = scmp.ne.s32.totalorder %s7_s4, {x // y} }}
+   0x6   :  {{ %p12_p4 = por %p10_p2, %p11_p3 }}
+   0x7   :  {{ %13 = sbr.rel (%p12_p4) target = $region1 }}
+   0x8   :  {{}}
+   0x9   :  {{}}
+   0xa   :  {{}}
+   0xb   :  {{}}
+   0xc   :  {{}}
+   0xd   :  {{}} /* Start region 1 */
+"""
+        self.assertEqual(bundles.Program(program.splitlines()).run({}, 4).bundles, 14)
+
     def test_a_pointer_is_no_instruction_and_writes_no_register(self):
         program = """
      0   :  { %s1_s0 = smov 0 }
@@ -79,6 +127,30 @@ class BundlesTest(parameterized.TestCase):
    0x5   : > {} /* End region 1 */
 """
         self.assertEqual(bundles.Program(program.splitlines()).run({}, None).bundles, 1 + 3 * 5)
+
+
+class RunsTest(parameterized.TestCase):
+    """What benchmarks/tpu_schedule.py takes from a call."""
+
+    @parameterized.named_parameters(
+        ("a_branch_that_was_not_taken", ["a", "b"], [[], [1]], [("b", 1)]),
+        ("a_loop", ["a"], [[1, 2]], [("a", 1), ("a", 2)]),
+        ("a_function_traced_once_and_called_twice", ["a", "b"], [[1, 2]], [("a", 1), ("b", 2)]),
+    )
+    def test_runs_of_programs_and_their_files(self, paths, calls, runs):
+        self.assertEqual(tpu_schedule.runs_of_files("name", paths, calls), runs)
+
+    def test_files_of_a_program_are_not_those_of_another_that_begins_like_it(self):
+        there = ("7-plan.10-01-final", "3-plan.2-01-final", "3-plan.2-00-schedule-analysis_final", "4-plan_all.1-01-final")
+        with tempfile.TemporaryDirectory() as dump:
+            for file in there:
+                pathlib.Path(dump, f"{file}_bundles.txt").touch()
+            files = [pathlib.Path(x).name for x in tpu_schedule.files_of("plan", dump)]
+        self.assertEqual(files, ["3-plan.2-01-final_bundles.txt", "7-plan.10-01-final_bundles.txt"])
+
+    def test_files_that_fit_no_runs_are_an_error(self):
+        with self.assertRaisesRegex(ValueError, "name runs 3 times, and its final bundles are in 2 files"):
+            tpu_schedule.runs_of_files("name", ["a", "b"], [[1, 2, 3]])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import append_to_pages
+from paged_prefill.lowering.mosaic_gpu.append import MosaicGpuWriter
 from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.tests import append_test, poisoned, triton_append_test
 from paged_prefill.tests.append_test import CACHES, QUANTISED
@@ -19,13 +20,105 @@ from paged_prefill.tests.append_test import CACHES, QUANTISED
 INDICES = ("context_lens", "page_indices", "query_offsets")
 
 
-class GpuAppendTest(parameterized.TestCase):
+class WithGpus(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         try:
             self.gpus = jax.devices("cuda")
         except RuntimeError as error:
             self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+
+    def step(self, caches, call):
+        """Three layers of a stack in a scan, two writes of a layer one after the other, as a model's step."""
+
+        def layer(caches, number):
+            for _ in range(2):
+                written = append_to_pages(**caches, **call, layer=number)
+                caches = dict(zip([name for name in CACHES if name in caches], written))
+            return caches, None
+
+        return lax.scan(layer, caches, jnp.arange(3))[0]
+
+    def large(self, **kind):
+        """A call on a stack of caches of some 100 MB, and the caches."""
+        call = append_test.make_append(4, layers=3, spare_pages=20_000, **kind)
+        caches = {name: jnp.asarray(call[name]) for name in CACHES if name in call}
+        return caches, {name: x for name, x in call.items() if name not in (*CACHES, "layer")}
+
+    def assert_in_place(self, compiled, caches):
+        memory = compiled.memory_analysis()
+        sizes = [x.nbytes // max(1, len(x.sharding.device_set)) for x in caches.values()]
+        self.assertLess(memory.temp_size_in_bytes, min(sizes) / 3 / 2)
+        for cache in caches.values():
+            shape = ",".join(map(str, cache.shape[-3:]))
+            self.assertEmpty(re.findall(rf"= \S+\[[\d,]*{shape}\]\S* copy\(", compiled.as_text()))
+
+    def check_in_place(self, given=(), **kind):
+        caches, call = self.large(**kind)
+        given = {name: caches.pop(name) for name in given}
+        run = jax.jit(lambda caches, call: self.step(caches, call | given), donate_argnums=0)
+        compiled = run.lower(caches, call).compile()
+        self.assert_in_place(compiled, caches)
+        pointers = [x.unsafe_buffer_pointer() for x in caches.values()]
+        written = compiled(caches, call)
+        self.assertEqual([written[name].unsafe_buffer_pointer() for name in caches], pointers)
+        return compiled
+
+    def check_large(self, tokens):
+        """The last pages of a cache of more than 2^31 elements, in the last head."""
+        pages = 2**31 // (2 * 16 * 128) + 1000
+        new = jax.random.normal(jax.random.key(0), (2, tokens, 2, 128), jnp.bfloat16)
+        indices = np.arange(pages - 3, pages, dtype=np.int32)[None]
+        append = jax.jit(functools.partial(append_to_pages), donate_argnums=(0, 1))
+        caches = [jnp.zeros((2, pages, 16, 128), jnp.bfloat16) for _ in range(2)]
+        written = append(*caches, *new, np.int32([4 + tokens]), indices, np.int32([0, tokens]))
+        for cache, stored in zip(written, new):
+            got = cache[:, -3:].reshape(2, 48, 128)[:, 4 : 4 + tokens]
+            np.testing.assert_array_equal(got.astype(jnp.float32), stored.swapaxes(0, 1).astype(jnp.float32))
+            self.assertEqual(int(jnp.sum(jnp.any(cache != 0, axis=-1), dtype=jnp.int32)), 2 * tokens)
+
+
+class MosaicGpuAppendTest(WithGpus):
+    """Few tokens, on Hopper."""
+
+    SIZES = dict(head_dim=128, value_dim=256)
+
+    def setUp(self):
+        super().setUp()
+        if self.gpus[0].compute_capability != "9.0":
+            self.skipTest(f"built for compute capability 9.0, this GPU has {self.gpus[0].compute_capability}")
+
+    def check(self, *args, **kind):
+        call = append_test.make_append(*args, **self.SIZES | kind)
+        self.assertIn("mosaic_gpu", jax.jit(append_to_pages).lower(**call).as_text())
+        append_test.check(call)
+
+    @parameterized.product(page_size=(1, 5, 16, 128), dtype=("float32", "bfloat16", "float16"))
+    def test_any_page_size(self, page_size, dtype):
+        self.check(0, ((7, 300), (1, 513), (0, 40), (30, 30), (9, 4), (1, 1), (24, 128)), dtype=dtype, page_size=page_size)
+
+    @parameterized.named_parameters(
+        ("layers_and_pools", dict(layers=3, batch=(2, 2), pools=1)),
+        ("latent", dict(latent=True, layers=2, head_dim=576)),
+        ("many_sequences", dict(sequences=tuple((i % 5 == 0, 2 + i % 5) for i in range(500)))),
+        ("many_heads", dict(q_heads=40, kv_heads=40)),
+    )
+    def test_forms(self, kind):
+        self.check(**dict(seed=2) | kind)
+
+    def test_in_place_under_jit_and_scan(self):
+        self.assertIn("mosaic_gpu", self.check_in_place(dtype="bfloat16", head_dim=16, value_dim=24).as_text())
+
+    def test_a_cache_of_more_than_2_31_elements(self):
+        self.check_large(tokens=40)
+
+
+class GpuAppendTest(WithGpus):
+    """Through Triton, whatever the number of tokens."""
+
+    def setUp(self):
+        super().setUp()
+        self.enter_context(mock.patch.object(MosaicGpuWriter, "pays", lambda self, operands: False))
         self.enter_context(mock.patch.object(TritonWriter, "pays", lambda self, operands: True))
 
     @parameterized.product(page_size=(1, 5, 16, 24, 128), dtype=("float32", "bfloat16", "float16"))
@@ -54,45 +147,13 @@ class GpuAppendTest(parameterized.TestCase):
         call = {name: jnp.asarray(x) for name, x in append_test.make_append(3).items()}
         self.assertIn("triton_kernel_call", jax.jit(append_to_pages).lower(**call).as_text())
 
-    def step(self, caches, call):
-        """Three layers of a stack in a scan, two writes of a layer one after the other, as a model's step."""
-
-        def layer(caches, number):
-            for _ in range(2):
-                written = append_to_pages(**caches, **call, layer=number)
-                caches = dict(zip([name for name in CACHES if name in caches], written))
-            return caches, None
-
-        return lax.scan(layer, caches, jnp.arange(3))[0]
-
-    def large(self, **kind):
-        """A call on a stack of caches of some 100 MB, and the caches."""
-        call = append_test.make_append(4, layers=3, spare_pages=20_000, **kind)
-        caches = {name: jnp.asarray(call[name]) for name in CACHES if name in call}
-        return caches, {name: x for name, x in call.items() if name not in (*CACHES, "layer")}
-
-    def assert_in_place(self, compiled, caches):
-        memory = compiled.memory_analysis()
-        sizes = [x.nbytes // max(1, len(x.sharding.device_set)) for x in caches.values()]
-        self.assertLess(memory.temp_size_in_bytes, min(sizes) / 3 / 2)
-        for cache in caches.values():
-            shape = ",".join(map(str, cache.shape[-3:]))
-            self.assertEmpty(re.findall(rf"= \S+\[[\d,]*{shape}\]\S* copy\(", compiled.as_text()))
-
     @parameterized.named_parameters(
         ("bfloat16", dict(dtype="bfloat16")),
         ("int8_of_each_slot", dict(cache_dtype="int8", key_scale="slot", value_scale="slot")),
         ("float8_of_each_head", dict(cache_dtype="float8_e4m3fn", key_scale="head", value_scale="head")),
     )
     def test_in_place_under_jit_and_scan(self, kind):
-        caches, call = self.large(**kind)
-        given = {name: caches.pop(name) for name in list(caches) if kind.get(name) == "head"}
-        run = jax.jit(lambda caches, call: self.step(caches, call | given), donate_argnums=0)
-        compiled = run.lower(caches, call).compile()
-        self.assert_in_place(compiled, caches)
-        pointers = [x.unsafe_buffer_pointer() for x in caches.values()]
-        written = compiled(caches, call)
-        self.assertEqual([written[name].unsafe_buffer_pointer() for name in caches], pointers)
+        self.check_in_place([name for name in CACHES if kind.get(name) == "head"], **kind)
 
     @parameterized.parameters("shard_map", "automatic")
     def test_in_place_over_devices(self, way):
@@ -117,17 +178,7 @@ class GpuAppendTest(parameterized.TestCase):
         self.assert_in_place(compiled, caches)
 
     def test_a_cache_of_more_than_2_31_elements(self):
-        """Its last pages, in the last head."""
-        pages = 2**31 // (2 * 16 * 128) + 1000
-        new = jax.random.normal(jax.random.key(0), (2, 40, 2, 128), jnp.bfloat16)
-        indices = np.arange(pages - 3, pages, dtype=np.int32)[None]
-        append = jax.jit(functools.partial(append_to_pages), donate_argnums=(0, 1))
-        caches = [jnp.zeros((2, pages, 16, 128), jnp.bfloat16) for _ in range(2)]
-        written = append(*caches, *new, np.int32([44]), indices, np.int32([0, 40]))
-        for cache, tokens in zip(written, new):
-            got = cache[:, -3:].reshape(2, 48, 128)[:, 4:44]
-            np.testing.assert_array_equal(got.astype(jnp.float32), tokens.swapaxes(0, 1).astype(jnp.float32))
-            self.assertEqual(int(jnp.sum(jnp.any(cache != 0, axis=-1), dtype=jnp.int32)), 2 * 40)
+        self.check_large(tokens=40)
 
 
 if __name__ == "__main__":

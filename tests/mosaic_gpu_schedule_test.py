@@ -1,6 +1,5 @@
-"""The kernel that works out the Hopper kernel's tiles, run on a CPU: every thread in step, and races found."""
+"""The kernel that works out the Hopper kernel's tiles, run on a CPU."""
 
-import functools
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -13,77 +12,17 @@ from paged_prefill.lowering.call import flatten
 from paged_prefill.lowering.mosaic_gpu.hopper import schedule
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import table_of
 from paged_prefill.primitive.attention import Attention
-
-NUMBERS = np.arange(schedule.THREADS)
-NOBODY = -1
-
-
-class Shared:
-    """Numbers that all threads see: poisoned at first, and not touched by two threads unsynchronised if one writes."""
-
-    def __init__(self, size, values=None):
-        self.values = np.full(size, -(2**31) + 12345, np.int32) if values is None else np.array(values, np.int32)
-        self.synchronise()
-
-    def synchronise(self):
-        size = len(self.values)
-        self.writer = np.full(size, NOBODY)
-        self.first_reader, self.last_reader = np.full(size, schedule.THREADS), np.full(size, NOBODY)
-
-
-class Threads:
-    """What threads.py has, for all threads of a block at once: a number each has of its own is an array."""
-
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def number(self):
-        return jnp.asarray(NUMBERS, jnp.int32)
-
-    def load(self, array, index):
-        thread, index = NUMBERS, self._within(array, index)
-        self._claim(((array.writer[index] == NOBODY) | (array.writer[index] == thread)).all())
-        np.minimum.at(array.first_reader, index, thread)
-        np.maximum.at(array.last_reader, index, thread)
-        return jnp.asarray(array.values[index])
-
-    def store(self, array, index, value, where=True):
-        where = np.broadcast_to(where, NUMBERS.shape)
-        thread, index = NUMBERS[where], self._within(array, index, where)
-        self._claim(len(np.unique(index)) == len(index))
-        self._claim(((array.writer[index] == NOBODY) | (array.writer[index] == thread)).all())
-        self._claim(((array.first_reader[index] >= thread) & (array.last_reader[index] <= thread)).all())
-        array.writer[index] = thread
-        array.values[index] = np.broadcast_to(value, NUMBERS.shape)[where]
-
-    def synchronise(self):
-        for array in self.arrays:
-            array.synchronise()
-
-    def _within(self, array, index, where=slice(None)):
-        index = np.broadcast_to(index, NUMBERS.shape)[where]
-        if not ((0 <= index) & (index < len(array.values))).all():
-            raise IndexError(f"{index} of {len(array.values)}")
-        return index
-
-    def _claim(self, alone):
-        if not alone:
-            raise AssertionError("a thread writes what another reads or writes meanwhile")
-
-
-def counted(lower, upper, body, carry):
-    """lax.fori_loop over what is there, and not traced."""
-    return functools.reduce(lambda carry, i: body(i, carry), range(lower, upper), carry)
+from paged_prefill.tests.gpu_threads import Shared, Threads, counted
 
 
 def table_by_threads(launch, *inputs):
     """What the kernel writes, block by block."""
     table = Shared(launch.size)
-    inputs = [Shared(0, np.ravel(x)) for x in inputs]
+    inputs = [Shared(0, np.ravel(x).astype(np.int32)) for x in inputs]
     with mock.patch.object(schedule.lax, "fori_loop", counted):
         for block in range(-(-launch.tiling.tiles // schedule.TILES)):
             scratch = {name: Shared(size) for name, size in schedule.scratch(launch).items()}
-            each = Threads([table, *inputs, *scratch.values()])
+            each = Threads(schedule.THREADS, [table, *inputs, *scratch.values()])
             schedule.write_table(launch, each, lambda: jnp.int32(block), *inputs, table, **scratch)
             table.synchronise()
     return table.values

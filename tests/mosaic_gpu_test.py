@@ -559,30 +559,6 @@ class LoweringTest(parameterized.TestCase):
         want = flat.with_sinks(*merge_splits(out, lse, jnp.float32))
         chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 
-    def test_parts_that_tiles_lack_are_not_looked_at(self):
-        """A short context has no blocks for as many parts as a long one."""
-        operands = shapes(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000)
-        zeros = dict(zip(packs.Pack._fields, (jnp.zeros(x.shape, x.dtype) for x in operands)))
-        parameters = dict(cache_batch_dims=0, num_kv_heads=8, attention=Attention(1.0))
-        splits = []
-
-        def first_parts_alone(plan, schedule, query, *_):
-            splits.append(plan.splits)
-            rows = query.shape[0] * query.shape[1]
-            first = jnp.arange(plan.splits * rows) < rows
-            out = jnp.where(first, 1.5, jnp.nan)
-            return jnp.tile(out[:, None], (1, plan.value_dim)), jnp.where(first, 0.5, -jnp.inf)
-
-        def attend(operands):
-            call = flatten(operands | dict(kv_head_start=jnp.int32(0)), **parameters)
-            return KERNEL.attend(call, KERNEL.heuristic(call.problem, HOPPER), HOPPER)
-
-        with mock.patch.object(host, "launch", first_parts_alone):
-            out, lse = jax.jit(attend)(zeros)
-        self.assertGreater(min(splits), 2)
-        chex.assert_trees_all_equal(out, jnp.full_like(out, 1.5))
-        chex.assert_trees_all_close(lse, jnp.full_like(lse, 0.5))
-
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),
         ("keys", dict(block_kv=96), "block_kv"),

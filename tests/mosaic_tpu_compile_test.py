@@ -148,7 +148,7 @@ class CompileTest(parameterized.TestCase):
 
     @parameterized.parameters("v4", "v5e", "7x")
     def test_heuristic_sizes_fit(self, generation):
-        sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128)
+        sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128, sliding_window=600)
         self.check(compile_for(generation, **sizes, config=None))
 
     def test_programs_are_the_same_with_x64_on(self):

@@ -145,6 +145,21 @@ class MosaicTpuTest(chex.TestCase):
             results = run(pack, block_q=256, block_kv=256)
         packs.assert_matches_reference(pack, *results)
 
+    @parameterized.parameters(256, 300)
+    def test_parts_of_a_tile_whose_windows_start_in_a_chunk(self, window):
+        # At its first key, behind it, and in the one before; behind a sequence that shifts rows to other tiles, and not:
+        # then no part of a tile is without rows, and later parts take fewer keys.
+        contexts = [16, 511 + window, 560 + window, 700 + window]
+        shapes = dict(head_dim=16, q_heads=1, kv_heads=1, tokens_after=8, page_size=32)
+        pack = packs.make_pack(13, [16, 256, 256, 256], contexts, sliding_window=window, **shapes)
+        offsets = jnp.maximum(pack.query_offsets - 16, 0)
+        aligned = pack._replace(query=jnp.roll(pack.query, -16, axis=0), query_offsets=offsets)
+        with mock.patch.multiple(schedule, CHUNK=256, ROWS=128, DEPTH=128):
+            out, lse = run(pack, block_q=256, block_kv=512, sliding_window=window)
+            aligned_results = run(aligned, block_q=256, block_kv=512, sliding_window=window)
+        packs.assert_matches_reference(pack, out, lse, sliding_window=window)
+        chex.assert_trees_all_equal((out[16:784], lse[16:784]), tuple(x[:768] for x in aligned_results))
+
     def test_context_past_the_page_table(self):
         pack = replace(EDGE, sequences=((9, 112), (2, 16))).pack()
         self.assertEqual(pack.page_indices.shape[1] * EDGE.page_size, 112)

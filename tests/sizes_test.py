@@ -16,6 +16,7 @@ from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
 from paged_prefill.lowering.triton import host as triton_host
 from paged_prefill.lowering.tuning import resolve, tables, timing
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import calls
 from paged_prefill.tests.tuning_stand_ins import environment
 from paged_prefill.tune import problem_of_shape
@@ -134,6 +135,23 @@ class CandidatesTest(parameterized.TestCase):
                         with self.subTest(kernel=kernel.name, problem=problem):
                             self.check(kernel, problem, device)
 
+    @parameterized.named_parameters(*DEVICES)
+    def test_any_of_their_sizes_may_be_chosen_alone(self, device):
+        """What a caller leaves open follows: by these sizes there is some configuration that fits."""
+        rng, open_ones = np.random.default_rng(4), set()
+        with PACKAGES:
+            for problem in [calls.random_problem(rng) for _ in range(60)]:
+                for kernel in kernels_of(problem, device):
+                    for candidate in kernel.candidates(problem, device):
+                        for name, size in candidate.sizes().items():
+                            asked = PrefillPageAttentionConfig(**{name: size})
+                            config, _ = resolve.resolve(kernel, problem, device, asked)
+                            self.assertIsNone(kernel.misfit(problem, device, config), (asked, problem))
+                            self.assertEqual(getattr(config, name), size)
+                            open_ones.add(kernel.misfit(problem, device, asked.over(kernel.heuristic(problem, device))))
+        if device.platform == "cuda":
+            self.assertGreater(len(open_ones), 1)  # some did not go with the heuristic's
+
     def check(self, kernel, problem, device):
         heuristic, candidates = kernel.heuristic(problem, device), kernel.candidates(problem, device)
         self.assertEqual(candidates[0], heuristic)
@@ -232,6 +250,15 @@ class FillTest(parameterized.TestCase):
         self.assertEqual(parts.most, most)
         absent = (parts.most - parts.least) * seqs * 8 if parts.vary else 0
         self.assertLessEqual(absent, triton_host.MOST_ABSENT + seqs * 8)
+
+    @parameterized.parameters((16, 2048, 13), (71, 1024, 10))
+    def test_parts_of_tall_tiles_of_triton(self, q_heads, keys, most):
+        """Where a token's heads fill a tile, its products take as long as its loads: then fewer keys are a part."""
+        problem = problem_of_shape(77, 1, 28700, q_heads, 1, 64, None, None, page_size=16)
+        kernel, device = GPU_KERNELS[1], DEVICES[0][1]
+        config = kernel.heuristic(problem, device)
+        parts = triton_host.parts_of_tiles(problem, device, config)
+        self.assertEqual((parts.blocks * config.block_kv, parts.most), (keys, most))
 
     def test_a_device_says_itself_how_many_cores_it_has(self):
         self.assertEqual(Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", core_count=66).cores, 66)

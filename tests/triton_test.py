@@ -119,6 +119,7 @@ GEMMA_4 = dict(head_dim=512, value_dim=512, q_heads=16, num_kv_heads=4, cache_kv
 MLA = dict(head_dim=576, value_dim=512, q_heads=16, num_kv_heads=1, cache_kv_heads=1, features=("latent",))
 DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
 LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
+SHORT = dict(tokens=1024, seqs=16, pages_per_seq=32)
 SLOTS = ("quantised", "slot_scales")
 CAPPED = dict(attn_logits_soft_cap=50.0)
 # What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
@@ -129,6 +130,7 @@ COMPILED = {
     "sm_90": [
         (dict(head_dim=64, value_dim=64, sliding_window=4096), {}),
         ({}, dict(ranges=True, sinks=True)),
+        (SHORT, dict(ranges=True)),
         (WIDE | dict(sliding_window=4096, page_size=128, pages_per_seq=128), {}),
         (GEMMA_4, dict(ranges=True)),
         (MLA, {}),
@@ -137,7 +139,7 @@ COMPILED = {
     "sm_100": [(MLA, {})],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
-    "gfx950": [({}, {})],
+    "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
 # By Triton 3.6, of a latent cache's tile on Hopper, outside its loops for the most part; by 3.9 none.
 OLD = HAS_TRITON and importlib.metadata.version("triton").startswith("3.6")
@@ -184,6 +186,9 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_into_more_than_the_merge_repays", dict(tokens=1, pages_per_seq=512), 32),
         ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=8), 1),
         ("nor_are_short_windows", dict(tokens=16, sliding_window=128), 1),
+        ("nor_are_prompts_below_512_keys", dict(tokens=16, pages_per_seq=24), 1),
+        ("but_from_then_on", dict(tokens=16, pages_per_seq=32), 4),
+        ("and_those_of_wide_heads", dict(tokens=16, pages_per_seq=24) | GEMMA_4, 3),
         ("few_tiles_of_8_bits_are_four_to_a_core", LONG_DECODE | dict(cache_dtype="int8", features=("quantised",)), 4),
         ("with_scales_of_slots_three", LONG_DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
         ("and_a_round_is_not_left_half_empty", DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
@@ -194,7 +199,7 @@ class HeuristicTest(parameterized.TestCase):
 
     @parameterized.parameters({}, WIDE, GEMMA_4, MLA)
     def test_invariant_sizes_do_not_follow_the_pack(self, **dims):
-        packs = (dict(), dict(tokens=1), DECODE, dict(tokens=40, seqs=3, pages_per_seq=64))
+        packs = (dict(), dict(tokens=1), DECODE, dict(tokens=40, seqs=3, pages_per_seq=64), SHORT)
         with policy("invariant"):
             [config] = {KERNEL.heuristic(problem(**dims | pack), H200) for pack in packs}
             self.assertEqual(config.num_splits, 1)
@@ -212,6 +217,23 @@ class HeuristicTest(parameterized.TestCase):
         block_q = KERNEL.heuristic(problem(q_heads=8 * group), H200).block_q
         self.assertGreater(block_q * group, 64)
         self.assertLessEqual(block_q * group, 128)
+
+    @parameterized.named_parameters(
+        ("many_prompts", SHORT, (64, 64, 4)),
+        ("one_of_a_few_tokens", dict(tokens=20, pages_per_seq=2), (64, 64, 4)),
+        ("a_short_window", dict(sliding_window=512), (64, 64, 4)),
+        ("not_prompts_that_are_long", dict(tokens=2048, pages_per_seq=128), (128, 128, 8)),
+        ("nor_chunks_of_long_contexts", dict(tokens=1024, seqs=16), (128, 128, 8)),
+        ("nor_groups_that_would_leave_rows_empty", SHORT | dict(q_heads=192), (128, 128, 8)),
+        ("nor_wide_heads", SHORT | WIDE, (128, 64, 8)),
+        ("nor_narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (128, 64, 8)),
+    )  # fmt: skip
+    def test_tiles_of_few_keys_are_two_to_a_core(self, changes, sizes):
+        each = problem(**changes)
+        config = KERNEL.heuristic(each, H200)
+        self.assertEqual((host.rows_of(each, config), config.block_kv, config.num_warps), sizes)
+        if sizes[0] == 64:
+            self.assertLess(2 * host.shared_bytes(each, H200, config), 227 * 1024)
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=64), H200, 262144, 232448),
@@ -236,7 +258,11 @@ class HeuristicTest(parameterized.TestCase):
         for config in configs[1:]:
             self.assertIn(config.num_warps, (4, 8))
             changed = {name for name, _ in config.sizes().items() - configs[0].sizes().items()}
-            self.assertLess(len(changed - {"num_splits"}), 3)
+            self.assertLess(len(changed - {"num_splits"}), 4)
+
+    def test_candidates_of_four_warps_have_blocks_that_their_registers_hold(self):
+        halves = [config for config in KERNEL.candidates(problem(), H200) if config.num_warps == 4]
+        self.assertEqual([(config.block_q, config.block_kv) for config in halves], [(16, 64)])
 
 
 class SupportsTest(parameterized.TestCase):

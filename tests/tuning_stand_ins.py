@@ -44,7 +44,19 @@ def no_blocks(problem, config):
     return None
 
 
-def kernel(*candidates, attend=attend_to_nothing, version=1, num_splits=no_splits, misfit=fits, blocks=no_blocks):
+def no_choices(problem, device):
+    return {}
+
+
+def kernel(
+    *candidates,
+    attend=attend_to_nothing,
+    version=1,
+    num_splits=no_splits,
+    misfit=fits,
+    blocks=no_blocks,
+    choices=no_choices,
+):
     """A kernel made of parts."""
     return types.SimpleNamespace(
         name="fake",
@@ -56,6 +68,7 @@ def kernel(*candidates, attend=attend_to_nothing, version=1, num_splits=no_split
         num_splits=num_splits,
         misfit=misfit,
         blocks=blocks,
+        choices=choices,
     )
 
 

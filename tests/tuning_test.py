@@ -164,6 +164,20 @@ class LookupTest(TuningTestCase):
         with self.assertRaisesRegex(ValueError, "fake: too large .sizes from: cfg or overlay"):
             self.resolve(Config(block_kv=128), kernel=made)
 
+    def test_sizes_left_open_follow_those_that_the_caller_chose(self):
+        """Those nearest to the heuristic's that fit; else the error is of the heuristic's."""
+        limit = lambda problem, device, config: "too large" if config.block_q * config.block_kv > 1024 else None
+        choices = lambda problem, device: dict(block_q=(1, 4, 8), block_kv=(8, 16, 32, 64))
+        made = kernel(misfit=limit, choices=choices, num_splits=lambda problem, device, config: config.block_q)
+        sizes = lambda **chosen: self.resolve(Config(**chosen), kernel=made).config
+        self.assertEqual(sizes(block_kv=128), Config(block_q=8, block_kv=128, num_splits=8))
+        self.assertEqual(sizes(block_q=32), Config(block_q=32, block_kv=32, num_splits=32))
+        self.assertEqual(sizes(block_q=32, num_splits=3), Config(block_q=32, block_kv=32, num_splits=3))
+        self.assertEqual(sizes(block_q=1), Config(block_q=1, block_kv=64, num_splits=1))  # fits as it is
+        for chosen in (dict(block_q=256), dict(block_q=32, block_kv=64)):
+            with self.assertRaisesRegex(ValueError, "fake: too large .sizes from: cfg or overlay"):
+                sizes(**chosen)
+
     def test_a_policy_is_its_threads_own(self):
         in_a, in_b = threading.Event(), threading.Event()
         seen = []

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
@@ -42,7 +43,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 14
+    version = 15
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -102,6 +103,12 @@ class MosaicGpu(Kernel):
         fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Tiles of whole slabs, and what fits them."""
+        tiles = (1, 2, 4, 8, 16, 32, 64, 128, 192)
+        stages = range(MOST_QUANTISED_STAGES, 0, -1)
+        return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
+
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
@@ -154,16 +161,30 @@ class MosaicGpu(Kernel):
         caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
-        optional["sinks"] = call.sinks if plan.splits == 1 else None
+        optional["sinks"] = call.sinks
         key_scale, value_scale = _scales(call)
         optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
-        out, lse = launch(plan, _schedule(call, plan), query, caches, optional)
-        lse = lse.reshape(plan.splits, problem.q_heads, problem.tokens)
-        out = out.reshape(plan.splits, problem.tokens, problem.q_heads, problem.value_dim)
-        if plan.splits == 1:
-            return out[0], lse[0].T
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), by_head=True, may_lack=plan.parts.vary)
+        table, *schedule = _schedule(call, plan)
+        *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
+        if plan.parts.vary:
+            out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
+        splits = 1 if plan.parts.vary else plan.splits
+        lse = lse.reshape(splits, problem.q_heads, problem.tokens)
+        out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
+        return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
+
+
+def _merging(problem: Problem, plan: Plan) -> Merging:
+    return Merging(
+        cores=plan.cores,
+        rows=plan.rows_of_table,
+        columns=plan.columns,
+        tokens=plan.tokens,
+        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
+        q_heads=plan.q_heads,
+        value_dim=plan.value_dim,
+    )
 
 
 def _schedule(call: Call, plan: Plan):

@@ -26,7 +26,7 @@ class MosaicTpu(Kernel):
     """Takes bfloat16 and float32, over caches of them or quantised, and pages of whole tiles, on v4 and later."""
 
     name = "mosaic_tpu"
-    version = 7
+    version = 8
     platforms = ("tpu",)
     features = frozenset(FEATURES)
     invariant = True
@@ -92,6 +92,12 @@ class MosaicTpu(Kernel):
                 if config not in candidates and self.misfit(problem, device, config) is None:
                     candidates.append(config)
         return candidates
+
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Halves of the heuristic's, which the chip's memories have room for."""
+        first, packing = self.heuristic(problem, device), sublanes(problem.dtype)
+        halves = lambda size: tuple(round_up(max(size >> i, 1), packing) for i in range(size.bit_length()))
+        return dict(block_q=halves(first.block_q), block_kv=halves(first.block_kv))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How sizes pass the chip's memories, or None."""

@@ -88,14 +88,24 @@ def kernel(head_start_ref, *refs, static: Static):
     key_start, key_end = items.key_start[item], items.key_end[item]
     scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
 
-    def mask_of(first_key, rows):
+    def mask_of(first_key, rows, first, causal=True, window=static.window):
+        """Of the keys from the first-th on of a chunk that starts at `first_key`."""
         if static.by_row:
             first_new = items.first_new[item] if static.tree else None
-            return MaskByRow(*seen_refs, rows, first_key, row_start, row_end, first_new)
-        return Mask(scratch.ends, rows, first_key, key_start, key_end, static.window)
+            return MaskByRow(*seen_refs, rows, first_key + first, row_start, row_end, first_new)
+        return Mask(scratch.ends, rows, first_key + first, key_start, key_end, causal, window)
 
     def seen_whole(first_key, keys):
         return (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
+
+    # In no chunk do keys both start for some rows and end for others, unless the window is shorter.
+    one_edge = not static.by_row and sizes.chunk_is_cut and static.window is not None and static.window >= sizes.chunk
+
+    def windows_start_in(first_key):
+        """Whether the window of the tile's first row starts in a chunk, and no row's keys end before it does."""
+        if not one_edge:
+            return False
+        return (first_key <= position + 1 - static.window) & (first_key + sizes.chunk <= key_end)
 
     def attend_block(block, parts, all_parts, fresh, rows_of):
         """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
@@ -116,7 +126,7 @@ def kernel(head_start_ref, *refs, static: Static):
 
         def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
             """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
-            keys_of_parts = keys_of_parts or [sizes.chunk] * sizes.parts
+            keys_of_parts = keys_of_parts or [sizes.whole_chunk] * sizes.parts
             at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
             steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
@@ -131,7 +141,7 @@ def kernel(head_start_ref, *refs, static: Static):
                 products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
                 step(chunk, products, mask_of, fresh, copies)
 
-        def part_chunk(chunk, part, mask_of, num_keys):
+        def part_chunk(chunk, part, mask_of, keys):
             """One part of the tile."""
             at_once = 1 if all_parts is not None else largest_divisor(kv_heads, schedule.PRODUCTS_AT_ONCE)
 
@@ -140,7 +150,13 @@ def kernel(head_start_ref, *refs, static: Static):
                 # If every buffer's number were known when compiling, the compiler would keep the buffers in
                 # registers, of which there are too few, and spill.
                 rows, head = rows_of(part), heads * at_once
-                step(chunk, [(lax.rem(part + i, 2), head + i, rows, num_keys) for i in range(at_once)], mask_of)
+                step(chunk, [(lax.rem(part + i, 2), head + i, rows, keys) for i in range(at_once)], mask_of)
+
+        def first_chunk_of_windows(chunk):
+            """Where rows' windows start: later parts see fewer of its keys."""
+            first = first_key + chunk * sizes.chunk
+            zero_outside(values_ref, chunk, (key_start - first, key_end - first), sizes)
+            tile_chunk(chunk, functools.partial(mask_of, first, causal=False), sizes.keys_in_window(), fresh=True)
 
         def masked_chunk(chunk):
             first = first_key + chunk * sizes.chunk
@@ -151,24 +167,27 @@ def kernel(head_start_ref, *refs, static: Static):
             def of_keys(attend, end):
                 """What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes."""
                 if not sizes.chunk_is_cut:
-                    return attend(sizes.chunk)
+                    return attend(sizes.whole_chunk)
                 ends_early = end - first <= schedule.DEPTH
-                pl.when(ends_early)(lambda: attend(schedule.DEPTH))
-                pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.chunk))
+                pl.when(ends_early)(lambda: attend(slice(0, schedule.DEPTH)))
+                pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.whole_chunk))
 
             def tile():
                 """Parts before the last see fewer keys, if the last does not see past the chunk."""
 
-                def attend(keys, keys_of_parts=None):
-                    tile_chunk(chunk, mask_of_rows, keys_of_parts or [keys] * sizes.parts)
+                def attend(keys):
+                    tile_chunk(chunk, mask_of_rows, [keys] * sizes.parts)
 
-                staggered = sizes.keys_of_parts(sizes.chunk)
-                if static.by_row or not sizes.chunk_is_cut or len({*staggered}) == 1:
+                def attend_staggered(keys):
+                    window = None if one_edge else static.window
+                    tile_chunk(chunk, functools.partial(mask_of_rows, window=window), sizes.keys_up_to(keys.stop))
+
+                if static.by_row or not sizes.chunk_is_cut or sizes.part * (sizes.parts - 1) < LANES:
                     return of_keys(attend, key_end)
                 end = position + sizes.block_q
                 ends_within = end - first <= sizes.chunk
-                pl.when(ends_within)(lambda: of_keys(lambda keys: attend(keys, sizes.keys_of_parts(keys)), end))
-                pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.chunk))
+                pl.when(ends_within)(lambda: of_keys(attend_staggered, end))
+                pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.whole_chunk))
 
             def part_by_part():
                 @pl.loop(*parts)
@@ -200,9 +219,11 @@ def kernel(head_start_ref, *refs, static: Static):
                     return masked_chunk(chunk)
                 whole = all_parts & seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
                 is_fresh = fresh & (block == fetcher.first_block) & (chunk == low)
-                pl.when(is_fresh)(lambda: tile_chunk(chunk, fresh=True))
+                pl.when(is_fresh & whole)(lambda: tile_chunk(chunk, fresh=True))
+                if one_edge:
+                    pl.when(is_fresh & jnp.logical_not(whole))(lambda: first_chunk_of_windows(chunk))
                 pl.when(whole & jnp.logical_not(is_fresh))(lambda: tile_chunk(chunk))
-                pl.when(jnp.logical_not(whole))(lambda: masked_chunk(chunk))
+                pl.when(jnp.logical_not(whole | is_fresh))(lambda: masked_chunk(chunk))
 
         if all_parts is None:
             return any_block()
@@ -237,11 +258,12 @@ def kernel(head_start_ref, *refs, static: Static):
         def clear():
             pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: _clear(scratch, head, rows_of(part).at)))
 
-        # A chunk that every row sees whole needs no running values before it.
+        # A chunk of which all parts are attended together needs no running values before it.
         fresh = None
         if all_parts is not None:
             first_key = lax.div(key_start, sizes.chunk) * sizes.chunk
-            fresh = all_parts & (key_start < key_end) & seen_whole(first_key, sizes.chunk)
+            fresh = all_parts & (key_start < key_end)
+            fresh &= seen_whole(first_key, sizes.chunk) | windows_start_in(first_key)
         clear() if fresh is None else pl.when(jnp.logical_not(fresh))(clear)
 
         @pl.loop(fetcher.first_block, fetcher.last_block + 1)
@@ -269,10 +291,11 @@ def _attend_step(
 ):  # fmt: skip
     """Folds a chunk of keys into the running values of `products`.
 
-    Of each product the buffer, the KV head, the Rows, and how many of the chunk's keys, the first ones, they are
-    multiplied with. Neighbours have different buffers. `mask_of` gives the mask of Rows, or is None where they see every
-    key. `fresh` says that there are no running values yet; `beside` are functions that start copies. `scale_of` is the
-    scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
+    Of each product the buffer, the KV head, the Rows, and which of the chunk's keys they are multiplied with, a slice.
+    Neighbours have different buffers. `mask_of` gives the mask of Rows and of the first of these keys, or is None where
+    they see every key. `fresh` says that there are no running values yet; `beside` are functions that start copies.
+    `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there
+    are none.
     """
     sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
     m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
@@ -284,30 +307,30 @@ def _attend_step(
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def of_keys(ref, head, num_keys):
-        """What the chunk's first keys have in `ref`, [num_keys, features]."""
-        return ref[head, sizes.keys_of_chunk(chunk, 0, num_keys)].astype(query_ref.dtype)
+    def of_keys(ref, head, keys):
+        """What some of the chunk's keys have in `ref`, [keys, features]."""
+        return ref[head, sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)].astype(query_ref.dtype)
 
-    def times_slot_scales(x, name, head, seen):
-        """Logits or weights [rows, num_keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
+    def times_slot_scales(x, name, head, keys, seen):
+        """Logits or weights [rows, keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
         scales = slot_scales_of(name, head, chunk)
-        return x if scales is None else x * seen(scales[:, : x.shape[1]])
+        return x if scales is None else x * seen(scales[:, keys])
 
-    def logits(buffer, head, rows, num_keys, mask):
+    def logits(buffer, head, rows, keys, mask):
         """Finished before they are stored: the softmax reads them twice, and would keep in registers what it changes."""
         query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        keys = of_keys(keys_ref, head, num_keys)
+        of_head = of_keys(keys_ref, head, keys)
         for row in range(0, len(query), schedule.LOGIT_ROWS):
             strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
-            s = times_slot_scales(product(query[strip], keys, 1), "key", head, lambda scales: scales)
+            s = times_slot_scales(product(query[strip], of_head, 1), "key", head, keys, lambda scales: scales)
             if (scale := scale_of("key", head)) is not None:
                 s = s * scale
             if soft_cap is not None:
                 s = jnp.tanh(s * (softmax_scale / soft_cap))
-            scratch.logits[buffer, strip, :num_keys] = s if mask is None else mask.hide(s, group, strip)
+            scratch.logits[buffer, strip, : len(of_head)] = s if mask is None else mask.hide(s, group, strip)
 
-    def softmax(buffer, head, rows, num_keys, mask):
-        count = group * rows.count
+    def softmax(buffer, head, rows, keys, mask):
+        count, num_keys = group * rows.count, keys.stop - keys.start
         s = scratch.logits[buffer, :count, :num_keys]
         m = jnp.full((count, LANES), LOWEST) if fresh else m_ref[head, rows.at]
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
@@ -318,25 +341,29 @@ def _attend_step(
             l += l_ref[head, rows.at] * fade
             scratch.fade[buffer, :count] = fade
         l_ref[head, rows.at] = l
-        p = times_slot_scales(p, "value", head, lambda x: x if mask is None else mask.zero_scales(x))  # 0 * NaN is NaN
+        # Keys that are not seen have weights of 0, and 0 * NaN is NaN.
+        p = times_slot_scales(p, "value", head, keys, lambda x: x if mask is None else mask.zero_scales(x))
         scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
 
-    def add_values(buffer, head, rows, num_keys, mask):
+    def add_values(buffer, head, rows, keys, mask):
         count = group * rows.count
-        values = of_keys(values_ref, head, num_keys)[:, : static.value_dim]
+        values = of_keys(values_ref, head, keys)[:, : static.value_dim]
         if mask is not None:
             values = mask.zero(values)
-        parts = range(-(-num_keys // schedule.DEPTH))
-        for part in parts:
-            keys = slice(part * schedule.DEPTH, min((part + 1) * schedule.DEPTH, num_keys))
-            scratch.sums[buffer, part, :count] = product(scratch.weights[buffer, :count, keys], values[keys], 0)
-        acc = sum(scratch.sums[buffer, part, :count] for part in parts)
+        # Cut at the same keys of the chunk whichever are taken, so that each sum has the same bits.
+        cuts = [keys.start, *range(round_up(keys.start + 1, schedule.DEPTH), keys.stop, schedule.DEPTH), keys.stop]
+        parts = [slice(first - keys.start, end - keys.start) for first, end in itertools.pairwise(cuts)]
+        for i, part in enumerate(parts):
+            scratch.sums[buffer, i, :count] = product(scratch.weights[buffer, :count, part], values[part], 0)
+        acc = sum(scratch.sums[buffer, i, :count] for i in range(len(parts)))
         if not fresh:
             acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2]) + acc
         acc_ref[head, rows.at] = acc
 
     # The logits of the next product come first: the matrix unit computes them while the softmax runs.
-    products = [(*of_product, None if mask_of is None else mask_of(of_product[2])) for of_product in products]
+    products = [
+        (*of_product, None if mask_of is None else mask_of(of_product[2], of_product[3].start)) for of_product in products
+    ]
     logits(*products[0])
     for start in beside:  # behind the loads of the first product, which wait for nothing else
         start()

@@ -63,6 +63,8 @@ class Mask(NamedTuple):
       rows: those that take part.
       first_key: of the chunk.
       key_start, key_end: no row of the item sees a key outside.
+      causal: whether some row's keys may end before the last that it is asked of.
+      window: None where every row's window starts before the first.
     """
 
     ends_ref: object
@@ -70,6 +72,7 @@ class Mask(NamedTuple):
     first_key: object
     key_start: object
     key_end: object
+    causal: bool
     window: int | None
 
     @staticmethod
@@ -84,11 +87,10 @@ class Mask(NamedTuple):
         ends = self.ends_ref[pl.ds(self.rows.at.start + strip.start, strip.stop - strip.start)]
         end = widen(ends, s.shape[1])
         key = self.first_key + lax.broadcasted_iota(jnp.int32, (1, s.shape[1]), 1)
-        key = jnp.where(key < self.key_end, key, MAX_CONTEXT)
-        visible = key < end
-        if self.window is not None:
-            visible &= key >= end - self.window
-        return jnp.where(visible, s, -jnp.inf)
+        if self.causal:
+            key = jnp.where(key < self.key_end, key, MAX_CONTEXT)
+            s = jnp.where(key < end, s, -jnp.inf)
+        return s if self.window is None else jnp.where(key >= end - self.window, s, -jnp.inf)
 
     def zero(self, values):
         """The values of keys that no row sees, zeroed: already done, where they lie."""

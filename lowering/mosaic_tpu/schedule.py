@@ -63,14 +63,27 @@ class Sizes(NamedTuple):
         return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk) + first, keys)
 
     @property
+    def whole_chunk(self) -> slice:
+        """All keys of a chunk."""
+        return slice(0, self.chunk)
+
+    @property
     def chunk_is_cut(self) -> bool:
-        """Whether a masked product may take the first keys of a chunk alone."""
+        """Whether a masked product may take a part of a chunk's keys."""
         return self.chunk > DEPTH and self.chunk % LANES == 0
 
-    def keys_of_parts(self, keys: int) -> list[int]:
-        """The keys that rows of each part see at most, where those of the last see `keys`; in whole registers."""
+    def keys_up_to(self, keys: int) -> list[slice]:
+        """Those of a chunk that rows of each part see at most, where the last row sees the first `keys`.
+
+        In whole registers, like the next.
+        """
         tokens_behind = range((self.parts - 1) * self.part, -1, -self.part)
-        return [max(keys - tokens // LANES * LANES, LANES) for tokens in tokens_behind]
+        return [slice(0, max(keys - tokens // LANES * LANES, LANES)) for tokens in tokens_behind]
+
+    def keys_in_window(self) -> list[slice]:
+        """Those of a chunk that rows of each part see at most, where the window of the first row starts in it."""
+        tokens_before = range(0, self.block_q, self.part)
+        return [slice(min(tokens // LANES * LANES, self.chunk - LANES), self.chunk) for tokens in tokens_before]
 
     def heads_at_once(self, kv_heads: int) -> int:
         """KV heads of one step over the whole tile."""

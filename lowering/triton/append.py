@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from paged_prefill.lowering.triton.launch import launch, reason_against
-from paged_prefill.lowering.writer import Writer
+from paged_prefill.lowering.writer import MANY_TOKENS, Writer
 from paged_prefill.primitive.layout import OWN_LAYOUT
 from paged_prefill.primitive.packing import MAX_CONTEXT
 from paged_prefill.primitive.quantised import largest_number
 
-# From so many on it is faster. XLA puts its own scatters into a CUDA graph; a launch of ours takes 6 us of the host.
-MANY_TOKENS = 128
 BLOCK = 16  # tokens of a program
 ELEMENTS = 2**13  # of a token's features, times tokens, that a program holds in its registers
 OFFSETS = 256  # that a program compares with its tokens at a time
@@ -28,6 +26,7 @@ class TritonWriter(Writer):
         return reason_against(device, operands["key_cache"].dtype.name)
 
     def pays(self, operands):
+        """XLA puts its scatters, and what Pallas makes, into a CUDA graph; a launch by Triton takes 6 us of the host."""
         return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
 
     def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):

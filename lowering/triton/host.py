@@ -21,6 +21,7 @@ from paged_prefill.lowering.splits import (
     LEAST_PART_BYTES,
     MOST_PARTS,
     best_splits,
+    mean_keys,
     merge_splits,
     most_keys,
     parts_of,
@@ -70,9 +71,14 @@ LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+KEYS_OF_PROMPT = 512  # in a table: prompts seldom fill it, and over fewer they are not split, but those of wide heads
+SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
+SHORT_KEYS = 768  # that are few, on average
+MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
+TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
@@ -80,7 +86,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 5
+    version = 6
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -111,7 +117,8 @@ class Triton(Kernel):
         if problem.dtype == "float32":
             sizes = narrow_float32 if width <= 128 else wide_float32
         elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
-            sizes = sizes._replace(block_kv=16)  # registers to turn wide keys to numbers
+            # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
+            sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
@@ -126,9 +133,11 @@ class Triton(Kernel):
                     sizes = sizes._replace(block_kv=64, num_stages=3)
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
+        elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
+            sizes = SHORT
         rows = min(sizes.rows, _power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
-            sizes = sizes._replace(block_kv=min(sizes.block_kv, 64), num_warps=4)
+            sizes = sizes._replace(block_kv=min(sizes.block_kv, MOST_KEYS), num_warps=4)
         config = PrefillPageAttentionConfig(
             block_q=max(1, rows // problem.group),
             block_kv=sizes.block_kv,
@@ -143,11 +152,16 @@ class Triton(Kernel):
         changes = [dict(num_stages=first.num_stages + more) for more in (-1, 1)]
         for factor in (0.5, 2):
             tile = dict(block_q=int(first.block_q * factor), num_warps=int(first.num_warps * factor))
-            changes += [tile, dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+            changes += [dict(block_q=tile["block_q"]), dict(block_kv=int(first.block_kv * factor))]
+            changes += [tile | dict(block_kv=min(first.block_kv, MOST_KEYS)) if factor < 1 else tile]
         found = [first] + [replace(first, **change) for change in changes if 0 not in change.values()]
         sane = [c for c in found if c.num_warps in (4, 8) and c.block_kv >= 16 and c.num_stages > 1]
         fitting = [c for c in sane if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
+
+    def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
+        """Those that shared memory holds; registers have room for the heuristic's warps."""
+        return dict(block_q=(1, 2, 4, 8, 16, 32, 64, 128), block_kv=(16, 32, 64, 128), num_stages=(1, 2, 3, 4))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         """How a tile and its blocks of keys pass the shared memory, or None; also where that is not known before."""
@@ -169,10 +183,12 @@ class Triton(Kernel):
             return 1
         unsplit = programs(problem, config)
         keys = most_keys(problem, config.block_q)
-        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT, 0.5
+        few_rows, wide = config.block_q * problem.group <= DECODE.rows, max(problem.head_dim, problem.value_dim) > 256
+        worth = few_rows or wide or keys >= KEYS_OF_PROMPT
+        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT if worth else 1, 0.5
         key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
         all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
-        if config.block_q * problem.group <= DECODE.rows:
+        if few_rows:
             if all_keys < SHORT_BYTES * device.cores:
                 warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
             elif problem.cache_dtype != problem.dtype and config.num_warps == 4:
@@ -267,9 +283,20 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
 
 
+def _has_few_keys(problem: Problem, device: Device) -> bool:
+    """Whether tiles see so few keys that their beginnings and ends take most of the time: two go on beside one another.
+
+    Of other dims and on other GPUs that is not measured. Tiles of a large group would leave too many rows empty.
+    """
+    if _device_class(device) != "hopper" or not 64 < max(problem.head_dim, problem.value_dim) <= 128:
+        return False
+    return 4 * problem.group <= SHORT.rows and mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS
+
+
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """Of the keys of each tile; what splits and their merge cost is as in every kernel."""
-    unsplit, warps = programs(problem, config), WARPS if rows_of(problem, config) > DECODE.rows else 2 * WARPS
+    unsplit, rows = programs(problem, config), rows_of(problem, config)
+    warps = WARPS if rows > DECODE.rows else 2 * WARPS
     return parts_of(
         problem,
         device,
@@ -279,6 +306,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         most=min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1)),
         # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
         part_bytes=LEAST_PART_BYTES // (4 if unsplit < 2 * device.cores else 1),
+        slower=TALL_SLOWER if rows >= TALL_ROWS else 1,
     )
 
 

@@ -21,6 +21,8 @@ left out there. An exported module is for machines that are not here, so nothing
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 from absl import logging
@@ -63,6 +65,8 @@ def resolve(
     if asked is not None and asked.sizes():
         config = completed(kernel, problem, device, asked)
         if wrong := kernel.misfit(problem, device, config):
+            if nearest := _nearest(kernel, problem, device, asked, config):
+                return Choice(completed(kernel, problem, device, nearest), "cfg or overlay")
             raise ValueError(f"{kernel.name}: {wrong} (sizes from: cfg or overlay)")
         return Choice(config, "cfg or overlay")
     heuristic = Choice(completed(kernel, problem, device), "heuristic")
@@ -89,6 +93,25 @@ def completed(
     if chosen.num_splits is None and kernel.misfit(problem, device, config) is None:
         config = dataclasses.replace(config, num_splits=kernel.num_splits(problem, device, config))
     return config
+
+
+def _nearest(kernel, problem, device, asked, config) -> PrefillPageAttentionConfig | None:
+    """What was asked for, with other sizes than `config`'s where it leaves them open, so that all fit.
+
+    The fewest others, and of these the least far from `config`'s. None where there are none.
+    """
+    choices = kernel.choices(problem, device)
+    names = [name for name in choices if getattr(asked, name) is None]
+
+    def distance(other):
+        steps = [abs(math.log2(getattr(other, name) / getattr(config, name))) for name in names]
+        return sum(step > 0 for step in steps), sum(steps)
+
+    every = itertools.product(*(sorted({getattr(config, name), *choices[name]}) for name in names))
+    configs = [dataclasses.replace(config, **dict(zip(names, sizes))) for sizes in every]
+    fitting = [each for each in configs if kernel.misfit(problem, device, each) is None]
+    found = min(fitting, key=distance, default=None)
+    return found and dataclasses.replace(found, num_splits=asked.num_splits)
 
 
 def signature() -> str:

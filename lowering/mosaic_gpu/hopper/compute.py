@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
@@ -23,43 +23,41 @@ from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, s
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
-def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
-    store_results(plan, piece, rows, attention.run(first, end), out, lse)
+    store_results(plan, piece, rows, attention.run(first, end), results)
     attention.pass_over(end, piece.steps)
 
 
-def store_results(plan: Plan, piece, rows: Rows, results, out, lse, first_column=0):
-    """Writes a warpgroup's output, from that column on, and the lse of its rows."""
-    acc, row_lse = results
+def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
+    """Writes a warpgroup's output, from that column on, and the lse of its rows.
+
+    Where the number of parts varies, there are results twice: those of tiles of one part are final.
+    """
+    acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
     head, token = piece.head + head, piece.tile.start + token
-    owns, part = rows.owns(rows.rows()), piece.tile.part if plan.splits > 1 else 0
+    owns = rows.owns(rows.rows())
 
-    def place_of(part, within):
-        return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
+    def store(out, lse, part):
+        def place_of(within):
+            return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
-    # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-    for array in jax.tree.leaves(acc):
-        store_rows(array.astype(out.dtype), place_of(part, token * plan.q_heads + head), out, first_column)
-        first_column += array.shape[1]
-    store_numbers(row_lse, place_of(part, head * plan.tokens + token), lse)
+        # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
+        column = first_column
+        for array in jax.tree.leaves(acc):
+            store_rows(array.astype(out.dtype), place_of(token * plan.q_heads + head), out, column)
+            column += array.shape[1]
+        store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
+
     if not plan.parts.vary:
-        return
-
-    @pl.when(part == 0)
-    def _():
-        """Of the parts that the tile does not have: they see no key."""
-        nothing = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROWS)
-
-        def absent(part, _):
-            store_numbers(nothing, place_of(part, head * plan.tokens + token), lse)
-
-        lax.fori_loop(piece.tile.parts, plan.splits, absent, None)
+        return store(*results, piece.tile.part if plan.splits > 1 else 0)
+    pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
+    pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
@@ -90,7 +88,8 @@ class _Attention:
         _, *views = query_views
         self.loaded_query, self.query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
         self.keys, self.values = keys, values
-        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
+        queries = plan.queries_of(team, warpgroup)
+        self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
         self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free

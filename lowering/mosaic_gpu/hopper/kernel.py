@@ -44,12 +44,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
-    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens].
+    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens]. Where
+    the number of parts varies, before them those of tiles of one part, as if nothing were split.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
-    rows = plan.splits * plan.tokens * query.shape[1]
-    out_type = jax.ShapeDtypeStruct((rows, plan.value_dim), dtype if plan.splits == 1 else jnp.float32)
-    lse_type = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shape, result_types = jax.ShapeDtypeStruct, []
+    for splits in [1, plan.splits] if plan.parts.vary else [plan.splits]:
+        rows = splits * plan.tokens * plan.q_heads
+        result_types += [shape((rows, plan.value_dim), dtype if splits == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
     def ring(features):
         return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
@@ -65,11 +67,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
     query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
-    slabs, turns = plan.rows // plan.slab, plan.output_turns if plan.latent else 1
+    queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
+    copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
-        query_here=plgpu.Barrier(num_arrivals=slabs * plan.query_parts, num_barriers=plan.teams),
-        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
+        query_here=plgpu.Barrier(num_arrivals=copies_of_queries, num_barriers=queries),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
         **blocks,
         keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
@@ -91,7 +94,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
         scratch |= widening_scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
-        out_type=(out_type, lse_type),
+        out_type=tuple(result_types),
         scratch_types=scratch,
         grid=(min(plan.pieces, plan.cores),),
         grid_names=("block",),
@@ -113,9 +116,9 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    *others, out, lse = others
-    number = len(others) - len(names)
-    caches, optional = others[:number], others[number:]
+    results_at = len(others) - (4 if plan.parts.vary else 2)
+    number = results_at - len(names)
+    caches, optional, results = others[:number], others[number:results_at], others[results_at:]
     optional = dict(zip(names, optional))
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -152,7 +155,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(optional=optional, sources=sources, out=out, lse=lse)
+        shared = dict(optional=optional, sources=sources, results=results)
         if plan.wide:
             return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
@@ -306,21 +309,25 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are
     two teams; everything is one's where `warp` is None.
     """
-    [[query_slots], *_] = query_views
+    [[query_slots], *_], keys = query_views, sources[0]
 
     def copy_query(team, piece, done):
-        pl.when(done > 0)(lambda: plgpu.barrier_wait(query_free.at[team]))
         for row in range(0, plan.rows, plan.slab):
+            queries = plan.queries_of(team, row // WARPGROUP_ROWS)
+            if row % (plan.rows // plan.query_groups) == 0:
+                pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
                 slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
-                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[team])
+                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
+        ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
+        last_queries = plan.queries_of(team, plan.row_groups - 1)
 
         def row_of(piece, key, beside):
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
@@ -335,6 +342,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
                 }
+                if plan.query_comes_first:
+                    pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)

@@ -37,14 +37,14 @@ class Rows:
         return (token < self.tile.length) & (head < self.piece.heads_left)
 
     def sinks(self):
-        """The logit of each row's sink, or None: -inf where no sequence owns the tokens."""
+        """The logit of each row's sink, or None: -inf where no sequence owns the tokens, or another part has it."""
         if self.all_sinks is None:
             return None
         pack = lax.div(self.tile.seq, self.plan.seqs_of_pack)
         head, _ = self.head_and_token(self.rows())
         head = self.piece.head + jnp.minimum(head, self.piece.heads_left - 1)
         sinks = gathered(self.all_sinks, pack * self.plan.q_heads + head, ROWS)
-        return jnp.where(self.tile.owned > 0, sinks, -jnp.inf)
+        return jnp.where((self.tile.owned > 0) & (self.tile.part == 0), sinks, -jnp.inf)
 
     def first_key_of(self, i):
         """The first key of the piece's block i."""

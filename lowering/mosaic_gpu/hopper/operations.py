@@ -22,6 +22,7 @@ arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "
 
 SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
+QUAD = 4  # threads that hold the same rows of a wgmma
 TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
 WGMMA = plgpu.Layout.WGMMA
 ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
@@ -349,17 +350,55 @@ def store_rows(array, rows, out, first_column=0) -> None:
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
-        quarter = arith.remui(utils.thread_idx(), arith.constant(i32, 4))
-        first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, 2)))
+        quarter = arith.remui(utils.thread_idx(), arith.constant(i32, QUAD))
+        together = 2 * QUAD if utils.bitwidth(array.mlir_dtype) == 16 else 2  # columns of a store
+        first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, together)))
         for half, register in enumerate(rows.registers.flat):
-            row = vector.extract(register, [], [0])
+            row, pieces = vector.extract(register, [], [0]), list(pairs[:, half])
+            if together > 2:
+                pieces = [_of_one_group(pieces[i : i + QUAD], quarter) for i in range(0, len(pieces), QUAD)]
             with _where_not_negative(row):
                 offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))
                 own = utils.getelementptr(start, [arith.addi(offset, arith.extui(i64, first_column))], array.mlir_dtype)
-                for column, pair in enumerate(pairs[:, half]):
-                    llvm.store(pair, utils.getelementptr(own, [8 * column], array.mlir_dtype))
+                for i, piece in enumerate(pieces):
+                    llvm.store(piece, utils.getelementptr(own, [QUAD * together * i], array.mlir_dtype))
 
     store(array, rows, jnp.int32(first_column), out)
+
+
+def _of_one_group(pairs, quarter):
+    """A row's 8 columns in one thread: of 4 groups of 8, of which each of 4 threads has a pair, that of its number.
+
+    A store of them writes 64 bytes of each row that a warp has. With 16 it takes as long, and there are four of them.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+
+    def has(bit):
+        return arith.cmpi(
+            arith.CmpIPredicate.ne, arith.andi(quarter, arith.constant(i32, bit)), arith.constant(i32, 0)
+        )
+
+    group = llvm.mlir_undef(ir.VectorType.get((QUAD,), i32))
+    for i, word in enumerate(exchanged([_as_word(pair) for pair in pairs], has, arith.select, utils.shfl_bfly)):
+        group = vector.insert(word, group, [], [i])
+    return group
+
+
+def exchanged(words, has, select, from_other):
+    """Words i of 4 threads, for thread i, in the order of the threads.
+
+    `has(bit)` says whether a thread's number has that bit, and `from_other(word, bit)` is a word of the thread whose
+    number differs in that bit alone.
+    """
+    words = [*words]
+    for bit in (1, 2):
+        upper = has(bit)
+        for low in (i for i in range(QUAD) if not i & bit):
+            high = low + bit
+            taken = from_other(select(upper, words[low], words[high]), bit)
+            kept = select(upper, words[high], words[low])
+            words[low], words[high] = select(upper, taken, kept), select(upper, kept, taken)
+    return words
 
 
 def store_numbers(numbers, places, out) -> None:

@@ -13,6 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
@@ -177,6 +178,24 @@ class Plan:
         return [*range(self.output_turns)] if same_places else [self.output_turns - 1]
 
     @property
+    def query_comes_first(self) -> bool:
+        """Whether a thread block's first loads, but for a block of keys, wait for its first query.
+
+        All at once take as long as the rings are large. That is well where memory is what all wait for, as in decode
+        steps and in parts of tiles; but products can begin with a query and a block of keys.
+        """
+        return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
+
+    @property
+    def query_groups(self) -> int:
+        """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
+
+        One that is done first goes on with its next tile. Two that take turns are done together, and where any block may
+        be masked, no thread has a register left for it.
+        """
+        return self.warpgroups if self.warpgroups == 3 and not self.masks_any_block else 1
+
+    @property
     def row_groups(self) -> int:
         """Groups of 64 rows: each warpgroup has one, or all share one."""
         return 1 if self.wide else self.warpgroups
@@ -272,6 +291,10 @@ class Plan:
     def slot_of(self, team, step):
         """Where a step's block lies among those of all teams."""
         return team * self.slots + lax.rem(step, self.slots)
+
+    def queries_of(self, team, row_group):
+        """Which of all teams' groups of queries those of 64 rows are in."""
+        return team if self.query_groups == 1 else team * self.query_groups + row_group
 
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""

@@ -4,6 +4,8 @@ What it takes for scalars are numbers that each thread has of its own, once they
 and loops of as many turns for all, are each thread's own too.
 """
 
+import contextlib
+
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 from paged_prefill import compat
 
-arith, gpu, memref, scf = compat.mlir_dialects("arith", "gpu", "memref", "scf")
+arith, gpu, llvm, memref, scf, vector = compat.mlir_dialects("arith", "gpu", "llvm", "memref", "scf", "vector")
 
 OWN = plgpu.Layout.WG_SPLAT
 
@@ -27,30 +29,77 @@ def number():
     return get()
 
 
-def load(vector, index):
-    """vector[index], of int32 or float32."""
-    signed = True if jnp.issubdtype(vector.dtype, jnp.integer) else None
+def load(array, index):
+    """array[index], of int32 or float32."""
+    signed = True if jnp.issubdtype(array.dtype, jnp.integer) else None
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN), return_type=_own(vector.dtype))
-    def read(_, vector, index):
-        value = memref.load(vector, [_index(index)])
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN), return_type=_own(array.dtype))
+    def read(_, array, index):
+        value = memref.load(array, [_index(index)])
         return mgpu.FragmentedArray.splat(value, (), is_signed=signed)
 
-    return read(vector, index)
+    return read(array, index)
 
 
-def store(vector, index, value, where=True) -> None:
-    """vector[index] = value, if `where`."""
+def store(array, index, value, where=True) -> None:
+    """array[index] = value, if `where`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, OWN))
-    def write(_, vector, index, value, where):
-        zero = arith.constant(ir.IntegerType.get_signless(32), 0)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, where.registers.item(), zero))
-        with ir.InsertionPoint(branch.then_block):
-            memref.store(value.registers.item(), vector, [_index(index)])
-            scf.yield_([])
+    def write(_, array, index, value, where):
+        with _if(where):
+            memref.store(value.registers.item(), array, [_index(index)])
 
-    write(vector, index, jnp.asarray(value, vector.dtype), jnp.where(where, jnp.int32(1), jnp.int32(0)))
+    write(array, index, jnp.asarray(value, array.dtype), jnp.where(where, jnp.int32(1), jnp.int32(0)))
+
+
+def load_words(matrix, row, column, number: int):
+    """So many words of 32 bits of matrix[row], from that column on: they lie at a multiple of their size.
+
+    Of a float32 matrix they are its numbers, else integers. Volatile, so that they are asked for here, and not where
+    they are used.
+    """
+    dtype = jnp.float32 if matrix.dtype == jnp.float32 else jnp.int32
+    element, signed = (ir.F32Type.get, None) if dtype == jnp.float32 else (lambda: ir.IntegerType.get_signless(32), True)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN), return_type=[_own(dtype)] * number)
+    def read(_, matrix, row, column):
+        words = llvm.load(ir.VectorType.get((number,), element()), _place(matrix, row, column), volatile_=True)
+        each = [vector.extract(words, [], [i]) for i in range(number)]
+        return [mgpu.FragmentedArray.splat(word, (), is_signed=signed) for word in each]
+
+    return read(matrix, row, column)
+
+
+def store_words(words, matrix, row, column, where) -> None:
+    """Writes them, as `load_words` gives them, to matrix[row], from that column on, if `where`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, OWN, *[OWN] * len(words)))
+    def write(_, matrix, row, column, where, *words):
+        words = [word.registers.item() for word in words]
+        with _if(where):
+            together = llvm.mlir_undef(ir.VectorType.get((len(words),), words[0].type))
+            for i, word in enumerate(words):
+                together = vector.insert(word, together, [], [i])
+            llvm.store(together, _place(matrix, row, column))
+
+    write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
+
+
+def _place(matrix, row, column):
+    """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count."""
+    i64, its_type = ir.IntegerType.get_signless(64), ir.MemRefType(matrix.type)
+    row, column = (arith.extsi(i64, number.registers.item()) for number in (row, column))
+    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[1])), column)
+    return utils.getelementptr(utils.memref_ptr(matrix), [offset], its_type.element_type)
+
+
+@contextlib.contextmanager
+def _if(flag):
+    zero = arith.constant(ir.IntegerType.get_signless(32), 0)
+    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, flag.registers.item(), zero))
+    with ir.InsertionPoint(branch.then_block):
+        yield
+        scf.yield_([])
 
 
 def synchronise() -> None:

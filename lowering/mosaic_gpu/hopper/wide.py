@@ -32,12 +32,12 @@ def wide_scratch(plan: Plan) -> dict:
     )
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, out, lse, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     rows = Rows(plan, piece, warpgroup, optional)
-    results = _Attention(plan, piece, done, warpgroup, rows, sources, **scratch).run()
+    found = _Attention(plan, piece, done, warpgroup, rows, sources, **scratch).run()
     # Both write the lse, the same bits.
-    store_results(plan, piece, rows, results, out, lse, warpgroup * plan.output_columns)
+    store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
 
 
 class _Attention:

@@ -1,0 +1,88 @@
+"""What the Hopper kernel does between two pieces of work, where no GPU is needed: its first loads, and its results."""
+
+import functools
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import ragged_paged_prefill
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu.hopper import kernel, operations
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.tests import plans
+
+
+def launch_of(seqs=1, tokens=2048, pages_per_seq=128, q_heads=8, kv_heads=2, **parameters):
+    """The plan that a call launches the kernel with, and the shapes of its arrays."""
+    cache = (kv_heads, 64, 16, 128)
+    shapes = [(tokens, q_heads, 128), cache, cache, (seqs,), (seqs, pages_per_seq), (seqs + 1,)]
+    dtypes = [jnp.bfloat16] * 3 + [jnp.int32] * 3
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", **parameters))
+    with mock.patch.object(host, "launch", wraps=host.launch) as launch:
+        call.trace(*operands).lower(lowering_platforms=("cuda",))
+    plan, *arrays = launch.call_args.args
+    return plan, jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+
+
+class FirstLoadsTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("prompt", {}, True),
+        ("short_prompts", dict(seqs=8, tokens=800, pages_per_seq=20), True),
+        ("prompt_beside_decode_steps", dict(seqs=33), True),
+        ("decode_steps", dict(seqs=64, tokens=64), False),
+        ("drafts", dict(seqs=64, tokens=256), False),
+        ("parts", dict(tokens=256, pages_per_seq=2048), False),
+    )
+    def test_a_query_comes_first_where_products_are_what_all_wait_for(self, call, comes_first):
+        self.assertEqual(launch_of(**call)[0].query_comes_first, comes_first)
+
+    def test_other_loads_wait_for_it(self):
+        """All but those of a block of keys: two warps load keys, and two values."""
+        waits = []
+        plan, arrays = launch_of()
+        for comes_first in (False, True):
+            with mock.patch.object(Plan, "query_comes_first", comes_first):
+                program = jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
+            waits.append(str(program).count("barrier_wait"))
+        self.assertEqual(waits[1] - waits[0], 4)
+
+
+class QueriesTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("three_warpgroups", dict(warpgroups=3, block_q=192), [0, 1, 2]),
+        ("any_block_may_be_masked", dict(warpgroups=3, block_q=192, has_ranges=True), [0, 0, 0]),
+        ("two_in_turns", dict(warpgroups=2, soft_cap=None), [0, 0]),
+        ("two_teams", dict(warpgroups=1, teams=2), [0, 1]),
+    )
+    def test_warpgroups_that_go_apart_have_queries_of_their_own(self, changes, groups):
+        plan = plans.plan(**changes)
+        places = [(team, row_group) for team in range(plan.teams) for row_group in range(plan.row_groups)]
+        self.assertEqual([plan.queries_of(*place) for place in places], groups)
+
+    def test_each_group_waits_for_as_many_copies_as_it_gets(self):
+        """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
+        plan, arrays = launch_of(tokens=8192, q_heads=32, kv_heads=8)
+        self.assertEqual((plan.warpgroups, plan.query_groups), (3, 3))
+        with mock.patch.object(kernel.plgpu, "Barrier", wraps=kernel.plgpu.Barrier) as barrier:
+            jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
+        made = [call.kwargs for call in barrier.call_args_list]
+        queries = [sizes["num_arrivals"] for sizes in made if sizes.get("num_barriers") == 3 and "num_arrivals" in sizes]
+        self.assertEqual(queries, [2, 1])
+
+
+class ResultsTest(parameterized.TestCase):
+    def test_each_of_four_threads_comes_to_hold_the_words_of_its_group(self):
+        threads = np.arange(4)
+        words = [10 * group + threads for group in range(4)]
+        found = operations.exchanged(
+            words, lambda bit: threads & bit > 0, np.where, lambda word, bit: word[threads ^ bit]
+        )
+        np.testing.assert_array_equal(np.stack(found, axis=1), np.arange(4) + 10 * threads[:, None])
+
+
+if __name__ == "__main__":
+    absltest.main()
