@@ -57,7 +57,7 @@ class CostTest(parameterized.TestCase):
 
     CONFIG = PrefillPageAttentionConfig(block_q=32, block_kv=64)
 
-    def blocks(self, sequences, pages_per_seq, **parameters) -> int:
+    def blocks(self, sequences, pages_per_seq, turns=walks.ACCELERATOR_TURNS, **parameters) -> int:
         """Of sequences (new tokens, context), with a table of so many pages of 16 for each."""
         lengths, context_lens = zip(*sequences)
         tokens, seqs = sum(lengths), len(sequences)
@@ -81,7 +81,7 @@ class CostTest(parameterized.TestCase):
 
         def attend(operands):
             call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
-            return kernel.attend(call, self.CONFIG, jnp.float32, walks.PART_HEIGHTS)
+            return kernel.attend(call, self.CONFIG, jnp.float32, turns)
 
         lane_keys = mock.patch.multiple(walks, LANE_KEYS=16, ONLY_BLOCK=16)
         with mock.patch.object(kernel, "Walker", Counting), lane_keys:
@@ -116,8 +116,8 @@ class CostTest(parameterized.TestCase):
 
     def test_lanes_are_filled_in_order_of_their_blocks(self):
         """Of a table too narrow for lanes to be shared: long and short in turn cost as if they were sorted."""
-        with mock.patch.object(walks, "TURN_BYTES", 8 * 2 * 16 * 8 * 4):  # eight lanes
-            self.assertEqual(self.blocks([(1, 32), (1, 16)] * 16, 2), 8 * (2 * 2 + 2))
+        eight_lanes = walks.ACCELERATOR_TURNS._replace(bytes=8 * 2 * 16 * 8 * 4)
+        self.assertEqual(self.blocks([(1, 32), (1, 16)] * 16, 2, eight_lanes), 8 * (2 * 2 + 2))
 
     def test_lanes_of_short_tables_walk_only_where_there_are_single_rows(self):
         """A table of one block: as many sequences as there are lanes, of which each has one, or none walks."""
@@ -149,13 +149,12 @@ class CostTest(parameterized.TestCase):
         few, many = (problem(seqs=n, tokens=512 * n, pages_per_seq=pages_per_seq, num_kv_heads=2) for n in (1, 64))
         configs = [XLA.heuristic(p, Device("cpu")) for p in (few, many)]
         self.assertEqual(*configs)
-        heights = walks.heights_of(configs[0].block_q, walks.CPU_PART_HEIGHTS)
-        self.assertEqual(*(walks.walks(p, configs[0], heights) for p in (few, many)))
+        self.assertEqual(*(walks.walks(p, configs[0], walks.CPU_TURNS) for p in (few, many)))
 
     def test_many_short_sequences_take_few_turns(self):
         """A turn of a loop costs as much as hundreds of keys: the loop's counter must not count sequences."""
         short = problem(seqs=64, tokens=64, pages_per_seq=4, num_kv_heads=2, head_dim=64)
-        wide = walks.walks(short, self.CONFIG, (32, 8, 1))[-1]
+        wide = walks.walks(short, self.CONFIG, walks.CPU_TURNS)[-1]
         self.assertEqual((wide.height, wide.lanes), (1, walks.MOST_LANES))
 
 
@@ -182,19 +181,23 @@ class XlaTest(parameterized.TestCase):
             self.assertFalse(ask())
 
     @parameterized.parameters(
-        ("cpu", True, "bfloat16", 600, host.LOW_TILE),
-        ("cpu", True, "bfloat16", 700, 128),
-        ("cpu", True, "float32", 600, 128),
-        ("cpu", False, "bfloat16", 600, 128),
-        ("cuda", True, "bfloat16", 600, 128),
+        ("cpu", 200, 2, (32, 200)),
+        ("cpu", 600, 2, (128, 600)),
+        ("cpu", 1000, 2, (256, 256)),
+        ("cpu", 2000, 2, (256, 512)),
+        ("cpu", 2000, 16, (64, 512)),
+        ("cuda", 200, 2, (128, 200)),
+        ("cuda", 600, 2, (128, 256)),
+        ("cuda", 2000, 16, (128, 256)),
+        ("cuda", 5000, 2, (256, 512)),
     )
-    def test_short_tables_take_low_tiles_where_a_cpu_multiplies_16_bits(self, platform, multiplies, dtype, keys, rows):
-        """On an H100 512 tokens took 1.8 times as long in them, and in float32 on a CPU 1.2 times."""
-        short = problem(tokens=keys, pages_per_seq=keys // 20, page_size=20, dtype=dtype, cache_dtype=dtype)
-        with mock.patch.object(host, "_cpu_multiplies_bfloat16", return_value=multiplies):
-            self.assertEqual(XLA.heuristic(short, Device(platform)).block_q, rows)
+    def test_sizes_follow_the_table_and_the_platform(self, platform, keys, group, sizes):
+        """What two threads of a CPU share must be large; and its logits must not be, where many heads share keys."""
+        call = problem(tokens=keys, pages_per_seq=keys // 20, page_size=20, q_heads=2 * group, num_kv_heads=2)
+        config = XLA.heuristic(call, Device(platform))
+        self.assertEqual((config.block_q, config.block_kv), sizes)
 
-    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=(walks.PART_HEIGHTS, walks.CPU_PART_HEIGHTS))
+    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=[turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)])
     def test_tiles_cover_every_length_and_little_more(self, block_q, parts):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
         heights = walks.heights_of(block_q, parts)
@@ -215,7 +218,7 @@ class XlaTest(parameterized.TestCase):
     @parameterized.parameters((5, {8: 1}), (16, {8: 2}), (17, {32: 1}), (40, {32: 1, 8: 1}), (33, {32: 1, 1: 1}))
     def test_few_tokens_take_low_tiles_on_a_cpu(self, length, tiles):
         """Five drafted tokens in a tile of 32 rows took four times as long."""
-        heights = walks.heights_of(256, walks.CPU_PART_HEIGHTS)
+        heights = walks.heights_of(256, walks.CPU_TURNS.part_heights)
         counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 

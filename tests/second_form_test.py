@@ -77,7 +77,7 @@ class AloneTest(parameterized.TestCase):
         operands = poisoned.make_call(20, **SIZES, dtype="float16", cache_dtype="int8", **scales)
         with np.errstate(over="ignore"):  # of what is poison
             operands["value_scale"] = operands["value_scale"] * np.float32(2.0**-13)
-        in_float16 = lambda call, config, _, part_heights: attend(call, config, jnp.float16, part_heights)
+        in_float16 = lambda call, config, _, turns: attend(call, config, jnp.float16, turns)
         with absltest.mock.patch.object(host, "attend", in_float16):
             check(operands)
 

@@ -7,21 +7,23 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.xla.kernel import attend
-from paged_prefill.lowering.xla.walks import CPU_PART_HEIGHTS, PART_HEIGHTS
+from paged_prefill.lowering.xla.walks import ACCELERATOR_TURNS, CPU_TURNS
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
-# From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. Up to
-# so few, a CPU's products of 16 bits are as fast in low tiles, and one height fewer is compiled; those of 32 bits are
-# not, nor a GPU's.
-LONG_TABLE, SHORT_TABLE, LOW_TILE = 4096, 640, 32
+# From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. What two
+# threads of a CPU share must be larger. There up to so many keys are a single block, for which no loop over blocks runs,
+# and few are taken in low tiles.
+LONG_TABLE, CPU_LONG_TABLE, CPU_ONLY_BLOCK, CPU_SHORT_TABLE = 4096, 1024, 640, 256
+# The most bytes of one KV head's logits in a turn on a CPU.
+CPU_LOGITS_BYTES = 2**21
 
 
 class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 7
+    version = 8
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -35,11 +37,14 @@ class Xla(Kernel):
         They follow the page table's width, and nothing else that differs between a sequence alone and in a pack: so its
         bits do not either, for one width. Under the policy "invariant" they follow not even that.
         """
-        if current_policy() == "invariant" or not isinstance(problem.capacity, int) or problem.capacity > LONG_TABLE:
+        keys = problem.capacity
+        if current_policy() == "invariant" or not isinstance(keys, int):
             return PrefillPageAttentionConfig(block_q=256, block_kv=512)
-        low = device.platform == "cpu" and _product_dtype(jnp.dtype(problem.dtype), device).itemsize == 2
-        block_q = LOW_TILE if low and problem.capacity <= SHORT_TABLE else 128
-        return PrefillPageAttentionConfig(block_q=block_q, block_kv=min(_in_eights(problem.capacity), 256))
+        if device.platform == "cpu":
+            return _cpu_sizes(keys, problem.group)
+        if keys > LONG_TABLE:
+            return PrefillPageAttentionConfig(block_q=256, block_kv=512)
+        return PrefillPageAttentionConfig(block_q=128, block_kv=min(_in_eights(keys), 256))
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes and their neighbours."""
@@ -54,8 +59,19 @@ class Xla(Kernel):
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q and block_kv."""
-        part_heights = CPU_PART_HEIGHTS if device.platform == "cpu" else PART_HEIGHTS
-        return attend(call, config, _product_dtype(call.query.dtype, device), part_heights)
+        turns = CPU_TURNS if device.platform == "cpu" else ACCELERATOR_TURNS
+        return attend(call, config, _product_dtype(call.query.dtype, device), turns)
+
+
+def _cpu_sizes(keys: int, group: int) -> PrefillPageAttentionConfig:
+    """A CPU's sizes for tables of so many keys, where so many heads share each."""
+    if keys <= CPU_ONLY_BLOCK:
+        block_q, block_kv = 32 if keys <= CPU_SHORT_TABLE else 128, _in_eights(keys)
+    else:
+        block_q, block_kv = 256, 512 if keys > CPU_LONG_TABLE else 256
+    while block_q > 32 and 4 * block_q * group * block_kv > CPU_LOGITS_BYTES:
+        block_q //= 2
+    return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
 
 
 def _product_dtype(dtype, device: Device):

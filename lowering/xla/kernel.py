@@ -18,17 +18,17 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from paged_prefill.lowering.call import Call, sinks_joined
 from paged_prefill.lowering.xla import softmax
-from paged_prefill.lowering.xla.walks import Walk, heights_of, shared, tiles_of, walks
+from paged_prefill.lowering.xla.walks import Turns, Walk, heights_of, shared, tiles_of, walks
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 
-def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, part_heights: tuple[int, ...]):
+def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns: Turns):
     """The results of a call; `product_dtype` is that of the operands of its matrix products."""
-    problem, heights = call.problem, heights_of(config.block_q, part_heights)
+    problem, heights = call.problem, heights_of(config.block_q, turns.part_heights)
     out = _bits(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
-    for walk in walks(problem, config, heights):
+    for walk in walks(problem, config, turns):
         results = Walker(call, walk, heights, product_dtype).attend(results)
     out, lse = results
     return _floats(out, call.query.dtype), lse

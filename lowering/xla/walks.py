@@ -14,17 +14,35 @@ from paged_prefill.lowering.call import Problem
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
-# The heights of tiles that a small rest of a sequence is cut into, the tallest first. A CPU's time follows the rows, so
-# it has a lower one: a draft of five tokens takes a quarter of it. Each height is one more loop to compile.
-PART_HEIGHTS, CPU_PART_HEIGHTS = (32,), (32, 8)
 # The keys of a block that one row walks over: fewer, and a batched product takes longer for each. A table of up to
 # ONLY_BLOCK keys is a single block all the same, for which no loop over blocks is compiled.
 LANE_KEYS, ONLY_BLOCK = 128, 256
-# The lanes that share the blocks of one row, and those that walk side by side where a row has a single block.
-SPLITS, MOST_LANES = 4, 8
-# What a block of keys, or its logits, may take in one turn of a loop: more does not stay in the cores' caches. Lanes of
-# a single block take more, since their products are small beside what a turn costs by itself.
-TURN_BYTES, ONLY_TURN_BYTES = 2**19, 2**22
+# The tiles of a single block that walk side by side, and what the block of keys of all may take if each is one row:
+# more than others, since the products are small beside what a turn of a loop costs by itself.
+MOST_LANES, ONLY_TURN_BYTES = 8, 2**22
+# The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
+FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
+
+
+class Turns(NamedTuple):
+    """What a turn of a loop may be: what differs between platforms.
+
+    Attributes:
+      part_heights: heights of the tiles that a small rest of a sequence is cut into, the tallest first. Each is one
+        more loop to compile.
+      splits: lanes that share the blocks of one row.
+      bytes: what a block of keys, or its logits, may take.
+    """
+
+    part_heights: tuple[int, ...]
+    splits: int
+    bytes: int
+
+
+ACCELERATOR_TURNS = Turns((32,), splits=4, bytes=2**19)
+# A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
+# each kernel that two threads share costs some 20 microseconds by itself.
+CPU_TURNS = Turns((32, 8), splits=8, bytes=2**21)
 
 
 class Walk(NamedTuple):
@@ -56,27 +74,31 @@ class Walk(NamedTuple):
         return self.run * self.runs
 
 
-def walks(problem: Problem, config: PrefillPageAttentionConfig, heights: tuple[int, ...]) -> list[Walk]:
-    """The walks of a call, one for each of `heights` that its tokens can need."""
-    return [_walk(problem, config, height) for height in needed_heights(heights, problem.tokens)]
+def walks(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) -> list[Walk]:
+    """The walks of a call, one for each height of tiles that its tokens can need."""
+    heights = heights_of(config.block_q, turns.part_heights)
+    return [_walk(problem, config, turns, height) for height in needed_heights(heights, problem.tokens)]
 
 
-def _walk(problem, config, height) -> Walk:
+def _walk(problem, config, turns, height) -> Walk:
     """The number of sequences has no say: products of another shape may round differently."""
     alone = height == 1 < config.block_q  # then a sequence has at most one such tile
     invariant = current_policy() == "invariant"  # then neither has the table's width, nor heads, which a mesh may cut
-    block_kv = config.block_kv
+    block_kv, limit = config.block_kv, turns.bytes
+    if 1 < height <= FEW_ROWS < config.block_q:
+        block_kv, limit = min(block_kv, FEW_ROWS_KEYS), min(limit, FEW_ROWS_BYTES)
     if alone and (invariant or not isinstance(problem.capacity, int) or problem.capacity > ONLY_BLOCK):
         block_kv = min(block_kv, LANE_KEYS)
     run = _largest_divisor(problem.page_size, block_kv)
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
-    shares = alone and (most_blocks is None or shared(most_blocks, SPLITS))
-    limit = ONLY_TURN_BYTES if alone and most_blocks == 1 else TURN_BYTES
+    shares = alone and (most_blocks is None or shared(most_blocks, turns.splits))
+    if alone and most_blocks == 1:
+        limit = ONLY_TURN_BYTES
     lanes = 1
     if shares or (alone and invariant):
-        lanes = SPLITS
+        lanes = turns.splits
     elif alone:
         lanes = max(1, min(MOST_LANES, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
     if invariant:
@@ -84,7 +106,7 @@ def _walk(problem, config, height) -> Walk:
     else:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = _largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
-    return Walk(height, run, runs, lanes, SPLITS if shares else 1, heads, most_blocks, alone)
+    return Walk(height, run, runs, lanes, turns.splits if shares else 1, heads, most_blocks, alone)
 
 
 def shared(blocks, splits: int):
