@@ -184,8 +184,9 @@ def tpu_inference_v3(call: Attention, device):
 
 
 def _tpu_inference_v3_of_64(call: Attention):
-    """With the sizes that it takes on v5 and v6 where its table has none."""
+    """With the sizes that it takes on v5 and v6 where its table has none, and all of the chip's VMEM, like the other."""
     import jax.numpy as jnp
+    from jax.experimental.pallas import tpu as pltpu
 
     package = "tpu_inference.kernels.ragged_paged_attention.v3"
     table = types.ModuleType(f"{package}.tuned_block_sizes_hd64")  # the real one needs vLLM
@@ -199,7 +200,7 @@ def _tpu_inference_v3_of_64(call: Attention):
             sliding_window=call.window,
             num_kv_pages_per_block=2048 // call.page_size,
             num_queries_per_block=32,
-            vmem_limit_bytes=60 * 2**20,
+            vmem_limit_bytes=pltpu.get_tpu_info().vmem_capacity_bytes,
         )
 
     shape = v3.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)

@@ -27,6 +27,9 @@ class PrefillPageAttentionConfig:
       block_q: query tokens of one tile.
       num_splits: parts that the keys of one query tile are cut into (GPU kernels). Of short calls they cut
         tiles of many keys into more, but for the policy "invariant".
+      fp8_terms: where `mosaic_gpu` multiplies keys and values of float8_e4m3fn caches as they are, with weights of that
+        dtype, numbers of that dtype whose sum a query is: 1, or 2 for less error (docs/tuning.md#products-in-8-bits).
+        With 0, as with None, it widens them to 16 bits.
 
     Raises:
       ValueError: a size is no positive integer, or a name is unknown; names the field, what it got and what it takes.
@@ -40,6 +43,7 @@ class PrefillPageAttentionConfig:
     num_stages: int | None
     block_q: int | None
     num_splits: int | None
+    fp8_terms: int | None
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class PrefillPageAttentionConfig:
         num_stages: int | None = None,
         block_q: int | None = None,
         num_splits: int | None = None,
+        fp8_terms: int | None = None,
         *,
         block_k: int | None = None,
     ):
@@ -57,11 +62,13 @@ class PrefillPageAttentionConfig:
         if None not in (block_k, block_kv) and block_k != block_kv:
             raise ValueError(f"cfg.block_k is cfg.block_kv by ejKernel's name, got {block_k} and {block_kv}")
         block_kv = block_k if block_kv is None else block_kv
-        values = (platform, backend, block_kv, num_warps, num_stages, block_q, num_splits)
+        values = (platform, backend, block_kv, num_warps, num_stages, block_q, num_splits, fp8_terms)
         for field, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
         for name in SIZES:
             _check_size(name, getattr(self, name))
+        if fp8_terms is not None and (type(fp8_terms) is not int or fp8_terms not in (0, 1, 2)):
+            raise ValueError(f"cfg.fp8_terms must be 0, 1, 2 or None, got {fp8_terms!r}")
         checks.check_platform(platform, "cfg.platform")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"cfg.backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")

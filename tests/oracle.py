@@ -178,6 +178,23 @@ def assert_matches(operands, out, lse=None, *, rows=None, **parameters) -> None:
         _assert_within(*seen_lse, jnp.dtype(jnp.float32), "lse")
 
 
+def assert_near(operands, out, lse, relative, lse_error, **parameters) -> None:
+    """Holds results to errors where products are of 8 bits: relative in L2 of the output, the largest of the lse.
+
+    Rows that see no key are exactly 0, and their lse -inf or the sink. NaN is where the definition has it.
+    """
+    exact_out, exact_lse = exact(operands, **parameters)
+    got, got_lse = (np.asarray(x, np.float64) for x in (out, lse))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(exact_out), "where out is NaN")
+    np.testing.assert_array_equal(got[(exact_out == 0).all(-1)], 0.0)
+    np.testing.assert_array_equal(np.isneginf(got_lse), np.isneginf(exact_lse))
+    known = ~np.isnan(exact_out)
+    error = np.linalg.norm(got[known] - exact_out[known]) / max(np.linalg.norm(exact_out[known]), 1e-30)
+    assert error <= relative, f"out is off by {error:.3g} of its size, at most {relative:.3g} is allowed"
+    finite = np.isfinite(exact_lse)
+    np.testing.assert_allclose(got_lse[finite], exact_lse[finite], rtol=0, atol=lse_error)
+
+
 def _assert_within(got, want, coarse, dtype, name) -> None:
     if not want.size:
         return

@@ -16,7 +16,7 @@ from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
@@ -133,6 +133,8 @@ class MosaicGpu(Kernel):
                 f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
                 f"{problem.value_dim} and cfg.block_kv {block}"
             )
+        if config.fp8_terms and (wrong := _reason_against_fp8(problem)):
+            return f"cfg.fp8_terms is for caches in float8_e4m3fn, got {config.fp8_terms} with {wrong}"
         fewest = _fewest_stages(problem)
         if config.num_stages < fewest or shared_bytes(problem, config) > SHARED_BYTES:
             return f"cfg.num_stages must be at least {fewest} and fit the shared memory, got {config.num_stages}"
@@ -255,6 +257,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         cache_dtype=problem.cache_dtype,
         key_scale=key_scale,
         value_scale=value_scale,
+        fp8_terms=config.fp8_terms or 0,
     )
 
 
@@ -367,6 +370,15 @@ def _quantised(problem: Problem) -> bool:
     return "quantised" in problem.features
 
 
+def _reason_against_fp8(problem: Problem) -> str | None:
+    """Why products cannot be of 8 bits."""
+    if problem.cache_dtype != "float8_e4m3fn":
+        return f"caches in {problem.cache_dtype}"
+    if "slot_scales" in problem.features:
+        return "scales of each token and head"
+    return WIDE if _wide(problem) else None
+
+
 def _latent(problem: Problem) -> bool:
     return "latent" in problem.features
 
@@ -447,6 +459,8 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
+    if config.fp8_terms:
+        return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
     slots, scales, weights = widened(block, features, _wide(problem)), 0, 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block

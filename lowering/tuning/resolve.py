@@ -62,7 +62,7 @@ def resolve(
     Raises:
       ValueError: `asked` does not fit the call.
     """
-    if asked is not None and asked.sizes():
+    if asked is not None and (asked.sizes() or asked.fp8_terms is not None):
         config = completed(kernel, problem, device, asked)
         if wrong := kernel.misfit(problem, device, config):
             if nearest := _nearest(kernel, problem, device, asked, config):

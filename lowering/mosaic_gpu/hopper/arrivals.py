@@ -11,6 +11,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED_BYTES
 
 arith, llvm, nvvm = compat.mlir_dialects("arith", "llvm", "nvvm")
 
@@ -38,11 +39,14 @@ def initialise(barriers, warps: int) -> None:
     start(barriers)
 
 
-def copy_together(barriers, stage, copies) -> None:
-    """Starts this warp's copies of a block, (source, first row, first column, target), announced to barrier `stage`."""
+def copy_together(barriers, stage, copies, tiled=False) -> None:
+    """Starts this warp's copies of a block, (source, first row, first column, target), announced to barrier `stage`.
+
+    Targets are rows of bytes, or `tiled` as products read them.
+    """
     types = [plgpu.RefType(), SPLAT]
     for _ in copies:
-        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType()]
+        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType(TILED_BYTES if tiled else ())]
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def start(context, barriers, stage, *operands):
@@ -55,15 +59,20 @@ def copy_together(barriers, stage, copies) -> None:
             ir.Type.parse("!llvm.void"), [barrier.get_ptr(), total, one], arrive, "r,r,b", has_side_effects=True
         )
         for source, *firsts, target in parts:
-            if ir.MemRefType(target.type).shape[1] > MOST_COLUMNS:
+            shape, way = ir.MemRefType(target.type).shape, {}
+            if tiled:
+                down, across, *tile = shape
+                shape = down * tile[0], across * tile[1]
+                way = dict(swizzle=tile[1], gmem_transform=mgpu.TileTransform(tuple(tile)))
+            elif shape[1] > MOST_COLUMNS:
                 _copy_rows(source, *(first.registers.item() for first in firsts), target, barrier, one)
                 continue
             place = tuple(
                 mgpu.ds(arith.index_cast(index, first.registers.item()), size)
-                for first, size in zip(firsts, ir.MemRefType(target.type).shape)
+                for first, size in zip(firsts, shape)
             )
             context.async_copy(
-                src_ref=source, dst_ref=target, gmem_slice=place, barrier=barrier, arrive=False, predicate=one
+                src_ref=source, dst_ref=target, gmem_slice=place, barrier=barrier, arrive=False, predicate=one, **way
             )
 
     start(barriers, stage, *[x for copy in copies for x in copy])

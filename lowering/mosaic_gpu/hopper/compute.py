@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products, start_weighted
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
@@ -75,6 +76,26 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     plgpu.commit_smem()
 
 
+def zero_unseen_transposed(plan: Plan, rows: Rows, warpgroup, i, values):
+    """The same where values lie transposed, in 8 bits."""
+    held = jnp.where(rows.held_keys(i, KEYS), jnp.int32(1), jnp.int32(0))
+    for number in range(plan.value_dim // FEATURES_AT_ONCE):
+
+        @pl.when(warpgroup == number % plan.warpgroups)
+        def _(number=number):
+            keep_keys(held, values.at[pl.ds(number * FEATURES_AT_ONCE, FEATURES_AT_ONCE)])
+
+    plgpu.commit_smem()
+
+
+def store_query(plan: Plan, query, part, numbers):
+    """Writes a part's numbers as the products with keys take them."""
+    if plan.fp8_terms:
+        store_terms(numbers, [query.at[part + term * plan.query_parts] for term in range(plan.fp8_terms)])
+    else:
+        query.at[part][...] = numbers.astype(plan.product_dtype)
+
+
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
@@ -102,9 +123,9 @@ class _Attention:
             return
 
         def step(i, _):
-            slot = self._slot_of(i)
-            plgpu.barrier_wait(self.keys_here.at[slot])
-            plgpu.barrier_arrive(self.keys_free.at[slot])
+            slot, key_slot = self._slot_of(i), self._key_slot_of(i)
+            plgpu.barrier_wait(self.keys_here.at[key_slot])
+            plgpu.barrier_arrive(self.keys_free.at[key_slot])
             plgpu.barrier_wait(self.values_here.at[slot])
             self._clean_values(i)
             plgpu.barrier_arrive(self.values_free.at[slot])
@@ -129,10 +150,10 @@ class _Attention:
         self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
         logits = self._logits_of(i)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
         acc, m, l = self.softmax.start()
         running = self._weigh(i, logits, lambda: acc, m, l, self.seen)
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
@@ -146,7 +167,7 @@ class _Attention:
         """Block i's logits and weights, and the output of block i - 1; without `seen`, every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
         running = self._weigh(i, logits, output, m, l, seen)
         if seen and self.plan.masks_any_block:
             self._clean_values(i)
@@ -176,14 +197,14 @@ class _Attention:
             weights, sums = self.softmax.by_polynomial(logits, m)
             small = ~any_in_warpgroup(self.plan.polynomial.doubts(sums), self.warpgroup)
             acc = output()
-            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)]))
+            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)]))
             weights = self.softmax.rounded(weights)
             return i + 1, small, Running(weights, acc, m, l + jnp.where(small, sums, 0.0))
 
         def again(i, running):
             _, acc, m, l = running
             logits = self._logits_of(i)
-            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+            plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
             return self._weigh(i, logits, lambda: acc, m, l)
 
         carry = first, jnp.bool_(True), running
@@ -202,7 +223,12 @@ class _Attention:
             plgpu.wgmma(output, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
 
-        acc = pl.run_state(product)(plgpu.ACC.init(acc))
+        if self.plan.fp8_terms:
+            acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
+            self._pass_turn()
+            acc = settled(acc, still_running=0)
+        else:
+            acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
         scales = [self._scale_of(i) for i in (0, 1)] if self.plan.quantised else None
         return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
@@ -211,9 +237,10 @@ class _Attention:
         """Block i's logits, with no other product beside them."""
 
         def products(logits):
-            for part in range(self.plan.query_parts):
-                columns = self.keys.at[self._slot_of(i), :, pl.ds(part * COLUMNS, COLUMNS)]
-                plgpu.wgmma(logits, self.query.at[part], columns.transpose((1, 0)))
+            parts = self.plan.query_parts
+            for place in range(parts * self.plan.query_terms):
+                columns = self.keys.at[self._key_slot_of(i), :, pl.ds(place % parts * COLUMNS, COLUMNS)]
+                plgpu.wgmma(logits, self.query.at[place], columns.transpose((1, 0)))
             self._pass_turn()
             return logits[...]
 
@@ -221,9 +248,9 @@ class _Attention:
 
     def _products_of(self, i, weights, acc):
         """Block i's logits; and a function that waits for the output of block i - 1, which is still being computed."""
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
-        keys, values = self.keys.at[self._slot_of(i)], self.values.at[self._slot_of(i - 1)]
+        keys, values = self.keys.at[self._key_slot_of(i)], self.values.at[self._slot_of(i - 1)]
         logits, acc = start_products(self.query, keys, acc, weights, values)
         self._pass_turn()
 
@@ -241,7 +268,8 @@ class _Attention:
 
         @pl.when(self.rows.may_hold_nothing(i))
         def _():
-            zero_unseen(self.plan, self.rows, self.warpgroup, i, self.values.at[self._slot_of(i)])
+            zero = zero_unseen_transposed if self.plan.fp8_terms else zero_unseen
+            zero(self.plan, self.rows, self.warpgroup, i, self.values.at[self._slot_of(i)])
             plgpu.barrier_arrive(self.cleaned)
             plgpu.barrier_wait(self.cleaned)
 
@@ -258,7 +286,7 @@ class _Attention:
         plgpu.commit_smem()
 
     def _scale_rows(self):
-        """Turns the query into float16, each row over its largest number; what turns its products to logits."""
+        """Turns the query into what products take, each row by its largest number; what turns its products to logits."""
         plan = self.plan
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
@@ -266,9 +294,10 @@ class _Attention:
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
         factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
+        if plan.fp8_terms:
+            plgpu.commit_smem()  # all threads have read what they are about to write over
         for part, numbers in enumerate(parts):
-            scaled = numbers * lax.broadcast_in_dim(factor, numbers.shape, [0])
-            self.query.at[part][...] = scaled.astype(jnp.float16)
+            store_query(plan, self.query, part, numbers * lax.broadcast_in_dim(factor, numbers.shape, [0]))
         plgpu.commit_smem()
         return to_logits
 
@@ -278,6 +307,9 @@ class _Attention:
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)
+
+    def _key_slot_of(self, i):
+        return self.plan.key_slot_of(self.team, self.done + i)
 
     def _take_turn(self):
         if self.plan.takes_turns:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
@@ -53,20 +53,29 @@ def launch(plan: Plan, schedule, query, caches, optional):
         rows = splits * plan.tokens * plan.q_heads
         result_types += [shape((rows, plan.value_dim), dtype if splits == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
-    def ring(features):
-        return plgpu.SMEM((plan.teams * plan.slots, plan.block_kv, features), product_dtype, transforms=TILED)
+    tiled = tiling_of(product_dtype)
 
-    blocks = dict(keys=ring(plan.head_dim)) | ({} if plan.latent else dict(values=ring(plan.value_dim)))
+    def ring(slots, *shape):
+        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=tiled)
+
+    blocks = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    if not plan.latent:  # products of 8 bits read values as features of all keys
+        shape = (plan.value_dim, plan.block_kv) if plan.fp8_terms else (plan.block_kv, plan.value_dim)
+        blocks |= dict(values=ring(plan.slots, *shape))
     if plan.shares_place:
         blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    query_shape = (plan.teams * plan.row_groups, plan.query_parts, WARPGROUP_ROWS, COLUMNS)
-    views = ((dtype, TILED[1:]), (dtype, TILED), (product_dtype, TILED))
-    query_views = [plgpu.SMEM(query_shape, its_dtype, transforms=transforms) for its_dtype, transforms in views]
+    # There is room for two terms of 8 bits.
+    parts = plan.query_parts
+    views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (parts * plan.query_terms, product_dtype, tiled)
+    query_views = [
+        plgpu.SMEM((plan.teams * plan.row_groups, number, WARPGROUP_ROWS, COLUMNS), its_dtype, transforms=transforms)
+        for number, its_dtype, transforms in views
+    ]
     # Each copy of a block arrives, or each warp that widens it.
-    arrivals = plan.widening_warps if plan.quantised else copies_of(plan)
+    arrivals = {False: copies_of(plan), True: plan.widening_warps}
     queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
     copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
@@ -74,13 +83,16 @@ def launch(plan: Plan, schedule, query, caches, optional):
         query_here=plgpu.Barrier(num_arrivals=copies_of_queries, num_barriers=queries),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
         **blocks,
-        keys_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots * len(plan.key_groups)),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.slots * turns),
+        keys_here=plgpu.Barrier(
+            num_arrivals=arrivals[plan.widens_keys],
+            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
+        ),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
     )
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         scratch |= dict(
-            values_here=plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.teams * plan.slots),
+            values_here=plgpu.Barrier(num_arrivals=arrivals[plan.quantised], num_barriers=plan.teams * plan.slots),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
     if plan.wide:
@@ -164,7 +176,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
         for source in sources:
-            initialise(source.here, loading_warps(plan))
+            if source.wide_blocks is not None:
+                initialise(source.here, loading_warps(plan))
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["started"])
 
@@ -287,11 +300,11 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
-        raw = blocks
-        if plan.quantised:
+        raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.quantised
+        if is_widened:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         wide = []
-        if plan.quantised:
+        if is_widened:
             if plan.shares_place:  # what comes next there waits for what was there
                 blocks[2] = scratch["keys_free" if name == "values" else "values_free"]
             after = 0 if plan.shares_place and name == "values" else plan.slots
@@ -376,7 +389,7 @@ def loading_warps(plan: Plan) -> int:
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
     column = plan.in_slot(piece, source.beside) * source.features
-    if not plan.quantised:
+    if source.wide_blocks is None:
         for offset, row in zip(offsets, rows):
             place = pl.ds(row, plan.run)
             if plan.slot_rows > 1:  # of a slot, one head's columns
@@ -385,4 +398,5 @@ def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
             plgpu.copy_gmem_to_smem(source.rows.at[place], slots, source.here.at[slot])
         return
     targets = [source.blocks.at[slot, pl.ds(offset, plan.run)] for offset in offsets]
-    copy_together(source.here, slot, [(source.rows, row, column, target) for row, target in zip(rows, targets)])
+    copies = [(source.rows, row, column, target) for row, target in zip(rows, targets)]
+    copy_together(source.here, slot, copies, tiled=plan.fp8_terms > 0)

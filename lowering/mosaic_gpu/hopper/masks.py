@@ -133,7 +133,19 @@ class Rows:
         holds = (key >= tile.first_key) & (key < tile.end_key)
         if not plan.masks_any_block:
             return holds
-        column = layout.reduce(1)
+        seen = self._seen_by_some(start, layout.reduce(1))
+        return holds & (plgpu.layout_cast(lax.broadcast_in_dim(seen, holds.shape, [0]), layout) != 0)
+
+    def held_keys(self, i, layout):
+        """The same as a vector of the block's keys."""
+        start = self.first_key_of(i)
+        key = start + plgpu.broadcasted_iota(jnp.int32, (self.plan.block_kv,), 0, layout=layout)
+        holds = (key >= self.tile.first_key) & (key < self.tile.end_key)
+        return holds & (self._seen_by_some(start, layout) != 0) if self.plan.masks_any_block else holds
+
+    def _seen_by_some(self, start, column):
+        """Whether tokens of the tile see the keys from `start` on, where they must be asked: numbers, 0 where not."""
+        tile, plan = self.tile, self.plan
         key = plgpu.broadcasted_iota(jnp.int32, (plan.block_kv,), 0, layout=column)
 
         def ask(token, seen):
@@ -148,8 +160,7 @@ class Rows:
 
         asks = self._asks(start)
         seen = plgpu.layout_cast(jnp.full((plan.block_kv,), jnp.where(asks, 0, 1), jnp.int32), column)
-        seen = lax.fori_loop(0, jnp.where(asks, tile.length, 0), ask, seen)
-        return holds & (plgpu.layout_cast(lax.broadcast_in_dim(seen, holds.shape, [0]), layout) != 0)
+        return lax.fori_loop(0, jnp.where(asks, tile.length, 0), ask, seen)
 
     def _interval_of_one(self, token, start):
         """The keys that one token of the tile sees, low <= key < end, counted from key `start`."""

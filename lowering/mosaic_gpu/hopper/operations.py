@@ -24,18 +24,26 @@ SWIZZLE_BYTES = 128
 COLUMNS = 64  # 16-bit elements in a swizzled row
 QUAD = 4  # threads that hold the same rows of a wgmma
 TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+TILED_BYTES = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES // 2))  # of 8 bits a number
 WGMMA = plgpu.Layout.WGMMA
 ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
+
+
+def tiling_of(dtype):
+    """How factors of products of that dtype lie in shared memory."""
+    return TILED_BYTES if dtype.itemsize == 1 else TILED
 
 
 def start_products(query, keys, acc, weights, values):
     """Starts query @ keys.T and, behind it, acc + weights @ values. Returns both, to be read only once `settled`.
 
     `query` [parts of 64 columns, 64, 64], `keys` and `values` [block_kv, features] are tiled references to shared
-    memory, `acc` and `weights` arrays in registers.
+    memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum, one term of 8 bits behind
+    the other; values of 8 bits are [features, block_kv], and weights `packed`.
     """
     shape = (weights.shape[0], keys.shape[0])
-    tiled = plgpu.RefType(TILED)
+    tiled = plgpu.RefType(tiling_of(keys.dtype))
+    swizzle = keys.dtype.itemsize * COLUMNS
 
     @plgpu.inline_mgpu(
         arg_types=(tiled, tiled, WGMMA, WGMMA, tiled),
@@ -45,10 +53,12 @@ def start_products(query, keys, acc, weights, values):
         weights = mgpu.optimization_barrier(weights)
         output = mgpu.WGMMAAccumulator.from_registers(acc)
         logits = mgpu.WGMMAAccumulator.zero(*shape)
-        for part in range(ir.MemRefType(query.type).shape[0]):
+        parts = ir.MemRefType(keys.type).shape[1]
+        for place in range(ir.MemRefType(query.type).shape[0]):
+            part = place % parts
             columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
             columns = mgpu.memref_transpose(columns, (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
+            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, place), columns, swizzle=swizzle)
         _asm("wgmma.commit_group.sync.aligned;")
         output = _multiply_settled(output, weights, values)
         _asm("wgmma.commit_group.sync.aligned;")
@@ -57,11 +67,28 @@ def start_products(query, keys, acc, weights, values):
     return both(query, keys, acc, weights, values)
 
 
+def start_weighted(acc, weights, values):
+    """Starts acc + weights @ values alone, the second of `start_products`."""
+    its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, plgpu.RefType(tiling_of(values.dtype))), return_type=its_type)
+    def start(_, acc, weights, values):
+        acc, weights = mgpu.optimization_barrier(acc), mgpu.optimization_barrier(weights)
+        output = _multiply_settled(mgpu.WGMMAAccumulator.from_registers(acc), weights, values)
+        _asm("wgmma.commit_group.sync.aligned;")
+        return output
+
+    return start(acc, weights, values)
+
+
 def _multiply_settled(acc, a, b):
     """acc + a @ b, as mgpu.wgmma has it, but for registers of `a` that are settled already."""
+    swizzle = SWIZZLE_BYTES
+    if a.mlir_dtype == ir.IntegerType.get_signless(32):
+        a, b, swizzle = _unpacked(a), mgpu.memref_transpose(b, (1, 0, 3, 2)), COLUMNS
     (depth, width), element_type = mma_utils.tiled_memref_shape(b)
     (start, step), (_, part_step), fastest = mma_utils.create_descriptor(
-        b, swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS), group_size=(COLUMNS, width), logical_k_major=True
+        b, swizzle=swizzle, large_tile=(COLUMNS, COLUMNS), group_size=(COLUMNS, width), logical_k_major=True
     )
     i64 = ir.IntegerType.get_signless(64)
     registers = acc._value.registers
@@ -76,11 +103,57 @@ def _multiply_settled(acc, a, b):
             a_k_stride=None,
             b_k_stride=step[1][0],
             n=width,
-            swizzle=SWIZZLE_BYTES,
+            swizzle=swizzle,
             element_type=element_type,
         )
     product = mgpu.FragmentedArray(_registers=registers, _layout=acc._value.layout, _is_signed=None)
     return product.to_layout(mgpu.WGMMA_LAYOUT)
+
+
+def packed(weights):
+    """[64, keys] float32 as float8_e4m3fn, four to a word of [64, keys / 4]: what a thread has of 16 keys.
+
+    As a factor of products it has the keys in an order of its own, that of `transpose`.
+    """
+    its_type = plgpu.ShapeDtypeStruct((weights.shape[0], weights.shape[1] // 4), jnp.int32, layout=WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=its_type)
+    def pack(_, weights):
+        i32 = ir.IntegerType.get_signless(32)
+        assembly = (
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+        )
+        pairs = weights.registers.reshape(-1, 2)
+        layout = mgpu.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape((weights.shape[0], weights.shape[1] // 4)), dtype=object)
+        found = registers.reshape(-1, 2)
+        for place in np.ndindex(found.shape):
+            found[place] = llvm.mlir_undef(ir.VectorType.get((2,), i32))
+        for chunk in range(len(pairs) // 2):
+            for half in range(2):
+                four = [
+                    vector.extract(pair, [], [i]) for pair in pairs[2 * chunk : 2 * chunk + 2, half] for i in range(2)
+                ]
+                word = llvm.inline_asm(i32, four, assembly, "=r,f,f,f,f")
+                found[chunk // 2, half] = vector.insert(word, found[chunk // 2, half], [], [chunk % 2])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return pack(weights)
+
+
+def _unpacked(words):
+    """`packed` weights as the float8_e4m3fn that they are."""
+    fp8 = ir.Float8E4M3FNType.get()
+    shape = words.shape[0], 4 * words.shape[1]
+    registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(shape), dtype=object)
+    found = registers.reshape(-1, 2)
+    pairs = words.registers.reshape(-1, 2)
+    one, four = ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), ir.VectorType.get((4,), fp8)
+    for chunk, half in np.ndindex(found.shape):
+        word = vector.extract(pairs[chunk // 2, half], [], [chunk % 2])
+        found[chunk, half] = vector.bitcast(four, vector.broadcast(one, word))
+    return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None)
 
 
 def start_logits(query, keys, share, shares: int, parts: list[int], started=None):
@@ -187,6 +260,40 @@ def store_weights(weights, target, share) -> None:
     store(weights, target, share)
 
 
+def store_terms(numbers, targets) -> None:
+    """Writes [64, 64] float32 as sums of float8_e4m3fn, a term to each tiled reference [64, 64] that products read."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, *(plgpu.RefType(TILED_BYTES) for _ in targets)))
+    def store(_, numbers, *targets):
+        i8, i16, i32 = (ir.IntegerType.get_signless(width) for width in (8, 16, 32))
+        constant = lambda x: arith.constant(i32, x)
+        times = lambda x, n: arith.muli(x, constant(n))
+        thread = arith.remui(utils.thread_idx(), constant(128))
+        warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
+        row, quarter = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+        # Of 8 columns a thread holds what `store_weights` says. A chunk of 16 lies at column ^ half the row of its tile.
+        start = arith.addi(times(warp, 16 * COLUMNS), arith.addi(times(row, COLUMNS), times(quarter, 2)))
+        for column, pairs in enumerate(numbers.registers.reshape(-1, 2)):
+            chunk = arith.xori(constant(column // 2), arith.shrui(row, constant(1)))
+            offset = arith.addi(start, times(chunk, 16))
+            for half, pair in enumerate(pairs):
+                left = [vector.extract(pair, [], [i]) for i in range(2)]
+                for target in targets:
+                    term = llvm.inline_asm(i16, left[::-1], "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", "=h,f,f")
+                    place = utils.getelementptr(utils.memref_ptr(target), [offset], i8)
+                    llvm.store(term, utils.getelementptr(place, [8 * (column % 2) + half * 8 * COLUMNS], i8))
+                    rounded = llvm.inline_asm(i32, [term], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h")
+                    rounded = vector.broadcast(ir.VectorType.get((1,), i32), rounded)
+                    rounded = vector.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), rounded)
+                    for i in range(2):
+                        number = arith.extf(left[i].type, vector.extract(rounded, [], [i]))
+                        left[i] = arith.subf(left[i], number)
+        # Products read by another way than threads write.
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    store(numbers, *targets)
+
+
 def meet(warpgroups: int) -> None:
     """The threads of the first so many warpgroups wait for one another, and see what all have written."""
     plgpu.inline_mgpu(arg_types=())(lambda _: _meet(warpgroups))()
@@ -240,15 +347,19 @@ def settled(product, still_running: int):
 
 
 def moved(array):
-    """A 16-bit array in other registers, so that a stage may begin with them."""
+    """A 16-bit array, or a packed one, in other registers, so that a stage may begin with them."""
 
     def move(_, array):
         i32 = ir.IntegerType.get_signless(32)
         registers = np.empty_like(array.registers)
-        for place, pair in np.ndenumerate(array.registers):
-            bits = llvm.inline_asm(i32, [_as_word(pair)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
-            registers[place] = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), bits))
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+        for place, register in np.ndenumerate(array.registers):
+            words = _words(register)
+            for i in range(ir.VectorType(words.type).shape[0]):
+                word = vector.extract(words, [], [i])
+                word = llvm.inline_asm(i32, [word], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+                words = vector.insert(word, words, [], [i])
+            registers[place] = vector.bitcast(register.type, words)
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=array.is_signed)
 
     return _same_type(move, array)
 
@@ -285,8 +396,8 @@ def _elements(array):
 def any_in_warp(flags, after):
     """Whether any of a warp's elements of `flags` is set: a scalar, and another one for each warp.
 
-    `after`, if given, is a 16-bit array without negative numbers, which must be there first: else ptxas rounds to 16
-    bits behind the vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all
+    `after`, if given, are weights of 16 or 8 bits, none negative, which must be there first: else ptxas rounds them
+    behind the vote, and until then the numbers take twice the registers. Their signs have a part in the vote: all
     zero, which ptxas cannot know.
     """
     arrays = (flags,) if after is None else (flags, after)
@@ -299,8 +410,10 @@ def any_in_warp(flags, after):
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
         for array in after:
-            words = functools.reduce(arith.ori, map(_as_word, array.registers.flat))
-            mine = arith.ori(mine, arith.andi(words, arith.constant(i32, 0x8000_8000 - 2**32)))
+            words = functools.reduce(arith.ori, map(_words, array.registers.flat))
+            for i in range(ir.VectorType(words.type).shape[0]):
+                signs = arith.constant(i32, 0x8000_8000 - 2**32)
+                mine = arith.ori(mine, arith.andi(vector.extract(words, [], [i]), signs))
         ballot = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
         anyone = llvm.inline_asm(i32, [mine], ballot, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(anyone, (), is_signed=True)
@@ -310,8 +423,13 @@ def any_in_warp(flags, after):
 
 def _as_word(pair):
     """The 32 bits of two 16-bit numbers."""
-    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-    return vector.extract(vector.bitcast(one, pair), [], [0])
+    return vector.extract(_words(pair), [], [0])
+
+
+def _words(register):
+    """Its bits, as a vector of 32 bits each."""
+    bits = ir.VectorType(register.type).shape[0] * utils.bitwidth(ir.VectorType(register.type).element_type)
+    return vector.bitcast(ir.VectorType.get((bits // 32,), ir.IntegerType.get_signless(32)), register)
 
 
 def gathered(source, indices, layout):

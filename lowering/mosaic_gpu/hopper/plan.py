@@ -27,6 +27,9 @@ def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
+FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
+
+
 def widened(block_kv: int, features: int, wide: bool) -> int:
     """Blocks of a quantised cache in 16 bits: one for the products, one that is widened, and a third if they are small.
 
@@ -98,6 +101,7 @@ class Plan:
     cache_dtype: str  # another one in a quantised cache
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
     value_scale: str | None
+    fp8_terms: int  # whose sum is a query, where products are of 8 bits; 0 where caches are widened
 
     @property
     def quantised(self) -> bool:
@@ -106,15 +110,34 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Blocks of keys, and of values, that lie ready for products: those that the copies bring, unless widened."""
-        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide) if self.quantised else self.stages
+        """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
+        if not self.quantised:
+            return self.stages
+        if self.fp8_terms:
+            return FP8_SLOTS
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide)
+
+    @property
+    def key_slots(self) -> int:
+        return self.stages if self.fp8_terms else self.slots
+
+    @property
+    def query_terms(self) -> int:
+        """Factors of products, whose sum a query is."""
+        return self.fp8_terms or 1
+
+    @property
+    def widens_keys(self) -> bool:
+        return self.quantised and not self.fp8_terms
 
     @property
     def product_dtype(self) -> str:
         """8 bits are widened to float16, which holds them exactly: the least to do for a number.
 
-        Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
+        But where products are of 8 bits. Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
         """
+        if self.fp8_terms:
+            return self.cache_dtype
         return "float16" if self.quantised else self.dtype
 
     @property
@@ -249,8 +272,11 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short."""
-        return self.warpgroups == 2 and not self.wide and self.polynomial is None
+        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short.
+
+        Or products of 8 bits do.
+        """
+        return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
     @property
     def rounds_late(self) -> bool:
@@ -289,8 +315,12 @@ class Plan:
         return self.has_ranges or self.window is not None
 
     def slot_of(self, team, step):
-        """Where a step's block lies among those of all teams."""
+        """Where a step's block of values, and of keys with them, lies among those of all teams."""
         return team * self.slots + lax.rem(step, self.slots)
+
+    def key_slot_of(self, team, step):
+        """Likewise its keys, which may have more places."""
+        return team * self.key_slots + lax.rem(step, self.key_slots)
 
     def queries_of(self, team, row_group):
         """Which of all teams' groups of queries those of 64 rows are in."""

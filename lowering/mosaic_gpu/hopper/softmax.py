@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA, any_in_warp, moved
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA, any_in_warp, moved, packed
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import LOG2_E, WARPGROUP_ROWS, Plan
 from paged_prefill.primitive.attention import factor_and_lse, with_logit
 
@@ -23,6 +23,10 @@ LARGEST_SUM = 256.0
 # Where weights are in float16 for the caches' sake, their maximum lies so far below the largest logit, in units of
 # log 2: so weights down to 2^-31 of the largest count, and those of the largest sum are within range.
 HEADROOM = 7
+# In float8_e4m3fn, which ends at 448, 16 weights as large as the largest have a sum that each could be.
+FP8_HEADROOM, LARGEST_FP8_SUM = 4, 448.0
+LARGEST_EXPONENT = 7  # of a row's largest number in float8_e4m3fn: one that is rounded up stays below 448
+MANTISSA, BIAS = 23, 127  # bits of a float32, and of its exponent what stands for 0
 SMALLEST = 1e-30  # that scales and rows of a query count as
 # Where each value has a scale of its own, 16 bits hold weights times scales, and the maximum is of these. It takes all
 # scales for ones from 2^-64 to 2^64: so that sums of weights without them are finite too.
@@ -42,12 +46,20 @@ class Running(NamedTuple):
 def scaled_rows(plan: Plan, largest, key_scale):
     """(factors of a query's rows, what turns its products to logits), where caches are quantised.
 
-    Rows with these largest magnitudes come to have one of 1, so that float16 has room. Both are of rows; the second is
-    positive.
+    Rows with these largest magnitudes come to have one of 1, so that float16 has room, or one from 128 to 256 where they
+    become sums of 8 bits. Both are of rows; the second is positive.
     """
     # Nobody may look at a scale that is not finite where no row sees a key; `scaled_results` does where one does.
     scale = jnp.where(jnp.abs(key_scale) < jnp.inf, key_scale, 1.0) * plan.softmax_scale
     largest = jnp.maximum(largest, SMALLEST)
+    if plan.fp8_terms:  # by a power of 2: so two terms are exactly the 8 bits of a bfloat16
+        exponent = lax.shift_right_logical(lax.bitcast_convert_type(largest, jnp.int32), MANTISSA) - LARGEST_EXPONENT
+        size, inverse = (
+            lax.bitcast_convert_type(bits << MANTISSA, jnp.float32) for bits in (exponent, 2 * BIAS - exponent)
+        )
+        # 8 bits have no infinity.
+        inverse = jnp.where(largest < jnp.inf, inverse, jnp.nan)
+        return jnp.where(scale < 0, -1.0, 1.0) * inverse, jnp.maximum(size * jnp.abs(scale), SMALLEST)
     # A scale of 0 has the same softmax as one too small to see.
     to_logits = jnp.maximum(largest * jnp.abs(scale), SMALLEST)
     return jnp.where(scale < 0, -1.0, 1.0) / largest, to_logits
@@ -75,8 +87,10 @@ class Softmax:
             self.unit, largest = LOG2_E, math.inf
         # One fused operation for a weight errs by 2^-24 of the product: too much where it is huge.
         self.fuses = self.unit * largest <= 4096
-        self.largest_sum = LARGEST_SUM
-        if plan.quantised:
+        self.largest_sum, self.headroom = LARGEST_SUM, HEADROOM
+        if plan.fp8_terms:
+            self.largest_sum, self.headroom = LARGEST_FP8_SUM, FP8_HEADROOM
+        elif plan.quantised:
             self.largest_sum = LARGEST_SUM * 2**HEADROOM
         self.has_units = plan.quantised and plan.soft_cap is None  # of its own, each row
         if self.has_units:
@@ -107,7 +121,7 @@ class Softmax:
             return Running(self.rounded(weights), acc, m, l + sums)
         if visible is not None:
             weights, *others = self._follow(logits, output(), m, l, value_scales)
-            return Running(weights.astype(self.dtype), *others)
+            return Running(self.narrow(weights), *others)
         return self._step_by_old_maximum(logits, output, m, l, value_scales)
 
     def result(self, acc, m, total, sinks=None, scales=None):
@@ -139,7 +153,7 @@ class Softmax:
         if not self.plan.quantised:
             return largest
         unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
-        return largest - HEADROOM / unit
+        return largest - self.headroom / unit
 
     def step_together(self, logits, largest, acc, m, l, value_scales=None):
         """The weights of these logits, and the output, m and l by the same maximum, where warpgroups share rows.
@@ -170,7 +184,11 @@ class Softmax:
 
     def rounded(self, weights):
         """Behind the wait for the last products: so the next ones may begin with the results."""
-        return lax.optimization_barrier(weights).astype(self.dtype)
+        return self.narrow(lax.optimization_barrier(weights))
+
+    def narrow(self, weights):
+        """As the product with values takes them."""
+        return packed(weights) if self.plan.fp8_terms else weights.astype(self.dtype)
 
     def logits(self, products):
         """In units of the maximum, from products of queries and keys."""
@@ -238,7 +256,7 @@ class Softmax:
         if value_scales is None:
             passed = ~(sums <= self.largest_sum)  # also where a sum is NaN
             if not late:
-                weights = weights.astype(self.dtype)
+                weights = self.narrow(weights)
         else:
             late, weights = False, (weights * self._of_keys(value_scales())).astype(self.dtype)
             # Of rounded weights, so that they are there before the vote.
@@ -253,7 +271,7 @@ class Softmax:
             # A row's bits do not depend on the other rows of its warp.
             own = jnp.where(passed, 1.0, 0.0).max(axis=1) > 0
             new, *others = self._follow(logits, acc, m, l, value_scales, passed=own)
-            return new.astype(weights.dtype), *others
+            return new if late else self.narrow(new), *others
 
         weights, *others = lax.cond(anyone, again, lambda: (weights, acc, m, l + sums))
         return Running(self.rounded(weights) if late else weights, *others)

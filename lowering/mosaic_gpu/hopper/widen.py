@@ -3,6 +3,8 @@
 Copies bring blocks of keys and values as they lie in the caches, rows of bytes. Each warp of the widening warpgroup
 turns its share of a block into rows of the swizzled tiles that products read. A number is what it was: the scales are
 left to those that compute, who have a logit and a weight of a slot where widening has hundreds of numbers.
+
+Where products are of 8 bits, keys come as they are, and values are transposed (transpose.py).
 """
 
 from jax import lax
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper import threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, wait
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, TILED_BYTES
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.transpose import transpose_block
 
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
@@ -74,9 +77,13 @@ def widening_scratch(plan: Plan) -> dict:
     """What is in shared memory for widening alone, by the names of `kernel.launch`."""
     found = dict(raw_here=arrivals(2, plan.stages), started=plgpu.Barrier())
     kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
-    for name, features, scale in kinds[: 1 if plan.latent else 2]:
+    for name, features, scale in kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2]:
         found |= {
-            f"raw_{name}": plgpu.SMEM((plan.stages, plan.block_kv, features), jnp.dtype(plan.cache_dtype)),
+            f"raw_{name}": plgpu.SMEM(
+                (plan.stages, plan.block_kv, features),
+                jnp.dtype(plan.cache_dtype),
+                transforms=TILED_BYTES if plan.fp8_terms else (),
+            ),
             f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
         }
         if scale == "slot":
@@ -94,6 +101,8 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
             stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
             following = scales.fetch(i, fetched)
             for source in sources:
+                if source.wide_blocks is None:
+                    continue
                 wait(source.here, stage, lax.div(done + i, plan.stages))
 
                 for number, parts in enumerate(source.groups):
@@ -107,7 +116,10 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
                     if source is sources[0] and number == 0:
                         scales.store(slot_of_scales(plan, done + i), fetched)
                     raw, wide = source.blocks.at[stage], source.wide_blocks.at[slot]
-                    _widen_block(plan, source.features, parts, warp, raw, wide)
+                    if plan.fp8_terms:
+                        transpose_block(plan, warp, raw, wide)
+                    else:
+                        _widen_block(plan, source.features, parts, warp, raw, wide)
                     if number + 1 == len(source.groups):
                         plgpu.barrier_arrive(source.free.at[stage])
                     plgpu.barrier_arrive(source.wide_here.at[slot * len(source.groups) + number])
