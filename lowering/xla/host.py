@@ -71,6 +71,8 @@ def _cpu_sizes(keys: int, group: int) -> PrefillPageAttentionConfig:
         block_q, block_kv = 256, 512 if keys > CPU_LONG_TABLE else 256
     while block_q > 32 and 4 * block_q * group * block_kv > CPU_LOGITS_BYTES:
         block_q //= 2
+    if 4 * block_q * group * block_kv > CPU_LOGITS_BYTES:
+        block_kv = min(block_kv, 256)
     return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
 
 
