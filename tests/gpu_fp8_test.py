@@ -17,7 +17,7 @@ USUAL = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, head_dim=128, page_size
 THREE_WARPGROUPS = dict(block_q=192, block_kv=64, num_warps=16, num_stages=5)
 KINDS = dict(
     plain={},
-    float16=dict(dtype="float16", key_scale=None, value_scale="tensor"),
+    float16=dict(dtype="float16", key_scale="tensor", value_scale=None),
     everything=dict(key_ranges=True, tree_words=2, sinks=True, layers=2),
     tree=dict(tree_words=1, page_size=8),
     d64=dict(head_dim=64, value_dim=192, page_size=64),

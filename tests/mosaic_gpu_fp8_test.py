@@ -99,6 +99,11 @@ class ArithmeticTest(parameterized.TestCase):
         teams = plans.plan(teams=2, warpgroups=1, stages=3)
         self.assertEqual(teams.key_slot_of(1, jnp.int32(4)), teams.slot_of(1, jnp.int32(4)))
 
+    @parameterized.parameters(0, 1, 2)
+    def test_a_warpgroup_writes_its_query_over_its_own_alone(self, fp8_terms):
+        """Of one term in half the room, the second warpgroup's lay where the first might still have its query to read."""
+        self.assertEqual(plan(fp8_terms=fp8_terms).query_matrices, (1 if fp8_terms == 0 else 2) * plan().query_parts)
+
 
 class SizesTest(parameterized.TestCase):
     @parameterized.named_parameters(

@@ -67,9 +67,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    # There is room for two terms of 8 bits.
     parts = plan.query_parts
-    views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (parts * plan.query_terms, product_dtype, tiled)
+    views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (plan.query_matrices, product_dtype, tiled)
     query_views = [
         plgpu.SMEM((plan.teams * plan.row_groups, number, WARPGROUP_ROWS, COLUMNS), its_dtype, transforms=transforms)
         for number, its_dtype, transforms in views

@@ -127,6 +127,15 @@ class Plan:
         return self.fp8_terms or 1
 
     @property
+    def query_matrices(self) -> int:
+        """Matrices of 64 x 64, as products take them, that 64 rows of a query have room for, whatever terms there are.
+
+        The rooms of all warpgroups are one behind the other, and a warpgroup may be done with its own before another.
+        """
+        loaded, taken = (jnp.dtype(dtype).itemsize for dtype in (self.dtype, self.product_dtype))
+        return self.query_parts * loaded // taken
+
+    @property
     def widens_keys(self) -> bool:
         return self.quantised and not self.fp8_terms
 
@@ -134,7 +143,8 @@ class Plan:
     def product_dtype(self) -> str:
         """8 bits are widened to float16, which holds them exactly: the least to do for a number.
 
-        But where products are of 8 bits. Their scales join logits and weights where each slot has its own, and else the softmax's unit and results.
+        But where products are of 8 bits. Their scales join logits and weights where each slot has its own, and else the
+        softmax's unit and results.
         """
         if self.fp8_terms:
             return self.cache_dtype
