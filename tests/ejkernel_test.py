@@ -55,8 +55,10 @@ class OperationTest(parameterized.TestCase):
         self.assertEqual(_config_of(jaxpr), Config(block_kv=8))
 
     def test_candidates_for_other_devices(self):
-        for candidates in (self.operation.candidate_cfgs_gpu, self.operation.candidate_cfgs_tpu):
-            self.assertEqual(candidates(self.invocation), self.operation.candidate_cfgs(self.invocation))  # XLA's
+        problem = _problem(self.arguments)  # that XLA alone takes
+        for platform, method in (("cuda", "candidate_cfgs_gpu"), ("tpu", "candidate_cfgs_tpu")):
+            found = getattr(self.operation, method)(self.invocation)
+            self.assertEqual(found, KERNELS[platform]["xla"].candidates(problem, Device(platform)))
         pack = packs.make_pack(4, [16], [32], head_dim=128, page_size=16, dtype=jnp.bfloat16)
         arguments = dict(zip(self.arguments, (*pack[:4], pack.page_indices[0])))
         invocation = types.SimpleNamespace(kwargs=arguments)
