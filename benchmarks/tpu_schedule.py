@@ -209,24 +209,19 @@ def _tpu_inference_v3_of_64(call: Attention):
 
 def tpu_inference_stacked_rpa(call: Attention, device):
     """tpu-inference's experimental kernel, with the sizes that it computes for a chip. Its pages have 128 slots or more."""
-    import jax.numpy as jnp
-
     name = "tpu_inference.kernels.experimental.stacked_rpa.wrapper"
-    wrapper = _loaded("TPU_INFERENCE", name, "tpu_inference.kernels")
-
-    def attend(*arrays):
-        return wrapper.ragged_paged_attention(*arrays, sm_scale=call.head_dim**-0.5, sliding_window=call.window)
-
-    shape = wrapper.get_kv_cache_shape(call.num_pages, call.page_size, call.kv_heads, call.head_dim, jnp.bfloat16)
-    return attend, _with_new_keys(call, shape)
+    return _with_its_own_sizes(call, _loaded("TPU_INFERENCE", name, "tpu_inference.kernels"))
 
 
 def tokamax_batched_rpa(call: Attention, device):
     """tokamax's kernel, with the sizes that it computes for a chip."""
-    import jax.numpy as jnp
-
     name = "tokamax._src.ops.batched_rpa.kernel.wrapper"
-    wrapper = _loaded("TOKAMAX", name, "tokamax._src.ops.batched_rpa.kernel")
+    return _with_its_own_sizes(call, _loaded("TOKAMAX", name, "tokamax._src.ops.batched_rpa.kernel"))
+
+
+def _with_its_own_sizes(call: Attention, wrapper):
+    """The kernel of a module that computes sizes for a chip, and its operands."""
+    import jax.numpy as jnp
 
     def attend(*arrays):
         return wrapper.ragged_paged_attention(*arrays, sm_scale=call.head_dim**-0.5, sliding_window=call.window)

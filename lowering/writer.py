@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping
+import math
 from typing import ClassVar
 
 from jax import export
@@ -53,3 +54,33 @@ class Writer(abc.ABC):
         self, operands: Mapping, cache_batch_dims: int, device: Device, layout: CacheLayout = OWN_LAYOUT
     ) -> list:
         """The results by the table of operands: what was written, in its order. In place where it may be."""
+
+
+def places_of(operands: Mapping, cache_batch_dims: int, layout: CacheLayout) -> dict[str, int | None]:
+    """Where new tokens and their slots are, by name, with leading dimensions folded and caches as rows of features.
+
+    A `*_rows` is those from one such thing to the next; `layers` of each pool, None without the operand `layer`;
+    `value_rows` from a key to its value, None where they have arrays of their own.
+    """
+    key, cache = operands["key"], operands["key_cache"]
+    lead, (tokens, kv_heads, _) = key.shape[:-3], key.shape[-3:]
+    sizes = layout.sizes(cache.shape)
+    rows = layout.rows(sizes)
+    seqs, pages_per_seq = operands["page_indices"].shape[-2:]
+    packs = math.prod(lead)
+    return dict(
+        packs=packs,
+        packs_of_pool=packs // math.prod(lead[:cache_batch_dims]),
+        tokens=tokens,
+        seqs=seqs,
+        pages_per_seq=pages_per_seq,
+        layers=cache.shape[cache_batch_dims] if "layer" in operands else None,
+        kv_heads=kv_heads,
+        num_pages=sizes["num_pages"],
+        page_size=sizes["page_size"],
+        pool_rows=rows["pool"],
+        head_rows=rows["kv_heads"],
+        page_rows=rows["num_pages"],
+        slot_rows=rows["page_size"],
+        value_rows=rows.get("2"),
+    )

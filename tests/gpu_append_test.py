@@ -15,6 +15,7 @@ from paged_prefill import append_to_pages
 from paged_prefill.lowering.mosaic_gpu.append import MosaicGpuWriter
 from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.tests import append_test, poisoned, triton_append_test
+from paged_prefill.tests.gpus import gpus_for
 from paged_prefill.tests.append_test import CACHES, QUANTISED
 
 INDICES = ("context_lens", "page_indices", "query_offsets")
@@ -23,10 +24,7 @@ INDICES = ("context_lens", "page_indices", "query_offsets")
 class WithGpus(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        try:
-            self.gpus = jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+        self.gpus = gpus_for(self)
 
     def step(self, caches, call):
         """Three layers of a stack in a scan, two writes of a layer one after the other, as a model's step."""
@@ -85,8 +83,7 @@ class MosaicGpuAppendTest(WithGpus):
 
     def setUp(self):
         super().setUp()
-        if self.gpus[0].compute_capability != "9.0":
-            self.skipTest(f"built for compute capability 9.0, this GPU has {self.gpus[0].compute_capability}")
+        gpus_for(self, hopper=True)
 
     def check(self, *args, **kind):
         call = append_test.make_append(*args, **self.SIZES | kind)

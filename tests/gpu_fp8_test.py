@@ -9,6 +9,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.tests import layouts, oracle, poisoned
+from paged_prefill.tests.gpus import gpus_for
 
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
 DECODE = ((1, 300), (1, 1), (1, 900), (1, 64))
@@ -33,12 +34,7 @@ SMALL = 0.02  # a scale whose logits spread by 0.3: with one term, the error gro
 class GpuFp8Test(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        try:
-            [device, *_] = jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
-        if device.compute_capability != "9.0":
-            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {device.compute_capability}")
+        gpus_for(self, hopper=True)
 
     def attend(self, call, fp8_terms, sizes=(), **parameters):
         cfg = PrefillPageAttentionConfig(fp8_terms=fp8_terms, **dict(sizes))

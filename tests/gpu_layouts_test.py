@@ -9,6 +9,7 @@ import jax
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.tests import appends, layouts, oracle, poisoned
+from paged_prefill.tests.gpus import gpus_for
 
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
 SIZES = dict(q_heads=8, kv_heads=2, head_dim=128, page_size=16, tokens_before=3)
@@ -18,10 +19,7 @@ EVERYTHING = dict(key_ranges=True, tree_words=2, sinks=True, layers=2)
 class GpuLayoutsTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        try:
-            jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+        gpus_for(self)
 
     def check(self, platform, name, kind, *, cfg=None, **parameters):
         call = poisoned.make_call(0, **dict(sequences=SEQUENCES) | SIZES | kind)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from absl.testing import absltest, parameterized
-import jax
+
+from paged_prefill.tests.gpus import gpus_for
 
 CHILD = """
 import functools
@@ -41,12 +42,7 @@ compile(*{case!r})
 class GpuMachineCodeTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        try:
-            [device, *_] = jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
-        if device.compute_capability != "9.0":
-            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {device.compute_capability}")
+        gpus_for(self, hopper=True)
 
     @parameterized.named_parameters(
         ("latent_decode_of_16_heads", (16, 1, 4096, 16, 1, 576, 512, True, "bfloat16")),

@@ -18,6 +18,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import oracle, poisoned
 from paged_prefill.tests.append_test import QUANTISED
+from paged_prefill.tests.gpus import gpus_for
 
 SEQUENCES = ((70, 300), (1, 513), (0, 40), (130, 130), (9, 4), (1, 1), (64, 128))
 FEW = ((70, 300), (1, 513), (9, 4))
@@ -139,17 +140,13 @@ def named(*tables, kernels=tuple(DTYPES)):
 class GpuSecondFormTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        try:
-            [self.device, *_] = jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
+        gpus_for(self)
 
     def attend(self, call, kernel="triton", **parameters):
         return self.compiled(kernel, **parameters)(call)
 
     def compiled(self, kernel, **parameters):
-        if kernel == "mosaic_gpu" and self.device.compute_capability != "9.0":
-            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {self.device.compute_capability}")
+        gpus_for(self, hopper=kernel == "mosaic_gpu")
         run = functools.partial(ragged_paged_prefill, platform=PLATFORMS[kernel], return_lse=True, **parameters)
         return jax.jit(lambda call: run(**call))
 

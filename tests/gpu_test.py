@@ -15,6 +15,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, masks, ragged_paged_prefill
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, oracle, packs, poisoned
+from paged_prefill.tests.gpus import gpus_for
 
 PLATFORMS = ("cuda", "triton")
 # Random ranges of a few rows leave holes: keys between those of a tile that none of its rows sees.
@@ -66,12 +67,7 @@ def compiled(platform, **parameters):
 
 class GpuTest(parameterized.TestCase):
     def need(self, platform):
-        try:
-            [device, *_] = jax.devices("cuda")
-        except RuntimeError as error:
-            self.skipTest(f"no CUDA GPU here: {error}".splitlines()[0])
-        if platform == "cuda" and device.compute_capability != "9.0":
-            self.skipTest(f"the Mosaic GPU kernel is for compute capability 9.0, not {device.compute_capability}")
+        gpus_for(self, hopper=platform == "cuda")
 
     @parameterized.named_parameters(on_each_platform(cases.EDGES + cases.GRIDS))
     def test_matches_reference(self, case, platform):

@@ -19,6 +19,8 @@ from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
 from paged_prefill.tests import cases, compiling, packs
 from paged_prefill.tests.problems import problem
 
+PART_HEIGHTS = [turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)]
+
 
 def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
     """Bytes of temporaries of a call at 8 query and 2 KV heads, head_dim 64, page size 16."""
@@ -198,7 +200,7 @@ class XlaTest(parameterized.TestCase):
         config = XLA.heuristic(call, Device(platform))
         self.assertEqual((config.block_q, config.block_kv), sizes)
 
-    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=[turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)])
+    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=PART_HEIGHTS)
     def test_tiles_cover_every_length_and_little_more(self, block_q, parts):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
         heights = walks.heights_of(block_q, parts)

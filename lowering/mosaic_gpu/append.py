@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.append import CHUNK_BYTES, Launch, append
-from paged_prefill.lowering.writer import MANY_TOKENS, Writer
+from paged_prefill.lowering.writer import MANY_TOKENS, Writer, places_of
 from paged_prefill.primitive.layout import OWN_LAYOUT
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -40,27 +40,7 @@ class MosaicGpuWriter(Writer):
         new = [operands[name] for name in ("key", "value") if name in operands]
         if 0 in (*new[0].shape, *caches[0].shape, *operands["page_indices"].shape):
             return caches
-        lead, (tokens, kv_heads, _) = new[0].shape[:-3], new[0].shape[-3:]
-        sizes = layout.sizes(caches[0].shape)
-        rows = layout.rows(sizes)
-        seqs, pages_per_seq = operands["page_indices"].shape[-2:]
-        packs = math.prod(lead)
-        launch = Launch(
-            packs=packs,
-            packs_of_pool=packs // math.prod(lead[:cache_batch_dims]),
-            tokens=tokens,
-            seqs=seqs,
-            pages_per_seq=pages_per_seq,
-            layers=caches[0].shape[cache_batch_dims] if "layer" in operands else None,
-            kv_heads=kv_heads,
-            num_pages=sizes["num_pages"],
-            page_size=sizes["page_size"],
-            pool_rows=rows["pool"],
-            head_rows=rows["kv_heads"],
-            page_rows=rows["num_pages"],
-            slot_rows=rows["page_size"],
-            value_rows=rows.get("2"),
-        )
+        launch = Launch(**places_of(operands, cache_batch_dims, layout))
         names = ("context_lens", "page_indices", "query_offsets", "layer")
         indices = [operands[name].reshape(-1).astype(jnp.int32) for name in names if name in operands]
         flat = lambda arrays: [x.reshape(-1, x.shape[-1]) for x in arrays]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_prefill.lowering.triton.launch import launch, reason_against
-from paged_prefill.lowering.writer import MANY_TOKENS, Writer
+from paged_prefill.lowering.writer import MANY_TOKENS, Writer, places_of
 from paged_prefill.primitive.layout import OWN_LAYOUT
 from paged_prefill.primitive.packing import MAX_CONTEXT
 from paged_prefill.primitive.quantised import largest_number
@@ -60,11 +60,8 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
     from paged_prefill.lowering.triton.append_kernel import append_tokens
 
     key, value, key_cache = (operands.get(name) for name in ("key", "value", "key_cache"))
-    lead, (tokens, kv_heads, head_dim) = key.shape[:-3], key.shape[-3:]
-    sizes = layout.sizes(key_cache.shape)
-    rows = layout.rows(sizes)
-    seqs, pages_per_seq = operands["page_indices"].shape[-2:]
-    packs = math.prod(lead)
+    (tokens, kv_heads, head_dim), places = key.shape[-3:], places_of(operands, cache_batch_dims, layout)
+    packs = places.pop("packs")
     value_dim = None if value is None else value.shape[-1]
     wide = max(_power_of_2(head_dim), _power_of_2(value_dim or 1))
     block = max(1, min(BLOCK, _power_of_2(tokens), ELEMENTS // wide))
@@ -95,19 +92,7 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
         name="append_to_pages",
         num_warps=4,
         num_stages=1,
-        TOKENS=tokens,
-        SEQS=seqs,
-        PAGES_PER_SEQ=pages_per_seq,
-        PACKS_OF_POOL=packs // math.prod(lead[:cache_batch_dims]),
-        LAYERS=key_cache.shape[cache_batch_dims] if "layer" in operands else None,
-        KV_HEADS=kv_heads,
-        NUM_PAGES=sizes["num_pages"],
-        PAGE_SIZE=sizes["page_size"],
-        POOL_ROWS=rows["pool"],
-        HEAD_ROWS=rows["kv_heads"],
-        PAGE_ROWS=rows["num_pages"],
-        SLOT_ROWS=rows["page_size"],
-        VALUE_ROWS=rows.get("2"),
+        **{name.upper(): number for name, number in places.items()},
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=_power_of_2(head_dim),
         VALUE_DIM=value_dim,
@@ -117,7 +102,7 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
         LARGEST=largest_number(key_cache.dtype) if key_cache.dtype.itemsize == 1 else None,
         MAX_CONTEXT=MAX_CONTEXT,
         BLOCK=block,
-        OFFSETS=min(OFFSETS, _power_of_2(seqs + 1)),
+        OFFSETS=min(OFFSETS, _power_of_2(places["seqs"] + 1)),
     )
     return dict(zip(results, written))
 

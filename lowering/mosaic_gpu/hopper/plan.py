@@ -141,10 +141,10 @@ class Plan:
 
     @property
     def product_dtype(self) -> str:
-        """8 bits are widened to float16, which holds them exactly: the least to do for a number.
+        """That of products' factors. Unless they are of 8 bits themselves, 8 bits are widened to float16.
 
-        But where products are of 8 bits. Their scales join logits and weights where each slot has its own, and else the
-        softmax's unit and results.
+        It holds them exactly, and is the least to do for a number. Their scales join logits and weights where each slot
+        has its own, and else the softmax's unit and results.
         """
         if self.fp8_terms:
             return self.cache_dtype
@@ -282,9 +282,9 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without, and two without where a polynomial makes a step short.
+        """Two warpgroups are faster in turns, three without.
 
-        Or products of 8 bits do.
+        And two without where a step is short, by a polynomial or by products of 8 bits.
         """
         return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
