@@ -15,6 +15,7 @@ from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel, walks
 from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
 from paged_prefill.tests import cases, compiling, packs
 from paged_prefill.tests.problems import problem
@@ -116,6 +117,16 @@ class CostTest(parameterized.TestCase):
         for sequences in ([long] + [short] * 63, [short] * 63 + [long], [short] * 40 + [long] + [short] * 23):
             self.assertEqual(self.blocks(sequences, 1024), 1024 + 64)
 
+    @parameterized.parameters((600, 5), (700, 6), (896, 7), (1024, 8), (4096, 8))
+    def test_no_more_lanes_share_a_row_than_its_table_has_blocks(self, keys, lanes):
+        """A lane without a block fetches one all the same; but bits of the invariant policy follow no table's width."""
+        row = problem(seqs=3, tokens=3, page_size=4, pages_per_seq=keys // 4)
+        config = PrefillPageAttentionConfig(block_q=32, block_kv=256)
+        wide = walks.walks(row, config, walks.CPU_TURNS)[-1]
+        self.assertEqual((wide.block_kv, wide.lanes, wide.splits), (walks.LANE_KEYS, lanes, lanes))
+        with policy("invariant"):
+            self.assertEqual(walks.walks(row, config, walks.CPU_TURNS)[-1].splits, 8)
+
     def test_lanes_are_filled_in_order_of_their_blocks(self):
         """Of a table too narrow for lanes to be shared: long and short in turn cost as if they were sorted."""
         eight_lanes = walks.ACCELERATOR_TURNS._replace(bytes=8 * 2 * 16 * 8 * 4)
@@ -171,8 +182,10 @@ class XlaTest(parameterized.TestCase):
         packs.assert_matches_reference(pack, *lowered.compile()(*pack))
 
     @parameterized.parameters(
-        ("processor : 0\nflags\t\t: fpu avx512_bf16 amx_tile\n", True),
-        ("processor : 0\nflags\t\t: fpu avx512f\nbugs : avx512_bf16\n", False),
+        ("vendor_id : AuthenticAMD\nflags\t\t: fpu avx512_bf16\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: fpu avx512_bf16\n", False),
+        ("vendor_id : AuthenticAMD\nflags\t\t: fpu avx512f\nbugs : avx512_bf16\n", False),
         ("processor : 0\nFeatures\t: fp asimd\n", False),
     )
     def test_the_cpu_is_asked_what_it_multiplies(self, cpuinfo, multiplies):

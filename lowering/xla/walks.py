@@ -30,19 +30,19 @@ class Turns(NamedTuple):
     Attributes:
       part_heights: heights of the tiles that a small rest of a sequence is cut into, the tallest first. Each is one
         more loop to compile.
-      splits: lanes that share the blocks of one row.
+      splits: how many lanes may share the blocks of one row, the fewest first.
       bytes: what a block of keys, or its logits, may take.
     """
 
     part_heights: tuple[int, ...]
-    splits: int
+    splits: tuple[int, ...]
     bytes: int
 
 
-ACCELERATOR_TURNS = Turns((32,), splits=4, bytes=2**19)
+ACCELERATOR_TURNS = Turns((32,), splits=(4,), bytes=2**19)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself.
-CPU_TURNS = Turns((32, 8), splits=8, bytes=2**21)
+CPU_TURNS = Turns((32, 8), splits=(5, 6, 7, 8), bytes=2**21)
 
 
 class Walk(NamedTuple):
@@ -93,12 +93,13 @@ def _walk(problem, config, turns, height) -> Walk:
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
-    shares = alone and (most_blocks is None or shared(most_blocks, turns.splits))
+    shares = alone and (most_blocks is None or shared(most_blocks, turns.splits[-1]))
+    splits = _splits(turns, None if invariant else most_blocks)
     if alone and most_blocks == 1:
         limit = ONLY_TURN_BYTES
     lanes = 1
     if shares or (alone and invariant):
-        lanes = turns.splits
+        lanes = splits
     elif alone:
         lanes = max(1, min(MOST_LANES, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
     if invariant:
@@ -106,7 +107,13 @@ def _walk(problem, config, turns, height) -> Walk:
     else:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = _largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
-    return Walk(height, run, runs, lanes, turns.splits if shares else 1, heads, most_blocks, alone)
+    return Walk(height, run, runs, lanes, splits if shares else 1, heads, most_blocks, alone)
+
+
+def _splits(turns: Turns, most_blocks: int | None) -> int:
+    """The fewest lanes that can have a block each, or as many as there may be; None for blocks without a number."""
+    enough = (splits for splits in turns.splits if most_blocks is not None and splits >= most_blocks)
+    return next(enough, turns.splits[-1])
 
 
 def shared(blocks, splits: int):
