@@ -340,6 +340,7 @@ def _compile(target, *arrays_and_launch):
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
         "tanh_instructions": sum(str(text).count("tanh.approx") for text in compiled.asm.values()),
+        "scratch": compiled.metadata.global_scratch_size,
         "stores": set(re.findall(r"st\.global\.(v4\.b32|\w+)", str(compiled.asm.get("ptx")))),
     }
     if "cubin" in compiled.asm:
