@@ -38,6 +38,8 @@ def message(**fields) -> bytes:
 
 
 PTX = """// text
+.version 9.4
+.target sm_90a
 .visible .entry write(
     .param .u64 .ptr .global .align 1 write_param_0,
     .param .u64 .ptr .global .align 1 write_param_1,
@@ -87,7 +89,7 @@ class LaunchTest(parameterized.TestCase):
         self.assertNotIn("triton_kernel_call", text)
         # Triton's two parameters after the four of the kernel.
         self.assertIn("@__gpu$xla.gpu.ptx(%arg0, %arg1, %arg0, %arg0)", text)
-        self.assertIn(r'kernel_data = "// text\0A.visible .entry write(', text)
+        self.assertIn(r'kernel_data = ".version 9.0\0A.target sm_90a\0A.visible .entry write(', text)
         for name, value in dict(grid_x=576, grid_y=1, grid_z=1, block_x=128, shared_mem_bytes=54272).items():
             self.assertIn(f"{name} = {value} : i32", text)
         self.assertIn("output_indices = [2 : i32, 3 : i32]", text)

@@ -1,11 +1,11 @@
 """How kernels reach the GPU: the one place that knows jax_triton, in either form, and where it can be used.
 
-Parameters of a kernel are its inputs, then its results; of an input whose memory a result takes it makes no use.
+A kernel's parameters are its inputs, then its results; of an input whose memory a result takes it makes no use.
 
-jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's, which XLA knows nothing of: each time
-that arrays lie elsewhere, XLA has it launch into a graph of its own again, where it looks the kernel up by all of its
-text. To XLA's own custom call for PTX a kernel is one of XLA's, of which a graph has new addresses for a microsecond. So
-on NVIDIA that call takes its place. It has no counterpart for AMD.
+jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's. That may be part of a CUDA graph, but XLA
+has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5 us for
+each kernel. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
+addresses. So on NVIDIA that takes its place. For AMD there is none.
 """
 
 import functools
@@ -23,6 +23,9 @@ from paged_prefill.lowering.call import Device
 
 INSTALL = 'install it with pip install "paged_prefill[cuda]"'
 TARGETS, PTX_TARGET = ("triton_kernel_call", "triton_kernel_call_ffi"), "__gpu$xla.gpu.ptx"
+# The driver compiles the PTX, and one of CUDA 13.0 reads none newer than this. Triton takes the newest that its own
+# assembler knows, of which it makes no use.
+PTX_VERSION = 9.0
 
 
 def launch(kernel, inputs, results, *, in_place=(), **options):
@@ -79,7 +82,9 @@ def _ptx(opaque: bytes, inputs: int, results: int):
     compiled = _fields(launched[1])
     name, ptx = compiled[1].decode(), compiled[4].decode()
     declared = re.search(rf"\.entry {name}\(([^)]*)\)", ptx).group(1).count(".param")
-    sizes = dict(zip(("grid_x", "grid_y", "grid_z"), (launched[2], launched[3], launched[4])))
+    version, rest = re.search(r"(?<=\.version )(\S+)(.*)", ptx, re.DOTALL).groups()
+    ptx = f".version {min(float(version), PTX_VERSION)}{rest}"
+    sizes = {f"grid_{axis}": launched[number] for number, axis in enumerate("xyz", 2)}
     sizes |= dict(block_x=32 * compiled[2], block_y=1, block_z=1, shared_mem_bytes=compiled.get(3, 0))
     config = dict(name=name, kernel_type="ptx", kernel_data=ptx)
     config |= {name: np.int32(size) for name, size in sizes.items()}
