@@ -14,6 +14,7 @@ import numpy as np
 from paged_prefill import append_to_pages
 from paged_prefill.lowering.mosaic_gpu.append import MosaicGpuWriter
 from paged_prefill.lowering.triton.append import TritonWriter
+from paged_prefill.lowering.triton.launch import PTX_TARGET
 from paged_prefill.tests import append_test, poisoned, triton_append_test
 from paged_prefill.tests.gpus import gpus_for
 from paged_prefill.tests.append_test import CACHES, QUANTISED
@@ -142,7 +143,7 @@ class GpuAppendTest(WithGpus):
 
     def test_takes_triton(self):
         call = {name: jnp.asarray(x) for name, x in append_test.make_append(3).items()}
-        self.assertIn("triton_kernel_call", jax.jit(append_to_pages).lower(**call).as_text())
+        self.assertIn(PTX_TARGET, jax.jit(append_to_pages).lower(**call).as_text())
 
     @parameterized.named_parameters(
         ("bfloat16", dict(dtype="bfloat16")),
@@ -171,7 +172,7 @@ class GpuAppendTest(WithGpus):
                 run, mesh=mesh, in_specs=(of_caches, of_call), out_specs=of_caches, check_vma=False
             )
         compiled = jax.jit(run, donate_argnums=0).lower(caches, call).compile()
-        self.assertIn("triton_kernel_call", compiled.as_text())
+        self.assertIn(PTX_TARGET, compiled.as_text())
         self.assert_in_place(compiled, caches)
 
     def test_a_cache_of_more_than_2_31_elements(self):

@@ -123,7 +123,7 @@ class CompiledTest(parameterized.TestCase):
             found = compiler.submit(triton_stand_ins.compile_appends, target, calls).result()
         for kind, each in zip(kinds, found, strict=True):
             with self.subTest(str(kind)):
-                self.assertEqual(each["spilled"], 0, each)
+                self.assertEqual((each["spilled"], each["scratch"]), (0, 0), each)
                 if target[0] == "cuda" and "cache_dtype" not in kind:
                     self.assertEqual(each["stores"], {"v4.b32"}, each)
 

@@ -1,10 +1,11 @@
-"""Protects how launches reach either form of jax_triton, which a stand-in takes the place of."""
+"""Protects how launches reach XLA from either form of jax_triton, which a stand-in takes the place of."""
 
 import sys
 import types
 from unittest import mock
+import zlib
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -22,44 +23,83 @@ def run(index, cache):
     return launch(KERNEL, [index, cache], results, in_place=[(1, 0)], grid=(1,), name="write", SIZE=7)
 
 
-class LaunchTest(absltest.TestCase):
-    def lowered(self, triton_call) -> str:
+def message(**fields) -> bytes:
+    """A protocol buffer, of numbers and bytes by f"_{number}"."""
+
+    def integer(value):
+        return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + integer(value // 128)
+
+    def field(number, value):
+        is_integer = isinstance(value, int)
+        content = integer(value) if is_integer else integer(len(value)) + value
+        return integer(8 * number + 2 * (not is_integer)) + content
+
+    return b"".join(field(int(name[1:]), value) for name, value in fields.items())
+
+
+PTX = """// text
+.version 9.4
+.target sm_90a
+.visible .entry write(
+    .param .u64 .ptr .global .align 1 write_param_0,
+    .param .u64 .ptr .global .align 1 write_param_1,
+    .param .u64 .ptr .global .align 1 write_param_2,
+    .param .u64 .ptr .global .align 1 write_param_3,
+    .param .u64 .ptr .global .align 1 write_param_4,
+    .param .u64 .ptr .global .align 1 write_param_5
+)
+{ ld.param.u64 %rd1, [write_param_0]; }"""
+COMPILED = message(_1=b"write", _2=4, _3=54272, _4=PTX.encode(), _5=b"text", _6=90, _10=1)
+OPAQUE = zlib.compress(message(_1=message(_1=COMPILED, _2=576, _3=1, _4=1, _5=message(_1=b"")), _4=b"write"))
+
+old_p, new_p = Primitive("old"), Primitive("new")
+for form, parameters in (
+    (old_p, dict(call_target_name="triton_kernel_call", api_version=2, backend_config=OPAQUE)),
+    (new_p, dict(call_target_name="triton_kernel_call_ffi")),
+):
+    form.multiple_results = True
+    form.def_abstract_eval(lambda *_, results: [jax.core.ShapedArray(x.shape, x.dtype) for x in results])
+
+    def lower(ctx, *operands, results, form=form, parameters=parameters):
+        given = dict(opaque=OPAQUE) if form is new_p else {}
+        return jax.ffi.ffi_lowering(**parameters)(ctx, *operands, **given)
+
+    mlir.register_lowering(form, lower)
+
+
+def old_triton_call(*operands, kernel, out_shape, input_output_aliases, grid, name, SIZE):
+    assert (input_output_aliases, SIZE) == ({1: 0}, 7)
+    return old_p.bind(*operands, results=tuple(out_shape))
+
+
+def new_triton_call(*, kernel, out_type, grid, name, SIZE, index, cache_before):
+    assert SIZE == 7
+    return new_p.bind(index, cache_before, results=tuple(out_type))
+
+
+@parameterized.parameters(old_triton_call, new_triton_call)
+class LaunchTest(parameterized.TestCase):
+    def lowered(self, triton_call, platform) -> str:
         with mock.patch.dict(sys.modules, jax_triton=types.SimpleNamespace(triton_call=triton_call)):
-            return jax.jit(lambda *operands: run(*operands)).lower(INDEX, CACHE).as_text()  # traced anew
+            traced = jax.jit(lambda *operands: run(*operands)).trace(INDEX, CACHE)
+            return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    def test_a_call_by_the_old_interface_goes_by_the_new_one_with_the_same_contents(self):
-        old = Primitive("triton_kernel_call")
-        old.multiple_results = True
-        old.def_abstract_eval(lambda *_, types, aliases: [jax.core.ShapedArray(x.shape, x.dtype) for x in types])
-
-        def lower(ctx, *operands, types, aliases):
-            rule = jax.ffi.ffi_lowering(
-                "triton_kernel_call", api_version=2, backend_config=b"ab\x00\xff", operand_output_aliases=dict(aliases)
-            )
-            return rule(ctx, *operands)
-
-        mlir.register_lowering(old, lower)
-
-        def triton_call(*operands, kernel, out_shape, input_output_aliases, grid, name, SIZE):
-            return old.bind(*operands, types=tuple(out_shape), aliases=tuple(input_output_aliases.items()))
-
-        text = self.lowered(triton_call)
-        self.assertIn('@triton_kernel_call_ffi(%arg0, %arg1) {api_version = 4 : i32', text)
-        self.assertIn(r'backend_config = {opaque = "ab\00\FF"}', text)
+    def test_on_nvidia_xla_is_given_the_ptx(self, triton_call):
+        text = self.lowered(triton_call, "cuda")
+        self.assertNotIn("triton_kernel_call", text)
+        # Triton's two parameters after the four of the kernel.
+        self.assertIn("@__gpu$xla.gpu.ptx(%arg0, %arg1, %arg0, %arg0)", text)
+        self.assertIn(r'kernel_data = ".version 9.0\0A.target sm_90a\0A.visible .entry write(', text)
+        for name, value in dict(grid_x=576, grid_y=1, grid_z=1, block_x=128, shared_mem_bytes=54272).items():
+            self.assertIn(f"{name} = {value} : i32", text)
+        self.assertIn("output_indices = [2 : i32, 3 : i32]", text)
         self.assertIn("output_operand_alias<output_tuple_indices = [0], operand_index = 1", text)
 
-    def test_the_form_that_takes_an_aliased_result_once(self):
-        given = {}
-
-        def triton_call(*operands, kernel, out_type, input_output_aliases, grid, name, **named):
-            given.update(named, operands=operands, aliases=input_output_aliases)
-            return [jnp.zeros(x.shape, x.dtype) for x in out_type]
-
-        self.lowered(triton_call)
-        self.assertEqual(given["operands"], ())
-        self.assertEqual([given[name].shape for name in ("index", "cache_before", "cache")], [(3,), (3,), (4, 5)])
-        self.assertEqual((given["aliases"], given["SIZE"]), ({2: 0}, 7))
-        self.assertNotIn("more", given)
+    def test_on_amd_jaxlib_is_given_what_it_takes(self, triton_call):
+        text = self.lowered(triton_call, "rocm")
+        self.assertIn("@triton_kernel_call_ffi(%arg0, %arg1)", text)
+        self.assertIn("opaque = ", text)
+        self.assertIn("output_operand_alias<output_tuple_indices = [0], operand_index = 1", text)
 
 
 if __name__ == "__main__":

@@ -248,8 +248,8 @@ def compile_launches(launches):
     """Compiles what `attend` launches at the heuristic sizes. For a process in which Triton is not interpreted.
 
     `launches` are arguments of Triton's GPUTarget, the Device, the Problem, and what `_call` takes beside. Returns for
-    each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, and how often it has
-    NVIDIA's instruction for tanh.
+    each what the machine code takes: shared memory, the bytes (NVIDIA) or registers (AMD) it spills, global memory of its
+    own, and how often it has NVIDIA's instruction for tanh.
     """
     from paged_prefill.lowering.triton.host import Triton
 
@@ -340,6 +340,7 @@ def _compile(target, *arrays_and_launch):
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
         "tanh_instructions": sum(str(text).count("tanh.approx") for text in compiled.asm.values()),
+        "scratch": getattr(compiled.metadata, "global_scratch_size", 0),
         "stores": set(re.findall(r"st\.global\.(v4\.b32|\w+)", str(compiled.asm.get("ptx")))),
     }
     if "cubin" in compiled.asm:

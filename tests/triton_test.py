@@ -164,6 +164,7 @@ class CompiledTest(parameterized.TestCase):
                 self.assertLessEqual(found["tensor_memory"], 512, found)  # Blackwell's, which jax_triton holds to
                 spilled = max((SPILLED.get((name, feature), 0) for feature in each.features), default=0)
                 self.assertLessEqual(found["spilled"], spilled, found)
+                self.assertEqual(found["scratch"], 0)  # a launch has none to give
                 self.assertLessEqual(found["shared_bytes"], shared_kib * 1024, found)
                 config = KERNEL.heuristic(each, device)
                 self.assertIsNone(KERNEL.misfit(each, device, config))

@@ -1,31 +1,38 @@
-"""How kernels reach the compiler: the one place that knows jax_triton, in either form, and where it can be used.
+"""How kernels reach the GPU: the one place that knows jax_triton, in either form, and where it can be used.
 
-Its 0.3 gives a kernel each result that takes an operand's memory twice, as that operand and as a result; 0.4 once. Here
-a kernel's parameters are always its inputs, then its results; of an input whose memory a result takes it makes no use.
-And 0.3 launches by XLA's old interface for custom calls: some 20 us of the host's time for each, where the new one that
-0.4 uses takes 6. Its custom call is turned into that of 0.4, with the same contents.
+A kernel's parameters are its inputs, then its results; of an input whose memory a result takes it makes no use.
+
+jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's. That may be part of a CUDA graph, but XLA
+has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5 us for
+each kernel. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
+addresses. So on NVIDIA that takes its place. For AMD there is none.
 """
 
 import functools
 import importlib.util
 import inspect
-import warnings
+import re
+import zlib
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+import numpy as np
 
 from paged_prefill.lowering.call import Device
 
 INSTALL = 'install it with pip install "paged_prefill[cuda]"'
-TARGET, NEW_TARGET = "triton_kernel_call", "triton_kernel_call_ffi"
+TARGETS, PTX_TARGET = ("triton_kernel_call", "triton_kernel_call_ffi"), "__gpu$xla.gpu.ptx"
+# The driver compiles the PTX, and one of CUDA 13.0 reads none newer than this. Triton takes the newest that its own
+# assembler knows, of which it makes no use.
+PTX_VERSION = 9.0
 
 
 def launch(kernel, inputs, results, *, in_place=(), **options):
     """Launches a kernel; returns its results.
 
     Args:
-      inputs: arrays, in the order of the kernel's first parameters.
+      inputs: arrays, in the order of the kernel's first parameters. No result takes the memory of the first.
       results: their types, in the order of its next ones.
       in_place: pairs of an input and the result that takes its memory, by number. XLA copies an input that is not the
         last use of its array, else nothing.
@@ -33,45 +40,87 @@ def launch(kernel, inputs, results, *, in_place=(), **options):
     """
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results)
     call = functools.partial(_triton_call, kernel=kernel, results=results, in_place=in_place, **options)
-    return launch_p.bind(*inputs, call=call, results=results)
+    return launch_p.bind(*inputs, call=call, results=results, in_place=tuple(in_place))
 
 
 def _triton_call(*inputs, kernel, results, in_place, **options):
     import jax_triton
 
-    if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
+        # It would give the kernel a result that takes an operand's memory once. What memory is shared, `_lower` says.
         return jax_triton.triton_call(
-            *inputs, kernel=kernel, out_shape=results, input_output_aliases=dict(in_place), **options
+            kernel=kernel, out_type=results, **dict(zip(kernel.arg_names, inputs)), **options
         )
-    operands = dict(zip(kernel.arg_names, inputs))
-    result_names = kernel.arg_names[len(inputs) :]
-    for number, result in in_place:
-        operands[result_names[result]] = inputs[number]
-        operands[kernel.arg_names[number]] = inputs[0]
-    order = [name for name in kernel.arg_names if name in operands]
-    aliases = {order.index(result_names[result]): result for _, result in in_place}
-    with warnings.catch_warnings():
-        # Refs are to take its place; those are not known to be free of copies.
-        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
-        return jax_triton.triton_call(
-            kernel=kernel, out_type=results, input_output_aliases=aliases, **operands, **options
-        )
+    return jax_triton.triton_call(
+        *inputs, kernel=kernel, out_shape=results, input_output_aliases=dict(in_place), **options
+    )
 
 
-def _lower(ctx, *operands, call, results):
+def _lower(ctx, *operands, call, results, in_place):
     lowered = mlir.lower_fun(call)(ctx, *operands)
-    operation = lowered[0].owner
-    attributes, text = operation.attributes, mlir.ir.StringAttr
-    if operation.name == "stablehlo.custom_call" and attributes["call_target_name"] == text.get(TARGET):
-        attributes["call_target_name"] = text.get(NEW_TARGET)
-        attributes["backend_config"] = mlir.ir.DictAttr.get({"opaque": attributes["backend_config"]})
-        attributes["api_version"] = mlir.i32_attr(4)
-    return lowered
+    theirs = lowered[0].owner
+    if theirs.name != "stablehlo.custom_call" or theirs.attributes["call_target_name"].value not in TARGETS:
+        return lowered  # a stand-in's
+    old = theirs.attributes["call_target_name"].value == TARGETS[0]
+    config = theirs.attributes["backend_config" if old else "mhlo.backend_config"]
+    opaque = (config if old else config["opaque"]).value_bytes
+    theirs.operation.erase()
+    target, config = TARGETS[1], {"opaque": opaque}
+    if ctx.module_context.platforms[0] == "cuda":
+        target, config, hidden = PTX_TARGET, *_ptx(opaque, len(operands), len(results))
+        operands += operands[:1] * hidden
+        ctx = ctx.replace(avals_in=[*ctx.avals_in, *ctx.avals_in[:1] * hidden])
+    return jax.ffi.ffi_lowering(target, operand_output_aliases=dict(in_place))(ctx, *operands, **config)
+
+
+def _ptx(opaque: bytes, inputs: int, results: int):
+    """What XLA's custom call takes of jax_triton's; and how many parameters follow the kernel's own.
+
+    Triton adds those, for memory that a kernel may ask for. Ours do not, so it does not matter where they point.
+    """
+    launched = _fields(_fields(zlib.decompress(opaque))[1])
+    compiled = _fields(launched[1])
+    name, ptx = compiled[1].decode(), compiled[4].decode()
+    declared = re.search(rf"\.entry {name}\(([^)]*)\)", ptx).group(1).count(".param")
+    version, rest = re.search(r"(?<=\.version )(\S+)(.*)", ptx, re.DOTALL).groups()
+    ptx = f".version {min(float(version), PTX_VERSION)}{rest}"
+    sizes = {f"grid_{axis}": launched[number] for number, axis in enumerate("xyz", 2)}
+    sizes |= dict(block_x=32 * compiled[2], block_y=1, block_z=1, shared_mem_bytes=compiled.get(3, 0))
+    config = dict(name=name, kernel_type="ptx", kernel_data=ptx)
+    config |= {name: np.int32(size) for name, size in sizes.items()}
+    config["output_indices"] = [np.int32(inputs + number) for number in range(results)]
+    return config, declared - inputs - results
+
+
+def _fields(message: bytes) -> dict:
+    """A protocol buffer's fields by number: integers, and the bytes of what has a length. Of TritonAnyKernelCall:
+
+    1 is a TritonKernelCall, of which 2 to 4 are the grid and 1 is a TritonKernel, of which 1 is the name, 2 the warps, 3
+    the bytes of shared memory and 4 the PTX.
+    """
+    fields, at = {}, 0
+
+    def integer():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        key, value = integer(), integer()
+        if key % 8 == 2:
+            value, at = message[at : at + value], at + value
+        fields[key // 8] = value
+    return fields
 
 
 launch_p = Primitive("paged_prefill_triton")
 launch_p.multiple_results = True
-launch_p.def_abstract_eval(lambda *_, call, results: [jax.core.ShapedArray(x.shape, x.dtype) for x in results])
+launch_p.def_abstract_eval(lambda *_, results, **kwargs: [jax.core.ShapedArray(x.shape, x.dtype) for x in results])
 mlir.register_lowering(launch_p, _lower)
 
 
