@@ -12,7 +12,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import softmax
+from paged_prefill.lowering.mosaic_gpu.hopper import compute, softmax
 from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import layouts, packs, plans, poisoned, problems
 
@@ -145,6 +145,7 @@ class LoweringTest(parameterized.TestCase):
         [launched] = launch.call_args_list
         self.assertEqual(launched.args[0].fp8_terms, fp8_terms)
         self.assertIn("mosaic_gpu", text)
+        return launched.args[0]
 
     def call(self, **kind):
         usual = dict(sequences=((70, 300), (1, 513), (9, 4)), q_heads=8, kv_heads=2, head_dim=128, page_size=16,
@@ -162,6 +163,14 @@ class LoweringTest(parameterized.TestCase):
     )
     def test_lowers_with_every_operand(self, fp8_terms, kind, parameters):
         self.check_lowers(self.call(**kind), fp8_terms, **parameters)
+
+    @parameterized.parameters(0, 1, 2)
+    def test_products_take_the_terms_that_there_are(self, fp8_terms):
+        """And not what else the rows of a query have room for."""
+        with mock.patch.object(compute, "start_products", side_effect=compute.start_products) as start:
+            plan = self.check_lowers(self.call(), fp8_terms)
+        [parts] = {call.args[0].shape[0] for call in start.call_args_list}
+        self.assertEqual(parts, plan.query_parts * max(fp8_terms, 1))
 
     @parameterized.parameters(*layouts.NAMES)
     def test_lowers_in_every_layout(self, name):
