@@ -12,7 +12,8 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import softmax
+from paged_prefill.lowering.mosaic_gpu.hopper import compute, softmax
+from paged_prefill.lowering.tuning import resolve
 from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import layouts, packs, plans, poisoned, problems
 
@@ -130,6 +131,17 @@ class SizesTest(parameterized.TestCase):
         config = PrefillPageAttentionConfig(fp8_terms=fp8_terms).over(KERNEL.heuristic(problem, HOPPER))
         self.assertIsNone(KERNEL.misfit(problem, HOPPER, config))
 
+    @parameterized.parameters(((2048, 1), 16384, 2, 4), ((8192, 1), 8192, 5, 5), ((8, 8), 8192, 2, 2))
+    def test_as_many_stages_as_have_room_unless_keys_are_split(self, pack, context, widened, stages):
+        tokens, seqs = pack
+        problem = problems.problem(tokens=tokens, seqs=seqs, q_heads=32, num_kv_heads=8, pages_per_seq=context // 16,
+                                   features=("quantised",), cache_dtype="float8_e4m3fn")
+        found = [
+            resolve.completed(KERNEL, problem, HOPPER, PrefillPageAttentionConfig(**asked)).num_stages
+            for asked in (dict(), dict(fp8_terms=0), dict(fp8_terms=2), dict(fp8_terms=2, num_stages=2))
+        ]
+        self.assertEqual(found, [widened, widened, stages, 2])
+
     @parameterized.parameters(-1, 3, True, 1.0, "1")
     def test_terms_that_there_are_not(self, value):
         with self.assertRaisesRegex(ValueError, "cfg.fp8_terms must be 0, 1, 2 or None, got"):
@@ -145,6 +157,7 @@ class LoweringTest(parameterized.TestCase):
         [launched] = launch.call_args_list
         self.assertEqual(launched.args[0].fp8_terms, fp8_terms)
         self.assertIn("mosaic_gpu", text)
+        return launched.args[0]
 
     def call(self, **kind):
         usual = dict(sequences=((70, 300), (1, 513), (9, 4)), q_heads=8, kv_heads=2, head_dim=128, page_size=16,
@@ -162,6 +175,14 @@ class LoweringTest(parameterized.TestCase):
     )
     def test_lowers_with_every_operand(self, fp8_terms, kind, parameters):
         self.check_lowers(self.call(**kind), fp8_terms, **parameters)
+
+    @parameterized.parameters(0, 1, 2)
+    def test_products_take_the_terms_that_there_are(self, fp8_terms):
+        """And not what else the rows of a query have room for."""
+        with mock.patch.object(compute, "start_products", side_effect=compute.start_products) as start:
+            plan = self.check_lowers(self.call(), fp8_terms)
+        [parts] = {call.args[0].shape[0] for call in start.call_args_list}
+        self.assertEqual(parts, plan.query_parts * max(fp8_terms, 1))
 
     @parameterized.parameters(*layouts.NAMES)
     def test_lowers_in_every_layout(self, name):

@@ -107,7 +107,8 @@ class _Attention:
         self.plan, self.piece, self.done, self.team, self.warpgroup = plan, piece, done, team, warpgroup
         self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
         _, *views = query_views
-        self.loaded_query, self.query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
+        self.loaded_query, query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
+        self.query = query.at[pl.ds(0, plan.query_terms * plan.query_parts)]
         self.keys, self.values = keys, values
         queries = plan.queries_of(team, warpgroup)
         self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
