@@ -15,6 +15,7 @@ MAX_SPLITS = 64
 # What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
 PIECE_BYTES = 2**16  # to begin and to end one tile's share of the keys
 MERGE_BYTES = 3 * 2**14  # to launch the merge
+CLUSTER_BYTES = 2**14  # to merge within the launch instead
 SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
 ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
 NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
@@ -50,12 +51,14 @@ def best_splits(
     rows: int,
     most: int,
     enough: float = 0.5,
+    in_cluster: frozenset[int] = frozenset(),
 ) -> int:
-    """The fewest parts, up to `most`, by which a launch takes nearly the least time, by an estimate.
+    """The fewest parts, up to `most`, by which a launch takes nearly the least time, by an estimate; or those `in_cluster`.
 
     Pieces, `unsplit` times the splits, go in rounds over `slots`, so many at a time. A launch ends with its last round,
     with its longest piece, or when memory has delivered all keys; the merge follows, of as many `rows` from each split.
     Where `enough` of the slots, half of them, have work as it is, the merge costs more than the others would save.
+    Parts of the numbers `in_cluster` are merged by those who have them, and leave no results in memory.
     """
     if most < 2 or unsplit >= slots * enough:
         return 1
@@ -70,10 +73,12 @@ def best_splits(
         rounds = -(-unsplit * splits // slots)
         last = max(piece + PIECE_BYTES, rounds * (piece * mean / keys + PIECE_BYTES)) * slots / device.cores
         merge = MERGE_BYTES + splits * (SPLIT_BYTES + results / device.cores) if splits > 1 else 0
+        merge = CLUSTER_BYTES if splits in in_cluster else merge
         return max(last / ALONE, all_keys / device.cores) + merge
 
-    costs = [cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)]
-    return 1 + next(i for i, each in enumerate(costs) if each <= NEARLY * min(costs))
+    costs = {splits: cost(splits) for splits in range(1, min(most, MAX_SPLITS) + 1)}
+    near = [splits for splits, each in costs.items() if each <= NEARLY * min(costs.values())]
+    return min(near, key=lambda splits: (splits not in in_cluster, splits))
 
 
 def parts_of(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
@@ -30,6 +31,8 @@ RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 MOST_FP8_STAGES = 5  # where they are multiplied as they are: six are 3% slower
+MOST_IN_CLUSTER = 16  # blocks, where a chip allows more than the 8 that all do
+CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -85,9 +88,10 @@ class MosaicGpu(Kernel):
             config = teams
         elif three is not None and _ends_sooner(problem, device, three, config):
             config = three
-        config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
-        return replace(config, num_stages=min(config.num_stages, few)) if config.num_splits > 1 else config
+        of_parts = replace(config, num_stages=min(config.num_stages, few))
+        splits = self.num_splits(problem, device, of_parts)
+        return replace(of_parts if splits > 1 else config, num_splits=splits)
 
     def over_heuristic(
         self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig
@@ -158,7 +162,9 @@ class MosaicGpu(Kernel):
             return 1
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
-        return best_splits(problem, device, config, unsplit=unsplit, slots=device.cores, rows=rows, most=most)
+        clusters = frozenset(n for n in range(2, most + 1) if in_cluster(problem, device, config, n))
+        sizes = dict(unsplit=unsplit, slots=device.cores, rows=rows, most=most)
+        return best_splits(problem, device, config, **sizes, in_cluster=clusters)
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
@@ -183,7 +189,7 @@ class MosaicGpu(Kernel):
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
         if plan.parts.vary:
             out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
-        splits = 1 if plan.parts.vary else plan.splits
+        splits = 1 if plan.parts.vary else plan.results
         lse = lse.reshape(splits, problem.q_heads, problem.tokens)
         out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
         return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
@@ -231,7 +237,8 @@ def _schedule(call: Call, plan: Plan):
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
-    problem = call.problem
+    problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
+    clusters = not parts.vary and in_cluster(problem, device, config, parts.most)
     key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
@@ -256,9 +263,10 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
-        teams=_teams(problem, config),
+        teams=1 if clusters else _teams(problem, config),
         stages=config.num_stages,
-        parts=parts_of_tiles(problem, device, config),
+        parts=parts,
+        clusters=clusters,
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
@@ -276,6 +284,15 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """A core has room for one thread block."""
     return parts_of(problem, device, config, unsplit=programs(problem, config), slots=device.cores)
+
+
+def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
+    """Whether the blocks that have a tile's parts merge them: where the chip has room for all clusters at a time."""
+    if not 1 < parts <= MOST_IN_CLUSTER or _wide(problem):
+        return False
+    exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
+    at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
+    return programs(problem, config) <= at_a_time and shared_bytes(problem, config) + exchanged <= SHARED_BYTES
 
 
 def _scales(call: Call):

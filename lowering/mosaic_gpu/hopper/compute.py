@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products, start_weighted
@@ -30,7 +31,11 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, resu
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
-    store_results(plan, piece, rows, attention.run(first, end), results)
+    found, first_column = attention.run(first, end), 0
+    if plan.clusters:
+        room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
+        found, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room)
+    store_results(plan, piece, rows, found, results, first_column)
     attention.pass_over(end, piece.steps)
 
 
@@ -56,7 +61,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0)
         store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
 
     if not plan.parts.vary:
-        return store(*results, piece.tile.part if plan.splits > 1 else 0)
+        return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 

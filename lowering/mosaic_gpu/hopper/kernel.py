@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
@@ -44,14 +45,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
-    Returns out [splits * tokens * q_heads, value_dim], in float32 if split, and lse [splits * q_heads * tokens]. Where
-    the number of parts varies, before them those of tiles of one part, as if nothing were split.
+    Returns out [results * tokens * q_heads, value_dim], in float32 if there are several, and lse [results * q_heads *
+    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     shape, result_types = jax.ShapeDtypeStruct, []
-    for splits in [1, plan.splits] if plan.parts.vary else [plan.splits]:
-        rows = splits * plan.tokens * plan.q_heads
-        result_types += [shape((rows, plan.value_dim), dtype if splits == 1 else jnp.float32), shape((rows,), jnp.float32)]
+    for results in [1, plan.results] if plan.parts.vary else [plan.results]:
+        rows = results * plan.tokens * plan.q_heads
+        result_types += [shape((rows, plan.value_dim), dtype if results == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
     tiled = tiling_of(product_dtype)
 
@@ -103,11 +104,15 @@ def launch(plan: Plan, schedule, query, caches, optional):
         )
     if plan.quantised:
         scratch |= widening_scratch(plan)
+    blocks = dict(grid=(min(plan.pieces, plan.cores),))
+    if plan.clusters:
+        scratch |= exchange_scratch(plan)
+        blocks = dict(grid=(plan.pieces // plan.splits,), cluster=(plan.splits,), cluster_names=("part",))
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
         out_type=tuple(result_types),
         scratch_types=scratch,
-        grid=(min(plan.pieces, plan.cores),),
+        **blocks,
         grid_names=("block",),
         num_threads=plan.computing_warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
@@ -134,9 +139,16 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
+    part = lax.axis_index("part") if plan.clusters else None
 
     def each_piece(do, team=0):
-        """Calls do(piece, steps already done) for a team's pieces: longest first, to and fro over the blocks' teams."""
+        """Calls do(piece, steps already done) for a team's pieces: longest first, to and fro over the blocks' teams.
+
+        Of a cluster, each block has a part of one tile.
+        """
+        if plan.clusters:
+            piece = _piece(plan, table, pools, kv_head_start, block, slab, part)
+            return pl.when(piece.tile.length > 0)(lambda: do(piece, jnp.int32(0)))
         place, places = team * blocks + block, plan.teams * blocks
 
         def turn(i, done, pieces=plan.pieces):
@@ -231,10 +243,11 @@ class Piece(NamedTuple):
     first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
 
 
-def _piece(plan: Plan, table, pools, kv_head_start, index, slab) -> Piece:
+def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> Piece:
+    """A piece by its number: of all tiles if `part` says which of a tile's it is, and else of all parts."""
     head_tile = lax.rem(index, plan.head_tiles)
     row = lax.div(index, plan.head_tiles)
-    if not plan.parts.vary:
+    if part is None and not plan.parts.vary:
         row, part = lax.div(row, plan.splits), lax.rem(row, plan.splits)
     row *= plan.columns
     fields = [table[row + i] for i in range(TILE_COLUMNS)]

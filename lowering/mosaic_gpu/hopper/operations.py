@@ -469,11 +469,12 @@ def store_rows(array, rows, out, first_column=0) -> None:
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)
         quarter = arith.remui(utils.thread_idx(), arith.constant(i32, QUAD))
-        together = 2 * QUAD if utils.bitwidth(array.mlir_dtype) == 16 else 2  # columns of a store
+        exchanges = utils.bitwidth(array.mlir_dtype) == 16 and len(pairs) % QUAD == 0
+        together = 2 * QUAD if exchanges else 2  # columns of a store
         first_column = arith.addi(column.registers.item(), arith.muli(quarter, arith.constant(i32, together)))
         for half, register in enumerate(rows.registers.flat):
             row, pieces = vector.extract(register, [], [0]), list(pairs[:, half])
-            if together > 2:
+            if exchanges:
                 pieces = [_of_one_group(pieces[i : i + QUAD], quarter) for i in range(0, len(pieces), QUAD)]
             with _where_not_negative(row):
                 offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, features))

@@ -96,6 +96,7 @@ class Plan:
     teams: int  # tiles that a thread block goes through side by side, each a team of its own
     stages: int
     parts: Parts  # of a tile's keys
+    clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
     softmax_scale: float
     soft_cap: float | None
     window: int | None
@@ -269,6 +270,11 @@ class Plan:
     def splits(self) -> int:
         """The most parts of a tile: places for the results of each."""
         return self.parts.most
+
+    @property
+    def results(self) -> int:
+        """Of each tile, in global memory."""
+        return 1 if self.clusters else self.splits
 
     @property
     def rows_of_table(self) -> int:

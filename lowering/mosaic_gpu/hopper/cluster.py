@@ -1,0 +1,151 @@
+"""The merge of a tile's parts by the blocks of a cluster, a part each: no row of results but the last meets memory.
+
+Every block sends each of the others the columns that are theirs, into their shared memory. Once all have sent, each adds
+up its share of the tile's columns, part by part. So no block reads of another, and each may end when it has its own.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters.mlir import ir
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.primitive.attention import factor_and_lse
+
+arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
+
+THREADS = 128
+GROUP = 8  # columns of which a thread has two, of two rows
+
+
+def shares(parts: int, value_dim: int) -> tuple[list[int], int]:
+    """The first column of each block, and how many it has. Some may be two blocks', which write the same bits."""
+    columns = GROUP * -(-value_dim // (GROUP * parts))
+    return [min(block * columns, value_dim - columns) for block in range(parts)], columns
+
+
+def words_of_part(columns: int) -> int:
+    """Pairs of numbers that a thread sends of a part to a block with so many columns: the last is the lse of its rows."""
+    return 2 * (columns // GROUP) + 1
+
+
+def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ...]:
+    """Of the numbers that a block is sent, in float32."""
+    _, columns = shares(parts, value_dim)
+    return row_groups, parts, words_of_part(columns), THREADS, 2
+
+
+def exchange_scratch(plan: Plan) -> dict:
+    """What is in shared memory for this alone, by the names of `kernel.launch`."""
+    return dict(exchange=plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32))
+
+
+def merge_in_cluster(plan: Plan, part, acc, lse, owns, room):
+    """((output, lse) of a warpgroup's rows from all parts, the first of its columns), a block's share of the columns.
+
+    `acc` [64, value_dim] and `lse` [64] are of the block's own part, and `owns` says which rows are there: others come
+    to have any numbers. `room` is the warpgroup's shared memory.
+    """
+    firsts, columns = shares(plan.splits, plan.value_dim)
+    _send(acc, lse, owns, room, part, firsts, columns)
+    _meet_cluster()
+    received = [_receive(room, number, columns) for number in range(plan.splits)]
+    return merged(*zip(*received)), jnp.minimum(part * columns, firsts[-1])
+
+
+def merged(outputs, lses):
+    """Output and lse from those of disjoint parts, in their order: softmaxes add up by exp(lse)."""
+    largest = functools.reduce(jnp.maximum, lses)
+    base = jnp.where(largest == -jnp.inf, 0.0, largest)
+    weights = [jnp.exp(lse - base) for lse in lses]
+    factor, lse = factor_and_lse(functools.reduce(jnp.add, weights), largest)
+    rows = lambda numbers: lax.broadcast_in_dim(numbers, outputs[0].shape, [0])
+    summed = functools.reduce(jnp.add, [rows(weight) * output for weight, output in zip(weights, outputs)])
+    return summed * rows(factor), lse
+
+
+def _send(acc, lse, owns, room, part, firsts: list[int], columns: int) -> None:
+    """Writes each block's columns of this part, and the lse, to its shared memory: a thread where the same one reads.
+
+    `firsts` are the first columns of the blocks.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def send(_, acc, lse, owns, room, part):
+        i32, nothing, size = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void"), columns // GROUP
+        offset = arith.muli(part.registers.item(), arith.constant(i32, 8 * THREADS * words_of_part(columns)))
+        here = _own_place(room, offset)
+        places = []
+        for block in range(len(firsts)):
+            number = arith.constant(i32, block)
+            places.append(llvm.inline_asm(i32, [here, number], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
+        for half, (its_lse, owned) in enumerate(zip(lse.registers.flat, owns.registers.flat)):
+            branch = scf.IfOp(vector.extract(owned, [], [0]))
+            with ir.InsertionPoint(branch.then_block):
+                for place, first in zip(places, firsts):
+                    for i, pair in enumerate(acc.registers.reshape(-1, 2)[first // GROUP :][:size, half]):
+                        store = f"st.shared::cluster.v2.f32 [$0 + {8 * THREADS * (2 * i + half)}], {{$1, $2}};"
+                        numbers = [vector.extract(pair, [], [i]) for i in range(2)]
+                        llvm.inline_asm(nothing, [place, *numbers], store, "r,f,f,~{memory}", has_side_effects=True)
+                    store = f"st.shared::cluster.f32 [$0 + {8 * THREADS * 2 * size + 4 * half}], $1;"
+                    number = vector.extract(its_lse, [], [0])
+                    llvm.inline_asm(nothing, [place, number], store, "r,f,~{memory}", has_side_effects=True)
+                scf.yield_([])
+
+    send(acc, lse, owns, room, part)
+
+
+def _receive(room, part: int, columns: int):
+    """A part's output of this block's columns, and its lse."""
+    shape = (WARPGROUP_ROWS, columns)
+    types = [
+        plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA),
+        plgpu.ShapeDtypeStruct(shape[:1], jnp.float32, layout=ROWS),
+    ]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=types)
+    def receive(_, room):
+        pair, i8 = ir.VectorType.get((2,), ir.F32Type.get()), ir.IntegerType.get_signless(8)
+        number = words_of_part(columns)
+        offset = arith.constant(ir.IntegerType.get_signless(32), 8 * THREADS * number * part)
+        start = _own_place(room, offset)
+        words = [llvm.load(pair, utils.getelementptr(start, [8 * THREADS * i], i8)) for i in range(number)]
+        matrix, rows = mgpu.WGMMA_LAYOUT, mgpu.WGMMA_LAYOUT.reduce((1,))
+        registers = np.empty(matrix.registers_shape(shape), dtype=object)
+        registers.reshape(-1)[:] = words[:-1]
+        of_rows = np.empty(rows.registers_shape(shape[:1]), dtype=object)
+        single = ir.VectorType.get((1,), ir.F32Type.get())
+        for half, place in enumerate(np.ndindex(of_rows.shape)):
+            of_rows[place] = vector.broadcast(single, vector.extract(words[-1], [], [half]))
+        return [
+            mgpu.FragmentedArray(_registers=registers, _layout=matrix, _is_signed=None),
+            mgpu.FragmentedArray(_registers=of_rows, _layout=rows, _is_signed=None),
+        ]
+
+    return receive(room)
+
+
+def _own_place(room, offset):
+    """A pointer to what this thread of a warpgroup has, so many bytes on."""
+    i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
+    thread = arith.remui(utils.thread_idx(), arith.constant(i32, THREADS))
+    place = arith.addi(arith.muli(thread, arith.constant(i32, 8)), offset)
+    return utils.getelementptr(utils.memref_ptr(room), [place], i8)
+
+
+def _meet_cluster() -> None:
+    """Threads of the cluster that have not ended wait for one another, and see what all have sent."""
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        assembly = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], assembly, "~{memory}", has_side_effects=True)
+
+    meet()

@@ -1,0 +1,103 @@
+"""The merge by a cluster of the Hopper kernel's blocks: its arithmetic, the blocks' shares, and where it is chosen."""
+
+import functools
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu.hopper import cluster
+from paged_prefill.lowering.splits import merge_splits
+from paged_prefill.primitive.context import policy
+from paged_prefill.tests import plans, problems
+
+KERNEL, HOPPER = host.MosaicGpu(), Device("cuda", "NVIDIA H200", "9.0")
+
+
+def decode(seqs, context, **changes):
+    sizes = dict(tokens=seqs, seqs=seqs, q_heads=32, num_kv_heads=8, cache_kv_heads=8, pages_per_seq=context // 16)
+    return problems.problem(**(sizes | dict(page_size=16, head_dim=128, value_dim=128) | changes))
+
+
+def of_two_warpgroups(parts):
+    return Config(block_q=64, block_kv=64, num_warps=12, num_stages=2, num_splits=parts)
+
+
+def parts_of(problem, config):
+    parts = host.parts_of_tiles(problem, HOPPER, config)
+    return parts.most, not parts.vary and host.in_cluster(problem, HOPPER, config, parts.most)
+
+
+class ClusterTest(parameterized.TestCase):
+    @parameterized.parameters(2, 3, 16)
+    def test_parts_are_merged_as_everywhere(self, parts):
+        """Rows that see nothing, parts that see nothing, and rows that are NaN."""
+        rng = np.random.default_rng(parts)
+        out, lse = rng.standard_normal((parts, 64, 8), np.float32), 20 * rng.standard_normal((parts, 64), np.float32)
+        lse[rng.random(lse.shape) < 0.3] = -np.inf
+        lse[:, 3] = -np.inf
+        out[np.isneginf(lse)] = 0
+        lse[0, 5] = out[-1, 7, 2] = np.nan
+        got = cluster.merged([*out], [*lse])
+        want = merge_splits(jnp.asarray(out)[:, :, None], jnp.asarray(lse)[:, :, None], jnp.float32)
+        for a, b in zip(got, want):
+            np.testing.assert_allclose(a, b[:, 0], 1e-5, 1e-6)
+        self.assertTrue(np.isnan(got[0][5]).all() and np.isnan(got[0][7, 2]) and not np.isnan(got[0][3]).any())
+
+    @parameterized.product(parts=(2, 3, 5, 8, 16), value_dim=(64, 128, 192, 256))
+    def test_every_column_is_some_blocks(self, parts, value_dim):
+        firsts, columns = cluster.shares(parts, value_dim)
+        self.assertLen(firsts, parts)
+        self.assertEqual({first + i for first in firsts for i in range(columns)}, {*range(value_dim)})
+        self.assertTrue(all(first % cluster.GROUP == 0 for first in firsts))
+
+    @parameterized.parameters(
+        (decode(8, 1024), 2, True),
+        (decode(3, 1024), 4, True),
+        (decode(4, 512), 4, False),
+        (decode(1, 8192), 16, False),
+        (decode(8, 1024, q_heads=16, num_kv_heads=2, cache_kv_heads=2), 4, True),
+        (decode(16, 1024), 1, False),
+    )
+    def test_short_calls_are_merged_so(self, problem, parts, merged):
+        self.assertEqual(parts_of(problem, KERNEL.heuristic(problem, HOPPER)), (parts, merged))
+
+    def test_the_chip_has_room_for_all_clusters_or_there_are_none(self):
+        """Of 7 groups of 16 cores, and pairs of any; in a core for what is sent; and where parts do not vary."""
+        problem = decode(4, 512)
+        config = KERNEL.heuristic(problem, HOPPER)
+        for parts, merged in ((1, False), (2, True), (3, True), (4, False), (17, False)):
+            self.assertEqual(host.in_cluster(problem, HOPPER, config, parts), merged)
+        wide = decode(1, 8192, head_dim=256, value_dim=256)
+        self.assertFalse(host.in_cluster(wide, HOPPER, KERNEL.heuristic(wide, HOPPER), 8))
+        many = decode(8, 32768)
+        self.assertFalse(parts_of(many, KERNEL.heuristic(many, HOPPER))[1])
+        with policy("invariant"):
+            self.assertEqual(parts_of(problem, KERNEL.heuristic(problem, HOPPER)), (1, False))
+
+    @parameterized.parameters(
+        ((8, 32, 128), (8, 64, 16, 128), (8, 64), {}, False),
+        ((3, 8, 64), (2, 64, 16, 64), (3, 60), dict(sliding_window=300), False),
+        ((130, 8, 128), (2, 64, 16, 128), (1, 60), dict(cfg=of_two_warpgroups(2)), False),
+        ((130, 8, 128), (2, 64, 16, 128), (1, 60), dict(cfg=of_two_warpgroups(17)), True),
+    )
+    def test_lowers_to_a_program_without_a_merge(self, query, cache, table, parameters, merges):
+        """Of decode steps, and of two warpgroups with many tokens."""
+        floats = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (query, cache, cache)]
+        ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (table[:1], table, (table[0] + 1,))]
+        call = functools.partial(ragged_paged_prefill, platform="cuda", **parameters)
+        text = jax.jit(call).trace(*floats, *ints).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertIn("mosaic_gpu", text)
+        self.assertEqual("stablehlo.exponential" in text, merges)
+
+    def test_a_block_has_one_part_and_writes_the_tile_once(self):
+        plan = plans.plan(parts=host.Parts(4, 4), clusters=True, warpgroups=1)
+        self.assertEqual((plan.splits, plan.results), (4, 1))
+
+
+if __name__ == "__main__":
+    absltest.main()
