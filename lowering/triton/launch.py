@@ -3,8 +3,8 @@
 A kernel's parameters are its inputs, then its results; of an input whose memory a result takes it makes no use.
 
 jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's. That may be part of a CUDA graph, but XLA
-has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5 us for
-each kernel. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
+has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5 us and
+more. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
 addresses. So on NVIDIA that takes its place. For AMD there is none.
 """
 
