@@ -28,8 +28,7 @@ def of_two_warpgroups(parts):
 
 
 def parts_of(problem, config):
-    parts = host.parts_of_tiles(problem, HOPPER, config)
-    return parts.most, not parts.vary and host.in_cluster(problem, HOPPER, config, parts.most)
+    return host.parts_of_tiles(problem, HOPPER, config).most, host.merges_in_cluster(problem, HOPPER, config)
 
 
 class ClusterTest(parameterized.TestCase):
@@ -58,7 +57,8 @@ class ClusterTest(parameterized.TestCase):
     @parameterized.parameters(
         (decode(8, 1024), 2, True),
         (decode(3, 1024), 4, True),
-        (decode(4, 512), 4, False),
+        (decode(4, 512), 3, True),
+        (decode(5, 992), 3, False),
         (decode(1, 8192), 16, False),
         (decode(8, 1024, q_heads=16, num_kv_heads=2, cache_kv_heads=2), 4, True),
         (decode(16, 1024), 1, False),

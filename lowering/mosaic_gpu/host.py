@@ -90,8 +90,16 @@ class MosaicGpu(Kernel):
             config = three
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         of_parts = replace(config, num_stages=min(config.num_stages, few))
-        splits = self.num_splits(problem, device, of_parts)
-        return replace(of_parts if splits > 1 else config, num_splits=splits)
+        of_parts = replace(of_parts, num_splits=self.num_splits(problem, device, of_parts))
+        if of_parts.num_splits == 1:
+            return replace(config, num_splits=1)
+        if of_parts.block_kv > 64 and not _quantised(problem) and not merges_in_cluster(problem, device, of_parts):
+            # Where there is no cluster for each large block, smaller ones may suit those that there are.
+            small = replace(of_parts, block_kv=64, num_stages=STAGES_OF_A_PART + 1)
+            small = replace(small, num_splits=self.num_splits(problem, device, small))
+            if merges_in_cluster(problem, device, small):
+                return small
+        return of_parts
 
     def over_heuristic(
         self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig
@@ -238,7 +246,7 @@ def _schedule(call: Call, plan: Plan):
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
-    clusters = not parts.vary and in_cluster(problem, device, config, parts.most)
+    clusters = merges_in_cluster(problem, device, config)
     key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
@@ -286,8 +294,14 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     return parts_of(problem, device, config, unsplit=programs(problem, config), slots=device.cores)
 
 
+def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
+    """Whether the blocks that have a tile's parts merge them, in a call with these sizes."""
+    parts = parts_of_tiles(problem, device, config)
+    return not parts.vary and in_cluster(problem, device, config, parts.most)
+
+
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
-    """Whether the blocks that have a tile's parts merge them: where the chip has room for all clusters at a time."""
+    """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
     if not 1 < parts <= MOST_IN_CLUSTER or _wide(problem):
         return False
     exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))

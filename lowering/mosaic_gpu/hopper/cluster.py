@@ -1,7 +1,8 @@
 """The merge of a tile's parts by the blocks of a cluster, a part each: no row of results but the last meets memory.
 
-Every block sends each of the others the columns that are theirs, into their shared memory. Once all have sent, each adds
-up its share of the tile's columns, part by part. So no block reads of another, and each may end when it has its own.
+Every block sends each of the others the columns that are theirs, into their shared memory, where a barrier counts the
+bytes. Once all have come, it adds up its share of the tile's columns, part by part. So no block reads of another, and
+each may end when it has its own.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, initialise, wait
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.primitive.attention import factor_and_lse
@@ -22,6 +24,7 @@ from paged_prefill.primitive.attention import factor_and_lse
 arith, llvm, scf, vector = compat.mlir_dialects("arith", "llvm", "scf", "vector")
 
 THREADS = 128
+STORE = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
 GROUP = 8  # columns of which a thread has two, of two rows
 
 
@@ -44,18 +47,26 @@ def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ..
 
 def exchange_scratch(plan: Plan) -> dict:
     """What is in shared memory for this alone, by the names of `kernel.launch`."""
-    return dict(exchange=plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32))
+    shape = exchange_shape(plan.row_groups, plan.splits, plan.value_dim)
+    return dict(exchange=plgpu.SMEM(shape, jnp.float32), exchanged=arrivals(plan.row_groups))
 
 
-def merge_in_cluster(plan: Plan, part, acc, lse, owns, room):
+def start_exchange(exchanged) -> None:
+    """By a warpgroup, long before it sends: its barrier is for all blocks that have started."""
+    initialise(exchanged, THREADS)
+    _cluster("fence.mbarrier_init.release.cluster; barrier.cluster.arrive.relaxed;")
+
+
+def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged):
     """((output, lse) of a warpgroup's rows from all parts, the first of its columns), a block's share of the columns.
 
     `acc` [64, value_dim] and `lse` [64] are of the block's own part, and `owns` says which rows are there: others come
-    to have any numbers. `room` is the warpgroup's shared memory.
+    to have any numbers. `room` is the warpgroup's shared memory, and `exchanged` its barrier.
     """
     firsts, columns = shares(plan.splits, plan.value_dim)
-    _send(acc, lse, owns, room, part, firsts, columns)
-    _meet_cluster()
+    _cluster("barrier.cluster.wait.acquire;")
+    _send(acc, lse, owns, room, exchanged, part, firsts, columns)
+    wait(exchanged, jnp.int32(0), jnp.int32(0))
     received = [_receive(room, number, columns) for number in range(plan.splits)]
     return merged(*zip(*received)), jnp.minimum(part * columns, firsts[-1])
 
@@ -71,35 +82,40 @@ def merged(outputs, lses):
     return summed * rows(factor), lse
 
 
-def _send(acc, lse, owns, room, part, firsts: list[int], columns: int) -> None:
+def _send(acc, lse, owns, room, exchanged, part, firsts: list[int], columns: int) -> None:
     """Writes each block's columns of this part, and the lse, to its shared memory: a thread where the same one reads.
 
-    `firsts` are the first columns of the blocks.
+    `firsts` are the first columns of the blocks. As many bytes come from each part as go to each.
     """
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def send(_, acc, lse, owns, room, part):
-        i32, nothing, size = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void"), columns // GROUP
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def send(_, acc, lse, owns, room, exchanged, part):
+        i32, nothing = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
         offset = arith.muli(part.registers.item(), arith.constant(i32, 8 * THREADS * words_of_part(columns)))
+        barrier, size = utils.memref_ptr(exchanged), columns // GROUP
+        halves = [arith.extui(i32, vector.extract(owned, [], [0])) for owned in owns.registers.flat]
+        expected = arith.muli(arith.addi(*halves), arith.constant(i32, len(firsts) * (8 * size + 4)))
+        arrive = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
+        llvm.inline_asm(nothing, [barrier, expected], arrive, "r,r,~{memory}", has_side_effects=True)
+        mapped = lambda place, block: llvm.inline_asm(
+            i32, [place, arith.constant(i32, block)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"
+        )
         here = _own_place(room, offset)
-        places = []
-        for block in range(len(firsts)):
-            number = arith.constant(i32, block)
-            places.append(llvm.inline_asm(i32, [here, number], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
+        places = [[mapped(place, block) for place in (here, barrier)] for block in range(len(firsts))]
         for half, (its_lse, owned) in enumerate(zip(lse.registers.flat, owns.registers.flat)):
             branch = scf.IfOp(vector.extract(owned, [], [0]))
             with ir.InsertionPoint(branch.then_block):
                 for place, first in zip(places, firsts):
                     for i, pair in enumerate(acc.registers.reshape(-1, 2)[first // GROUP :][:size, half]):
-                        store = f"st.shared::cluster.v2.f32 [$0 + {8 * THREADS * (2 * i + half)}], {{$1, $2}};"
                         numbers = [vector.extract(pair, [], [i]) for i in range(2)]
-                        llvm.inline_asm(nothing, [place, *numbers], store, "r,f,f,~{memory}", has_side_effects=True)
-                    store = f"st.shared::cluster.f32 [$0 + {8 * THREADS * 2 * size + 4 * half}], $1;"
+                        store = f"{STORE}.v2.f32 [$0 + {8 * THREADS * (2 * i + half)}], {{$2, $3}}, [$1];"
+                        llvm.inline_asm(nothing, [*place, *numbers], store, "r,r,f,f,~{memory}", has_side_effects=True)
                     number = vector.extract(its_lse, [], [0])
-                    llvm.inline_asm(nothing, [place, number], store, "r,f,~{memory}", has_side_effects=True)
+                    store = f"{STORE}.f32 [$0 + {8 * THREADS * 2 * size + 4 * half}], $2, [$1];"
+                    llvm.inline_asm(nothing, [*place, number], store, "r,r,f,~{memory}", has_side_effects=True)
                 scf.yield_([])
 
-    send(acc, lse, owns, room, part)
+    send(acc, lse, owns, room, exchanged, part)
 
 
 def _receive(room, part: int, columns: int):
@@ -140,12 +156,11 @@ def _own_place(room, offset):
     return utils.getelementptr(utils.memref_ptr(room), [place], i8)
 
 
-def _meet_cluster() -> None:
-    """Threads of the cluster that have not ended wait for one another, and see what all have sent."""
+def _cluster(assembly: str) -> None:
+    """Steps of the barrier of all threads of the cluster that have not ended."""
 
     @plgpu.inline_mgpu()
-    def meet(_):
-        assembly = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+    def step(_):
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], assembly, "~{memory}", has_side_effects=True)
 
-    meet()
+    step()

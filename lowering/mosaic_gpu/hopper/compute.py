@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products, start_weighted
@@ -27,16 +27,21 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of
 
 def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, **scratch):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
+    if plan.clusters:
+        exchanged = scratch["exchanged"].at[pl.ds(warpgroup, 1)]
+        start_exchange(exchanged)
     attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
     found, first_column = attention.run(first, end), 0
-    if plan.clusters:
+    if plan.clusters:  # which waits for those that load to end: so no block may be left
+        attention.pass_over(end, piece.steps)
         room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
-        found, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room)
+        found, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, exchanged)
     store_results(plan, piece, rows, found, results, first_column)
-    attention.pass_over(end, piece.steps)
+    if not plan.clusters:
+        attention.pass_over(end, piece.steps)
 
 
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
