@@ -29,7 +29,6 @@ SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
-MOST_FP8_STAGES = 5  # where they are multiplied as they are: six are 3% slower
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -88,17 +87,6 @@ class MosaicGpu(Kernel):
         config = replace(config, num_splits=self.num_splits(problem, device, config))
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         return replace(config, num_stages=min(config.num_stages, few)) if config.num_splits > 1 else config
-
-    def over_heuristic(
-        self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig
-    ) -> PrefillPageAttentionConfig:
-        """With products of 8 bits, as many stages as have room where the heuristic's have blocks in 16 bits beside them."""
-        config = super().over_heuristic(problem, device, chosen)
-        if not chosen.fp8_terms or chosen.num_stages is not None or config.num_splits != 1:
-            return config
-        stages = range(MOST_FP8_STAGES, config.num_stages, -1)
-        deeper = (replace(config, num_stages=number) for number in stages)
-        return next((each for each in deeper if self.misfit(problem, device, each) is None), config)
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
