@@ -13,7 +13,6 @@ from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import compute, softmax
-from paged_prefill.lowering.tuning import resolve
 from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import layouts, packs, plans, poisoned, problems
 
@@ -130,17 +129,6 @@ class SizesTest(parameterized.TestCase):
                                    pages_per_seq=200, features=("quantised",), cache_dtype="float8_e4m3fn")
         config = PrefillPageAttentionConfig(fp8_terms=fp8_terms).over(KERNEL.heuristic(problem, HOPPER))
         self.assertIsNone(KERNEL.misfit(problem, HOPPER, config))
-
-    @parameterized.parameters(((2048, 1), 16384, 2, 4), ((8192, 1), 8192, 5, 5), ((8, 8), 8192, 2, 2))
-    def test_as_many_stages_as_have_room_unless_keys_are_split(self, pack, context, widened, stages):
-        tokens, seqs = pack
-        problem = problems.problem(tokens=tokens, seqs=seqs, q_heads=32, num_kv_heads=8, pages_per_seq=context // 16,
-                                   features=("quantised",), cache_dtype="float8_e4m3fn")
-        found = [
-            resolve.completed(KERNEL, problem, HOPPER, PrefillPageAttentionConfig(**asked)).num_stages
-            for asked in (dict(), dict(fp8_terms=0), dict(fp8_terms=2), dict(fp8_terms=2, num_stages=2))
-        ]
-        self.assertEqual(found, [widened, widened, stages, 2])
 
     @parameterized.parameters(-1, 3, True, 1.0, "1")
     def test_terms_that_there_are_not(self, value):

@@ -30,7 +30,6 @@ SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
-MOST_FP8_STAGES = 5  # where they are multiplied as they are: six are 3% slower
 MOST_IN_CLUSTER = 16  # blocks, where a chip allows more than the 8 that all do
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
@@ -100,17 +99,6 @@ class MosaicGpu(Kernel):
             if merges_in_cluster(problem, device, small):
                 return small
         return of_parts
-
-    def over_heuristic(
-        self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig
-    ) -> PrefillPageAttentionConfig:
-        """With products of 8 bits, as many stages as have room where the heuristic's have blocks in 16 bits beside them."""
-        config = super().over_heuristic(problem, device, chosen)
-        if not chosen.fp8_terms or chosen.num_stages is not None or config.num_splits != 1:
-            return config
-        stages = range(MOST_FP8_STAGES, config.num_stages, -1)
-        deeper = (replace(config, num_stages=number) for number in stages)
-        return next((each for each in deeper if self.misfit(problem, device, each) is None), config)
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""

@@ -41,11 +41,6 @@ def widened(block_kv: int, features: int, wide: bool) -> int:
     return 3 if block_kv * features <= 64 * 256 else 2
 
 
-def place_in_ring(step, places: int):
-    """Where a step's block lies, steps counted from 0: products wait for it, and unsigned it takes half the operations."""
-    return lax.rem(step.astype(jnp.uint32), jnp.uint32(places)).astype(jnp.int32)
-
-
 class Registers(NamedTuple):
     """Of a thread that computes, that loads and that widens; None where a warpgroup keeps what it starts with."""
 
@@ -337,11 +332,11 @@ class Plan:
 
     def slot_of(self, team, step):
         """Where a step's block of values, and of keys with them, lies among those of all teams."""
-        return team * self.slots + place_in_ring(step, self.slots)
+        return team * self.slots + lax.rem(step, self.slots)
 
     def key_slot_of(self, team, step):
         """Likewise its keys, which may have more places."""
-        return team * self.key_slots + place_in_ring(step, self.key_slots)
+        return team * self.key_slots + lax.rem(step, self.key_slots)
 
     def queries_of(self, team, row_group):
         """Which of all teams' groups of queries those of 64 rows are in."""

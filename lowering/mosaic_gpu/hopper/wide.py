@@ -188,4 +188,4 @@ class _Attention:
         return tuple(done)
 
     def _slot_of(self, i):
-        return self.plan.slot_of(0, self.done + i)
+        return lax.rem(self.done + i, self.plan.slots)

@@ -18,7 +18,7 @@ from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper import threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, wait
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, TILED_BYTES
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan, place_in_ring
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import transpose_block
 
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
@@ -70,7 +70,7 @@ def slot_of_scales(plan: Plan, step):
     One more than widened blocks: keys are let go of before their logits are weighed, and then those of the block after
     the next may come.
     """
-    return place_in_ring(step, plan.slots + 1)
+    return lax.rem(step, plan.slots + 1)
 
 
 def widening_scratch(plan: Plan) -> dict:
@@ -98,7 +98,7 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
         scales = _SlotScales(plan, pages, sources[0].slot_scales, piece, warp)
 
         def step(i, fetched):
-            stage, slot = (place_in_ring(done + i, places) for places in (plan.stages, plan.slots))
+            stage, slot = lax.rem(done + i, plan.stages), lax.rem(done + i, plan.slots)
             following = scales.fetch(i, fetched)
             for source in sources:
                 if source.wide_blocks is None:
