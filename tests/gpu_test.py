@@ -1,9 +1,11 @@
 """The GPU kernels on a real GPU, held to the reference. Where there is no GPU, every test is skipped and says so."""
 
+import contextlib
 from dataclasses import replace
 import functools
 import itertools
 import re
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
@@ -13,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, masks, ragged_paged_prefill
+from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, oracle, packs, poisoned
 from paged_prefill.tests.gpus import gpus_for
@@ -219,6 +223,24 @@ class GpuTest(parameterized.TestCase):
         warps = 4 * (3 if block_q < 192 else 4)
         cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=warps, num_splits=num_splits)
         self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap)
+
+    @product(kind=("causal", "window", "ranges"), block_kv=(64, 128), cores=(1, 3))
+    def test_pieces_in_a_chain_have_the_bits_of_pieces_alone(self, kind, block_kv, cores):
+        """On few cores: each thread block goes from sequence to sequence, and from one block of keys to many."""
+        self.need("cuda")
+        window = dict(sliding_window=90) if kind == "window" else {}
+        call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=128, page_size=16,
+                                  dtype="bfloat16", key_ranges=kind == "ranges", tokens_before=2, tokens_after=3, **window)
+        cfg = PrefillPageAttentionConfig(block_q=64, block_kv=block_kv, num_warps=12, num_splits=1)
+        plan_of, results = host._plan, []
+        for chains in (True, False):
+            few = mock.patch.object(host, "_plan", lambda *args: replace(plan_of(*args), cores=cores))
+            alone = contextlib.nullcontext() if chains else mock.patch.object(Plan, "chains", False)
+            with few, alone:
+                run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **window)
+                results.append(jax.jit(run)(**call))
+        oracle.assert_matches(call, *results[0], **window)
+        chex.assert_trees_all_equal(*results)
 
     def assert_matches(self, call, cfg, **parameters):
         run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **parameters)

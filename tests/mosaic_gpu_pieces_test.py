@@ -12,6 +12,7 @@ from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import kernel, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
 
 
@@ -56,6 +57,7 @@ class QueriesTest(parameterized.TestCase):
         ("three_warpgroups", dict(warpgroups=3, block_q=192), [0, 1, 2]),
         ("any_block_may_be_masked", dict(warpgroups=3, block_q=192, has_ranges=True), [0, 0, 0]),
         ("two_in_turns", dict(warpgroups=2, soft_cap=None), [0, 0]),
+        ("two_in_turns_in_a_chain", dict(warpgroups=2, soft_cap=None, tiles=67), [0, 1]),
         ("two_teams", dict(warpgroups=1, teams=2), [0, 1]),
     )
     def test_warpgroups_that_go_apart_have_queries_of_their_own(self, changes, groups):
@@ -65,13 +67,39 @@ class QueriesTest(parameterized.TestCase):
 
     def test_each_group_waits_for_as_many_copies_as_it_gets(self):
         """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
-        plan, arrays = launch_of(tokens=8192, q_heads=32, kv_heads=8)
+        plan, arrays = launch_of(tokens=8192, pages_per_seq=512, q_heads=32, kv_heads=8)
         self.assertEqual((plan.warpgroups, plan.query_groups), (3, 3))
         with mock.patch.object(kernel.plgpu, "Barrier", wraps=kernel.plgpu.Barrier) as barrier:
             jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
         made = [call.kwargs for call in barrier.call_args_list]
         queries = [sizes["num_arrivals"] for sizes in made if sizes.get("num_barriers") == 3 and "num_arrivals" in sizes]
         self.assertEqual(queries, [2, 1])
+
+
+class ChainTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("many_pieces", {}, True),
+        ("one_each", dict(tiles=33), False),
+        ("any_block_may_be_masked", dict(has_ranges=True), True),
+        ("three_warpgroups", dict(warpgroups=3, block_q=192), False),
+        ("a_polynomial", dict(soft_cap=50.0), False),
+        ("parts_of_some", dict(parts=Parts(1, 4, 8)), False),
+        ("short_steps", dict(head_dim=64, value_dim=64), False),
+        ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
+        ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), False),
+    )
+    def test_pieces_are_a_chain_where_warpgroups_take_turns(self, changes, chains):
+        self.assertEqual(plans.plan(**(dict(tiles=67, soft_cap=None) | changes)).chains, chains)
+
+    def test_a_chain_waits_for_no_product_alone_but_its_first_logits(self):
+        """Those are two, of 64 features each; pieces alone wait for their last output too."""
+        plan, arrays = launch_of(q_heads=32, kv_heads=8)
+        self.assertTrue(plan.chains)
+        alone = []
+        for chains in (True, False):
+            with mock.patch.object(Plan, "chains", chains):
+                alone.append(str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)).count("wgmma_ref"))
+        self.assertEqual(alone, [2, 3])
 
 
 class ResultsTest(parameterized.TestCase):

@@ -285,7 +285,9 @@ class SupportsTest(parameterized.TestCase):
         ("other_dims", dict(tokens=8192, head_dim=64, value_dim=64), 12),
         ("a_last_round_nearly_full", dict(tokens=4096, q_heads=64, pages_per_seq=2048), 16),  # 10.7 of 11
         ("a_last_round_hardly_begun", dict(tokens=4096, num_kv_heads=4, pages_per_seq=2048), 12),  # 5.3 of 6
-        ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256), 16),
+        ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256, attn_logits_soft_cap=50.0), 16),
+        ("tiles_of_few_keys", dict(tokens=4096, pages_per_seq=256), 12),
+        ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
         given = problem(**dict(q_heads=32, num_kv_heads=8, pages_per_seq=512) | changes)

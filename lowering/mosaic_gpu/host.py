@@ -40,6 +40,7 @@ FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
+LONG = 4096  # keys that tiles see on average, from which on three are considered where the pieces of two are a chain
 
 
 class MosaicGpu(Kernel):
@@ -475,6 +476,9 @@ def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
     if programs(problem, three) < ROUNDS * device.cores:
         return False
     fewest, most = _keys_of_tiles(problem, three.block_q)
+    chains = not _quantised(problem) and problem.attention.attn_logits_soft_cap is None
+    if chains and ("key_ranges" in problem.features or fewest + most < 2 * LONG):
+        return False  # ranges may make them short
 
     def time(config):
         rounds = programs(problem, config) / device.cores

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, start_products, start_weighted
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import store_numbers, store_rows, store_terms
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, store_numbers, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_products, start_weighted, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
@@ -42,6 +42,26 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, resu
     store_results(plan, piece, rows, found, results, first_column)
     if not plan.clusters:
         attention.pass_over(end, piece.steps)
+
+
+def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results, **scratch):
+    """One warpgroup's share of all pieces: each one's first logits come beside the last product of the one before."""
+
+    def attention_of(piece, done):
+        return _Attention(plan, piece, done, 0, warpgroup, optional, sources, **scratch)
+
+    def one(carry):
+        i, done, _, logits = carry
+        piece, _ = piece_of(i)
+        _, more = piece_of(i + 1)
+        attention = attention_of(piece, done)
+        found, logits = attention.run_on(logits, more)
+        store_results(plan, piece, attention.rows, found, results)
+        return i + 1, done + piece.steps, more, logits()
+
+    piece, exists = piece_of(0)
+    logits = attention_of(piece, 0).first_logits(exists)
+    lax.while_loop(lambda carry: carry[2], one, (jnp.int32(0), jnp.int32(0), exists, logits))
 
 
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
@@ -122,7 +142,6 @@ class _Attention:
         self.keys, self.values = keys, values
         queries = plan.queries_of(team, warpgroup)
         self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
-        self.seen = self.rows.seen()
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned.at[team]
@@ -145,15 +164,68 @@ class _Attention:
 
     def run(self, first, end):
         """Output and lse of the rows, which see no key but in blocks `first` to `end`."""
+        return self._finish(first, end - 1, self._steps(first, end, self._start))
+
+    def run_on(self, logits, more):
+        """The same of a piece in a chain, from its first logits on; and a function that waits for those of the next.
+
+        They run beside the last output and whatever is done with the results. If there is no `more`, they are of nothing.
+        """
+        self.softmax, last = Softmax(self.plan), self.piece.steps - 1
+
+        def start(first):
+            pl.when(last == 0)(lambda: plgpu.barrier_arrive(self.query_free))
+            return self._begin(first, logits)
+
+        weights, acc, m, l = self._steps(0, last + 1, start)
+        if not self.plan.masks_any_block:  # else it is clean
+            pl.when(last > 0)(lambda: self._clean_values(last))
+
+        self._take_turn()
+        acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
+
+        @pl.when(more)
+        def _():
+            plgpu.barrier_wait(self.query_here)
+            plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(last + 1)])
+
+        parts = [*range(self.plan.query_parts)]
+        logits = start_logits(self.query, self.keys.at[self._key_slot_of(last + 1)], jnp.int32(0), 1, parts)
+        self._pass_turn()
+        acc = settled(acc, still_running=1)
+        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        results = self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks())
+
+        def next_logits():
+            found = settled(logits, still_running=0)
+            pl.when(more)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(last + 1)]))
+            return found
+
+        return results, next_logits
+
+    def first_logits(self, exists):
+        """Those of a chain's first piece."""
+
+        @pl.when(exists)
+        def _():
+            plgpu.barrier_wait(self.query_here)
+            plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(0)])
+
+        self._take_turn()
+        logits = self._logits_of(0)
+        pl.when(exists)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(0)]))
+        return logits
+
+    def _steps(self, first, end, start) -> Running:
+        """From what `start` makes of block `first` through the others."""
+        self.seen = self.rows.seen()
         edge, clear = self.rows.whole_steps(first, end)
-        running = self._start(first)
+        running = start(first)
         running = self._masked_steps(first + 1, edge, running)
         if self.plan.polynomial is not None:
             edge, running = self._steps_by_polynomial(edge, clear, running)
         running = lax.fori_loop(edge, clear, functools.partial(self._step, None), running)
-        if self.plan.begins_late:
-            running = self._masked_steps(clear, end, running)
-        return self._finish(first, end - 1, running)
+        return self._masked_steps(clear, end, running) if self.plan.begins_late else running
 
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
@@ -165,6 +237,10 @@ class _Attention:
         self._take_turn()
         logits = self._logits_of(i)
         plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
+        return self._begin(i, logits)
+
+    def _begin(self, i, logits) -> Running:
+        """What is running after block i, the first, from its logits on."""
         acc, m, l = self.softmax.start()
         running = self._weigh(i, logits, lambda: acc, m, l, self.seen)
         plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
@@ -179,6 +255,8 @@ class _Attention:
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
+        if self.plan.chains:
+            pl.when(i == self.piece.steps - 1)(lambda: plgpu.barrier_arrive(self.query_free))
         running = self._weigh(i, logits, output, m, l, seen)
         if seen and self.plan.masks_any_block:
             self._clean_values(i)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import wide
@@ -141,20 +141,22 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     slab = lax.rem(warpgroup, plan.slabs)
     part = lax.axis_index("part") if plan.clusters else None
 
-    def each_piece(do, team=0):
-        """Calls do(piece, steps already done) for a team's pieces: longest first, to and fro over the blocks' teams.
+    def piece_of(i, team=0, pieces=plan.pieces):
+        """A team's i-th piece, and whether there is one: longest first, to and fro over the blocks' teams."""
+        place, places = team * blocks + block, plan.teams * blocks
+        index = i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
+        piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
+        return piece, (index < pieces) & (piece.tile.length > 0)
 
-        Of a cluster, each block has a part of one tile.
-        """
+    def each_piece(do, team=0):
+        """Calls do(piece, steps already done) for a team's pieces. Of a cluster, each block has a part of one tile."""
         if plan.clusters:
             piece = _piece(plan, table, pools, kv_head_start, block, slab, part)
             return pl.when(piece.tile.length > 0)(lambda: do(piece, jnp.int32(0)))
-        place, places = team * blocks + block, plan.teams * blocks
+        places = plan.teams * blocks
 
         def turn(i, done, pieces=plan.pieces):
-            index = i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
-            piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
-            exists = (index < pieces) & (piece.tile.length > 0)
+            piece, exists = piece_of(i, team, pieces)
             pl.when(exists)(lambda: do(piece, done))
             return done + jnp.where(exists, piece.steps, 0)
 
@@ -181,6 +183,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         shared = dict(optional=optional, sources=sources, results=results)
         if plan.wide:
             return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+        if plan.chains:
+            return compute_chain(plan, piece_of, warpgroup=warpgroup, **shared, **scratch)
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
         each_piece(functools.partial(compute, plan, team=team, warpgroup=of_team, **shared, **scratch), team)
 

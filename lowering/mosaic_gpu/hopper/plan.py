@@ -224,10 +224,10 @@ class Plan:
     def query_groups(self) -> int:
         """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
 
-        One that is done first goes on with its next tile. Two that take turns are done together, and where any block may
-        be masked, no thread has a register left for it.
+        One that is done first goes on with its next tile, or asks for its next query. Where any block may be masked, no
+        thread of three has a register left for it.
         """
-        return self.warpgroups if self.warpgroups == 3 and not self.masks_any_block else 1
+        return self.warpgroups if self.chains or (self.warpgroups == 3 and not self.masks_any_block) else 1
 
     @property
     def row_groups(self) -> int:
@@ -293,6 +293,18 @@ class Plan:
         And two without where a step is short, by a polynomial or by products of 8 bits.
         """
         return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
+
+    @property
+    def chains(self) -> bool:
+        """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
+
+        Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
+        than of 128 features it is slower: of 64, a step is over before the next query is there; and of more, with two
+        stages, ptxas lets go of a block's keys too late.
+        """
+        if not self.takes_turns or self.quantised or self.parts.vary or self.pieces <= self.cores:
+            return False
+        return (self.head_dim, self.value_dim) == (128, 128)
 
     @property
     def rounds_late(self) -> bool:
