@@ -382,12 +382,11 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     features = round_up(problem.head_dim, LANES) + value_dim
     rows = problem.q_heads * sizes.block_q
     tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * round_up(problem.q_heads, LANES) * 4
-    # Where each row's keys end, and sums of a step by the old maximum.
-    by_row = problem.group * (sizes.block_q + max(sizes.block_q, schedule.PRODUCTS_AT_ONCE * sizes.part)) * LANES * 4
-    running = rows * (value_dim + 2 * LANES) * 4 + by_row
-    per_row = sizes.chunk * (4 + itemsize) + LANES * 4
+    running = rows * (value_dim + 2 * LANES) * 4 + problem.group * sizes.block_q * LANES * 4
+    per_row = sizes.chunk * (4 + itemsize)
     per_row += -(-sizes.chunk // schedule.DEPTH) * value_dim * 4
-    buffers = 2 * problem.group * sizes.part * per_row + 2 * sizes.part * round_up(problem.q_heads, LANES) * 4
+    by_row = problem.group * max(sizes.block_q, 2 * sizes.part) * LANES * 4
+    buffers = by_row + 2 * problem.group * sizes.part * per_row + 2 * sizes.part * round_up(problem.q_heads, LANES) * 4
     # What the compiler keeps of a masked step besides.
     step = 2 * problem.group * sizes.part * (round_up(sizes.chunk, LANES) + features) * 4
     return tiles + running + buffers + step

@@ -43,8 +43,9 @@ class Scratch(NamedTuple):
     l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
     logits: object  # VMEM [2, rows of a part, chunk] float32
     weights: object  # VMEM [2, rows of a part, chunk]
-    fade: object  # VMEM [2, rows of a part, LANES] float32, the same in every lane
-    l_of_chunk: object  # VMEM [products of a step, rows of a part, LANES] float32, by the old maximum
+    # VMEM [products of a step or 2, rows of a part, LANES] float32: of two buffers in turn the fade, the same in every
+    # lane; or of all products the sums of their weights by the old maximum, to be summed over the lanes.
+    fade: object
     ends: object  # VMEM [rows, LANES] int32, where the keys of each row end, the same in every lane
     by_lane: object  # VMEM [2, rows of a part / group, kv_heads * group] float32, l and m with a query head in each lane
     sums: object  # VMEM [2, chunk / DEPTH, rows of a part, value_dim] float32, weights times values
@@ -53,15 +54,14 @@ class Scratch(NamedTuple):
     def of(cls, problem: Problem, sizes: Sizes, heads: int) -> "Scratch":
         """The scratch for so many KV heads."""
         rows, part_rows = problem.group * sizes.block_q, problem.group * sizes.part
-        products = sizes.parts * sizes.heads_at_once(heads)
+        products = max(sizes.parts * sizes.heads_at_once(heads), 2)
         return cls(
             acc=pltpu.VMEM((heads, rows, problem.value_dim), jnp.float32),
             m=pltpu.VMEM((heads, rows, LANES), jnp.float32),
             l=pltpu.VMEM((heads, rows, LANES), jnp.float32),
             logits=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.float32),
             weights=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.dtype(problem.dtype)),
-            fade=pltpu.VMEM((2, part_rows, LANES), jnp.float32),
-            l_of_chunk=pltpu.VMEM((products, part_rows, LANES), jnp.float32),
+            fade=pltpu.VMEM((products, part_rows, LANES), jnp.float32),
             ends=pltpu.VMEM((rows, LANES), jnp.int32),
             by_lane=pltpu.VMEM((2, sizes.part, heads * problem.group), jnp.float32),
             sums=pltpu.VMEM((2, -(-sizes.chunk // schedule.DEPTH), part_rows, problem.value_dim), jnp.float32),
@@ -138,24 +138,26 @@ class Step(NamedTuple):
         votes = []
 
         def add(product, number):
-            passed, at = self._passed(product, number), (product.head, product.rows.at)
+            totals, at = self._totals(number), (product.head, product.rows.at)
             sums = self._weighted_values(chunk, product, None)
-            new = (self.scratch.l, self.scratch.l_of_chunk[number]), (self.scratch.acc, sums)
-            for ref, more in new:
-                ref[at] = jnp.where(widen(passed, more.shape[1]), ref[at], ref[at] + more)
-            votes.append(jnp.max(jnp.where(passed, 1.0, 0.0)) > 0)
+            for ref, more in ((self.scratch.l, self.scratch.fade[number]), (self.scratch.acc, sums)):
+                ref[at] = jnp.where(past(totals, more.shape[1]), ref[at], ref[at] + more)
+            votes.append(jnp.max(jnp.where(past(totals, LANES), 1.0, 0.0)) > 0)
 
         numbered = [(product, number) for number, product in enumerate(products)]
         self._in_turn(functools.partial(self._weigh, chunk), add, numbered, beside)
         return functools.reduce(operator.or_, votes)
 
     def attend_passed(self, chunk, number, product):
-        """The rows that `attend_by_old_maximum` left of its product of this number."""
-        passed, at = self._passed(product, number), (product.head, product.rows.at)
+        """The rows that `attend_by_old_maximum` left of its product of this number.
+
+        From the first product to the last: their fades take the place of sums that were looked at.
+        """
+        totals, at = self._totals(number), (product.head, product.rows.at)
         self._store_logits(chunk, product, None)
-        self._softmax(chunk, product, None, only=passed)
+        self._softmax(chunk, product, None, only=past(totals, LANES))
         sums, acc = self._weighted_values(chunk, product, None), self.scratch.acc
-        acc[at] = jnp.where(widen(passed, acc.shape[2]), self._faded(product) + sums, acc[at])
+        acc[at] = jnp.where(past(totals, acc.shape[2]), self._faded(product) + sums, acc[at])
 
     def _in_turn(self, first, rest, products, beside):
         """The first of the next product comes before the rest: the matrix unit does it while the vector unit works."""
@@ -245,14 +247,12 @@ class Step(NamedTuple):
         for strip, s in self._logits(chunk, product):
             m = scratch.m[product.head, pl.ds(first + strip.start, strip.stop - strip.start)]
             p = jnp.exp2((s - widen(m, product.num_keys)) * self._to_exponent)
-            scratch.l_of_chunk[number, strip] = lane_sums(p)
+            scratch.fade[number, strip] = lane_sums(p)
             self._store_weights(p, chunk, product, strip, None)
 
-    def _passed(self, product: Product, number):
-        """Whether a row's sum by the old maximum is past what it can be where no logit is, [rows, LANES]."""
-        total = jnp.sum(self.scratch.l_of_chunk[number], axis=1, keepdims=True)
-        # Half of what the weight of a logit at the headroom is: none that is past it may count as within.
-        return jnp.broadcast_to(total, (self._count(product), LANES)) > 2.0 ** (HEADROOM - 1)
+    def _totals(self, number):
+        """The sums of a product's weights by the old maximum, [rows, 1]."""
+        return jnp.sum(self.scratch.fade[number], axis=1, keepdims=True)
 
     def _faded(self, product: Product):
         acc, fade = self.scratch.acc, self.scratch.fade[product.buffer, : self._count(product)]
@@ -272,3 +272,9 @@ class Step(NamedTuple):
             weights = scratch.weights[product.buffer, :count, part]
             scratch.sums[product.buffer, i, :count] = self._multiply(weights, values[part], 0)
         return sum(scratch.sums[product.buffer, i, :count] for i in range(len(parts)))
+
+
+def past(totals, width: int):
+    """Which rows' sums of weights are past what they can be where no logit is past its maximum, [rows, width]."""
+    # Half of what the weight of a logit at the headroom is: none that is past it may count as within.
+    return jnp.broadcast_to(totals, (len(totals), width)) > 2.0 ** (HEADROOM - 1)
