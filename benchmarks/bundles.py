@@ -3,7 +3,8 @@
 The compiler writes a program's final bundles as text (`--xla_jf_dump_llo_text=true`). Which of them run, and how often,
 is decided by scalars alone: numbers in SMEM, which came there as the call's int32 operands, and what is computed of
 them. So scalar instructions are done here, vector ones and copies are not (but for those to SMEM and from it), and
-each bundle is counted as it is passed. What can only be known from vectors is unknown, and a branch on it is an error.
+each bundle is counted as it is passed. A scalar that is made of a vector counts as 0: a vote of numbers that are all 0,
+which is that nothing rare happens. What else is not known is an error where a branch depends on it.
 A bundle is one cycle when nothing stalls: waits for copies are not in the count.
 """
 
@@ -105,10 +106,12 @@ class Program:
         text = text.removeprefix("$")
         if text.startswith("%"):
             return text[1:]
-        try:
-            return int(text, 0)
-        except ValueError:
-            return None
+        for number in (lambda x: int(x, 0), float):
+            try:
+                return number(text)
+            except ValueError:
+                pass
+        return None
 
     def run(self, operands, delay: int | None) -> Count:
         """Runs it once."""
@@ -199,6 +202,8 @@ class State:
             self.smem.update({destination + i: int(x) & WORD for i, x in enumerate(array[first : first + words])})
 
     def _value(self, name, x):
+        if name == "spop":  # what a vector was reduced to
+            return 0
         if name == "sld":
             return self.smem.get(x[0])
         if name == "scalar_select":

@@ -51,6 +51,22 @@ class BundlesTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "region 2 depends on %p20_p0, which is not known"):
             bundles.Program(PROGRAM.splitlines()).run({}, 4)
 
+    @parameterized.parameters(0.5, -0.5)
+    def test_what_is_made_of_a_vector_counts_as_0(self, threshold):
+        program = f"""
+     0   :  {{ %1 = vpush %v0_v0  ;;  %s2_s0 = spop %1 }}
+   0x1   :  {{ %p3_p0 = scmp.gt.f32.partialorder %s2_s0, {threshold} }}
+   0x2   :  {{ %4 = sbr.rel (!%p3_p0) target = $region1 }}
+   0x3   :  {{}}
+   0x4   :  {{}}
+   0x5   :  {{}}
+   0x6   :  {{}}
+   0x7   :  {{ %v5_v1 = vadd.f32 %v0_v0, %v0_v0 }}
+   0x8   :  {{}} /* Start region 1 */
+"""
+        count = bundles.Program(program.splitlines()).run({}, 4)
+        self.assertEqual(count.bundles, 8 + (threshold < 0))
+
     def test_a_region_that_is_named_nowhere_is_behind_the_one_around_the_branch(self):
         program = """
      0   :  { %s1_s0 = smov 1 } /* Start region 1 :: Start region 2 */

@@ -17,15 +17,18 @@ from paged_prefill.lowering.mosaic_tpu import decode, host, schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owners, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.tests import cases, packs
+from paged_prefill.tests import cases, oracle, packs
 
 SMALL = dict(block_q=16, block_kv=16)
 
 
-def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, **parameters):
+def run(
+    pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, sinks=None, **parameters
+):
     """The kernel's (out, lse), as numpy arrays."""
+    optional = {} if sinks is None else dict(sinks=sinks)
     call = flatten(
-        pack._asdict() | dict(kv_head_start=jnp.int32(kv_head_start)),
+        pack._asdict() | dict(kv_head_start=jnp.int32(kv_head_start)) | optional,
         cache_batch_dims=cache_batch_dims,
         num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
         attention=Attention(**{"softmax_scale": pack.query.shape[-1] ** -0.5, **parameters}),
@@ -38,6 +41,23 @@ def run(pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_ba
         out, lse = jax.block_until_ready(_attend(call, config, device))
     assert not compat.tpu_interpreter_found_races()
     return unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
+
+
+def rising_pack(rise, **parameters):
+    """A pack whose keys change by `rise` every 16 keys in a feature that rows of the query take, leave out, or turn round.
+
+    Up to the keys from 64 on, from where they change back. All its products are exact, and so are its logits.
+    """
+    shapes = dict(q_heads=2, head_dim=16, page_size=16) | parameters
+    pack = packs.make_pack(14, [5, 27, 2], [20, 130, 20], tokens_after=2, **shapes)
+    dtype = pack.query.dtype
+    query, keys = (np.round(4 * np.asarray(x, np.float32)) / 4 for x in (pack.query, pack.key_cache))
+    query[..., 0] = np.array([1, 0, -1, 1 / 64])[np.arange(len(query)) % 4, None]
+    for pages in np.asarray(pack.page_indices):  # each of them a chunk of keys
+        columns = np.flatnonzero((0 <= pages) & (pages < keys.shape[1]))
+        keys[:, pages[columns], :, :1] *= 0  # what is NaN stays so
+        keys[:, pages[columns], :, :1] += rise * (4 - np.abs(columns - 4))[:, None, None]
+    return pack._replace(query=jnp.asarray(query, dtype), key_cache=jnp.asarray(keys, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -231,6 +251,32 @@ class MosaicTpuTest(chex.TestCase):
                 one = [x[:count] for x in run(alone, block_q=16, block_kv=32, num_kv_heads=1)]
                 chex.assert_trees_all_equal(one, [out[rows, :3], lse[rows, :3]])
         chex.assert_trees_all_equal(got, (out[:, :3], lse[:, :3]))
+
+    @parameterized.named_parameters(
+        ("far", dict(kv_heads=1), 300.0, None),
+        ("within_what_weights_have_room_for_with_a_window_and_sinks", dict(kv_heads=1, sliding_window=90), 5.0, 2.0),
+        ("tiles_of_one_part", dict(kv_heads=2, dtype=jnp.bfloat16), 2000.0, 900.0),
+    )
+    def test_logits_that_rise_from_chunk_to_chunk(self, shape, rise, sink):
+        # Past the maximum of the first chunk, and of some rows of a tile.
+        parameters = dict(sliding_window=shape.get("sliding_window"))
+        pack, other = (rising_pack(each, **shape) for each in (rise, -3 * rise))
+        sinks = None if sink is None else jnp.resize(jnp.array([sink, -np.inf], jnp.float32), pack.query.shape[1])
+        mine = slice(*pack.query_offsets[1:3].tolist())
+        # Neighbours that rise where these fall, also in rows of its tile; and none, and it in other rows.
+        pages = pack.page_indices[1][:9]
+        beside = other._replace(
+            query=other.query.at[mine].set(pack.query[mine]),
+            key_cache=other.key_cache.at[:, pages].set(pack.key_cache[:, pages]),
+        )
+        count = mine.stop - mine.start
+        alone = pack._replace(
+            query=jnp.roll(pack.query, -mine.start, axis=0), query_offsets=jnp.array([0, 0, count, count], jnp.int32)
+        )
+        with mock.patch.multiple(schedule, CHUNK=16, ROWS=32, DEPTH=8):
+            one, two, three = (run(x, block_q=32, block_kv=32, sinks=sinks, **parameters) for x in (pack, beside, alone))
+        oracle.assert_matches(pack._asdict() | dict(sinks=sinks), *one, **parameters)
+        chex.assert_trees_all_equal([x[mine] for x in one], [x[mine] for x in two], [x[:count] for x in three])
 
     def test_broken_numbers_stay_in_their_sequence(self):
         broken = replace(EDGE, sequences=cases.BROKEN.sequences)

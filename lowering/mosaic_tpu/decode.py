@@ -5,7 +5,7 @@ may belong to several KV heads: it is multiplied with the keys of each, and each
 what the vector unit does, softmax above all, costs as much for groups of one head as for one group of eight. Every row
 sees the same keys, so a block needs a mask only where it holds keys that none sees.
 
-Fetching is in fetching.py, the mathematics in kernel.py.
+Fetching is in fetching.py, the mathematics in step.py.
 """
 
 import functools

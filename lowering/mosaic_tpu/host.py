@@ -26,7 +26,7 @@ class MosaicTpu(Kernel):
     """Takes bfloat16 and float32, over caches of them or quantised, and pages of whole tiles, on v4 and later."""
 
     name = "mosaic_tpu"
-    version = 8
+    version = 9
     platforms = ("tpu",)
     features = frozenset(FEATURES)
     invariant = True

@@ -8,22 +8,13 @@ one matrix product with the chunk's keys; an item of few rows takes only the sli
 that every row sees whole are not masked, and the copies of the next one's pages are started within the loop of the
 matrix products, where the scalar unit has nothing else to do.
 
-The running maximum m, sum l and unnormalised output are those of the online softmax (Milakov and Gimelshein,
-arXiv 1805.02867), in powers of 2, which is what the chip computes:
-
-    m' = max(m, max_j s_j)    p_j = 2^(c (s_j - m'))    fade = 2^(c (m - m'))
-    l' = fade l + sum_j p_j   out' = fade out + p v
-
-with s = q . k and c = softmax_scale log2(e), or s = tanh(softmax_scale q . k / cap) and c = cap log2(e) with a soft
-cap. The products of one KV head overlap with the softmax of another, as in tpu-inference's ragged paged attention
+The mathematics is in step.py. The products of one KV head overlap with the softmax of another, as in tpu-inference's ragged paged attention
 (arXiv 2604.15464). The logits of a product are four times what the registers hold, so logits, weights and weighted
 values pass through buffers in VMEM, of which two are in turn.
 """
 
 import functools
 import itertools
-import math
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -35,38 +26,10 @@ from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
 from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
 from paged_prefill.lowering.mosaic_tpu.masks import Mask, MaskByRow, Rows, zero_outside
-from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
+from paged_prefill.lowering.mosaic_tpu.registers import widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, Items, Sizes, largest_divisor, round_up, sublanes
+from paged_prefill.lowering.mosaic_tpu.step import Product, Scratch, Static, Step
 from paged_prefill.primitive.attention import factor_and_lse
-
-LOWEST = float(jnp.finfo(jnp.float32).min)  # of logits: from infinity, no infinity could be subtracted
-
-
-class Scratch(NamedTuple):
-    """What is kept on the chip beside the buffers of pages."""
-
-    acc: object  # VMEM [kv_heads, rows, value_dim] float32
-    m: object  # VMEM [kv_heads, rows, LANES] float32, the same in every lane
-    l: object  # VMEM [kv_heads, rows, LANES] float32, to be summed over the lanes
-    logits: object  # VMEM [2, rows of a part, chunk] float32
-    weights: object  # VMEM [2, rows of a part, chunk]
-    fade: object  # VMEM [2, rows of a part, LANES] float32, the same in every lane
-    ends: object  # VMEM [rows, LANES] int32, where the keys of each row end, the same in every lane
-    by_lane: object  # VMEM [2, rows of a part / group, kv_heads * group] float32, l and m with a query head in each lane
-    sums: object  # VMEM [2, chunk / DEPTH, rows of a part, value_dim] float32, weights times values
-
-
-class Static(NamedTuple):
-    """What is static about a launch."""
-
-    sizes: Sizes
-    softmax_scale: float
-    soft_cap: float | None
-    window: int | None
-    value_dim: int
-    held: fetching.Held
-    by_row: bool  # whether what rows see is read from arrays
-    tree: bool
 
 
 def kernel(head_start_ref, *refs, static: Static):
@@ -113,21 +76,13 @@ def kernel(head_start_ref, *refs, static: Static):
         following, exists = fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
         values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
-        step = functools.partial(
-            _attend_step,
-            query_ref=query_ref,
-            keys_ref=keys_ref,
-            values_ref=values_ref,
-            scratch=scratch,
-            static=static,
-            scale_of=scale_of,
-            slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
-        )
+        slot_scales_of = functools.partial(buffers.scales_of_slots, static.held, slot)
+        step = Step(query_ref, keys_ref, values_ref, scratch, static, scale_of, slot_scales_of)
 
         def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
             """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
             keys_of_parts = keys_of_parts or [sizes.whole_chunk] * sizes.parts
-            at_once, tile_parts = sizes.heads_at_once(kv_heads), [part_rows(part) for part in range(sizes.parts)]
+            at_once = sizes.heads_at_once(kv_heads)
             steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
             share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
             for run in range(0 if share or copy is None else sizes.runs_per_chunk):
@@ -137,9 +92,19 @@ def kernel(head_start_ref, *refs, static: Static):
             def _(heads):
                 first = first_run + heads * share
                 copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
-                pairs = itertools.product(range(at_once), zip(tile_parts, keys_of_parts, strict=True))
-                products = [(i % 2, heads * at_once + head, *of_part) for i, (head, of_part) in enumerate(pairs)]
-                step(chunk, products, mask_of, fresh, copies)
+
+                def product(number, keys):
+                    head, part = number // sizes.parts, number % sizes.parts
+                    return Product(number % 2, heads * at_once + head, part_rows(part), keys)
+
+                products = [product(i, keys) for i, keys in enumerate(keys_of_parts * at_once)]
+                if mask_of is not None or fresh:
+                    return step.attend(chunk, products, mask_of, fresh, copies)
+                passed = step.attend_by_old_maximum(chunk, products, copies)
+
+                @pl.when(passed)
+                def _():
+                    pl.loop(0, len(products))(lambda i: step.attend_passed(chunk, i, product(i, sizes.whole_chunk)))
 
         def part_chunk(chunk, part, mask_of, keys):
             """One part of the tile."""
@@ -150,7 +115,8 @@ def kernel(head_start_ref, *refs, static: Static):
                 # If every buffer's number were known when compiling, the compiler would keep the buffers in
                 # registers, of which there are too few, and spill.
                 rows, head = rows_of(part), heads * at_once
-                step(chunk, [(lax.rem(part + i, 2), head + i, rows, keys) for i in range(at_once)], mask_of)
+                products = [Product(lax.rem(part + i, 2), head + i, rows, keys) for i in range(at_once)]
+                step.attend(chunk, products, mask_of)
 
         def first_chunk_of_windows(chunk):
             """Where rows' windows start: later parts see fewer of its keys."""
@@ -256,7 +222,7 @@ def kernel(head_start_ref, *refs, static: Static):
             pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), group, position))
 
         def clear():
-            pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: _clear(scratch, head, rows_of(part).at)))
+            pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: scratch.clear(head, rows_of(part).at)))
 
         # A chunk of which all parts are attended together needs no running values before it.
         fresh = None
@@ -283,95 +249,6 @@ def kernel(head_start_ref, *refs, static: Static):
         pl.when(jnp.logical_not(is_few))(attend_tile)
     else:
         attend_tile()
-
-
-def _attend_step(
-    chunk, products, mask_of=None, fresh=False, beside=(), *, query_ref, keys_ref, values_ref,
-    scratch: Scratch, static: Static, scale_of, slot_scales_of,
-):  # fmt: skip
-    """Folds a chunk of keys into the running values of `products`.
-
-    Of each product the buffer, the KV head, the Rows, and which of the chunk's keys they are multiplied with, a slice.
-    Neighbours have different buffers. `mask_of` gives the mask of Rows and of the first of these keys, or is None where
-    they see every key. `fresh` says that there are no running values yet; `beside` are functions that start copies.
-    `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there
-    are none.
-    """
-    sizes, softmax_scale, soft_cap = static.sizes, static.softmax_scale, static.soft_cap
-    m_ref, l_ref, acc_ref = scratch.m, scratch.l, scratch.acc
-    group = query_ref.shape[1]
-    precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
-    to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
-
-    def product(x, y, contract):
-        dimensions = (((1,), (contract,)), ((), ()))
-        return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-    def of_keys(ref, head, keys):
-        """What some of the chunk's keys have in `ref`, [keys, features]."""
-        return ref[head, sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)].astype(query_ref.dtype)
-
-    def times_slot_scales(x, name, head, keys, seen):
-        """Logits or weights [rows, keys] times the scales of slots, if there are any; `seen` zeroes other keys'."""
-        scales = slot_scales_of(name, head, chunk)
-        return x if scales is None else x * seen(scales[:, keys])
-
-    def logits(buffer, head, rows, keys, mask):
-        """Finished before they are stored: the softmax reads them twice, and would keep in registers what it changes."""
-        query = query_ref[head, :, rows.slice].reshape(group * rows.count, -1)
-        of_head = of_keys(keys_ref, head, keys)
-        for row in range(0, len(query), schedule.LOGIT_ROWS):
-            strip = slice(row, min(row + schedule.LOGIT_ROWS, len(query)))
-            s = times_slot_scales(product(query[strip], of_head, 1), "key", head, keys, lambda scales: scales)
-            if (scale := scale_of("key", head)) is not None:
-                s = s * scale
-            if soft_cap is not None:
-                s = jnp.tanh(s * (softmax_scale / soft_cap))
-            scratch.logits[buffer, strip, : len(of_head)] = s if mask is None else mask.hide(s, group, strip)
-
-    def softmax(buffer, head, rows, keys, mask):
-        count, num_keys = group * rows.count, keys.stop - keys.start
-        s = scratch.logits[buffer, :count, :num_keys]
-        m = jnp.full((count, LANES), LOWEST) if fresh else m_ref[head, rows.at]
-        m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
-        p = jnp.exp2((s - widen(m_next, num_keys)) * to_exponent)
-        m_ref[head, rows.at], l = m_next, lane_sums(p)
-        if not fresh:
-            fade = jnp.exp2((m - m_next) * to_exponent)
-            l += l_ref[head, rows.at] * fade
-            scratch.fade[buffer, :count] = fade
-        l_ref[head, rows.at] = l
-        # Keys that are not seen have weights of 0, and 0 * NaN is NaN.
-        p = times_slot_scales(p, "value", head, keys, lambda x: x if mask is None else mask.zero_scales(x))
-        scratch.weights[buffer, :count, :num_keys] = p.astype(query_ref.dtype)
-
-    def add_values(buffer, head, rows, keys, mask):
-        count = group * rows.count
-        values = of_keys(values_ref, head, keys)[:, : static.value_dim]
-        if mask is not None:
-            values = mask.zero(values)
-        # Cut at the same keys of the chunk whichever are taken, so that each sum has the same bits.
-        cuts = [keys.start, *range(round_up(keys.start + 1, schedule.DEPTH), keys.stop, schedule.DEPTH), keys.stop]
-        parts = [slice(first - keys.start, end - keys.start) for first, end in itertools.pairwise(cuts)]
-        for i, part in enumerate(parts):
-            scratch.sums[buffer, i, :count] = product(scratch.weights[buffer, :count, part], values[part], 0)
-        acc = sum(scratch.sums[buffer, i, :count] for i in range(len(parts)))
-        if not fresh:
-            acc = acc_ref[head, rows.at] * widen(scratch.fade[buffer, :count], acc_ref.shape[2]) + acc
-        acc_ref[head, rows.at] = acc
-
-    # The logits of the next product come first: the matrix unit computes them while the softmax runs.
-    products = [
-        (*of_product, None if mask_of is None else mask_of(of_product[2], of_product[3].start)) for of_product in products
-    ]
-    logits(*products[0])
-    for start in beside:  # behind the loads of the first product, which wait for nothing else
-        start()
-    for current, following in zip(products, [*products[1:], None]):
-        if following is not None:
-            logits(*following)
-        softmax(*current)
-        add_values(*current)
 
 
 def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, scale, scale_of):
@@ -410,12 +287,6 @@ def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, s
     all_mine = (row_start <= rows.first) & (rows.first + rows.count <= row_end)
     pl.when(all_mine)(lambda: write(None))
     pl.when(jnp.logical_not(all_mine))(lambda: write((row >= row_start) & (row < row_end)))
-
-
-def _clear(scratch: Scratch, head, at):
-    """Running values of a KV head that have seen no key."""
-    for ref, value in ((scratch.m, LOWEST), (scratch.l, 0.0), (scratch.acc, 0.0)):
-        ref[head, at] = jnp.full_like(ref[head, at], value)
 
 
 def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
@@ -474,7 +345,7 @@ def attend(call: Call, sizes: Sizes, splits: int, vmem_limit_bytes: int):
                 pl.BlockSpec(in_elements(heads, group, block_q, problem.value_dim), tile_of),
                 pl.BlockSpec([None, *in_elements(block_q, q_heads // splits)], lse_tile_of),
             ],
-            scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), scratch_of(problem, sizes, heads)],
+            scratch_shapes=[fetching.buffers_of(problem, held, sizes, heads), Scratch.of(problem, sizes, heads)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, group, rows, problem.value_dim), query.dtype),
@@ -504,22 +375,6 @@ def _seen(call: Call, tiles: int, block_q: int, first_row) -> list:
     return [seen, seen.swapaxes(1, 2)]
 
 
-def scratch_of(problem: Problem, sizes: Sizes, heads: int) -> Scratch:
-    """The scratch for so many KV heads."""
-    rows, part_rows = problem.group * sizes.block_q, problem.group * sizes.part
-    return Scratch(
-        acc=pltpu.VMEM((heads, rows, problem.value_dim), jnp.float32),
-        m=pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        l=pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        logits=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.float32),
-        weights=pltpu.VMEM((2, part_rows, sizes.chunk), jnp.dtype(problem.dtype)),
-        fade=pltpu.VMEM((2, part_rows, LANES), jnp.float32),
-        ends=pltpu.VMEM((rows, LANES), jnp.int32),
-        by_lane=pltpu.VMEM((2, sizes.part, heads * problem.group), jnp.float32),
-        sums=pltpu.VMEM((2, -(-sizes.chunk // schedule.DEPTH), part_rows, problem.value_dim), jnp.float32),
-    )
-
-
 def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     """VMEM that a call takes beside the buffers of pages, from above: running values and one step's intermediates."""
     itemsize = jnp.dtype(problem.dtype).itemsize
@@ -528,9 +383,10 @@ def vmem_bytes(problem: Problem, sizes: Sizes) -> int:
     rows = problem.q_heads * sizes.block_q
     tiles = 2 * rows * features * itemsize + 2 * sizes.block_q * round_up(problem.q_heads, LANES) * 4
     running = rows * (value_dim + 2 * LANES) * 4 + problem.group * sizes.block_q * LANES * 4
-    per_row = sizes.chunk * (4 + itemsize) + LANES * 4
+    per_row = sizes.chunk * (4 + itemsize)
     per_row += -(-sizes.chunk // schedule.DEPTH) * value_dim * 4
-    buffers = 2 * problem.group * sizes.part * per_row + 2 * sizes.part * round_up(problem.q_heads, LANES) * 4
+    by_row = problem.group * max(sizes.block_q, 2 * sizes.part) * LANES * 4
+    buffers = by_row + 2 * problem.group * sizes.part * per_row + 2 * sizes.part * round_up(problem.q_heads, LANES) * 4
     # What the compiler keeps of a masked step besides.
     step = 2 * problem.group * sizes.part * (round_up(sizes.chunk, LANES) + features) * 4
     return tiles + running + buffers + step
