@@ -117,7 +117,7 @@ class CostTest(parameterized.TestCase):
         for sequences in ([long] + [short] * 63, [short] * 63 + [long], [short] * 40 + [long] + [short] * 23):
             self.assertEqual(self.blocks(sequences, 1024), 1024 + 64)
 
-    @parameterized.parameters((600, 5), (700, 6), (896, 7), (1024, 8), (4096, 8))
+    @parameterized.parameters((300, 3), (600, 5), (896, 7), (1024, 8), (4096, 8))
     def test_no_more_lanes_share_a_row_than_its_table_has_blocks(self, keys, lanes):
         """A lane without a block fetches one all the same; but bits of the invariant policy follow no table's width."""
         row = problem(seqs=3, tokens=3, page_size=4, pages_per_seq=keys // 4)
@@ -125,7 +125,7 @@ class CostTest(parameterized.TestCase):
         wide = walks.walks(row, config, walks.CPU_TURNS)[-1]
         self.assertEqual((wide.block_kv, wide.lanes, wide.splits), (walks.LANE_KEYS, lanes, lanes))
         with policy("invariant"):
-            self.assertEqual(walks.walks(row, config, walks.CPU_TURNS)[-1].splits, 8)
+            self.assertEqual(walks.walks(row, config, walks.CPU_TURNS)[-1].lanes, 8)
 
     def test_lanes_are_filled_in_order_of_their_blocks(self):
         """Of a table too narrow for lanes to be shared: long and short in turn cost as if they were sorted."""
@@ -135,7 +135,7 @@ class CostTest(parameterized.TestCase):
     def test_lanes_of_short_tables_walk_only_where_there_are_single_rows(self):
         """A table of one block: as many sequences as there are lanes, of which each has one, or none walks."""
         self.assertEqual(self.blocks([(16, 16)] * 8, 1), 8)
-        self.assertEqual(self.blocks([(16, 16)] * 7 + [(1, 16)], 1), 7 + walks.MOST_LANES)
+        self.assertEqual(self.blocks([(16, 16)] * 7 + [(1, 16)], 1), 7 + walks.ACCELERATOR_TURNS.lanes)
 
     def test_a_token_with_a_short_table_is_no_loop(self):
         """Loops, and tiles that cannot be, are compiled too."""
@@ -152,7 +152,7 @@ class CostTest(parameterized.TestCase):
             jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
         )
         text = jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).compile().as_text()
-        block = f"f32[{walks.MOST_LANES},2,32,64]"
+        block = f"f32[{walks.CPU_TURNS.lanes},2,32,64]"
         self.assertIn(block, text)
         self.assertNotIn(block, text[text.index("ENTRY") :])
 
@@ -167,8 +167,9 @@ class CostTest(parameterized.TestCase):
     def test_many_short_sequences_take_few_turns(self):
         """A turn of a loop costs as much as hundreds of keys: the loop's counter must not count sequences."""
         short = problem(seqs=64, tokens=64, pages_per_seq=4, num_kv_heads=2, head_dim=64)
-        wide = walks.walks(short, self.CONFIG, walks.CPU_TURNS)[-1]
-        self.assertEqual((wide.height, wide.lanes), (1, walks.MOST_LANES))
+        for turns in (walks.CPU_TURNS, walks.ACCELERATOR_TURNS):
+            wide = walks.walks(short, self.CONFIG, turns)[-1]
+            self.assertEqual((wide.height, wide.lanes), (1, turns.lanes))
 
 
 class XlaTest(parameterized.TestCase):

@@ -17,9 +17,9 @@ from paged_prefill.primitive.context import current_policy
 # The keys of a block that one row walks over: fewer, and a batched product takes longer for each. A table of up to
 # ONLY_BLOCK keys is a single block all the same, for which no loop over blocks is compiled.
 LANE_KEYS, ONLY_BLOCK = 128, 256
-# The tiles of a single block that walk side by side, and what the block of keys of all may take if each is one row:
-# more than others, since the products are small beside what a turn of a loop costs by itself.
-MOST_LANES, ONLY_TURN_BYTES = 8, 2**22
+# What the single block of keys of tiles of one row may take: more than others, since the products are small beside what
+# a turn of a loop costs by itself.
+ONLY_TURN_BYTES = 2**22
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
 FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
 
@@ -30,19 +30,22 @@ class Turns(NamedTuple):
     Attributes:
       part_heights: heights of the tiles that a small rest of a sequence is cut into, the tallest first. Each is one
         more loop to compile.
+      lanes: the most single rows that walk side by side where none shares its blocks.
       splits: how many lanes may share the blocks of one row, the fewest first.
       bytes: what a block of keys, or its logits, may take.
     """
 
     part_heights: tuple[int, ...]
+    lanes: int
     splits: tuple[int, ...]
     bytes: int
 
 
-ACCELERATOR_TURNS = Turns((32,), splits=(4,), bytes=2**19)
+ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
-# each kernel that two threads share costs some 20 microseconds by itself.
-CPU_TURNS = Turns((32, 8), splits=(5, 6, 7, 8), bytes=2**21)
+# each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one, so
+# that a sequence alone should leave few.
+CPU_TURNS = Turns((32, 8), lanes=2, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**21)
 
 
 class Walk(NamedTuple):
@@ -93,15 +96,15 @@ def _walk(problem, config, turns, height) -> Walk:
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
-    shares = alone and (most_blocks is None or shared(most_blocks, turns.splits[-1]))
     splits = _splits(turns, None if invariant else most_blocks)
+    shares = alone and (most_blocks is None or shared(most_blocks, splits))
     if alone and most_blocks == 1:
         limit = ONLY_TURN_BYTES
     lanes = 1
     if shares or (alone and invariant):
         lanes = splits
     elif alone:
-        lanes = max(1, min(MOST_LANES, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
+        lanes = max(1, min(turns.lanes, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
     if invariant:
         heads = 1
     else:
