@@ -8,9 +8,9 @@ one matrix product with the chunk's keys; an item of few rows takes only the sli
 that every row sees whole are not masked, and the copies of the next one's pages are started within the loop of the
 matrix products, where the scalar unit has nothing else to do.
 
-The mathematics is in step.py. The products of one KV head overlap with the softmax of another, as in tpu-inference's ragged paged attention
-(arXiv 2604.15464). The logits of a product are four times what the registers hold, so logits, weights and weighted
-values pass through buffers in VMEM, of which two are in turn.
+The mathematics is in step.py. The products of one KV head overlap with the softmax of another, as in tpu-inference's
+ragged paged attention (arXiv 2604.15464). The logits of a product are four times what the registers hold, so logits,
+weights and weighted values pass through buffers in VMEM, of which two are in turn.
 """
 
 import functools
@@ -93,18 +93,22 @@ def kernel(head_start_ref, *refs, static: Static):
                 first = first_run + heads * share
                 copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
 
-                def product(number, keys):
-                    head, part = number // sizes.parts, number % sizes.parts
-                    return Product(number % 2, heads * at_once + head, part_rows(part), keys)
+                def product(number, head, part, keys):
+                    return Product(number & 1, heads * at_once + head, part_rows(part), keys)
 
-                products = [product(i, keys) for i, keys in enumerate(keys_of_parts * at_once)]
+                of_heads = enumerate(keys_of_parts * at_once)
+                products = [product(number, *divmod(number, sizes.parts), keys) for number, keys in of_heads]
                 if mask_of is not None or fresh:
                     return step.attend(chunk, products, mask_of, fresh, copies)
                 passed = step.attend_by_old_maximum(chunk, products, copies)
 
+                def attend_passed(head, part):
+                    number = head * sizes.parts + part
+                    step.attend_passed(chunk, number, product(number, head, part, sizes.whole_chunk))
+
                 @pl.when(passed)
                 def _():
-                    pl.loop(0, len(products))(lambda i: step.attend_passed(chunk, i, product(i, sizes.whole_chunk)))
+                    pl.loop(0, at_once)(lambda head: pl.loop(0, sizes.parts)(lambda part: attend_passed(head, part)))
 
         def part_chunk(chunk, part, mask_of, keys):
             """One part of the tile."""
