@@ -168,7 +168,8 @@ def tpu_inference_v3(call: Attention, device):
     v3.get_tpu_version = lambda: 6 if "6" in device.device_kind or "7" in device.device_kind else 5
     group = call.q_heads // call.kv_heads
     # Of its kernel for decoding, where that has no work: small, to compile fast.
-    decoding = None if any(new == 1 for new, _ in call.sequences) else (1, 128, 1, 128)
+    keys = max(128, call.page_size)
+    decoding = None if any(new == 1 for new, _ in call.sequences) else (1, keys, 1, keys)
 
     def attend(*arrays):
         return v3.ragged_paged_attention(
@@ -364,6 +365,7 @@ def measure(generation, kernel, name):
         environment = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
+            JAX_TRACEBACK_FILTERING="off",  # what it says of filtering would be the last words
             TPU_SKIP_MDS_QUERY="1",
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
             LIBTPU_INIT_ARGS=flags,
