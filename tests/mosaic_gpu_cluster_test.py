@@ -79,6 +79,18 @@ class ClusterTest(parameterized.TestCase):
         with policy("invariant"):
             self.assertEqual(parts_of(problem, KERNEL.heuristic(problem, HOPPER)), (1, False))
 
+    def test_clusters_are_no_larger_than_any_chip_takes_where_this_one_may_have_small_groups(self):
+        """A launch of a cluster that no group of cores has room for fails."""
+        problem = decode(1, 8192, q_heads=8, num_kv_heads=2, cache_kv_heads=2)
+        config = KERNEL.heuristic(problem, HOPPER)
+        for device, most in (
+            (HOPPER, 16),
+            (HOPPER._replace(core_count=78), 8),
+            (Device("cuda", "NVIDIA H20", "9.0", 78), 8),
+            (Device("cuda"), 8),
+        ):
+            self.assertEqual(max(n for n in range(32) if host.in_cluster(problem, device, config, n)), most)
+
     @parameterized.parameters(
         ((8, 32, 128), (8, 64, 16, 128), (8, 64), {}, False),
         ((3, 8, 64), (2, 64, 16, 64), (3, 60), dict(sliding_window=300), False),

@@ -30,8 +30,9 @@ SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
-MOST_IN_CLUSTER = 16  # blocks, where a chip allows more than the 8 that all do
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
+# Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
+MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -291,7 +292,8 @@ def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAtten
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
     """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
-    if not 1 < parts <= MOST_IN_CLUSTER or _wide(problem):
+    large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
+    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or _wide(problem):
         return False
     exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
     at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
