@@ -56,9 +56,7 @@ def attend(
 
 
 class SecondFormTest(parameterized.TestCase):
-    @parameterized.named_parameters(
-        ("key_ranges", dict(key_ranges=True)),
-        ("tree_mask", dict(tree_words=1)),
+    @parameterized.named_parameters(  # ranges alone, and trees, are beside quantised caches below
         ("key_ranges_tree_and_sinks", dict(key_ranges=True, tree_words=2, sinks=True)),
         ("sinks_of_any_size", dict(sinks=poisoned.EXTREME_SINKS)),
         ("e4m3_of_each_head", dict(cache_dtype="float8_e4m3fn", key_scale="head", value_scale="head")),
