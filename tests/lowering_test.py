@@ -199,7 +199,7 @@ class XlaTest(parameterized.TestCase):
             self.assertFalse(ask())
 
     @parameterized.parameters(
-        ("cpu", 200, 2, (32, 200)),
+        ("cpu", 200, 2, (128, 200)),
         ("cpu", 600, 2, (128, 600)),
         ("cpu", 1000, 2, (256, 256)),
         ("cpu", 2000, 2, (256, 512)),
