@@ -1,5 +1,6 @@
 """What a call costs: memory of the order of a tile, work that follows context and window; and the kernel contract."""
 
+import dataclasses
 import re
 from unittest import mock
 
@@ -199,7 +200,7 @@ class XlaTest(parameterized.TestCase):
             self.assertFalse(ask())
 
     @parameterized.parameters(
-        ("cpu", 200, 2, (32, 200)),
+        ("cpu", 200, 2, (128, 200)),
         ("cpu", 600, 2, (128, 600)),
         ("cpu", 1000, 2, (256, 256)),
         ("cpu", 2000, 2, (256, 512)),
@@ -261,6 +262,8 @@ class XlaTest(parameterized.TestCase):
         case = cases.Case("in_place", sequences, 2 * group, 2, 48, 40, page_size=16, dtype=dtype, sliding_window=300)
         rows = problem(seqs=4, tokens=4, q_heads=2 * group, num_kv_heads=2)
         self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 4)
+        float8 = dataclasses.replace(rows, cache_dtype="float8_e4m3fn")
+        self.assertFalse(walks.walks(float8, self.CONFIG, walks.CPU_TURNS)[-1].in_place)
         with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
             cases.check(case)
 

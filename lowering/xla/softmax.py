@@ -17,7 +17,7 @@ FEW_ROWS = 8
 # What one vector of a CPU holds, and how many sums side by side, times the terms of each, LLVM still writes out. Those
 # become vectors; a loop would add number by number.
 VECTOR, WRITTEN_OUT = 8, 64
-# The most terms of a sum in which what is not seen is left out, by the same measure for four rows.
+# The most terms of a sum of values for up to four rows: fewer, since what no row sees is left out of them.
 VALUES_AT_ONCE = 8
 
 

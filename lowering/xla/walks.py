@@ -118,7 +118,9 @@ def _walk(problem, config, turns, height) -> Walk:
         lanes = splits
     elif alone:
         lanes = max(1, min(turns.lanes, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
-    in_place = alone and problem.group <= turns.rows_in_place and problem.head_dim % 8 == 0
+    # Floats of 8 bits are converted number by number where they are multiplied, once for every row.
+    vectors = problem.head_dim % 8 == 0 and not problem.cache_dtype.startswith("float8")
+    in_place = alone and vectors and problem.group <= turns.rows_in_place
     if in_place:
         limit = IN_PLACE_BYTES
     if invariant:
