@@ -28,6 +28,7 @@ from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
+EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
@@ -304,7 +305,7 @@ def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionCon
 def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
     """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
     exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
-    return shared_bytes(problem, config) + max(0, exchanged - in_place_of) <= SHARED_BYTES
+    return shared_bytes(problem, config) + max(EXCHANGE_BYTES, exchanged - in_place_of) <= SHARED_BYTES
 
 
 def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
