@@ -73,7 +73,8 @@ class ClusterTest(parameterized.TestCase):
         for parts, merged in ((1, False), (2, True), (3, True), (4, False), (17, False)):
             self.assertEqual(host.in_cluster(problem, HOPPER, config, parts), merged)
         wide = decode(1, 8192, head_dim=256, value_dim=256)
-        self.assertFalse(host.in_cluster(wide, HOPPER, KERNEL.heuristic(wide, HOPPER), 8))
+        self.assertTrue(host.in_cluster(wide, HOPPER, KERNEL.heuristic(wide, HOPPER), 8))
+        self.assertFalse(host.in_cluster(wide, HOPPER, KERNEL.heuristic(wide, HOPPER), 16))
         many = decode(8, 32768)
         self.assertFalse(parts_of(many, KERNEL.heuristic(many, HOPPER))[1])
         with policy("invariant"):
@@ -93,6 +94,7 @@ class ClusterTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ((8, 32, 128), (8, 64, 16, 128), (8, 64), {}, False),
+        ((8, 16, 256), (8, 64, 16, 256), (8, 64), {}, False),
         ((3, 8, 64), (2, 64, 16, 64), (3, 60), dict(sliding_window=300), False),
         ((130, 8, 128), (2, 64, 16, 128), (1, 60), dict(cfg=of_two_warpgroups(2)), False),
         ((130, 8, 128), (2, 64, 16, 128), (1, 60), dict(cfg=of_two_warpgroups(17)), True),
@@ -105,6 +107,16 @@ class ClusterTest(parameterized.TestCase):
         text = jax.jit(call).trace(*floats, *ints).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
         self.assertEqual("stablehlo.exponential" in text, merges)
+
+    @parameterized.parameters((128, "bfloat16", False), (256, "bfloat16", True), (128, "int8", True))
+    def test_what_is_sent_lies_where_keys_and_values_were_if_it_has_no_room_beside_them(self, dim, cache, within):
+        sizes = dict(q_heads=16, num_kv_heads=8, cache_kv_heads=8, head_dim=dim, value_dim=dim, cache_dtype=cache)
+        problem = decode(8, 1024, **sizes, features=("quantised",) if cache == "int8" else ())
+        config = KERNEL.heuristic(problem, HOPPER)
+        parts, merged = parts_of(problem, config)
+        self.assertTrue(merged)
+        fits = host.exchange_fits(problem, config, parts)
+        self.assertEqual(fits, not within)
 
     def test_a_block_has_one_part_and_writes_the_tile_once(self):
         plan = plans.plan(parts=host.Parts(4, 4), clusters=True, warpgroups=1)

@@ -28,6 +28,7 @@ from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
+EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
@@ -48,7 +49,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 16
+    version = 17
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -265,6 +266,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
+        exchanges_in_blocks=clusters and not exchange_fits(problem, config, parts.most),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
         window=problem.attention.sliding_window,
@@ -298,9 +300,23 @@ def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionCon
     large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
     if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or _wide(problem):
         return False
-    exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
     at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
-    return programs(problem, config) <= at_a_time and shared_bytes(problem, config) + exchanged <= SHARED_BYTES
+    in_place_of = _bytes_of_blocks(problem, config)
+    return programs(problem, config) <= at_a_time and exchange_fits(problem, config, parts, in_place_of)
+
+
+def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
+    """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
+    exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
+    return shared_bytes(problem, config) + max(EXCHANGE_BYTES, exchanged - in_place_of) <= SHARED_BYTES
+
+
+def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory of the blocks of keys and values that products read, where heads are not wide."""
+    block, features = config.block_kv, problem.head_dim + problem.value_dim
+    if config.fp8_terms:
+        return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
+    return 2 * block * features * (widened(block, features, False) if _quantised(problem) else config.num_stages)
 
 
 def _scales(call: Call):

@@ -2,7 +2,8 @@
 
 Every block sends each of the others the columns that are theirs, into their shared memory, where a barrier counts the
 bytes. Once all have come, it adds up its share of the tile's columns, part by part. So no block reads of another, and
-each may end when it has its own.
+each may end when it has its own. What is sent has a place of its own, or lies where keys and values were, once all
+blocks are done with theirs.
 """
 
 import functools
@@ -45,16 +46,21 @@ def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ..
     return row_groups, parts, words_of_part(columns), THREADS, 2
 
 
-def exchange_scratch(plan: Plan) -> dict:
-    """What is in shared memory for this alone, by the names of `kernel.launch`."""
-    shape = exchange_shape(plan.row_groups, plan.splits, plan.value_dim)
-    return dict(exchange=plgpu.SMEM(shape, jnp.float32), exchanged=arrivals(plan.row_groups))
+def exchange_scratch(plan: Plan, blocks: dict) -> dict:
+    """What is in shared memory, by the names of `kernel.launch`, with these `blocks` of keys and values."""
+    room = plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32)
+    barriers = dict(exchanged=arrivals(plan.row_groups))
+    if plan.exchanges_in_blocks:
+        return dict(blocks=plgpu.RefUnion([*blocks.values()], [room])) | barriers
+    return blocks | dict(exchange=room) | barriers
 
 
-def start_exchange(exchanged) -> None:
+def start_exchange(plan: Plan, exchanged) -> None:
     """By a warpgroup, long before it sends: its barrier is for all blocks that have started."""
     initialise(exchanged, THREADS)
-    _cluster("fence.mbarrier_init.release.cluster; barrier.cluster.arrive.relaxed;")
+    _cluster("fence.mbarrier_init.release.cluster;")
+    if not plan.exchanges_in_blocks:
+        _cluster("barrier.cluster.arrive.relaxed;")
 
 
 def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged):
@@ -64,6 +70,8 @@ def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged):
     to have any numbers. `room` is the warpgroup's shared memory, and `exchanged` its barrier.
     """
     firsts, columns = shares(plan.splits, plan.value_dim)
+    if plan.exchanges_in_blocks:  # this one is done with them
+        _cluster("barrier.cluster.arrive.release;")
     _cluster("barrier.cluster.wait.acquire;")
     _send(acc, lse, owns, room, exchanged, part, firsts, columns)
     wait(exchanged, jnp.int32(0), jnp.int32(0))

@@ -29,7 +29,7 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, resu
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
     if plan.clusters:
         exchanged = scratch["exchanged"].at[pl.ds(warpgroup, 1)]
-        start_exchange(exchanged)
+        start_exchange(plan, exchanged)
     attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()

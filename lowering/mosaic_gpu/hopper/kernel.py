@@ -65,6 +65,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
         blocks |= dict(values=ring(plan.slots, *shape))
     if plan.shares_place:
         blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
+    if plan.clusters:
+        blocks = exchange_scratch(plan, blocks)
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
@@ -104,15 +106,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
         )
     if plan.quantised:
         scratch |= widening_scratch(plan)
-    blocks = dict(grid=(min(plan.pieces, plan.cores),))
+    grid = dict(grid=(min(plan.pieces, plan.cores),))
     if plan.clusters:
-        scratch |= exchange_scratch(plan)
-        blocks = dict(grid=(plan.pieces // plan.splits,), cluster=(plan.splits,), cluster_names=("part",))
+        grid = dict(grid=(plan.pieces // plan.splits,), cluster=(plan.splits,), cluster_names=("part",))
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, list(optional)),
         out_type=tuple(result_types),
         scratch_types=scratch,
-        **blocks,
+        **grid,
         grid_names=("block",),
         num_threads=plan.computing_warpgroups + plan.loading_warpgroups,
         thread_name="warpgroup",
@@ -173,6 +174,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
+    if plan.exchanges_in_blocks:
+        [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
     sources = _sources(plan, caches, optional, **scratch)
 
     @pl.when(warpgroup < plan.computing_warpgroups)

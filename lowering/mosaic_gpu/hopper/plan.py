@@ -92,6 +92,7 @@ class Plan:
     stages: int
     parts: Parts  # of a tile's keys
     clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
+    exchanges_in_blocks: bool  # where keys and values were, since there is no room beside them
     softmax_scale: float
     soft_cap: float | None
     window: int | None

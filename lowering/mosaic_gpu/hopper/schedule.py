@@ -7,6 +7,7 @@ work of all tiles, and ranks its own.
 
 from dataclasses import dataclass
 import functools
+import itertools
 import operator
 
 import jax
@@ -22,9 +23,10 @@ from paged_prefill.primitive.packing import harmless_contexts
 WARPGROUPS = 2
 THREADS = 128 * WARPGROUPS
 MOST_SEQUENCES = THREADS
-TILES = 64  # that a block ranks and writes; as many threads share the comparisons of one
+TILES = 32  # that a block ranks and writes: the threads that share the comparisons of one are in different warps
 SHARES = THREADS // TILES
 UNROLLED = 8
+SCANNED = 4  # values that a step of a running sum takes together: waiting for one another takes longer than to add
 MOST_TILES = 2**15  # whose work fits the shared memory
 
 
@@ -80,15 +82,16 @@ def table_in_one(launch: Launch, indices: Indices):
 def scratch(launch: Launch) -> dict[str, int]:
     """Shared memory by name, in numbers."""
     of_tiles = ["works", "numbers"] if launch.tiling.parts.vary else ["works"]
-    sizes = dict.fromkeys(["starts", "ends", "tile_ends"], THREADS) | dict.fromkeys(of_tiles, launch.rounds * THREADS)
+    of_sequences = ["starts", "ends", "tile_ends", "lengths"]
+    sizes = dict.fromkeys(of_sequences, THREADS) | dict.fromkeys(of_tiles, launch.rounds * THREADS)
     return sizes | dict(scanned=4 * THREADS, sums=2 * THREADS)
 
 
 def write_table(launch: Launch, threads, block, offsets, contexts, table, **scratch):
     """What a thread does. `threads` has the words for it, `block()` is the number of its block."""
     tiling, thread, block = launch.tiling, threads.number(), block()
-    _find_sequences(launch, threads, thread, offsets, **scratch)
-    tile_of = functools.partial(_tile_of, launch, threads, contexts, **scratch)
+    _find_sequences(launch, threads, thread, offsets, contexts, **scratch)
+    tile_of = functools.partial(_tile_of, launch, threads, **scratch)
 
     # As many threads as there are shares have the same tile, and different parts of it.
     tile, share = block * TILES + lax.rem(thread, jnp.int32(TILES)), lax.div(thread, jnp.int32(TILES))
@@ -115,12 +118,16 @@ def write_table(launch: Launch, threads, block, offsets, contexts, table, **scra
     lax.fori_loop(0, -(-tiling.rows // (tiling.tiles * SHARES)), write, None)
 
 
-def _find_sequences(launch, threads, thread, offsets, *, starts, ends, tile_ends, scanned, **_) -> None:
-    """Where each sequence starts and ends in the pack, and the tiles up to its end: thread by thread."""
+def _find_sequences(launch, threads, thread, offsets, contexts, *, starts, ends, tile_ends, lengths, scanned, **_):
+    """Where each sequence starts and ends in the pack, the tiles up to its end, and its context: thread by thread.
+
+    All that comes from memory is asked for at once.
+    """
     tiling, per_pack = launch.tiling, launch.seqs_of_pack
     seq = jnp.minimum(thread, tiling.seqs - 1)
     pack = lax.div(seq, jnp.int32(per_pack))
     given = seq + pack  # a pack has one offset more than sequences
+    threads.store(lengths, thread, harmless_contexts(threads.load(contexts, seq)))
     low, high = (
         pack * launch.tokens_of_pack + jnp.clip(threads.load(offsets, given + i), 0, launch.tokens_of_pack)
         for i in range(2)
@@ -139,16 +146,19 @@ def _find_sequences(launch, threads, thread, offsets, *, starts, ends, tile_ends
 
 def _scan(launch, threads, thread, combine, value, scanned, at):
     """The combination of the values of all threads up to this one, among those that have a sequence."""
-    for step in range((launch.tiling.seqs - 1).bit_length()):
+    for step in itertools.count():
+        reach = SCANNED**step  # threads whose values each has
+        if reach >= launch.tiling.seqs:
+            return value
         here = at + step % 2 * THREADS  # the other half is what slower threads still read
         threads.store(scanned, here + thread, value)
         threads.synchronise()
-        earlier = threads.load(scanned, here + jnp.maximum(thread - 2**step, 0))
-        value = jnp.where(thread >= 2**step, combine(value, earlier), value)
-    return value
+        for i in range(1, SCANNED):
+            earlier = threads.load(scanned, here + jnp.maximum(thread - i * reach, 0))
+            value = jnp.where(thread >= i * reach, combine(value, earlier), value)
 
 
-def _tile_of(launch, threads, contexts, tile, *, starts, ends, tile_ends, **_):
+def _tile_of(launch, threads, tile, *, starts, ends, tile_ends, lengths, **_):
     """A tile by its number in the order of its tokens."""
     tiling = launch.tiling
     passed = jnp.int32(0)  # sequences that lie before it: their tiles end at or before it
@@ -167,7 +177,7 @@ def _tile_of(launch, threads, contexts, tile, *, starts, ends, tile_ends, **_):
         size=jnp.where(owned, threads.load(ends, seq), begin) - jnp.where(owned, begin, gap_begin),
         owned=owned,
         seq=seq,
-        context_len=harmless_contexts(threads.load(contexts, seq)),
+        context_len=threads.load(lengths, seq),
     )
     return tiling.tile(stretch, (place - jnp.where(owned, gap_tiles, 0)) * tiling.block_q)
 
