@@ -65,6 +65,18 @@ class QueriesTest(parameterized.TestCase):
         places = [(team, row_group) for team in range(plan.teams) for row_group in range(plan.row_groups)]
         self.assertEqual([plan.queries_of(*place) for place in places], groups)
 
+    @parameterized.named_parameters(
+        ("prompt", {}, 2),
+        ("parts_of_tiles", dict(tokens=256, pages_per_seq=2048), 0),
+        ("decode_steps", dict(seqs=256, tokens=256), 0),
+        ("window", dict(sliding_window=1024), 0),
+    )
+    def test_the_next_query_is_asked_for_before_its_place_is_free(self, call, copies):
+        """Into the second cache, by a copy for every 64 of its features, where products are what all wait for."""
+        plan, arrays = launch_of(q_heads=32, kv_heads=8, **call)
+        program = str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays))
+        self.assertEqual(program.count("async_prefetch"), copies)
+
     def test_each_group_waits_for_as_many_copies_as_it_gets(self):
         """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
         plan, arrays = launch_of(tokens=8192, pages_per_seq=512, q_heads=32, kv_heads=8)

@@ -343,7 +343,15 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     """
     [[query_slots], *_], keys = query_views, sources[0]
 
+    def ask_for_query(piece):
+        """Brings a piece's query into the second cache, while the last one still has its place."""
+        place = pl.ds(piece.tile.start, plan.block_q), pl.ds(piece.head, plan.heads)
+        for part in range(plan.query_parts):
+            plgpu.async_prefetch(query.at[*place, pl.ds(part * COLUMNS, COLUMNS)])
+
     def copy_query(team, piece, done):
+        if plan.asks_ahead:
+            pl.when(done > 0)(functools.partial(ask_for_query, piece))
         for row in range(0, plan.rows, plan.slab):
             queries = plan.queries_of(team, row // WARPGROUP_ROWS)
             if row % (plan.rows // plan.query_groups) == 0:

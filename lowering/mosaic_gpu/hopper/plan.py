@@ -222,6 +222,14 @@ class Plan:
         return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
 
     @property
+    def asks_ahead(self) -> bool:
+        """Whether the next query is brought into the second cache while the last one has its place, to come sooner.
+
+        With a window, 8192 tokens of wide heads are slower with it, and no call is much faster.
+        """
+        return self.query_comes_first and self.pieces > self.cores and self.window is None
+
+    @property
     def query_groups(self) -> int:
         """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
 
@@ -300,8 +308,8 @@ class Plan:
         """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
 
         Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
-        than of 128 features it is slower: of 64, a step is over before the next query is there; and of more, with two
-        stages, ptxas lets go of a block's keys too late.
+        than of 128 features it is slower: of 64, steps are short, even with two places for queries; of more, results
+        and next logits want the same registers.
         """
         if not self.takes_turns or self.quantised or self.parts.vary or self.pieces <= self.cores:
             return False
