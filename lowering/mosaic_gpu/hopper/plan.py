@@ -300,9 +300,11 @@ class Plan:
 
         Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
         than of 128 features it is slower: of 64, a step is over before the next query is there; and of more, with two
-        stages, ptxas lets go of a block's keys too late.
+        stages, ptxas lets go of a block's keys too late. Not measured with scales of slots.
         """
-        if not self.takes_turns or self.quantised or self.parts.vary or self.pieces <= self.cores:
+        if not self.takes_turns or self.parts.vary or self.pieces <= self.cores:
+            return False
+        if "slot" in (self.key_scale, self.value_scale):
             return False
         return (self.head_dim, self.value_dim) == (128, 128)
 
