@@ -48,6 +48,10 @@ class Kernel(abc.ABC):
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         """A configuration with every size that the kernel uses."""
 
+    def complete(self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig:
+        """`chosen` with the heuristic's sizes where it leaves them open. What else it chooses may call for other sizes."""
+        return chosen.over(self.heuristic(problem, device))
+
     @abc.abstractmethod
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The configurations worth timing, the heuristic one first."""

@@ -224,13 +224,16 @@ class GpuTest(parameterized.TestCase):
         cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=warps, num_splits=num_splits)
         self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap)
 
-    @product(kind=("causal", "window", "ranges"), block_kv=(64, 128), cores=(1, 3))
-    def test_pieces_in_a_chain_have_the_bits_of_pieces_alone(self, kind, block_kv, cores):
+    @product(kind=("causal", "window", "ranges"), block_kv=(64, 128), cores=(1, 3),
+             cache=(None, ("float8_e4m3fn", "head"), ("int8", "tensor"), ("float8_e5m2", "head")))
+    def test_pieces_in_a_chain_have_the_bits_of_pieces_alone(self, kind, block_kv, cores, cache):
         """On few cores: each thread block goes from sequence to sequence, and from one block of keys to many."""
         self.need("cuda")
         window = dict(sliding_window=90) if kind == "window" else {}
+        quantised = dict(zip(("cache_dtype", "key_scale", "value_scale"), (*cache, cache[1]))) if cache else {}
         call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=128, page_size=16,
-                                  dtype="bfloat16", key_ranges=kind == "ranges", tokens_before=2, tokens_after=3, **window)
+                                  dtype="bfloat16", key_ranges=kind == "ranges", tokens_before=2, tokens_after=3,
+                                  **window, **quantised)
         cfg = PrefillPageAttentionConfig(block_q=64, block_kv=block_kv, num_warps=12, num_splits=1)
         plan_of, results = host._plan, []
         for chains in (True, False):

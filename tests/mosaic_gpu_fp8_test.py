@@ -127,8 +127,18 @@ class SizesTest(parameterized.TestCase):
         tokens, seqs = pack
         problem = problems.problem(tokens=tokens, seqs=seqs, head_dim=head_dim, value_dim=head_dim, page_size=page_size,
                                    pages_per_seq=200, features=("quantised",), cache_dtype="float8_e4m3fn")
-        config = PrefillPageAttentionConfig(fp8_terms=fp8_terms).over(KERNEL.heuristic(problem, HOPPER))
+        config = KERNEL.complete(problem, HOPPER, PrefillPageAttentionConfig(fp8_terms=fp8_terms))
         self.assertIsNone(KERNEL.misfit(problem, HOPPER, config))
+
+    @parameterized.parameters(
+        (None, (), 12), (0, (), 12), (1, (), 16), (2, (), 16), (None, ("slot_scales",), 16)
+    )
+    def test_two_warpgroups_where_they_widen_larger_blocks_than_three(self, fp8_terms, features, num_warps):
+        """Scales of slots leave no room for those, and what is not widened lies in half the shared memory."""
+        problem = problems.problem(tokens=8192, q_heads=32, num_kv_heads=8, pages_per_seq=512,
+                                   features=("quantised", *features), cache_dtype="float8_e4m3fn")
+        config = KERNEL.complete(problem, HOPPER, PrefillPageAttentionConfig(fp8_terms=fp8_terms))
+        self.assertEqual(config.num_warps, num_warps)
 
     @parameterized.parameters(-1, 3, True, 1.0, "1")
     def test_terms_that_there_are_not(self, value):

@@ -98,7 +98,10 @@ class ChainTest(parameterized.TestCase):
         ("parts_of_some", dict(parts=Parts(1, 4, 8)), False),
         ("short_steps", dict(head_dim=64, value_dim=64), False),
         ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
-        ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), False),
+        ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), True),
+        ("quantised_and_long", dict(cache_dtype="int8", key_scale="head", value_scale="head", pages_per_seq=513), False),
+        ("products_of_8_bits", dict(cache_dtype="float8_e4m3fn", key_scale="head", fp8_terms=1), False),
+        ("scales_of_slots", dict(cache_dtype="int8", key_scale="slot", value_scale="slot"), False),
     )
     def test_pieces_are_a_chain_where_warpgroups_take_turns(self, changes, chains):
         self.assertEqual(plans.plan(**(dict(tiles=67, soft_cap=None) | changes)).chains, chains)

@@ -64,6 +64,7 @@ def kernel(
         attend=attend,
         supports=lambda problem, device: None,
         heuristic=lambda problem, device: HEURISTIC,
+        complete=lambda problem, device, chosen: chosen.over(HEURISTIC),
         candidates=lambda problem, device: [HEURISTIC, *candidates],
         num_splits=num_splits,
         misfit=misfit,

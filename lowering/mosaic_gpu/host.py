@@ -82,13 +82,20 @@ class MosaicGpu(Kernel):
 
     def heuristic(self, problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         """Sizes from the shape and the chip; measured in benchmarks/results."""
+        return self._heuristic(problem, device)
+
+    def complete(self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig:
+        return chosen.over(self._heuristic(problem, device, widens=not chosen.fp8_terms))
+
+    def _heuristic(self, problem: Problem, device: Device, widens=True) -> PrefillPageAttentionConfig:
+        """`widens` says whether quantised caches are widened, and not multiplied as they are."""
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
         teams = _with_teams(problem, config)
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
             config = teams
-        elif three is not None and _ends_sooner(problem, device, three, config):
+        elif three is not None and _ends_sooner(problem, device, three, config, widens and _quantised(problem)):
             config = three
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         of_parts = replace(config, num_stages=min(config.num_stages, few))
@@ -486,13 +493,18 @@ def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttenti
     return few and programs(problem, config) >= MOST_CORES * device.cores
 
 
-def _ends_sooner(problem: Problem, device: Device, three, two) -> bool:
+def _ends_sooner(problem: Problem, device: Device, three, two, widens: bool) -> bool:
     """Whether tiles of three warpgroups end sooner than those of at most two, longest first over the cores.
+
+    Where caches are widened, they do not if two have room for larger blocks: shared memory binds, and three read each
+    block once more and their queries twice as often.
 
     Tiles of early tokens see fewer keys. Where all see as many, the last round takes as long as the others, however few
     tiles it has; the more they differ, the better short ones fill what it leaves.
     """
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
+        return False
+    if widens and two.block_kv > three.block_kv:
         return False
     if programs(problem, three) < ROUNDS * device.cores:
         return False

@@ -89,7 +89,7 @@ def completed(
     kernel: Kernel, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig = PrefillPageAttentionConfig()
 ) -> PrefillPageAttentionConfig:
     """`chosen` with the heuristic's sizes where it leaves them open, and as many splits as those sizes need, if they fit."""
-    config = chosen.over(kernel.heuristic(problem, device))
+    config = kernel.complete(problem, device, chosen)
     if chosen.num_splits is None and kernel.misfit(problem, device, config) is None:
         config = dataclasses.replace(config, num_splits=kernel.num_splits(problem, device, config))
     return config

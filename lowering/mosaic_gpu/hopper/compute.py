@@ -51,17 +51,17 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
         return _Attention(plan, piece, done, 0, warpgroup, optional, sources, **scratch)
 
     def one(carry):
-        i, done, _, logits = carry
+        i, done, _, first = carry
         piece, _ = piece_of(i)
-        _, more = piece_of(i + 1)
+        following, more = piece_of(i + 1)
         attention = attention_of(piece, done)
-        found, logits = attention.run_on(logits, more)
+        found, first = attention.run_on(first, following, more)
         store_results(plan, piece, attention.rows, found, results)
-        return i + 1, done + piece.steps, more, logits()
+        return i + 1, done + piece.steps, more, first()
 
     piece, exists = piece_of(0)
-    logits = attention_of(piece, 0).first_logits(exists)
-    lax.while_loop(lambda carry: carry[2], one, (jnp.int32(0), jnp.int32(0), exists, logits))
+    first = attention_of(piece, 0).first_logits(exists)
+    lax.while_loop(lambda carry: carry[2], one, (jnp.int32(0), jnp.int32(0), exists, first))
 
 
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
@@ -166,12 +166,13 @@ class _Attention:
         """Output and lse of the rows, which see no key but in blocks `first` to `end`."""
         return self._finish(first, end - 1, self._steps(first, end, self._start))
 
-    def run_on(self, logits, more):
-        """The same of a piece in a chain, from its first logits on; and a function that waits for those of the next.
+    def run_on(self, first_logits, following, more):
+        """The same of a piece in a chain, from its first logits on; and a function that waits for those of the following.
 
         They run beside the last output and whatever is done with the results. If there is no `more`, they are of nothing.
         """
-        self.softmax, last = Softmax(self.plan), self.piece.steps - 1
+        logits, to_logits = first_logits
+        self.softmax, last = Softmax(self.plan, to_logits), self.piece.steps - 1
 
         def start(first):
             pl.when(last == 0)(lambda: plgpu.barrier_arrive(self.query_free))
@@ -181,12 +182,17 @@ class _Attention:
         if not self.plan.masks_any_block:  # else it is clean
             pl.when(last > 0)(lambda: self._clean_values(last))
 
+        to_logits = None
+        if self.plan.quantised:  # before its turn: so the other warpgroup's products run meanwhile
+            pl.when(more)(lambda: plgpu.barrier_wait(self.query_here))
+            to_logits = self._scale_rows(following)
         self._take_turn()
         acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
 
         @pl.when(more)
         def _():
-            plgpu.barrier_wait(self.query_here)
+            if not self.plan.quantised:
+                plgpu.barrier_wait(self.query_here)
             plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(last + 1)])
 
         parts = [*range(self.plan.query_parts)]
@@ -194,12 +200,12 @@ class _Attention:
         self._pass_turn()
         acc = settled(acc, still_running=1)
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        results = self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks())
+        results = self._results(acc, m, l)
 
         def next_logits():
             found = settled(logits, still_running=0)
             pl.when(more)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(last + 1)]))
-            return found
+            return found, to_logits
 
         return results, next_logits
 
@@ -211,10 +217,11 @@ class _Attention:
             plgpu.barrier_wait(self.query_here)
             plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(0)])
 
+        to_logits = self._scale_rows(self.piece) if self.plan.quantised else None
         self._take_turn()
         logits = self._logits_of(0)
         pl.when(exists)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(0)]))
-        return logits
+        return logits, to_logits
 
     def _steps(self, first, end, start) -> Running:
         """From what `start` makes of block `first` through the others."""
@@ -230,7 +237,7 @@ class _Attention:
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
         plgpu.barrier_wait(self.query_here)
-        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
+        self.softmax = Softmax(self.plan, self._scale_rows(self.piece) if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
@@ -319,7 +326,10 @@ class _Attention:
         else:
             acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        scales = [self._scale_of(i) for i in (0, 1)] if self.plan.quantised else None
+        return self._results(acc, m, l)
+
+    def _results(self, acc, m, l):
+        scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources] if self.plan.quantised else None
         return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
 
     def _logits_of(self, i):
@@ -374,25 +384,21 @@ class _Attention:
             columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
-    def _scale_rows(self):
-        """Turns the query into what products take, each row by its largest number; what turns its products to logits."""
+    def _scale_rows(self, piece):
+        """Turns a piece's query into what products take, each row by its largest number; what turns those to logits."""
         plan = self.plan
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
             for part in range(plan.query_parts)
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
-        factor, to_logits = scaled_rows(plan, largest, self._scale_of(0))
+        factor, to_logits = scaled_rows(plan, largest, scale_or_one(plan, self.sources[0], piece))
         if plan.fp8_terms:
             plgpu.commit_smem()  # all threads have read what they are about to write over
         for part, numbers in enumerate(parts):
             store_query(plan, self.query, part, numbers * lax.broadcast_in_dim(factor, numbers.shape, [0]))
         plgpu.commit_smem()
         return to_logits
-
-    def _scale_of(self, source):
-        """The scale of all keys, or of all values, that the piece sees."""
-        return scale_or_one(self.plan, self.sources[source], self.piece)
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)

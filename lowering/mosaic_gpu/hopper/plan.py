@@ -15,6 +15,7 @@ from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 WARPGROUP_ROWS = 64  # rows of a wgmma
 FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
+MOST_WIDENED_KEYS = 8192  # of a sequence over a widened cache, up to which pieces are a chain
 TILE_COLUMNS = len(Tiles._fields) - 1  # of the table: what slabs see follows
 LOG2_E = math.log2(math.e)
 # How small and large a fixed maximum may make weights, as exponents of 2: bfloat16 has all its bits down to -126, and
@@ -309,9 +310,13 @@ class Plan:
 
         Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
         than of 128 features it is slower: of 64, steps are short, even with two places for queries; of more, results
-        and next logits want the same registers.
+        and next logits want the same registers. Over widened caches its steps take 2% longer: so only where pieces are
+        short. Not measured with scales of slots.
         """
-        if not self.takes_turns or self.quantised or self.parts.vary or self.pieces <= self.cores:
+        if not self.takes_turns or self.parts.vary or self.pieces <= self.cores:
+            return False
+        long = self.pages_per_seq * self.page_size > MOST_WIDENED_KEYS
+        if self.quantised and (long or "slot" in (self.key_scale, self.value_scale)):
             return False
         return (self.head_dim, self.value_dim) == (128, 128)
 
