@@ -98,7 +98,7 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     holds = rows.held(i, layout)
     for c in range(plan.value_dim // COLUMNS):
 
-        @pl.when(warpgroup == c % plan.warpgroups)
+        @pl.when(jnp.bool_(True) if warpgroup is None else warpgroup == c % plan.warpgroups)
         def _(c=c):
             part = values.at[:, pl.ds(c * COLUMNS, COLUMNS)]
             part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)

@@ -20,7 +20,7 @@ class Rows:
     def __init__(self, plan: Plan, piece, warpgroup, optional):
         self.plan, self.piece, self.tile = plan, piece, piece.tile
         self.first_row = 0 if plan.wide else warpgroup * WARPGROUP_ROWS
-        self.first_column = warpgroup * plan.logit_columns if plan.wide else 0
+        self.first_column = warpgroup * plan.logit_columns if plan.wide and not plan.alternates else 0
         self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
 
     def rows(self):

@@ -181,6 +181,11 @@ class Plan:
         return is_wide(self.head_dim, self.value_dim, self.latent)
 
     @property
+    def alternates(self) -> bool:
+        """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
+        return self.latent and not self.quantised
+
+    @property
     def shares_place(self) -> bool:
         """Whether values are widened to where the keys of their block were, and keys to where the last values were."""
         return self.wide and self.quantised and not self.latent
@@ -241,7 +246,7 @@ class Plan:
     @property
     def logit_columns(self) -> int:
         """Keys of a block whose logits a warpgroup computes."""
-        return self.block_kv * self.row_groups // self.warpgroups
+        return self.block_kv if self.alternates else self.block_kv * self.row_groups // self.warpgroups
 
     @property
     def output_columns(self) -> int:

@@ -29,6 +29,7 @@ def wide_scratch(plan: Plan) -> dict:
     return dict(
         weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.product_dtype), transforms=TILED),
         boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),
+        weighed=plgpu.Barrier(num_barriers=2),
     )
 
 
