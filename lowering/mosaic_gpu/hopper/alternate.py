@@ -10,8 +10,8 @@ loaded once for both products, and two blocks are all that there is room for.
 
 import functools
 
-import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -21,7 +21,6 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import meet, post, post
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_output, start_weighted, store_weights, swapped
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax
-from jax.experimental import pallas as pl
 
 
 def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, **scratch):
@@ -90,11 +89,8 @@ class _Attention:
 
     def _weigh(self, masked, i, products, acc, m, l):
         """Block i's weights, for the other too, and its output; no product is running before and after."""
-        logits = self.softmax.logits(products)
-        if masked:
-            logits = jnp.where(self.seen(i), logits, -jnp.inf)
-        weights, acc, m, l = self.softmax.step_together(logits, self.softmax.largest(logits), acc, m, l)
-        weights = weights.astype(self.plan.product_dtype)
+        seen = functools.partial(self.seen, i) if masked else None
+        weights, acc, m, l = self.softmax.step(products, lambda: acc, m, l, seen)
         store_weights(weights, self.weights, jnp.int32(0))
         post(m, self.maxima, self.warpgroup)
         values = self._keys_of(i)
@@ -109,10 +105,8 @@ class _Attention:
         other = 1 - self.warpgroup
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
         plgpu.barrier_wait(self.weighed.at[other])
-        m_next = posted(self.maxima, other)
-        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
-        acc, l = self.softmax.faded(m_next != m, shift, acc, m, l)
-        return start_output(acc, self.weights, self._keys_of(i), self.warpgroup), m_next, l
+        acc, m, l = self.softmax.by_maximum(posted(self.maxima, other), acc, m, l)
+        return start_output(acc, self.weights, self._keys_of(i), self.warpgroup), m, l
 
     def _logits(self, i):
         return settled(self._start_logits(i), still_running=0)
