@@ -13,8 +13,8 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next, or heads of one token.
 
-    Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges, the words of
-    the trees, and the sinks that there are in global memory, as vectors.
+    Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges, the
+    words of the trees, and the sinks that there are in global memory, as vectors.
     """
 
     def __init__(self, plan: Plan, piece, warpgroup, optional):

@@ -23,7 +23,10 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 
 
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
-    """Whether two warpgroups share rows, and each computes one half of their output's columns (wide.py)."""
+    """Whether two warpgroups share rows, and each computes one half of their output's columns.
+
+    They share blocks of keys too (wide.py), or take them by turns (Plan.alternates).
+    """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 

@@ -1,5 +1,7 @@
 """What two compute warpgroups do with a piece whose output is wider than the registers of one (Plan.wide).
 
+So do quantised latent caches; others have room for two blocks, which are taken by turns (alternate.py).
+
 They share its 64 rows. Each computes the logits of one half of a block's keys, and weights by maxima of both halves.
 The weights meet in shared memory, where both read them all, and each multiplies them with half of the values' columns:
 so no product is computed twice. The values of a latent cache are the first features of its keys, loaded once.
