@@ -10,12 +10,12 @@ from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, append_to_pages, ragged_paged_prefill
+from paged_prefill import append_to_pages, ragged_paged_prefill
 from paged_prefill.primitive.quantised import largest_number
 from paged_prefill.tests import cases, compiling, poisoned
 from paged_prefill.tests.appends import CACHES, QUANTISED, assert_written, make_append
 
-CONFIG = PrefillPageAttentionConfig(block_q=1, block_kv=8)
+
 def check(call):
     assert_written(call, jax.jit(append_to_pages)(**call))
 
@@ -140,7 +140,7 @@ class InPlaceTest(parameterized.TestCase):
                     **caches, **tokens | (dict(value=None) if latent else {}), **scales, **indices, layer=number
                 )
                 caches, scales = dict(zip(caches, written)), dict(zip(scales, written[2:]))
-                out = ragged_paged_prefill(query, **caches, **scales, **indices, layer=number, cfg=CONFIG, **parameters)
+                out = ragged_paged_prefill(query, **caches, **scales, **indices, layer=number, cfg=cases.ONE_HEIGHT, **parameters)
                 return (query + 0.1 * jnp.mean(out, -1, keepdims=True), caches, scales), None
 
             return lax.scan(layer, (call["query"], caches, scales), jnp.arange(self.LAYERS))[0]
@@ -218,7 +218,7 @@ class ErrorTest(parameterized.TestCase):
     def append_and_attend(query, key, value, cache, **scales):
         written = append_to_pages(cache, cache, key, value, **ErrorTest.INDICES, **scales)
         caches = dict(zip(CACHES, written)) | dict(zip(CACHES[2:], written[2:] or scales.values()))
-        return ragged_paged_prefill(query, **caches, **ErrorTest.INDICES, cfg=cases.SMALL_TILES)
+        return ragged_paged_prefill(query, **caches, **ErrorTest.INDICES, cfg=cases.ONE_HEIGHT)
 
     @parameterized.parameters(*((*key, *errors) for key, errors in MEASURED.items()))
     def test_of_attention(self, dtype, granularity, *measured):

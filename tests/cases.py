@@ -104,6 +104,8 @@ def in_all_dtypes(*cases) -> list[Case]:
 
 # Tiles and blocks smaller than the sequences, so that chunks are longer than a tile and no multiple of it.
 SMALL_TILES = PrefillPageAttentionConfig(block_q=16, block_kv=32)
+# One tile height: a small program that compiles fast, for tests of what has nothing to do with tiles.
+ONE_HEIGHT = PrefillPageAttentionConfig(block_q=1, block_kv=8)
 ROOM = (48, 6, 14, 48)
 
 # A row of the page table for 2**31 + 2**16 keys, of which a window is seen.

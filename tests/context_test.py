@@ -19,9 +19,9 @@ from paged_prefill import (
     sharding_hints,
 )
 from paged_prefill.primitive.context import current_policy, overlay, policy
-from paged_prefill.tests import meshes
+from paged_prefill.tests import cases, meshes
 
-attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
 
 
 def warm(call, *operands):
@@ -96,13 +96,13 @@ class ContextTest(parameterized.TestCase):
             return run(*operands, config=config, **parameters)
 
         run = lowering.run
-        with mock.patch.object(lowering, "run", spy), overlay(meshes.CONFIG):
+        with mock.patch.object(lowering, "run", spy), overlay(cases.ONE_HEIGHT):
             jax.jit(paged_prefill_p.bind).lower(*single)
             function, arguments = create_shard_map_wrapper(
                 *one, mesh=mesh, in_specs=(P(None, "model"), P(), P(), P(), P()), out_specs=P(None, "model")
             )
             jax.jit(function).lower(*arguments)
-        self.assertEqual(seen, [meshes.CONFIG] * 2)
+        self.assertEqual(seen, [cases.ONE_HEIGHT] * 2)
 
 
 class PolicyTest(absltest.TestCase):

@@ -24,6 +24,7 @@ from paged_prefill import (
 )
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import KERNELS, choose
+from paged_prefill.tests import cases
 from paged_prefill.tests.problems import problem
 
 OPERANDS = dict(
@@ -497,6 +498,10 @@ class ValidateTest(parameterized.TestCase):
             jax.jit(validate)(*arrays)
 
 
+attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT)
+attend_one = functools.partial(prefill_page_attention, cfg=cases.ONE_HEIGHT)
+
+
 class IndexDtypesTest(parameterized.TestCase):
     @parameterized.parameters("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
     def test_any_integer_dtype_means_the_same(self, dtype):
@@ -504,12 +509,12 @@ class IndexDtypesTest(parameterized.TestCase):
             rng = np.random.default_rng(0)
             arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
             good = [jnp.asarray(np.abs(x)) for x in map(np.asarray, ValidateTest.GOOD.values())]
-            want = ragged_paged_prefill(*arrays, *(x.astype(jnp.int32) for x in good))
-            got = ragged_paged_prefill(*arrays, *(x.astype(dtype) for x in good))
+            want = attend(*arrays, *(x.astype(jnp.int32) for x in good))
+            got = attend(*arrays, *(x.astype(dtype) for x in good))
             np.testing.assert_array_equal(got, want)
 
     @parameterized.product(
-        form=("int8", "int32", "int64", "uint32", "list"), function=(ragged_paged_prefill, append_to_pages, prefill_page_attention)
+        form=("int8", "int32", "int64", "uint32", "list"), function=(attend, append_to_pages, attend_one)
     )
     def test_numpy_and_python_numbers_mean_the_same_eager_and_closed_over(self, form, function):
         """Index arguments that a jitted function closes over are constants, not tracers."""
@@ -518,7 +523,7 @@ class IndexDtypesTest(parameterized.TestCase):
         new = [jnp.asarray(rng.standard_normal((10, 2, d)), jnp.float32) for d in (16, 24)]
         indices = [np.abs(np.asarray(x)) for x in ValidateTest.GOOD.values()]
         arrays = (query, *caches) if function is not append_to_pages else (*caches, *new)
-        if function is prefill_page_attention:
+        if function is attend_one:
             indices = [indices[0][1:2], indices[1][1]]
         given = [x.tolist() if form == "list" else x.astype(form) for x in indices]
         want = function(*arrays, *(jnp.asarray(x, jnp.int32) for x in indices))
@@ -529,9 +534,9 @@ class IndexDtypesTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
         lens, pages, offsets = (np.abs(np.asarray(x, np.int64)) for x in ValidateTest.GOOD.values())
-        want = ragged_paged_prefill(*arrays, np.where(lens == 40, 2**31 - 1, lens), pages, offsets)
+        want = attend(*arrays, np.where(lens == 40, 2**31 - 1, lens), pages, offsets)
         for wide in (2**31, 2**32 + 1, 2**62):
-            got = ragged_paged_prefill(*arrays, np.where(lens == 40, wide, lens), pages, offsets)
+            got = attend(*arrays, np.where(lens == 40, wide, lens), pages, offsets)
             np.testing.assert_array_equal(got, want)
 
     def test_truth_values_and_numbers_too_large_are_no_integers(self):
@@ -546,8 +551,8 @@ class IndexDtypesTest(parameterized.TestCase):
             arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
             lens, pages, offsets = (jnp.asarray(np.abs(x), jnp.int64) for x in ValidateTest.GOOD.values())
             for dtype, wide, narrow in (("int64", 2**32 + 1, 2**31 - 1), ("int64", -(2**32) + 7, 0), ("uint64", 2**64 - 1, 2**31 - 1)):
-                got = ragged_paged_prefill(*arrays, lens.astype(dtype).at[1].set(wide), pages, offsets)
-                want = ragged_paged_prefill(*arrays, lens.at[1].set(narrow), pages, offsets)
+                got = attend(*arrays, lens.astype(dtype).at[1].set(wide), pages, offsets)
+                want = attend(*arrays, lens.at[1].set(narrow), pages, offsets)
                 np.testing.assert_array_equal(got, want)
 
 

@@ -173,6 +173,8 @@ class CostTest(parameterized.TestCase):
 
 
 class XlaTest(parameterized.TestCase):
+    CONFIG = PrefillPageAttentionConfig(block_q=128, block_kv=128)
+
     @parameterized.parameters((True, "bf16"), (False, "f32"))
     def test_bfloat16_is_right_in_the_products_of_either_kind_of_cpu(self, multiplies, dtype):
         pack = cases.Case("products", ((70, 133), (1, 40), (3, 9)), dtype="bfloat16").pack()
@@ -201,7 +203,11 @@ class XlaTest(parameterized.TestCase):
         ("cpu", 600, 2, (128, 600)),
         ("cpu", 1000, 2, (256, 256)),
         ("cpu", 2000, 2, (256, 512)),
-        ("cpu", 2000, 16, (64, 512)),
+        ("cpu", 2000, 4, (256, 256)),
+        ("cpu", 2000, 32, (128, 256)),
+        ("cpu", 5000, 1, (1024, 256)),
+        ("cpu", 5000, 8, (512, 256)),
+        ("cpu", 5000, 32, (128, 256)),
         ("cpu", 600, 64, (32, 256)),
         ("cuda", 200, 2, (128, 200)),
         ("cuda", 600, 2, (128, 256)),
@@ -214,7 +220,7 @@ class XlaTest(parameterized.TestCase):
         config = XLA.heuristic(call, Device(platform))
         self.assertEqual((config.block_q, config.block_kv), sizes)
 
-    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256), parts=PART_HEIGHTS)
+    @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256, 512, 1024), parts=PART_HEIGHTS)
     def test_tiles_cover_every_length_and_little_more(self, block_q, parts):
         lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
         heights = walks.heights_of(block_q, parts)
@@ -238,6 +244,36 @@ class XlaTest(parameterized.TestCase):
         heights = walks.heights_of(256, walks.CPU_TURNS.part_heights)
         counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
+
+
+    @parameterized.parameters(
+        (512, 1300, {512: 2, 256: 1, 32: 1}), (1024, 800, {256: 3, 32: 1}), (1024, 900, {1024: 1})
+    )
+    def test_what_tall_tiles_leave_takes_tiles_that_are_as_fast(self, block_q, length, tiles):
+        heights = walks.heights_of(block_q, walks.CPU_TURNS.part_heights)
+        counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
+        self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
+
+    @parameterized.product(group=(1, 3, 4, 5), dtype=("float32", "bfloat16", "float16"))
+    def test_few_rows_are_multiplied_where_keys_and_values_lie(self, group, dtype):
+        """No block is copied for them; and no NaN of a slot that no row sees gets into a sum."""
+        sequences = ((1, 700), (1, 1), (1, 260), (1, 399))
+        case = cases.Case("in_place", sequences, 2 * group, 2, 48, 40, page_size=16, dtype=dtype, sliding_window=300)
+        rows = problem(seqs=4, tokens=4, q_heads=2 * group, num_kv_heads=2)
+        self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 4)
+        with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
+            cases.check(case)
+
+    def test_few_rows_have_no_copy_of_their_keys(self):
+        block = 4 * 8 * 2 * walks.LANE_KEYS * 64  # of eight lanes and two heads
+        self.assertLess(temporaries(1, 512), block)
+
+    @parameterized.parameters(None, 100)
+    def test_blocks_of_which_all_is_seen_are_not_masked(self, window):
+        """Whether they are is asked of each; in every block something is hidden or nothing."""
+        config = PrefillPageAttentionConfig(block_q=32, block_kv=16)
+        sequences = ((100, 400), (40, 90), (33, 33), (17, 200))
+        cases.check(cases.Case("masks", sequences, sliding_window=window, cfg=config))
 
 
 class SplitsTest(parameterized.TestCase):

@@ -11,14 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.layout import CacheLayout
 from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
-
-# One tile height makes a small program, which compiles fast.
-CONFIG = PrefillPageAttentionConfig(block_q=1, block_kv=8)
 
 COLLECTIVE = re.compile(
     r"= (?P<type>.*?) (?P<op>all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"

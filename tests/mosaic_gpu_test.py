@@ -22,6 +22,7 @@ from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import layouts, packs, plans, poisoned, problems
+from paged_prefill.tests.covering import pairs
 
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
@@ -452,8 +453,8 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(
-        ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short")
+    @parameterized.parameters(
+        *pairs(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short"))
     )
     def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, kind):
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
@@ -470,10 +471,12 @@ class LoweringTest(parameterized.TestCase):
                                          sliding_window=window, **own))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
-    @parameterized.product(
-        cache_dtype=("int8", "float8_e4m3fn", "float8_e5m2"),
-        scale=(None, (), (2,), (2, 64, 16)),
-        kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=256), dict(head_dim=192, value_dim=64)),
+    @parameterized.parameters(
+        *pairs(
+            cache_dtype=("int8", "float8_e4m3fn", "float8_e5m2"),
+            scale=(None, (), (2,), (2, 64, 16)),
+            kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=256), dict(head_dim=192, value_dim=64)),
+        )
     )
     def test_lowers_for_quantised_caches(self, cache_dtype, scale, kind):
         soft_cap = 50.0 if (cache_dtype == "int8") == (scale in (None, (2,))) else None  # of each, some with and without
@@ -484,10 +487,12 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
-    @parameterized.product(
-        kind=(("int8", None), ("float8_e5m2", 50.0)),
-        scale=(None, (1,), (1, 64, 16)),
-        dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
+    @parameterized.parameters(
+        *pairs(
+            kind=(("int8", None), ("float8_e5m2", 50.0)),
+            scale=(None, (1,), (1, 64, 16)),
+            dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
+        )
     )
     def test_lowers_for_quantised_caches_of_wide_heads(self, kind, scale, dims):
         (cache_dtype, soft_cap), (head_dim, value_dim, latent) = kind, dims
@@ -501,10 +506,12 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, **own))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
-    @parameterized.product(
-        name=layouts.NAMES,
-        scale=((), (2,), (2, 64, 16)),
-        kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)),
+    @parameterized.parameters(
+        *pairs(
+            name=layouts.NAMES,
+            scale=((), (2,), (2, 64, 16)),
+            kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)),
+        )
     )
     def test_lowers_for_quantised_caches_in_every_layout(self, name, scale, kind):
         """All dtypes are loaded alike, before they are widened."""

@@ -242,11 +242,11 @@ class MosaicTpuTest(chex.TestCase):
             got = run(heads, block_q=16, block_kv=32, num_kv_heads=1)
             for rows, seq in ((slice(0, 1), 0), (slice(1, 34), 1)):
                 count = rows.stop - rows.start
-                alone = heads._replace(  # with rows that nobody owns, so that both are one program
-                    query=jnp.roll(heads.query, -rows.start, axis=0)[:34],
-                    query_offsets=jnp.array([0, count], jnp.int32),
-                    context_lens=pack.context_lens[seq : seq + 1],
-                    page_indices=pack.page_indices[seq : seq + 1],
+                alone = heads._replace(  # with rows that nobody owns and sequences without any: the program of `heads`
+                    query=jnp.roll(heads.query, -rows.start, axis=0),
+                    query_offsets=jnp.array([0, *[count] * 3], jnp.int32),
+                    context_lens=jnp.roll(pack.context_lens, -seq),
+                    page_indices=jnp.roll(pack.page_indices, -seq, axis=0),
                 )
                 one = [x[:count] for x in run(alone, block_q=16, block_kv=32, num_kv_heads=1)]
                 chex.assert_trees_all_equal(one, [out[rows, :3], lse[rows, :3]])

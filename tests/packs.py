@@ -69,14 +69,10 @@ def make_pack(
     offsets = tokens_before + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     tokens = tokens_before + sum(lengths) + tokens_after
     query = rng.standard_normal((tokens, q_heads, head_dim))
-    return Pack(
-        jnp.asarray(query, dtype),
-        jnp.asarray(key_cache, dtype),
-        jnp.asarray(value_cache, dtype),
-        jnp.asarray(context_lens, jnp.int32).reshape(len(lengths)),
-        jnp.asarray(page_indices),
-        jnp.asarray(offsets, jnp.int32),
-    )
+    # NumPy converts, for JAX would compile a program for each shape.
+    floats = (jnp.asarray(x.astype(np.float32).astype(dtype)) for x in (query, key_cache, value_cache))
+    lens = np.asarray(context_lens, np.int32).reshape(len(lengths))
+    return Pack(*floats, *(jnp.asarray(x) for x in (lens, page_indices, offsets.astype(np.int32))))
 
 
 def exact(pack: Pack, **parameters):

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import append_to_pages, ragged_paged_prefill
-from paged_prefill.tests import meshes, oracle, poisoned
+from paged_prefill.tests import cases, meshes, oracle, poisoned
 
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "hint": AxisType.Auto}
 SIZES = dict(page_size=4, head_dim=8, value_dim=12, tokens_before=1, tokens_after=1)
@@ -41,7 +41,7 @@ class AttentionTest(parameterized.TestCase):
         batch, heads, kv_axes, kv_heads = CUTS[cut]
         call = poisoned.make_call(0, SEQUENCES, batch=(2,), q_heads=16, kv_heads=kv_heads, **SIZES, **EVERYTHING)
         operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), call, meshes.specs_of_call(call, batch, heads, kv_axes))
-        attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, **hints(way, batch, heads))
+        attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True, **hints(way, batch, heads))
         compiled = jax.jit(lambda operands: attend(**operands)).lower(operands).compile()
         out, lse = compiled(operands)
         oracle.assert_matches(call, out, lse)
@@ -57,7 +57,7 @@ class AttentionTest(parameterized.TestCase):
         specs = meshes.specs_of_call(call, "data", "model", None, pools=1)
         operands = meshes.put_call(meshes.mesh(kind=KINDS[way]), call, specs)
         attend = functools.partial(
-            ragged_paged_prefill, value_cache=None, value_dim=12, cfg=meshes.CONFIG, return_lse=True
+            ragged_paged_prefill, value_cache=None, value_dim=12, cfg=cases.ONE_HEIGHT, return_lse=True
         )
         attend = functools.partial(attend, **hints(way, "data", "model"))
         compiled = jax.jit(lambda operands: attend(**operands)).lower(operands).compile()

@@ -8,12 +8,10 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, paged_prefill_p, ragged_paged_prefill
+from paged_prefill import paged_prefill_p, ragged_paged_prefill
 from paged_prefill.primitive.operands import PREFILL
-from paged_prefill.tests import compiling, oracle, poisoned
+from paged_prefill.tests import cases, compiling, oracle, poisoned
 
-# One tile height makes a small program, which compiles fast.
-CONFIG = PrefillPageAttentionConfig(block_q=1, block_kv=8)
 SIZES = dict(page_size=4, head_dim=8, value_dim=12, tokens_before=1, tokens_after=1)
 EVERYTHING = dict(
     key_ranges=True, tree_words=1, sinks=True, layers=2, cache_dtype="int8", key_scale="slot", value_scale="head"
@@ -23,7 +21,7 @@ NAMES = tuple(row.name for row in PREFILL.operands)
 
 
 def bind(operands, **parameters):
-    return tuple(paged_prefill_p.bind(**operands, **parameters, config=CONFIG))
+    return tuple(paged_prefill_p.bind(**operands, **parameters, config=cases.ONE_HEIGHT))
 
 
 def variants(count, only, **kind):
@@ -138,7 +136,7 @@ class ControlFlowTest(parameterized.TestCase):
     def test_strict_flags(self):
         """No operand meets another rank or dtype on its way: eagerly, under jit and vmap."""
         with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-            attend = functools.partial(ragged_paged_prefill, cfg=CONFIG, return_lse=True, attn_logits_soft_cap=3.0)
+            attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True, attn_logits_soft_cap=3.0)
             want = oracle.exact(self.call, attn_logits_soft_cap=3.0)
             assert_close(jax.jit(attend)(**self.call), want)
             batched = jax.vmap(lambda call: attend(**call))({name: x[None] for name, x in self.call.items()})
@@ -154,7 +152,7 @@ class ControlFlowTest(parameterized.TestCase):
     def test_with_x64_on(self):
         with jax.enable_x64(True):
             wide = {name: self.call[name].astype(np.int64) for name in ("key_ranges", "layer", "context_lens")}
-            attend = functools.partial(ragged_paged_prefill, cfg=CONFIG, return_lse=True)
+            attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
             assert_close(jax.jit(attend)(**self.call | wide), self.want)
             self.assertNotIn("f64", str(jax.make_jaxpr(bind)(self.call)))
 

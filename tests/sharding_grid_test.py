@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from paged_prefill import local_paged_prefill_p, ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
-from paged_prefill.tests import meshes
+from paged_prefill.tests import cases, meshes
 from paged_prefill.tests.packs import Pack
 
 HEADS = ((8, 8), (16, 8), (8, 4), (8, 2), (8, 1), (12, 6))  # (query heads, KV heads)
@@ -136,19 +136,19 @@ class GridTest(parameterized.TestCase):
 
     @parameterized.parameters(*CASES)
     def test_automatic_axes(self, given, cut):
-        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         allowed = self.misaligned_query(cut, given) | self.untied_result(cut, given)
         self.check(call, meshes.mesh(), cut, given, allowed)
 
     @parameterized.parameters(*CASES)
     def test_automatic_axes_under_gspmd(self, given, cut):
-        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         with meshes.partitioner(shardy=False):
             self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
 
     @parameterized.parameters(*(case for case in CASES if case[0] != "out"))  # results follow the operands' types
     def test_explicit_axes(self, given, cut):
-        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         over = meshes.mesh(kind=AxisType.Explicit)
         refused = bool(self.misaligned_query(cut, given))
         configurations = [heads for heads in heads_of(cut, given) if not (refused and heads == MISALIGNED)]
@@ -162,7 +162,7 @@ class GridTest(parameterized.TestCase):
     def test_hint(self, given, cut):
         batch, axes = CUTS[cut]
         call = functools.partial(
-            ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, batch_axis=batch, head_axis=axes
+            ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True, batch_axis=batch, head_axis=axes
         )
         configurations = [heads for heads in heads_of(cut, given) if axes is None or heads != MISALIGNED]
         self.check(call, meshes.mesh(), cut, given, configurations=configurations)
@@ -184,12 +184,12 @@ class GridTest(parameterized.TestCase):
         def call(heads, *local):
             cut_further = len(axes if isinstance(axes, tuple) else (axes,)) > len(cache_axes(heads[1], axes) or ())
             if axes is None or not cut_further:
-                return ragged_paged_prefill(*local, cfg=meshes.CONFIG, return_lse=True)
+                return ragged_paged_prefill(*local, cfg=cases.ONE_HEIGHT, return_lse=True)
             finer = axes[len(cache_axes(heads[1], axes) or ()) :] if isinstance(axes, tuple) else axes
             group, part = heads[0] // heads[1], local[0].shape[-2]
             start = jnp.int32(lax.axis_index(finer) * part // group)
             count = max(1, part // group)
-            return tuple(local_paged_prefill_p.bind(*local, start, num_kv_heads=count, config=meshes.CONFIG))
+            return tuple(local_paged_prefill_p.bind(*local, start, num_kv_heads=count, config=cases.ONE_HEIGHT))
 
         configurations = [heads for heads in heads_of(cut) if heads != MISALIGNED]
         packs, mapped = [], []
@@ -212,7 +212,7 @@ class GridTest(parameterized.TestCase):
     def test_misaligned_heads_inside_shard_map_are_refused(self):
         over = meshes.mesh()
         pack = case(MISALIGNED)[0]
-        call = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG)
+        call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT)
         cut = meshes.specs(None, "model")
         mapped = jax.shard_map(call, mesh=over, in_specs=tuple(cut), out_specs=cut.query)
         with self.assertRaisesRegex(ValueError, "query must have a multiple of key_cache's 6 KV heads, got 3"):

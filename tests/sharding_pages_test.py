@@ -29,7 +29,7 @@ from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.xla.host import Xla
 from paged_prefill.primitive.context import policy
 from paged_prefill.sharding import pages
-from paged_prefill.tests import compiling, meshes, oracle, poisoned
+from paged_prefill.tests import cases, compiling, meshes, oracle, poisoned
 
 KINDS = {
     "automatic": AxisType.Auto,
@@ -78,7 +78,7 @@ def specs_of(call, batch, heads, pages):
 
 def attend(way, mesh, call, parameters, batch, heads, pages):
     """The results of a call on the mesh, by one of the ways."""
-    run = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+    run = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
     if way == "hint":
         return run(**call, **parameters, batch_axis=batch, head_axis=heads, page_axis=pages)
     if way != "shard_map":
@@ -153,7 +153,7 @@ class OwnershipTest(parameterized.TestCase):
     def test_every_operand_wherever_pages_lie(self):
         """Anywhere; a sequence on one device alone, so that others hold none of it; and table entries of no page."""
         mesh = meshes.mesh()
-        attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         call = everything(0)
         compiled = jax.jit(lambda call: attend(**call)).lower(meshes.put_call(mesh, call, by_pages(call))).compile()
         for seed in range(6):
@@ -179,7 +179,7 @@ class OwnershipTest(parameterized.TestCase):
     def test_latent_caches(self):
         """One KV head for all query heads, which are cut too: each device has its part of the pages, for its heads."""
         mesh, kind = meshes.mesh(), dict(latent=True, sinks=True, q_heads=8, kv_heads=1, head_dim=16)
-        attend = functools.partial(ragged_paged_prefill, value_cache=None, value_dim=12, cfg=meshes.CONFIG)
+        attend = functools.partial(ragged_paged_prefill, value_cache=None, value_dim=12, cfg=cases.ONE_HEIGHT)
         call = make_call(5, CHUNKS, batch=(2,), **kind, value_dim=12)
         del call["value_cache"]
         cut = meshes.specs_of_call(call, None, "data", None, pages="model", layers=0)
@@ -191,7 +191,7 @@ class OwnershipTest(parameterized.TestCase):
     def test_hostile_indices(self):
         """Whatever index arrays hold, the results are those of whole caches."""
         mesh = meshes.mesh()
-        attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+        attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         for sequences in (CHUNKS, DECODE):
             call = make_call(1, sequences, q_heads=4, kv_heads=2, head_dim=8, sinks=True, tokens_after=1, poison=False)
             call["key_cache"], call["value_cache"] = (np.nan_to_num(call[n]) for n in ("key_cache", "value_cache"))
@@ -264,7 +264,7 @@ class ScanTest(parameterized.TestCase):
             def block(carry, layer):
                 query, keys, values = carry
                 keys, values = append_to_pages(keys, values, query, 2 * query, *pack, layer=layer, **hints)
-                out = ragged_paged_prefill(query, keys, values, *pack, layer=layer, cfg=meshes.CONFIG, **hints)
+                out = ragged_paged_prefill(query, keys, values, *pack, layer=layer, cfg=cases.ONE_HEIGHT, **hints)
                 return (query + out, keys, values), None
 
             return jax.lax.scan(block, (query, *caches), jax.numpy.arange(layers, dtype="int32"))[0]
@@ -363,7 +363,7 @@ class SurroundingsTest(parameterized.TestCase):
             )
             for name, x in self.call.items()
         }
-        attend = functools.partial(ragged_paged_prefill, page_axis="model", cfg=meshes.CONFIG, return_lse=True)
+        attend = functools.partial(ragged_paged_prefill, page_axis="model", cfg=cases.ONE_HEIGHT, return_lse=True)
         with mock.patch.object(XLA, "attend", Xla.attend.__get__(XLA)):
             exported = jax.export.export(jax.jit(lambda call: attend(**call)))(arguments)
         self.assertEqual([str(out.shape) for out in exported.out_avals], ["(tokens, 4, 8)", "(tokens, 4)"])

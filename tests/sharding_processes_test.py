@@ -8,7 +8,7 @@ import tempfile
 from absl.testing import absltest, parameterized
 
 from paged_prefill.sharding import partition
-from paged_prefill.tests import meshes
+from paged_prefill.tests import cases, meshes
 
 TWO_PROCESSES = """
 import functools, sys
@@ -19,12 +19,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
-from paged_prefill.tests import meshes
+from paged_prefill.tests import cases, meshes
 from paged_prefill.tests.packs import Pack
 
 XLA.attend = meshes.dense_kernel  # compiles fast
 assert jax.process_count() == 2 and jax.local_device_count() == 4
-attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
 for kind in (AxisType.Auto, AxisType.Explicit):
     for shape in ((2, 4), (1, 8)):  # the heads inside each process, and across both
         over = meshes.mesh(shape, kind)
@@ -67,11 +67,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 from paged_prefill import ragged_paged_prefill
-from paged_prefill.tests import meshes
+from paged_prefill.tests import cases, meshes
 
 pack = meshes.batched_pack(q_heads=8, kv_heads=4)
 want = meshes.expected(pack, softmax_scale=scale)
-attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True, softmax_scale=scale)
+attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True, softmax_scale=scale)
 if way == "hint":
     attend = functools.partial(attend, head_axis="model", batch_axis="data")
 operands = meshes.put(meshes.mesh(), pack, meshes.specs("data", "model", "model"))

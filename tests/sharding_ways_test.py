@@ -27,7 +27,7 @@ from paged_prefill import (
 )
 from paged_prefill.lowering import tuning
 from paged_prefill.primitive.context import current_policy, policy
-from paged_prefill.tests import compiling, meshes
+from paged_prefill.tests import cases, compiling, meshes
 from paged_prefill.tests.packs import Pack
 from paged_prefill.tests.tuning_stand_ins import environment
 
@@ -35,7 +35,7 @@ CUT = meshes.specs("data", "model", "model")
 WAYS = ("automatic", "explicit", "hint")
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "hint": AxisType.Auto}
 
-attend = functools.partial(ragged_paged_prefill, cfg=meshes.CONFIG, return_lse=True)
+attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
 
 
 def attend_by(way):
@@ -90,7 +90,7 @@ class BatchTest(parameterized.TestCase):
     def test_batch_axis_waits_for_vmap(self):
         """A call of one sequence has no batch; its batch_axis cuts the first dimension that vmap adds, no later one."""
         pack = meshes.batched_pack(batch=(3, 4), q_heads=8, kv_heads=4)
-        call = functools.partial(prefill_page_attention, cfg=meshes.CONFIG, batch_axis="data", head_axis="model")
+        call = functools.partial(prefill_page_attention, cfg=cases.ONE_HEIGHT, batch_axis="data", head_axis="model")
         for _ in range(2):
             call = jax.vmap(call, (0, None, None, 0, 0))
         cut = meshes.specs(None, None, "model", batch_dims=2)
@@ -404,7 +404,7 @@ class WrapperTest(parameterized.TestCase):
         arguments, want = self.arguments(*heads)
         function, call_args = create_shard_map_wrapper(
             *arguments,
-            cfg=meshes.CONFIG,
+            cfg=cases.ONE_HEIGHT,
             mesh=meshes.mesh(),
             in_specs=(query, cache, cache, P(), P()),
             out_specs=query,

@@ -9,17 +9,16 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, local_paged_prefill_p, paged_prefill_p, ragged_paged_prefill
+from paged_prefill import local_paged_prefill_p, paged_prefill_p, ragged_paged_prefill
 from paged_prefill.tests import cases, compiling, packs
 
-CONFIG = PrefillPageAttentionConfig(block_q=4, block_kv=8)
 CASE = cases.Case("transforms", ((4, 9), (0, 3), (1, 14)), head_dim=8, page_size=4, tokens_before=1)
 NAMES = packs.Pack._fields
 QUERY, KEYS, VALUES = range(3)
 
 
 def bind(*operands, **params):
-    return tuple(paged_prefill_p.bind(*operands, **({"config": CONFIG} | params)))
+    return tuple(paged_prefill_p.bind(*operands, **({"config": cases.ONE_HEIGHT} | params)))
 
 
 def variants(count, only=range(6)):
@@ -151,7 +150,7 @@ class VmapTest(parameterized.TestCase):
         """Leading dimensions given by hand are the same call, to the bit."""
         operands = stack(variants(3), (0,) * 6)
         chex.assert_trees_all_equal(jax.vmap(bind)(*operands), bind(*operands, cache_batch_dims=1))
-        chex.assert_trees_all_equal(jax.vmap(bind)(*operands), ragged_paged_prefill(*operands, cfg=CONFIG, return_lse=True))
+        chex.assert_trees_all_equal(jax.vmap(bind)(*operands), ragged_paged_prefill(*operands, cfg=cases.ONE_HEIGHT, return_lse=True))
 
 
 class TracingTest(parameterized.TestCase):
@@ -180,7 +179,7 @@ class TracingTest(parameterized.TestCase):
         packs.assert_matches_reference(self.pack, *jax.jit(call)(*self.pack))
 
     def test_results_of_bind_alone_and_under_jit(self):
-        self.assertLen(paged_prefill_p.bind(*self.pack, config=CONFIG), 2)
+        self.assertLen(paged_prefill_p.bind(*self.pack, config=cases.ONE_HEIGHT), 2)
         chex.assert_trees_all_equal(bind(*self.pack), jax.jit(bind)(*self.pack))
         packs.assert_matches_reference(self.pack, *bind(*self.pack))
 
@@ -193,7 +192,7 @@ class TracingTest(parameterized.TestCase):
         whole = bind(*pack)
         part = jax.jit(
             lambda start, query, *rest: tuple(
-                local_paged_prefill_p.bind(query, *rest, start, num_kv_heads=2, config=CONFIG)
+                local_paged_prefill_p.bind(query, *rest, start, num_kv_heads=2, config=cases.ONE_HEIGHT)
             )
         )
         for start in (0, 2, 4):
@@ -245,7 +244,7 @@ class TracingTest(parameterized.TestCase):
         with jax.enable_x64(True):
             wide = [jnp.asarray(np.asarray(x), jnp.int64) for x in self.pack[3:]]
             for indices in (self.pack[3:], wide):
-                out, lse = jax.jit(lambda *p: ragged_paged_prefill(*p, cfg=CONFIG, return_lse=True))(*self.pack[:3], *indices)
+                out, lse = jax.jit(lambda *p: ragged_paged_prefill(*p, cfg=cases.ONE_HEIGHT, return_lse=True))(*self.pack[:3], *indices)
                 packs.assert_matches_reference(self.pack, out, lse)
             text = str(jax.make_jaxpr(bind)(*self.pack))
             self.assertNotIn("f64", text)

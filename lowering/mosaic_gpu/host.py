@@ -236,7 +236,7 @@ def _schedule(call: Call, plan: Plan):
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
-    clusters = merges_in_cluster(problem, device, config)
+    clusters = _merged_in_cluster(problem, device, config, parts)
     key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
@@ -286,7 +286,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
     """Whether the blocks that have a tile's parts merge them, in a call with these sizes."""
-    parts = parts_of_tiles(problem, device, config)
+    return _merged_in_cluster(problem, device, config, parts_of_tiles(problem, device, config))
+
+
+def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
     return not parts.vary and in_cluster(problem, device, config, parts.most)
 
 

@@ -15,15 +15,18 @@ from paged_prefill.primitive.context import current_policy
 # threads of a CPU share must be larger. There up to so many keys are a single block, for which no loop over blocks runs,
 # and few are taken in low tiles.
 LONG_TABLE, CPU_LONG_TABLE, CPU_ONLY_BLOCK, CPU_SHORT_TABLE = 4096, 1024, 640, 256
+# A CPU's products are fastest of so many rows, of all heads that share keys, and 256 keys. From so many keys on, tiles
+# may be that tall.
+CPU_PRODUCT_ROWS, CPU_TALL_TABLE = 4096, 4096
 # The most bytes of one KV head's logits in a turn on a CPU.
-CPU_LOGITS_BYTES = 2**21
+CPU_LOGITS_BYTES = 2**22
 
 
 class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 9
+    version = 10
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -67,8 +70,10 @@ def _cpu_sizes(keys: int, group: int) -> PrefillPageAttentionConfig:
     """A CPU's sizes for tables of so many keys, where so many heads share each."""
     if keys <= CPU_ONLY_BLOCK:
         block_q, block_kv = 32 if keys <= CPU_SHORT_TABLE else 128, _in_eights(keys)
+    elif keys <= CPU_TALL_TABLE:
+        block_q, block_kv = 256, 512 if keys > CPU_LONG_TABLE and group < 4 else 256
     else:
-        block_q, block_kv = 256, 512 if keys > CPU_LONG_TABLE else 256
+        block_q, block_kv = max(256, min(1024, CPU_PRODUCT_ROWS // group // 256 * 256)), 256
     while block_q > 32 and 4 * block_q * group * block_kv > CPU_LOGITS_BYTES:
         block_q //= 2
     if 4 * block_q * group * block_kv > CPU_LOGITS_BYTES:

@@ -166,8 +166,9 @@ class Walker:
 
         def step(i, running, tile=tile, number=split):
             _, *pages = _kept_in_loop(i, *self.pages.values())
-            block, visible = self._block(tile, number, seen, first_head, pages)
-            return softmax.fold(running, queries, block, visible, scale, self.attention.attn_logits_soft_cap)
+            block, visible, hidden = self._block(tile, number, seen, first_head, pages)
+            soft_cap = self.attention.attn_logits_soft_cap
+            return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place)
 
         if walk.most_blocks == 1:
             running = step(turn, None)
@@ -241,7 +242,7 @@ class Walker:
         return tile, low, jnp.minimum(high, end_key[:, None])
 
     def _block(self, tile: "_Tile", number, seen: "_Seen", first_head, pages):
-        """Blocks of tiles with these numbers, and which tokens see which keys of them."""
+        """Blocks of tiles with these numbers, which tokens see which keys, and whether any is hidden, if asked."""
         first_run = tile.first_run + number * self.walk.runs
         block = self._fetch(tile, first_run, first_head, pages)
         key = (first_run * self.walk.run)[:, None] + jnp.arange(self.walk.block_kv, dtype=jnp.int32)[None, :]
@@ -251,11 +252,16 @@ class Walker:
             some = (key >= tile.start_key[:, None]) & (key < tile.end_key[:, None])
         else:
             some = jnp.any(visible, axis=1)
-        values = jnp.where(some[:, None, :, None], _bits(block.values), 0)
+        hidden = None
+        if self.walk.skips_masks and seen.tree is None:
+            hidden = jnp.any(key[:, -1:] >= seen.high)
+            if seen.low is not None:
+                hidden |= jnp.any(key[:, :1] < seen.low)
+        values = softmax.where_needed(hidden, lambda x: jnp.where(some[:, None, :, None], x, 0), _bits(block.values))
         block = block._replace(values=_floats(values, block.values.dtype))
         if block.value_scale is not None:
             block = block._replace(value_scale=jnp.where(some[:, None, :], block.value_scale, 0.0))
-        return block, visible
+        return block, visible, hidden
 
     def _fetch(self, tile: "_Tile", first_run, first_head, pages) -> softmax.Block:
         """A block of keys and values of each lane, as they are multiplied, from the arrays `self.pages`."""

@@ -10,8 +10,15 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from paged_prefill.lowering.xla.walks import largest_divisor
+
 # Products of so few rows are made from keys times queries: the other way round, XLA's CPU compiler transposes the keys.
 FEW_ROWS = 8
+# What one vector of a CPU holds, and how many sums side by side, times the terms of each, LLVM still writes out. Those
+# become vectors; a loop would add number by number.
+VECTOR, WRITTEN_OUT = 8, 64
+# The most terms of a sum in which what is not seen is left out, by the same measure for four rows.
+VALUES_AT_ONCE = 8
 
 
 class Block(NamedTuple):
@@ -42,14 +49,18 @@ def fold(
     queries: Float[Array, "lanes kv_heads rows head_dim"],
     block: Block,
     visible: Bool[Array, "lanes height keys"] | None,
+    hidden: Bool[Array, ""] | None,
     scale: float,
     soft_cap: float | None,
+    in_place: bool,
 ) -> Running:
     """What is running once a block has joined, the first of all where nothing runs yet.
 
-    `visible` says which tokens see which keys, None that all see all.
+    `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
+    if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, for a few
+    rows of more than one.
     """
-    logits = _logits(queries, block.keys) * scale
+    logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
     if block.key_scale is not None:
         logits *= block.key_scale[:, :, None, :]
     if soft_cap is not None:
@@ -57,7 +68,8 @@ def fold(
     if visible is not None:
         lanes, height, keys = visible.shape
         of_tokens = logits.reshape(lanes, logits.shape[1], height, -1, keys)
-        logits = jnp.where(visible[:, None, :, None, :], of_tokens, -jnp.inf).reshape(logits.shape)
+        of_tokens = where_needed(hidden, lambda x: jnp.where(visible[:, None, :, None, :], x, -jnp.inf), of_tokens)
+        logits = of_tokens.reshape(logits.shape)
     largest = jnp.max(logits, axis=-1)
     if running is not None:
         largest = jnp.maximum(running.largest, largest)
@@ -69,13 +81,23 @@ def fold(
         # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
         share, value_scale = value_scale, jnp.max(jnp.abs(value_scale), axis=-1, keepdims=True)
         weights *= (share / jnp.where(value_scale == 0, 1.0, value_scale))[:, :, None, :]
-    update = _product("lhqk,lhkd->lhqd", weights.astype(block.values.dtype), block.values)
+    if in_place:
+        update = _weighed_in_place(weights, block.values)
+    else:
+        update = _product("lhqk,lhkd->lhqd", weights.astype(block.values.dtype), block.values)
     if value_scale is not None:
         update *= value_scale[..., None]
     if running is None:
         return Running(largest, total, update)
     fade = jnp.exp(running.largest - shift)
     return Running(largest, running.total * fade + total, running.unnormalised * fade[..., None] + update)
+
+
+def where_needed(needed, change, array):
+    """change(array) where it is needed, or may be if that is None: in a loop of one turn, which changes it in place."""
+    if needed is None:
+        return change(array)
+    return lax.while_loop(lambda x: x[0], lambda x: (jnp.bool_(False), change(x[1])), (needed, array))[1]
 
 
 def merge_lanes(running: Running, shared: Bool[Array, " lanes"], splits: int) -> Running:
@@ -108,6 +130,37 @@ def _logits(queries, keys):
         return _product("lhqd,lhkd->lhqk", queries, keys)
     # Behind the barrier, since XLA would turn the product round.
     return jnp.swapaxes(lax.optimization_barrier(_product("lhkd,lhqd->lhkq", keys, queries)), 2, 3)
+
+
+def _logits_in_place(queries, keys):
+    lanes, heads, rows, head_dim = queries.shape
+    terms = largest_divisor(head_dim // VECTOR, WRITTEN_OUT // rows)
+    keys = keys.astype(jnp.float32).reshape(lanes, heads, -1, terms, head_dim // terms)
+    queries = queries.astype(jnp.float32).reshape(lanes, heads, rows, 1, terms, head_dim // terms)
+    return jnp.stack(_sums(_sums([keys * queries[:, :, row] for row in range(rows)], 3), 3), axis=2)
+
+
+def _weighed_in_place(weights, values):
+    lanes, heads, rows, keys = weights.shape
+    terms = largest_divisor(keys, VALUES_AT_ONCE)
+    values = values.astype(jnp.float32).reshape(lanes, heads, -1, terms, values.shape[-1])
+    weights = weights.reshape(lanes, heads, rows, -1, terms, 1)
+    return jnp.stack(_sums(_sums([values * weights[:, :, row] for row in range(rows)], 3), 2), axis=2)
+
+
+def _sums(arrays, axis):
+    """Each array's sum over an axis.
+
+    XLA's CPU compiler hands the sum of one array to a library, which wants it in memory. With the sums of several at
+    once it fuses all that the arrays are made of, up to the gather from the pages.
+    """
+
+    def added(sums, terms):
+        return tuple(map(jnp.add, sums, terms))
+
+    at_once = max(2, WRITTEN_OUT // arrays[0].shape[axis])
+    parts = (arrays[first : first + at_once] for first in range(0, len(arrays), at_once))
+    return [x for part in parts for x in lax.reduce(tuple(part), (jnp.float32(0),) * len(part), added, (axis,))]
 
 
 def _product(subscripts, a, b):

@@ -20,6 +20,11 @@ LANE_KEYS, ONLY_BLOCK = 128, 256
 # What the single block of keys of tiles of one row may take: more than others, since the products are small beside what
 # a turn of a loop costs by itself.
 ONLY_TURN_BYTES = 2**22
+# Tiles of so many rows keep a processor as busy as taller ones.
+TALL = 256
+# The same for what is multiplied in place, of which a quarter is ever made, and the fewest numbers for which that pays:
+# it is done by two threads, and a thread must be woken.
+IN_PLACE_BYTES, LEAST_IN_PLACE = 2**23, 2**16
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
 FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
 
@@ -33,19 +38,23 @@ class Turns(NamedTuple):
       lanes: the most single rows that walk side by side where none shares its blocks.
       splits: how many lanes may share the blocks of one row, the fewest first.
       bytes: what a block of keys, or its logits, may take.
+      skips_masks: whether a step is left out of a turn for nothing, without a word between a device and its host.
+      rows_in_place: up to so many rows of a tile are multiplied by keys and values where they lie in the pages.
     """
 
     part_heights: tuple[int, ...]
     lanes: int
     splits: tuple[int, ...]
     bytes: int
+    rows_in_place: int
+    skips_masks: bool
 
 
-ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19)
+ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips_masks=False)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one, so
 # that a sequence alone should leave few.
-CPU_TURNS = Turns((32, 8), lanes=2, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**21)
+CPU_TURNS = Turns((256, 32, 8), lanes=2, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=4, skips_masks=True)
 
 
 class Walk(NamedTuple):
@@ -60,6 +69,8 @@ class Walk(NamedTuple):
       heads: KV heads that are taken at a time.
       most_blocks: blocks that a tile can have; None where that is not known.
       alone: whether a sequence has one such tile at most.
+      in_place: whether keys and values are multiplied where they lie in the pages, without a copy of the block.
+      skips_masks: whether it is first asked if anything of a block is hidden from a row.
     """
 
     height: int
@@ -70,6 +81,8 @@ class Walk(NamedTuple):
     heads: int
     most_blocks: int | None
     alone: bool
+    in_place: bool
+    skips_masks: bool
 
     @property
     def block_kv(self) -> int:
@@ -92,7 +105,7 @@ def _walk(problem, config, turns, height) -> Walk:
         block_kv, limit = min(block_kv, FEW_ROWS_KEYS), min(limit, FEW_ROWS_BYTES)
     if alone and (invariant or not isinstance(problem.capacity, int) or problem.capacity > ONLY_BLOCK):
         block_kv = min(block_kv, LANE_KEYS)
-    run = _largest_divisor(problem.page_size, block_kv)
+    run = largest_divisor(problem.page_size, block_kv)
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
@@ -105,12 +118,17 @@ def _walk(problem, config, turns, height) -> Walk:
         lanes = splits
     elif alone:
         lanes = max(1, min(turns.lanes, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
+    in_place = alone and problem.group <= turns.rows_in_place and problem.head_dim % 8 == 0
+    if in_place:
+        limit = IN_PLACE_BYTES
     if invariant:
         heads = 1
     else:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
-        heads = _largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
-    return Walk(height, run, runs, lanes, splits if shares else 1, heads, most_blocks, alone)
+        heads = largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
+    in_place &= lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
+    skips_masks = turns.skips_masks and height > FEW_ROWS and most_blocks != 1
+    return Walk(height, run, runs, lanes, splits if shares else 1, heads, most_blocks, alone, in_place, skips_masks)
 
 
 def _splits(turns: Turns, most_blocks: int | None) -> int:
@@ -137,8 +155,9 @@ def needed_heights(heights: tuple[int, ...], tokens) -> list[int]:
 def tiles_of(length, height: int, heights: tuple[int, ...]):
     """How many tiles of a height a sequence of `length` rows has, and its first row that is in one.
 
-    As many tiles of the tallest height as are full, and one more if what is left fills more than half of it. What is
-    left then goes to the next height in the same way, but that the lowest above 1 leaves no more than a single row.
+    As many tiles of the tallest height as are full, and one more if what is left fills more than half of it; where the
+    next height is tall too, if it fills all but half of one of those. What is left then goes to the next height in the
+    same way, but that the lowest above 1 leaves no more than a single row.
     """
     first, left = jnp.zeros_like(length), length
     for taller in heights[: heights.index(height)]:
@@ -156,10 +175,13 @@ def _most_for_lower(heights, height) -> int:
     """The most rows left by whole tiles of a height that are not one more."""
     if height == 1:
         return 0
-    return height // 2 if heights[heights.index(height) + 1] > 1 else 1
+    lower = heights[heights.index(height) + 1]
+    if lower == 1:
+        return 1
+    return height - lower // 2 if lower >= TALL else height // 2  # two tall tiles are as fast as one twice as tall
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of a number that is at most `limit`."""
     return max(d for low in range(1, math.isqrt(number) + 1) if number % low == 0
                for d in (low, number // low) if d <= limit)  # fmt: skip
