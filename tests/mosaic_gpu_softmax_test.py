@@ -75,6 +75,31 @@ class SharedRowsTest(parameterized.TestCase):
         self.assertTrue(np.all(np.isnan(out[5])))
 
 
+class AlternatingBlocksTest(SharedRowsTest):
+    """The same of two warpgroups that take blocks by turns, and follow each other's maximum."""
+
+    def attend(self, logits, values, softmax_scale):
+        plan = plans.plan(soft_cap=None, head_dim=576, value_dim=512, block_q=1, block_kv=64, latent=True,
+                          softmax_scale=softmax_scale)
+        weigher = softmax.Softmax(plan)
+        weigher.dtype = jnp.dtype("float32")  # of weights: what is tested is which maximum they have
+        columns = jnp.split(jnp.asarray(values), 2, axis=1)
+        running = [(jnp.zeros(half[:64].shape), jnp.full(64, -jnp.inf), jnp.zeros((64, 8))) for half in columns]
+        anyone, same = lambda flags, after: jnp.any(flags), lambda array: array
+        with mock.patch.multiple(softmax, any_in_warp=anyone, moved=same):
+            for i, first in enumerate(range(0, logits.shape[1], 64)):
+                keys, own = slice(first, first + 64), i % 2
+                block, (acc, m, l) = jnp.asarray(logits[:, keys]), running[own]
+                visible = functools.partial(jnp.not_equal, block, -jnp.inf) if i == 0 or jnp.isinf(block).any() else None
+                weights, *running[own] = weigher.step(block, lambda: acc, m, l, visible)
+                running[1 - own] = weigher.by_maximum(running[own][1], *running[1 - own])
+                running = [(acc + weights @ half[keys], m, l) for (acc, m, l), half in zip(running, columns)]
+        total = sum(l.sum(axis=1) for _, _, l in running)
+        results = [weigher.result(acc, m, total) for acc, m, _ in running]
+        chex.assert_trees_all_equal(results[0][1], results[1][1])
+        return np.concatenate([out for out, _ in results], axis=1), np.asarray(results[0][1])
+
+
 class SlotScalesTest(parameterized.TestCase):
     """The arithmetic of a softmax whose keys and values have scales of their own, slot by slot."""
 

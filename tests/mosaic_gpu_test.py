@@ -378,9 +378,10 @@ class PlanTest(parameterized.TestCase):
                 self.assertEqual(rows[first + row], (head + step[0], token + step[1]))
 
     def test_two_warpgroups_share_a_wide_block_and_its_output(self):
-        plan = self.plan(soft_cap=None, head_dim=576, value_dim=512, block_q=1, block_kv=64, latent=True)
-        self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns, plan.slabs), (64, 32, 256, 1))
-        self.assertFalse(plan.takes_turns)
+        latent = functools.partial(self.plan, soft_cap=None, head_dim=576, value_dim=512, block_q=1, block_kv=64, latent=True)
+        for plan, alternates, keys in ((latent(), True, 64), (latent(cache_dtype="int8", key_scale="head"), False, 32)):
+            self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns, plan.slabs), (64, keys, 256, 1))
+            self.assertEqual((plan.alternates, plan.takes_turns), (alternates, False))
         plan = self.plan(soft_cap=None)
         self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns), (128, 128, 128))
 

@@ -92,13 +92,16 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0)
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
-    """Zeroes a warpgroup's share of block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN."""
+    """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
+
+    A warpgroup's share of them; all where it is None.
+    """
     dtype = jnp.dtype(plan.product_dtype)
     layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, COLUMNS), dtype, SWIZZLE_BYTES)
     holds = rows.held(i, layout)
     for c in range(plan.value_dim // COLUMNS):
 
-        @pl.when(warpgroup == c % plan.warpgroups)
+        @pl.when(warpgroup is None or warpgroup == c % plan.warpgroups)
         def _(c=c):
             part = values.at[:, pl.ds(c * COLUMNS, COLUMNS)]
             part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)

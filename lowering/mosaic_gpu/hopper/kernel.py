@@ -22,7 +22,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper import wide
+from paged_prefill.lowering.mosaic_gpu.hopper import alternate, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -184,6 +184,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
         shared = dict(optional=optional, sources=sources, results=results)
+        if plan.alternates:
+            return each_piece(functools.partial(alternate.compute, plan, warpgroup=warpgroup, **shared, **scratch))
         if plan.wide:
             return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
         if plan.chains:

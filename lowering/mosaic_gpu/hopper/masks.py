@@ -13,14 +13,14 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next, or heads of one token.
 
-    Where warpgroups share rows, each asks for its own share of a block's keys. `optional` are the ranges, the words of
-    the trees, and the sinks that there are in global memory, as vectors.
+    Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges, the
+    words of the trees, and the sinks that there are in global memory, as vectors.
     """
 
     def __init__(self, plan: Plan, piece, warpgroup, optional):
         self.plan, self.piece, self.tile = plan, piece, piece.tile
         self.first_row = 0 if plan.wide else warpgroup * WARPGROUP_ROWS
-        self.first_column = warpgroup * plan.logit_columns if plan.wide else 0
+        self.first_column = warpgroup * plan.logit_columns if plan.logit_columns < plan.block_kv else 0
         self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
 
     def rows(self):

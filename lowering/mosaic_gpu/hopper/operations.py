@@ -67,18 +67,21 @@ def start_products(query, keys, acc, weights, values):
     return both(query, keys, acc, weights, values)
 
 
-def start_weighted(acc, weights, values):
-    """Starts acc + weights @ values alone, the second of `start_products`."""
+def start_weighted(acc, weights, values, share=None):
+    """Starts acc + weights @ values alone, the second of `start_products`; or for a share of the values' columns."""
     its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+    tiled, shares = plgpu.RefType(tiling_of(values.dtype)), () if share is None else (share,)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, plgpu.RefType(tiling_of(values.dtype))), return_type=its_type)
-    def start(_, acc, weights, values):
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, tiled, *(plgpu.Layout.WG_SPLAT for _ in shares)), return_type=its_type)
+    def start(_, acc, weights, values, *shares):
         acc, weights = mgpu.optimization_barrier(acc), mgpu.optimization_barrier(weights)
+        for share in shares:
+            values = mgpu.memref_slice(values, (slice(None), _share(share, acc.shape[1] // COLUMNS)))
         output = _multiply_settled(mgpu.WGMMAAccumulator.from_registers(acc), weights, values)
         _asm("wgmma.commit_group.sync.aligned;")
         return output
 
-    return start(acc, weights, values)
+    return start(acc, weights, values, *shares)
 
 
 def _multiply_settled(acc, a, b):
@@ -309,31 +312,49 @@ def swapped(numbers, board, warpgroup):
 
     `board` is shared memory for both, which each may write again once both have met once more.
     """
-    its_type = plgpu.ShapeDtypeStruct(numbers.shape, numbers.dtype, layout=ROWS)
+    post(numbers, board, warpgroup)
+    meet(2)
+    return posted(board, 1 - warpgroup)
 
-    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
-    def swap(_, numbers, board, warpgroup):
-        i32, rows, number_type = ir.IntegerType.get_signless(32), numbers.shape[0], numbers.mlir_dtype
-        constant = lambda x: arith.constant(i32, x)
-        thread, start = arith.remui(utils.thread_idx(), constant(128)), utils.memref_ptr(board)
-        # 4 neighbouring threads hold the same two rows, 8 apart; a warp has 16.
-        warp, row = arith.divui(thread, constant(32)), arith.divui(arith.remui(thread, constant(32)), constant(4))
-        row = arith.addi(arith.muli(warp, constant(16)), row)
-        own = arith.addi(row, arith.muli(warpgroup.registers.item(), constant(rows)))
-        other = arith.subi(arith.addi(row, arith.addi(row, constant(rows))), own)
-        for half, register in enumerate(numbers.registers.flat):
-            place = utils.getelementptr(start, [arith.addi(own, constant(8 * half))], number_type)
+
+def post(numbers, board, warpgroup) -> None:
+    """Writes a warpgroup's numbers of rows to its share of `board`, which is in shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def store(_, numbers, board, warpgroup):
+        for place, register in zip(_places_of_rows(board, warpgroup), numbers.registers.flat):
             llvm.store(vector.extract(register, [], [0]), place)
-        _meet(2)
-        registers = np.empty_like(numbers.registers)
-        for half, (place, register) in enumerate(np.ndenumerate(numbers.registers)):
-            taken = llvm.load(
-                number_type, utils.getelementptr(start, [arith.addi(other, constant(8 * half))], number_type)
-            )
-            registers[place] = vector.broadcast(register.type, taken)
-        return mgpu.FragmentedArray(_registers=registers, _layout=numbers.layout, _is_signed=None)
 
-    return swap(numbers, board, warpgroup)
+    store(numbers, board, warpgroup)
+
+
+def posted(board, warpgroup):
+    """The numbers that a warpgroup has posted."""
+    its_type = plgpu.ShapeDtypeStruct((board.shape[0] // 2,), board.dtype, layout=ROWS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def load(_, board, warpgroup):
+        number_type = ir.MemRefType(board.type).element_type
+        registers = np.empty(mgpu.WGMMA_ROW_LAYOUT.registers_shape(its_type.shape), dtype=object)
+        taken = [llvm.load(number_type, place) for place in _places_of_rows(board, warpgroup)]
+        for place, number in zip(np.ndindex(registers.shape), taken):
+            registers[place] = vector.broadcast(ir.VectorType.get((1,), number_type), number)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None)
+
+    return load(board, warpgroup)
+
+
+def _places_of_rows(board, warpgroup):
+    """Pointers to a thread's two rows of a warpgroup's share."""
+    i32, kind = ir.IntegerType.get_signless(32), ir.MemRefType(board.type)
+    constant = lambda x: arith.constant(i32, x)
+    thread = arith.remui(utils.thread_idx(), constant(128))
+    # 4 neighbouring threads hold the same two rows, 8 apart; a warp has 16.
+    warp, row = arith.divui(thread, constant(32)), arith.divui(arith.remui(thread, constant(32)), constant(4))
+    row = arith.addi(arith.muli(warp, constant(16)), row)
+    row = arith.addi(row, arith.muli(warpgroup.registers.item(), constant(kind.shape[0] // 2)))
+    start = utils.memref_ptr(board)
+    return [utils.getelementptr(start, [arith.addi(row, constant(8 * half))], kind.element_type) for half in range(2)]
 
 
 def settled(product, still_running: int):

@@ -24,7 +24,10 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 
 
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
-    """Whether two warpgroups share rows, and each computes one half of their output's columns (wide.py)."""
+    """Whether two warpgroups share rows, and each computes one half of their output's columns.
+
+    They share blocks of keys too (wide.py), or take them by turns (Plan.alternates).
+    """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
@@ -183,6 +186,11 @@ class Plan:
         return is_wide(self.head_dim, self.value_dim, self.latent)
 
     @property
+    def alternates(self) -> bool:
+        """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
+        return self.latent and not self.quantised
+
+    @property
     def shares_place(self) -> bool:
         """Whether values are widened to where the keys of their block were, and keys to where the last values were."""
         return self.wide and self.quantised and not self.latent
@@ -251,7 +259,7 @@ class Plan:
     @property
     def logit_columns(self) -> int:
         """Keys of a block whose logits a warpgroup computes."""
-        return self.block_kv * self.row_groups // self.warpgroups
+        return self.block_kv if self.alternates else self.block_kv * self.row_groups // self.warpgroups
 
     @property
     def output_columns(self) -> int:

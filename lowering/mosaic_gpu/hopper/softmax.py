@@ -166,16 +166,16 @@ class Softmax:
         shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
         weights, sums = self._weigh(logits, shift)
 
-        def fade():
-            # 1 for rows that have not passed theirs: their bits do not depend on the other rows of their warp.
-            factor = jnp.exp2((m - shift) * self.unit)
-            return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), (acc, l))
-
-        passed = lax.broadcast_in_dim(passed, l.shape, [0])
-        acc, l = lax.cond(any_in_warp(passed, after=None), fade, lambda: (acc, l))
+        acc, l = self._faded(passed, shift, acc, m, l)
         if value_scales is not None:
             weights = self._scaled(weights, logits, value_scales)
         return weights, acc, m_next, l + sums
+
+    def by_maximum(self, m_next, acc, m, l):
+        """The output, m and l by a maximum that another warpgroup found, where they take blocks by turns."""
+        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # of a row that has seen no key
+        acc, l = self._faded(m_next != m, shift, acc, m, l)
+        return acc, m_next, l
 
     def by_polynomial(self, logits, m):
         """Weights of small logits under a soft cap, and their sums, which tell where they are not small."""
@@ -222,6 +222,17 @@ class Softmax:
     def _of_keys(self, keys):
         """Numbers of keys, for each of their logits."""
         return lax.broadcast_in_dim(keys, self.shape, [1])
+
+    def _faded(self, passed, shift, acc, m, l):
+        """The output and l by `shift`, which is m but for rows that have `passed` theirs."""
+
+        def fade():
+            # 1 for rows that have not passed theirs: their bits do not depend on the other rows of their warp.
+            factor = jnp.exp2((m - shift) * self.unit)
+            return jax.tree.map(lambda array: array * lax.broadcast_in_dim(factor, array.shape, [0]), (acc, l))
+
+        passed = lax.broadcast_in_dim(passed, l.shape, [0])
+        return lax.cond(any_in_warp(passed, after=None), fade, lambda: (acc, l))
 
     def _follow(self, logits, acc, m, l, value_scales, passed=None):
         """Weights by the new maximum of all rows, or of those that `passed` theirs; and the output, m and l by it."""

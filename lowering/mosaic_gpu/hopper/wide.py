@@ -1,5 +1,7 @@
 """What two compute warpgroups do with a piece whose output is wider than the registers of one (Plan.wide).
 
+So do quantised latent caches; others have room for two blocks, which are taken by turns (alternate.py).
+
 They share its 64 rows. Each computes the logits of one half of a block's keys, and weights by maxima of both halves.
 The weights meet in shared memory, where both read them all, and each multiplies them with half of the values' columns:
 so no product is computed twice. The values of a latent cache are the first features of its keys, loaded once.
@@ -29,6 +31,7 @@ def wide_scratch(plan: Plan) -> dict:
     return dict(
         weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.product_dtype), transforms=TILED),
         boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),
+        weighed=plgpu.Barrier(num_barriers=2),
     )
 
 

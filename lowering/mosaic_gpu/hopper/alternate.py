@@ -1,0 +1,129 @@
+"""What two compute warpgroups do with a piece over a latent cache (Plan.alternates): they take its blocks by turns.
+
+They share its 64 rows, and each holds half of the output's columns. The logits and weights of a block are one
+warpgroup's work, those of the next block the other's; its half of the output each adds for every block. The owner of a
+block multiplies with its weights from registers, and lays them where the other reads them: one place is enough, since
+each writes there only once its own product with what lay there has ended. So tensor cores go on with one block's
+output and the next one's logits while little else is to be done, and blocks make room as soon as they can: keys are
+loaded once for both products, and two blocks are all that there is room for.
+"""
+
+import functools
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import meet, post, posted, settled, start_logits
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_output, start_weighted, store_weights, swapped
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax
+
+
+def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, **scratch):
+    """One warpgroup's share of a piece, from its first block to its results in global memory."""
+    rows = Rows(plan, piece, warpgroup, optional)
+    found = _Attention(plan, piece, done, warpgroup, rows, **scratch).run()
+    # Both write the lse, the same bits.
+    store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
+
+
+class _Attention:
+    """A warpgroup's way through a piece: `done` blocks went through the ring before it."""
+
+    def __init__(
+        self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
+        weights, boards, weighed, **_,
+    ):  # fmt: skip
+        self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
+        self.softmax, self.seen = Softmax(plan), rows.seen()
+        *_, [query] = query_views
+        self.query, self.query_here, self.query_free = query.at[0], query_here, query_free
+        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
+        self.weights, self.weighed, self.maxima, self.sums = weights, weighed, boards.at[0], boards.at[1]
+
+    def run(self):
+        """Output and lse of the rows, of the warpgroup's columns."""
+        end, own = self.piece.steps, self.warpgroup
+        edge, clear = self.rows.whole_steps(0, end)
+        plgpu.barrier_wait(self.query_here)
+        meet(self.plan.warpgroups)  # both have read what they had of one another
+        # One of the two has block 0, behind which there is no other.
+        running = self.softmax.start()
+        running = lax.cond(own == 0, lambda: self._weigh(True, 0, self._logits(0), *running), lambda: running)
+
+        def steps(masked, first, last, running):
+            """Those of the warpgroup's blocks that are from the first to the second of these."""
+            first, last = (lax.div(i - own + 1, 2) for i in (first, last))
+            step = lambda j, running: self._step(masked, 2 * j + own, *running)
+            return lax.fori_loop(first, last, step, running)
+
+        running = steps(True, 1, edge, running)
+        running = steps(False, edge, clear, running)
+        if self.plan.begins_late:
+            running = steps(True, clear, end, running)
+        return self._finish(end - 1, *running)
+
+    def _step(self, masked, i, acc, m, l):
+        """The output of block i - 1, which is the other's, and all of block i; unless it is masked, all rows see it."""
+        acc, m, l = self._start_others(i - 1, acc, m, l)
+        logits = self._start_logits(i)
+        acc = self._end_output(i - 1, acc, started_since=1)
+        return self._weigh(masked, i, settled(logits, still_running=0), acc, m, l)
+
+    def _finish(self, last, acc, m, l):
+        """What is left of block `last`, and the rows' results."""
+        plgpu.barrier_arrive(self.query_free)
+
+        def others():
+            running, *beside = self._start_others(last, acc, m, l)
+            return self._end_output(last, running), *beside
+
+        acc, m, l = lax.cond(lax.rem(last, 2) == self.warpgroup, lambda: (acc, m, l), others)
+        total = l.sum(axis=1)
+        total = total + swapped(total, self.sums, self.warpgroup)
+        return self.softmax.result(acc, m, total, self.rows.sinks())
+
+    def _weigh(self, masked, i, products, acc, m, l):
+        """Block i's weights, for the other too, and its output; no product is running before and after."""
+        seen = functools.partial(self.seen, i) if masked else None
+        weights, acc, m, l = self.softmax.step(products, lambda: acc, m, l, seen)
+        store_weights(weights, self.weights, jnp.int32(0))
+        post(m, self.maxima, self.warpgroup)
+        values = self._keys_of(i)
+        if masked:
+            unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
+            pl.when(self.rows.may_hold_nothing(i))(unseen)
+        plgpu.barrier_arrive(self.weighed.at[self.warpgroup])
+        return self._end_output(i, start_weighted(acc, weights, values, self.warpgroup)), m, l
+
+    def _start_others(self, i, acc, m, l):
+        """Starts the output of block i by the other's weights, and goes on by their maximum."""
+        other = 1 - self.warpgroup
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        plgpu.barrier_wait(self.weighed.at[other])
+        acc, m, l = self.softmax.by_maximum(posted(self.maxima, other), acc, m, l)
+        return start_output(acc, self.weights, self._keys_of(i), self.warpgroup), m, l
+
+    def _logits(self, i):
+        return settled(self._start_logits(i), still_running=0)
+
+    def _start_logits(self, i):
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        return start_logits(self.query, self._keys_of(i), jnp.int32(0), 1, [*range(self.plan.query_parts)])
+
+    def _end_output(self, i, acc, started_since=0):
+        """Waits for block i's output, and lets go of the block."""
+        acc = settled(acc, still_running=started_since)
+        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        return acc
+
+    def _keys_of(self, i):
+        """Their first features are values."""
+        return self.keys.at[self._slot_of(i)]
+
+    def _slot_of(self, i):
+        return lax.rem(self.done + i, self.plan.slots)
