@@ -453,8 +453,8 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.parameters(
-        *pairs(ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short"))
+    @parameterized.product(
+        ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short")
     )
     def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, kind):
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
