@@ -57,8 +57,8 @@ def fold(
     """What is running once a block has joined, the first of all where nothing runs yet.
 
     `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
-    if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, for a few
-    rows of more than one.
+    if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, which pays
+    for a few rows.
     """
     logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
     if block.key_scale is not None:
