@@ -26,7 +26,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns.
 
-    They share blocks of keys too (wide.py), or take them by turns (Plan.alternates).
+    They share blocks of keys too (wide.py), or take them by turns (alternate.py).
     """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
@@ -188,7 +188,7 @@ class Plan:
     @property
     def alternates(self) -> bool:
         """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
-        return self.latent and not self.quantised
+        return self.wide and not self.quantised
 
     @property
     def shares_place(self) -> bool:
