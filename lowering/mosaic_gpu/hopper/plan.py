@@ -239,6 +239,14 @@ class Plan:
         return self.query_comes_first and self.pieces > self.cores and self.window is None
 
     @property
+    def values_before_query(self) -> bool:
+        """Whether a piece's first values are asked for before its query, but those of a block's first piece.
+
+        Where steps are as short as with heads of 64 features, they are wanted soon after. Longer ones are slower with it.
+        """
+        return self.asks_ahead and not self.quantised and self.head_dim == COLUMNS
+
+    @property
     def query_groups(self) -> int:
         """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
 
