@@ -316,12 +316,12 @@ class Plan:
     def chains(self) -> bool:
         """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
 
-        Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
-        than of 128 features it is slower: of 64, steps are short, even with two places for queries; of more, results
-        and next logits want the same registers. Over widened caches its steps take 2% longer: so only where pieces are
-        short. Not measured with scales of slots.
+        Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. A block of a
+        cluster has no piece but one, however many there are. With other heads than of 128 features it is slower: of 64,
+        steps are short, even with two places for queries; of more, results and next logits want the same registers. Over
+        widened caches its steps take 2% longer: so only where pieces are short. Not measured with scales of slots.
         """
-        if not self.takes_turns or self.parts.vary or self.pieces <= self.cores:
+        if not self.takes_turns or self.parts.vary or self.clusters or self.pieces <= self.cores:
             return False
         long = self.pages_per_seq * self.page_size > MOST_WIDENED_KEYS
         if self.quantised and (long or "slot" in (self.key_scale, self.value_scale)):
