@@ -138,19 +138,25 @@ class ChainTest(parameterized.TestCase):
         self.assertEqual(alone, [2, 3])
 
 
-    def test_what_follows_is_looked_up_beside_the_last_product(self):
-        plan, arrays = launch_of(q_heads=32, kv_heads=8)
-        self.assertTrue(plan.chains)
-        said, places = [], dict(_piece=kernel, start_weighted=compute, store_results=compute)
+    @parameterized.named_parameters(
+        ("chain", True, {}, "start_weighted _piece _results store_results"),
+        ("window", False, dict(sliding_window=1000), "_results _piece store_results"),
+    )
+    def test_what_follows_is_looked_up_before_the_results_are_written(self, chains, call, order):
+        """In a chain, beside the last product."""
+        plan, arrays = launch_of(q_heads=32, kv_heads=8, **call)
+        said, places = [], dict(_piece=kernel, start_weighted=compute, store_results=compute, _results=compute._Attention)
         with contextlib.ExitStack() as patches:
-            for name, module in places.items():
-                def telling(*args, name=name, function=getattr(module, name), **others):
+            patches.enter_context(mock.patch.object(Plan, "chains", chains))
+            for name, owner in places.items():
+
+                def telling(*args, name=name, function=getattr(owner, name), **others):
                     said.append(name)
                     return function(*args, **others)
 
-                patches.enter_context(mock.patch.object(module, name, telling))
+                patches.enter_context(mock.patch.object(owner, name, telling))
             jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
-        self.assertIn("start_weighted _piece store_results", " ".join(said))
+        self.assertIn(order, " ".join(said))
 
 
 class ResultsTest(parameterized.TestCase):
