@@ -305,10 +305,8 @@ class SupportsTest(parameterized.TestCase):
         ("other_dims", dict(head_dim=192, value_dim=192), 64),
     )
     def test_tiles_of_one_wide_head_where_they_are_busy(self, changes, block_q):
-        dims = dict(q_heads=16, num_kv_heads=8, head_dim=256, value_dim=256)
-        given = problem(**dict(tokens=8192, pages_per_seq=512) | dims | changes)
-        self.assertEqual(KERNEL.heuristic(given, HOPPER).block_q, block_q)
-
+        wide = dict(tokens=8192, pages_per_seq=512, q_heads=16, num_kv_heads=8, head_dim=256, value_dim=256)
+        self.assertEqual(KERNEL.heuristic(problem(**wide | changes), HOPPER).block_q, block_q)
 
     @parameterized.named_parameters(
         ("short_prompts", {}, 2),
