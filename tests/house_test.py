@@ -149,7 +149,7 @@ class ImportsTest(parameterized.TestCase):
             f"{function.__name__}({name})"
             for function in filter(inspect.isfunction, functions)
             for name in inspect.signature(function).parameters
-            if not re.search(rf"^      [\w, ]*\b{name}\b[\w, ]*: ", function.__doc__, re.MULTILINE)
+            if not re.search(rf"^  [\w, ]*\b{name}\b[\w, ]*: ", inspect.getdoc(function), re.MULTILINE)
         }
         self.assertEmpty(missing)
 
