@@ -141,8 +141,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (rows > WARPGROUP_ROWS or problem.group % (rows // config.block_q)):
-            takes = f"where {WARPGROUP_ROWS} rows / block_q divides the heads of a group"
+        if config.block_q < 8 and (rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group):
+            takes = f"where {WARPGROUP_ROWS} rows / block_q are fewer than twice the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
         if _wide(problem) and block != 64:
@@ -349,8 +349,8 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     if _wide(problem):
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
-    heads = math.gcd(problem.group, max(1, WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq)))
-    if heads >= 16:  # those of a token lie together, and no row is empty
+    heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
+    if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
         warpgroups = 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
