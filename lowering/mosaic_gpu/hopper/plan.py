@@ -26,7 +26,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns.
 
-    They share blocks of keys too (wide.py), or take them by turns (Plan.alternates).
+    They share blocks of keys too (wide.py), or take them by turns (alternate.py).
     """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
@@ -188,7 +188,7 @@ class Plan:
     @property
     def alternates(self) -> bool:
         """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
-        return self.latent and not self.quantised
+        return self.wide and not self.quantised
 
     @property
     def shares_place(self) -> bool:
@@ -237,6 +237,14 @@ class Plan:
         With a window, 8192 tokens of wide heads are slower with it, and no call is much faster.
         """
         return self.query_comes_first and self.pieces > self.cores and self.window is None
+
+    @property
+    def values_before_query(self) -> bool:
+        """Whether a piece's first values are asked for before its query, but those of a block's first piece.
+
+        Where steps are as short as with heads of 64 features, they are wanted soon after. Longer ones are slower with it.
+        """
+        return self.asks_ahead and not self.quantised and self.head_dim == COLUMNS
 
     @property
     def query_groups(self) -> int:
