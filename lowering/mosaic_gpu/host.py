@@ -41,6 +41,7 @@ WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  #
 FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
+SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 LONG = 4096  # keys that tiles see on average, from which on three are considered where the pieces of two are a chain
 
@@ -289,12 +290,13 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """A core has room for one thread block. Where tiles are few, a long one is felt more, and its parts are smaller.
+    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller.
 
     But what merges in clusters is not given up for a few parts more.
     """
     unsplit, least = programs(problem, config), config.num_splits
-    part_bytes = LEAST_PART_BYTES // (8 if 4 * unsplit <= device.cores else 2)
+    smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
+    part_bytes = LEAST_PART_BYTES // smaller
     parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
     return parts if parts.most >= 2 * least else Parts(least, least)
 
