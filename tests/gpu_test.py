@@ -263,6 +263,21 @@ class GpuTest(parameterized.TestCase):
         oracle.assert_matches(call, *results[0], **window)
         chex.assert_trees_all_equal(*results)
 
+    @product(head_dim=(64, 256), cores=(1, 3))
+    def test_pieces_that_follow_one_another_have_the_bits_of_pieces_alone(self, head_dim, cores):
+        """Heads whose pieces are no chain: their loads run ahead, and of 64 features in another order."""
+        self.need("cuda")
+        call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=head_dim, page_size=16,
+                                  dtype="bfloat16", tokens_before=2, tokens_after=3)
+        cfg = PrefillPageAttentionConfig(block_q=64, block_kv=64, num_warps=12, num_splits=1)
+        plan_of, results = host._plan, []
+        for few in (cores, 10**4):
+            with mock.patch.object(host, "_plan", lambda *args, few=few: replace(plan_of(*args), cores=few)):
+                run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg)
+                results.append(jax.jit(run)(**call))
+        oracle.assert_matches(call, *results[0])
+        chex.assert_trees_all_equal(*results)
+
     def assert_matches(self, call, cfg, **parameters):
         run = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **parameters)
         oracle.assert_matches(call, *jax.jit(run)(**call), **parameters)

@@ -11,7 +11,7 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import kernel, operations
+from paged_prefill.lowering.mosaic_gpu.hopper import compute, kernel, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
@@ -82,6 +82,17 @@ class QueriesTest(parameterized.TestCase):
         program = str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays))
         self.assertEqual(program.count("async_prefetch"), copies)
 
+    @parameterized.named_parameters(
+        ("short_steps", dict(head_dim=64, value_dim=64), True),
+        ("others", {}, False),
+        ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
+        ("one_piece_each", dict(head_dim=64, value_dim=64, tiles=2), False),
+        ("window", dict(head_dim=64, value_dim=64, window=100), False),
+    )
+    def test_the_first_values_come_before_the_query_where_steps_are_short(self, changes, before):
+        plan = plans.plan(**(dict(tiles=67, tokens=2000, soft_cap=None) | changes))
+        self.assertEqual(plan.values_before_query, before)
+
     def test_each_group_waits_for_as_many_copies_as_it_gets(self):
         """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
         plan, arrays = launch_of(tokens=8192, pages_per_seq=512, q_heads=32, kv_heads=8)
@@ -129,6 +140,27 @@ class ChainTest(parameterized.TestCase):
             with mock.patch.object(Plan, "chains", chains):
                 alone.append(str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)).count("wgmma_ref"))
         self.assertEqual(alone, [2, 3])
+
+
+    @parameterized.named_parameters(
+        ("chain", True, {}, "start_weighted _piece _results store_results"),
+        ("window", False, dict(sliding_window=1000), "_results _piece store_results"),
+    )
+    def test_what_follows_is_looked_up_before_the_results_are_written(self, chains, call, order):
+        """In a chain, beside the last product."""
+        plan, arrays = launch_of(q_heads=32, kv_heads=8, **call)
+        said, places = [], dict(_piece=kernel, start_weighted=compute, store_results=compute, _results=compute._Attention)
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(Plan, "chains", chains))
+            for name, owner in places.items():
+
+                def telling(*args, name=name, function=getattr(owner, name), **others):
+                    said.append(name)
+                    return function(*args, **others)
+
+                patches.enter_context(mock.patch.object(owner, name, telling))
+            jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
+        self.assertIn(order, " ".join(said))
 
 
 class ResultsTest(parameterized.TestCase):

@@ -294,6 +294,18 @@ class SupportsTest(parameterized.TestCase):
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
         self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {8, 12, 16})
 
+    @parameterized.named_parameters(
+        ("many_tiles_of_many_keys", {}, 128),
+        ("few_tiles", dict(tokens=2048, pages_per_seq=1024), 64),
+        ("few_keys", dict(tokens=4096, pages_per_seq=256), 64),
+        ("window", dict(sliding_window=1024), 64),
+        ("ranges", dict(features=frozenset({"key_ranges"})), 64),
+        ("rows_stay_empty", dict(tokens=64 * 192, seqs=64), 64),
+        ("other_dims", dict(head_dim=192, value_dim=192), 64),
+    )
+    def test_tiles_of_one_wide_head_where_they_are_busy(self, changes, block_q):
+        wide = dict(tokens=8192, pages_per_seq=512, q_heads=16, num_kv_heads=8, head_dim=256, value_dim=256)
+        self.assertEqual(KERNEL.heuristic(problem(**wide | changes), HOPPER).block_q, block_q)
 
     @parameterized.named_parameters(
         ("short_prompts", {}, 2),

@@ -43,7 +43,9 @@ SHORT = 768  # keys that tiles of short prompts see on average, at most: with as
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
-LONG = 4096  # keys that tiles see on average, from which on three are considered where the pieces of two are a chain
+MOST_EMPTY = 1.02  # times as many tiles of one wide head as of two: others of their rows are nobody's
+# Keys that tiles see on average, from which on three are considered where the pieces of two are a chain, and one wide head.
+LONG = 4096
 
 
 class MosaicGpu(Kernel):
@@ -98,6 +100,8 @@ class MosaicGpu(Kernel):
             config = teams
         elif three is not None and _ends_sooner(problem, device, three, config, widens and _quantised(problem)):
             config = three
+        else:
+            config = _with_one_head(problem, device, config) or config
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
         of_parts = replace(config, num_stages=min(config.num_stages, few))
         of_parts = replace(of_parts, num_splits=self.num_splits(problem, device, of_parts))
@@ -499,6 +503,20 @@ def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttenti
         return False
     few = problem.tokens_per_seq < FEW_TOKENS and _warpgroups(config) == 1
     return few and programs(problem, config) >= MOST_CORES * device.cores
+
+
+def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentionConfig):
+    """Tiles of one wide head's tokens in place of two heads', where they are faster, and else None: where tiles fill the
+    chip for some rounds, and see so many keys that those which only some of their tokens see do not count.
+    """
+    one = replace(config, block_q=_rows(problem, config))
+    if (problem.head_dim, problem.value_dim) != (256, 256) or _quantised(problem):  # others are not measured
+        return None
+    if "key_ranges" in problem.features or programs(problem, config) < ROUNDS * device.cores:
+        return None
+    if programs(problem, one) > MOST_EMPTY * programs(problem, config):
+        return None
+    return one if sum(_keys_of_tiles(problem, one.block_q)) >= 2 * LONG else None
 
 
 def _ends_sooner(problem: Problem, device: Device, three, two, widens: bool) -> bool:

@@ -25,8 +25,13 @@ from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE,
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
-def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, **scratch):
-    """One warpgroup's share of a piece, from its first block to its results in global memory."""
+def compute(
+    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, **scratch
+):
+    """One warpgroup's share of a piece, from its first block to its results in global memory.
+
+    `beside_results` asks for what takes a while to come, and what it returns, this returns.
+    """
     if plan.clusters:
         exchanged = scratch["exchanged"].at[pl.ds(warpgroup, 1)]
         start_exchange(plan, exchanged)
@@ -39,9 +44,22 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, optional, sources, resu
         attention.pass_over(end, piece.steps)
         room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
         found, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, exchanged)
+    asked = beside_results()
     store_results(plan, piece, rows, found, results, first_column)
     if not plan.clusters:
         attention.pass_over(end, piece.steps)
+    return asked
+
+
+def compute_each(plan: Plan, piece_of, *, team, **others):
+    """One warpgroup's share of all pieces, each looked up beside the results of the one before."""
+
+    def one(carry):
+        i, done, piece, _ = carry
+        following = compute(plan, piece, done, team=team, beside_results=lambda: piece_of(i + 1, team), **others)
+        return i + 1, done + piece.steps, *following
+
+    lax.while_loop(lambda carry: carry[3], one, (jnp.int32(0), jnp.int32(0), *piece_of(jnp.int32(0), team)))
 
 
 def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results, **scratch):

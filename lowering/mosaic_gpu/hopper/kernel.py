@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, wide
@@ -191,7 +191,10 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         if plan.chains:
             return compute_chain(plan, piece_of, warpgroup=warpgroup, **shared, **scratch)
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
-        each_piece(functools.partial(compute, plan, team=team, warpgroup=of_team, **shared, **scratch), team)
+        shared |= dict(team=team, warpgroup=of_team)
+        if plan.looks_ahead:
+            return compute_each(plan, piece_of, **shared, **scratch)
+        each_piece(functools.partial(compute, plan, **shared, **scratch), team)
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
