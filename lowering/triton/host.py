@@ -76,6 +76,7 @@ SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
 KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
+DRAFTS = 8  # tokens of a sequence that are no prompt
 SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
 SHORT_KEYS = 768  # that are few, on average
 SHORT_TILES = 8  # of a sequence among others: their last ones are half empty
@@ -366,7 +367,8 @@ def _slots(problem: Problem, device: Device, config: PrefillPageAttentionConfig,
 
 def _may_split(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
     """Whether parts of a full table would gain more than the merge costs where contexts are short."""
-    few_rows, wide = config.block_q * problem.group <= DECODE.rows, max(problem.head_dim, problem.value_dim) > 256
+    few_rows = config.block_q * problem.group <= DECODE.rows or problem.tokens_per_seq <= DRAFTS
+    wide = max(problem.head_dim, problem.value_dim) > 256
     return few_rows or wide or most_keys(problem, config.block_q) > KEYS_OF_PROMPT
 
 
