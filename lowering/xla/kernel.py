@@ -7,7 +7,7 @@ hand is turned from a quantised cache's numbers into those that are multiplied.
 Tiles of one row walk side by side, each in a lane. Those with many blocks take several lanes, which share the blocks
 out and are merged in the end; the others take one. Lanes are filled in order of their blocks, so that neighbours have
 as many, and what a sequence costs follows from its own keys. Where a single block holds all keys of a table there is
-nothing to order, and a pack of no more sequences than lanes gives each its own.
+nothing to order, and a pack of no more sequences than lanes gives each its own; on a CPU it has as many lanes.
 """
 
 from typing import NamedTuple
@@ -97,10 +97,10 @@ class Walker:
     def _groups(self):
         """How many groups of tiles walk one after the other, and which: each lane's sequence, and a number in it."""
         sequences, lanes = self._sequences(), self.walk.lanes
+        if self.walk.at_once and lanes == self.problem.seqs:  # no loop, and so nothing to take together
+            return 1, lambda group: (sequences, jnp.zeros(lanes, jnp.int32))
         # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
         numbers = jnp.stack(sequences, axis=1)
-        if self.walk.at_once and lanes == self.problem.seqs:
-            return 1, lambda group: (sequences, jnp.zeros(lanes, jnp.int32))
         if self.lane_of_each:
 
             def lane_of_each(group):

@@ -128,7 +128,7 @@ def _walk(problem, config, turns, height) -> Walk:
             rows = max(1, min(problem.tokens, problem.seqs))
             lanes = -(-rows // -(-rows // most_lanes))  # as many in each turn
         else:
-            lanes = min(turns.lanes or 1, most_lanes)
+            lanes = min(turns.lanes or turns.splits[0], most_lanes)
     # Floats of 8 bits are converted number by number where they are multiplied, once for every row.
     vectors = problem.head_dim % 8 == 0 and not problem.cache_dtype.startswith("float8")
     in_place = alone and most_blocks != 1 and vectors and problem.group <= turns.rows_in_place
@@ -140,10 +140,11 @@ def _walk(problem, config, turns, height) -> Walk:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
     in_place &= lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
+    skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and problem.tokens != 1
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
+    splits = splits if shares else 1
     return Walk(
-        height, run, runs, lanes, splits if shares else 1, heads, most_blocks, alone, at_once, in_place,
-        turns.skips and most_blocks == 1 and problem.tokens != 1, skips_masks,
+        height, run, runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
     )  # fmt: skip
 
 
