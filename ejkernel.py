@@ -168,9 +168,9 @@ def create_shard_map_wrapper(
         config=cfg,
     )
 
-    def local(query, key_cache, value_cache, *indices):
-        indices = checks.indices_of_one(query, key_cache, *indices)
-        return run(*checks.pack_of_one(query, key_cache, value_cache, *indices))
+    def local(*arrays):
+        indices = checks.indices_of_one(*arrays)
+        return run(*checks.pack_of_one(*arrays[:3], *indices))
 
     function = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=check_vma)
     return function, call_args
@@ -422,6 +422,6 @@ def _config_of(cfg) -> PrefillPageAttentionConfig | None:
     if cfg is None or isinstance(cfg, PrefillPageAttentionConfig):
         return cfg
     if not hasattr(cfg, "platform"):
-        raise TypeError(f"cfg must be a PrefillPageAttentionConfig, one of ejKernel's, or None, got {cfg!r}")
+        raise TypeError(f"cfg must be a PrefillPageAttentionConfig, one of ejKernel's, or None, got {checks.shown(cfg)}")
     platform, backend = (getattr(cfg, name, None) for name in ("platform", "backend"))
     return PrefillPageAttentionConfig(platform=platform, backend=getattr(backend, "value", backend))

@@ -63,7 +63,7 @@ def prefill_page_attention(
     """
     checks.check_mask_value(mask_value)
     checks.check_config("cfg", cfg)
-    indices = checks.indices_of_one(query, key_cache, context_len, page_indices)
+    indices = checks.indices_of_one(query, key_cache, value_cache, context_len, page_indices)
     parameters = parameters_of(
         dict(query=query),
         softmax_scale=softmax_scale,
@@ -157,6 +157,7 @@ def ragged_paged_prefill(
     """
     checks.check_mask_value(mask_value)
     checks.check_config("cfg", cfg)
+    checks.check_flag("return_lse", return_lse)
     layout, layered = checks.check_layout(cache_layout), layer is not None
     checks.check_leading("query", query)
     checks.check_cache_rank("key_cache", key_cache, layout, query.shape[:-3], layered)

@@ -4,9 +4,7 @@
 its types say how the caches that come back are cut: as those that went in.
 """
 
-import operator
-
-from paged_prefill.primitive import checks
+from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.binding import (
     OperationPrimitive,
     define,
@@ -23,11 +21,12 @@ LOCAL = APPEND._replace(name="local_append_to_pages")
 
 
 def _parameters(operands, *, cache_batch_dims: int = 0, cache_layout: str = DEFAULT_LAYOUT) -> dict:
-    return dict(cache_batch_dims=operator.index(cache_batch_dims), cache_layout=checks.check_layout(cache_layout).name)
+    cache_batch_dims = checks.integer("cache_batch_dims", cache_batch_dims)
+    return dict(cache_batch_dims=cache_batch_dims, cache_layout=checks.check_layout(cache_layout).name)
 
 
 def _append_parameters(operands, *, hint=None, **given):
-    return _parameters(operands, **given) | dict(hint=hint)
+    return _parameters(operands, **given) | dict(hint=context.check_hint(hint))
 
 
 # Twins for the same reason as those of the attention.

@@ -41,6 +41,18 @@ def visible_keys(
     return jnp.maximum(position - (sliding_window - 1), 0), end
 
 
+def part_of_merge(
+    out: Float[Array, "*rows value_dim"], lse: Float[Array, "*rows"], shift: Float[Array, "*rows"]
+) -> tuple[Float[Array, "*rows value_dim"], Float[Array, "*rows"]]:
+    """What a partial result adds to a merge: its output times its weight exp(lse - shift), and the weight.
+
+    Nothing where it saw no key (lse -inf), whatever its output holds. In the dtype of `shift`.
+    """
+    weight = jnp.exp(lse.astype(shift.dtype) - shift)
+    weighted = weight[..., None] * out.astype(shift.dtype)
+    return jnp.where(jnp.isneginf(lse)[..., None], 0.0, weighted), weight
+
+
 def normalised(
     unnormalised: Float[Array, "*rows value_dim"], total: Float[Array, "*rows"], largest: Float[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows value_dim"], Float[Array, "*rows"]]:

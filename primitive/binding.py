@@ -50,7 +50,8 @@ class OperationPrimitive(Primitive):
             named[name] = given.pop(name)
         for row in self.operation.operands:
             array = named.get(row.name)
-            if not (array is None and row.optional or isinstance(array, (int, float))):  # a number is of rank 0
+            a_number = () in row.forms and isinstance(array, (int, float))
+            if not (a_number or (array is None and row.optional)):
                 checks.check_array(row.name, array)
         return named, given
 

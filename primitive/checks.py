@@ -31,6 +31,7 @@ DEFAULT_MASK_VALUE = -2.381976426469702e38
 LARGEST_MASK_VALUE = -1e9
 # What a factor of the logits may be: its products with small constants, and its inverse, are normal numbers of float32.
 LARGEST_FACTOR = 2.0**120
+LONGEST_SHOWN = 80  # characters of a value in a message
 CACHE_FORMS = {row.name: row.forms[0] for row in (KEY_CACHE, VALUE_CACHE)}
 NOT_EMPTY = (
     "q_heads", "kv_heads", "2 * kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1"
@@ -39,9 +40,26 @@ NOT_EMPTY = (
 
 def check_layout(name) -> CacheLayout:
     """The layout of that name."""
-    if not (isinstance(name, str) and name in LAYOUTS):
-        raise ValueError(f"cache_layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    if not is_one_of(name, LAYOUTS):
+        raise ValueError(f"cache_layout must be one of {', '.join(LAYOUTS)}, got {shown(name)}")
     return LAYOUTS[name]
+
+
+def shown(value) -> str:
+    """A value that is not taken, as a message shows it: on one line, and no whole array."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def is_one_of(value, names) -> bool:
+    """Whether a value is one of some names; what is no text, an array say, is none."""
+    return isinstance(value, str) and value in names
+
+
+def check_flag(name, value) -> None:
+    """Refuses what is neither True nor False: a traced value before all, since it decides what the results are."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_operands(
@@ -112,9 +130,26 @@ def _laid_out(name, layout, *before) -> str:
 
 
 def check_array(name, array) -> None:
-    """Refuses what has no shape, None before all."""
+    """Refuses what has no shape, None before all, and arrays of NumPy's that JAX has no dtype for."""
     if not hasattr(array, "ndim"):
-        raise TypeError(f"{name} must be an array, got {array!r}")
+        raise TypeError(f"{name} must be an array, got {shown(array)}")
+    if isinstance(array, (np.ndarray, np.generic)) and not (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)):
+        raise TypeError(f"{name} must be an array of numbers, got {array.dtype.name}")
+
+
+def check_kind(name, given, *kinds) -> jax.Array | np.ndarray:
+    """What is given, numbers and lists too, as an array, whose dtype must be one of `kinds`.
+
+    What is not an array of JAX's becomes one of NumPy's, since JAX would wrap wide numbers around.
+    """
+    try:
+        array = given if isinstance(given, jax.Array) else np.asarray(given)
+    except (ValueError, TypeError):  # rows of unlike lengths, traced values in a list
+        raise TypeError(f"{name} must be an array, got {shown(given)}") from None
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        takes = "integers" if kinds == (jnp.integer,) else "numbers"
+        raise TypeError(f"{name} must be an array of {takes}, got {shown(given) if array.dtype == object else array.dtype.name}")
+    return array
 
 
 def check_leading(name, array) -> None:
@@ -179,9 +214,10 @@ def _check_dtype(name, kind, dtype, leading, leading_dtype) -> None:
     if kind == "attention" and dtype != leading_dtype:
         raise TypeError(f"{name} must have {leading}'s dtype {leading_dtype.name}, got {dtype.name}")
     if kind == "cache" and dtype.name in ATTENTION_DTYPES and dtype != leading_dtype:
+        cast = f": cast {leading} with {leading}.astype({name}.dtype)" * (name == KEY_CACHE.name)  # else caches are unlike
         raise TypeError(
             f"{name} must have {leading}'s dtype {leading_dtype.name} or a quantised one ({', '.join(QUANTISED_DTYPES)}), "
-            f"got {dtype.name}: cast {leading} with {leading}.astype({name}.dtype)"
+            f"got {dtype.name}{cast}"
         )
 
 
@@ -242,11 +278,10 @@ def check_num_kv_heads(num_kv_heads) -> int:
 
 def check_value_dim(value_dim, head_dim) -> int:
     """The number of a key's features that are its value in a latent cache."""
-    if not isinstance(value_dim, numbers.Integral) or isinstance(value_dim, bool):
-        raise TypeError(f"value_dim must be an integer where value_cache is None, got {value_dim!r}")
+    value_dim = integer("value_dim", value_dim, other=" where value_cache is None")
     if not 1 <= value_dim <= head_dim:
         raise ValueError(f"value_dim must be between 1 and head_dim {head_dim}, got {value_dim}")
-    return int(value_dim)
+    return value_dim
 
 
 def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_dim: int) -> Attention:
@@ -273,17 +308,22 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
                 f"attn_logits_soft_cap must be between {1 / LARGEST_FACTOR:.3g} and {LARGEST_FACTOR:.3g}, which float32 "
                 f"can compute with, got {attn_logits_soft_cap}"
             )
+    if isinstance(sliding_window, jax.core.Tracer):
+        raise TypeError(
+            f"sliding_window must be an integer or None, got {shown(sliding_window)}: of a window that is traced, "
+            "masks.causal makes key_ranges"
+        )
     if sliding_window is not None:
         means = " (the keys a row sees, its own included)"
         sliding_window = integer("sliding_window", sliding_window, least=1, means=means, other=" or None")
     return Attention(softmax_scale, attn_logits_soft_cap, sliding_window)
 
 
-def integer(name, value, *, least: int, means: str = "", other: str = "") -> int:
+def integer(name, value, *, least: int | None = None, means: str = "", other: str = "") -> int:
     """`value` as a Python integer of at least `least`; `means` says what that is, and `other` what else it may be."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer{other}, got {value!r}")
-    if value < least:
+        raise TypeError(f"{name} must be an integer{other}, got {shown(value)}")
+    if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}{means}{other}, got {value}")
     return int(value)
 
@@ -322,16 +362,17 @@ def index_arrays(**arrays) -> dict[str, jax.Array]:
 
 def check_platform(platform, name="platform") -> str:
     """`platform`, None as "auto"."""
-    if platform is not None and platform not in PLATFORMS:
-        hint = ", which is a kernel of ejKernel's: \"auto\" takes the fastest here" * (platform in EJKERNEL_PLATFORMS)
-        raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {platform!r}{hint}")
+    if not (platform is None or is_one_of(platform, PLATFORMS)):
+        theirs = is_one_of(platform, EJKERNEL_PLATFORMS)
+        hint = ", which is a kernel of ejKernel's: \"auto\" takes the fastest here" * theirs
+        raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {shown(platform)}{hint}")
     return platform or "auto"
 
 
 def check_config(name, config) -> None:
     """Checks the type of a configuration, by its fields: the class is the lowering's."""
     if config is not None and not hasattr(config, "block_kv"):
-        raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {config!r}")
+        raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {shown(config)}")
 
 
 def check_mesh(name, mesh) -> None:
@@ -354,6 +395,7 @@ def requested_platform(platform, config) -> str:
 
 def check_rank(name, array, form, ndim) -> None:
     """Checks the number of dimensions of an argument of a public function."""
+    check_array(name, array)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have shape {form}, got {array.shape}")
 
@@ -375,7 +417,7 @@ def number(name, value) -> float:
         jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
     )
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_scalar):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     try:
         return float(value)
     except OverflowError:  # a Python integer past the largest float
@@ -390,10 +432,7 @@ def int32_indices(**arrays) -> dict[str, jax.Array]:
 def _int32(name, array):
     if isinstance(array, (jax.Array, np.ndarray)) and array.dtype == np.int32:
         return array
-    # What is not an array of JAX's stays numpy's until it is narrow: JAX would wrap wide numbers around.
-    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an array of integers, got {given if array.dtype == object else array.dtype.name}")
+    array = check_kind(name, array, jnp.integer)
     if array.dtype.itemsize > 4 or array.dtype == jnp.uint32:
         limits = jnp.iinfo(jnp.int32)
         unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
@@ -427,16 +466,18 @@ def of_packs(batch: tuple[int, ...], **operands) -> dict[str, jax.Array | None]:
 
 
 def _float32(name, array):
-    array, given = array if isinstance(array, jax.Array) else np.asarray(array), array
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be an array of numbers, got {given if array.dtype == object else array.dtype.name}")
-    return jnp.asarray(array, jnp.float32)
+    return jnp.asarray(check_kind(name, array, jnp.floating, jnp.integer), jnp.float32)
 
 
-def indices_of_one(query, key_cache, context_len, page_indices) -> list[jax.Array]:
-    """The index arguments of `prefill_page_attention` as int32, once the ranks of its arguments are checked."""
+def _check_arrays_of_one(query, key_cache, value_cache) -> None:
     check_rank("query", query, "[chunk, q_heads, head_dim]", 3)
     check_rank("key_cache", key_cache, "[kv_heads, num_pages, page_size, head_dim]", 4)
+    check_array("value_cache", value_cache)
+
+
+def indices_of_one(query, key_cache, value_cache, context_len, page_indices) -> list[jax.Array]:
+    """The index arguments of `prefill_page_attention` as int32, once the ranks of its arguments are checked."""
+    _check_arrays_of_one(query, key_cache, value_cache)
     context_len, page_indices = int32_indices(context_len=context_len, page_indices=page_indices).values()
     if context_len.size != 1:
         raise ValueError(f"context_len must have shape [1] or be a scalar, got {context_len.shape}")
@@ -451,7 +492,10 @@ def pack_of_one(query, key_cache, value_cache, context_len, page_indices):
 
 
 def abstract_pack_of_one(query, key_cache, value_cache, context_len, page_indices) -> dict[str, jax.ShapeDtypeStruct]:
-    """The operands of that pack by name, as shapes and dtypes only."""
+    """The operands of that pack by name, as shapes and dtypes only, once the ranks of its arguments are checked."""
+    _check_arrays_of_one(query, key_cache, value_cache)
+    check_array("context_len", context_len)
+    check_rank("page_indices", page_indices, "[pages_per_seq]", 1)
     indices = dict(context_lens=(1,), page_indices=(1, page_indices.shape[0]), query_offsets=(2,))
     arrays = dict(query=query, key_cache=key_cache, value_cache=value_cache)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()} | {

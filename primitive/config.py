@@ -68,10 +68,10 @@ class PrefillPageAttentionConfig:
         for name in SIZES:
             _check_size(name, getattr(self, name))
         if fp8_terms is not None and (type(fp8_terms) is not int or fp8_terms not in (0, 1, 2)):
-            raise ValueError(f"cfg.fp8_terms must be 0, 1, 2 or None, got {fp8_terms!r}")
+            raise ValueError(f"cfg.fp8_terms must be 0, 1, 2 or None, got {checks.shown(fp8_terms)}")
         checks.check_platform(platform, "cfg.platform")
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"cfg.backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if not (backend is None or checks.is_one_of(backend, BACKENDS)):
+            raise ValueError(f"cfg.backend must be one of {', '.join(BACKENDS)} or None, got {checks.shown(backend)}")
 
     @property
     def block_k(self) -> int | None:
@@ -111,6 +111,6 @@ class PrefillPageAttentionConfig:
 
 def _check_size(name, value) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"cfg.{name} must be a positive integer or None, got {value!r}")
+        raise ValueError(f"cfg.{name} must be a positive integer or None, got {checks.shown(value)}")
     if value is not None and value > MAX_CONTEXT:
         raise ValueError(f"cfg.{name} must be at most {MAX_CONTEXT}, got {value}")

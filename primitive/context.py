@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from paged_prefill.primitive import checks
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.cut import Axes, axes_of
 
@@ -39,6 +40,13 @@ class Hint(NamedTuple):
     pages: Axes = ()
     waiting: Axes = ()
     complete: bool = True
+
+
+def check_hint(hint) -> Hint | None:
+    """The hint that a primitive is bound with."""
+    if not (hint is None or isinstance(hint, Hint)):
+        raise TypeError(f"hint must be a Hint (primitive/context.py) or None, got {checks.shown(hint)}")
+    return hint
 
 
 @contextlib.contextmanager
@@ -89,7 +97,7 @@ def _with_defaults(**given):
     given = {name: default if value is None else value for (name, value), default in defaults}
     for name, value in given.items():
         if not all(isinstance(axis, str) for axis in axes_of(value)):
-            raise TypeError(f"{name} must be the name of a mesh axis, a tuple of names, or None, got {value!r}")
+            raise TypeError(f"{name} must be the name of a mesh axis, a tuple of names, or None, got {checks.shown(value)}")
     axes = [axis for value in given.values() for axis in axes_of(value)]
     if len(set(axes)) < len(axes):
         said = " and ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -101,7 +109,7 @@ def _with_defaults(**given):
 def overlay(config: PrefillPageAttentionConfig):
     """Calls traced inside run with `config`, unless their own `cfg=` says otherwise, field by field."""
     if not isinstance(config, PrefillPageAttentionConfig):
-        raise TypeError(f"overlay takes a PrefillPageAttentionConfig, got {config!r}")
+        raise TypeError(f"overlay takes a PrefillPageAttentionConfig, got {checks.shown(config)}")
     with _overlay(config):
         yield
 
@@ -129,6 +137,6 @@ def current_policy() -> str:
 
 
 def _checked_policy(name, where):
-    if name not in POLICIES:
-        raise ValueError(f"{where} must be one of {', '.join(POLICIES)}, got {name!r}")
+    if not checks.is_one_of(name, POLICIES):
+        raise ValueError(f"{where} must be one of {', '.join(POLICIES)}, got {checks.shown(name)}")
     return name

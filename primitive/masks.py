@@ -124,6 +124,7 @@ def spans(
       window: how many keys up to its own a row sees at most, by causality; None for all.
       inside_window: whether the second rule is meant.
     """
+    checks.check_flag("inside_window", inside_window)
     pack = _Pack(context_lens, query_offsets, tokens, spans=(spans, ("seqs", "n", "2")))
     lo, hi = visible_keys(pack.position, _width("window", window))
     start, end = jnp.unstack(pack.owners.of(pack.arrays["spans"]), axis=-1)  # [*batch, tokens, n]

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.append import append_to_pages_p
-from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.attention import normalised, part_of_merge
 from paged_prefill.primitive.binding import shapes_of
 from paged_prefill.primitive.context import AxisHint
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT
@@ -117,12 +117,6 @@ def merge(
     wide = jnp.dtype("float64" if jnp.dtype("float64") in {x.dtype for x in (out_a, lse_a, out_b, lse_b)} else "float32")
     largest = jnp.maximum(lse_a.astype(wide), lse_b.astype(wide))
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
-
-    def part(out, lse):  # nothing of a side that saw no key, whatever its output holds
-        weight = jnp.exp(lse.astype(wide) - shift)
-        weighted = weight[..., None] * out.astype(wide)
-        return jnp.where(jnp.isneginf(lse)[..., None], 0.0, weighted), weight
-
-    (part_a, weight_a), (part_b, weight_b) = part(out_a, lse_a), part(out_b, lse_b)
+    (part_a, weight_a), (part_b, weight_b) = (part_of_merge(*x, shift) for x in ((out_a, lse_a), (out_b, lse_b)))
     out, lse = normalised(part_a + part_b, weight_a + weight_b, shift)
     return out.astype(out_a.dtype), lse.astype(lse_a.dtype)

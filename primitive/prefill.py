@@ -7,7 +7,6 @@ one more parameter, `num_kv_heads`: the query heads here attend to KV heads kv_h
 """
 
 from collections.abc import Callable
-import operator
 
 import jax.numpy as jnp
 
@@ -56,8 +55,8 @@ def parameters_of(
             sliding_window=sliding_window,
             head_dim=head_dim,
         ),
-        value_dim=value_dim,
-        cache_batch_dims=operator.index(cache_batch_dims),
+        value_dim=None if value_dim is None else checks.integer("value_dim", value_dim, other=" or None"),
+        cache_batch_dims=checks.integer("cache_batch_dims", cache_batch_dims),
         cache_layout=checks.check_layout(cache_layout).name,
         platform=checks.requested_platform(platform, config),
         config=config,
@@ -65,7 +64,7 @@ def parameters_of(
 
 
 def _prefill_parameters(operands, *, hint=None, **given):
-    return parameters_of(operands, **given) | dict(hint=hint)
+    return parameters_of(operands, **given) | dict(hint=context.check_hint(hint))
 
 
 def _local_parameters(operands, *, num_kv_heads, **given):

@@ -40,7 +40,7 @@ def validate(*arguments, **parameters) -> None:
     call.apply_defaults()
     given = call.arguments
     indices = {name: _indices(name, given[name]) for name in INDICES if given[name] is not None}
-    numbers = {name: _values(name, given[name]) for name in NUMBERS if given[name] is not None}
+    numbers = {name: _values(name, given[name], jnp.floating, jnp.integer) for name in NUMBERS if given[name] is not None}
     _check_call(given)
     layout = checks.check_layout(given["cache_layout"])
     _check_numbers(numbers, given["key_cache"].ndim)
@@ -56,17 +56,15 @@ def validate(*arguments, **parameters) -> None:
 validate.__signature__ = SIGNATURE.replace(return_annotation=None)
 
 
-def _values(name, array) -> np.ndarray:
+def _values(name, array, *kinds) -> np.ndarray:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"validate needs concrete arrays, but {name} is traced; call it outside jit")
-    return np.asarray(array)
+    return np.asarray(checks.check_kind(name, array, *kinds))
 
 
 def _indices(name, array) -> np.ndarray:
     """The values of an index argument, wide enough that none wraps around."""
-    values = _values(name, array)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise TypeError(f"{name} must be an array of integers, got {values.dtype.name}")
+    values = _values(name, array, jnp.integer)
     if values.dtype == np.uint64:
         values = values.clip(max=np.iinfo(np.int64).max)
     return values.astype(np.int64)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from paged_prefill.primitive import checks
-from paged_prefill.primitive.attention import normalised, visible_keys
+from paged_prefill.primitive.attention import normalised, part_of_merge, visible_keys
 from paged_prefill.primitive.context import AxisHint, current_policy
 from paged_prefill.primitive.cut import axes_of
 from paged_prefill.primitive.layout import DEFAULT_LAYOUT
@@ -224,7 +224,8 @@ def merge_over(
 ) -> tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]:
     """Combines what devices along a mesh axis got for the same rows over disjoint keys, inside a `shard_map`.
 
-    The formula of `merge`, summed over devices in float32. See `local_pages` for what goes before.
+    The formula of `merge`, summed over devices in float32: a device that saw no key of a row (lse -inf) counts for nothing
+    there, whatever its output holds. See `local_pages` for what goes before.
 
     Args:
       page_axis: the mesh axis, or tuple of axes.
@@ -240,10 +241,9 @@ def merge_over(
     """
     checks.check_partials(out=out, lse=lse)
     axes, tokens_axis = axes_of(page_axis), lse.ndim - 2
-    largest = lax.pmax(lse, axes)
+    largest = lax.pmax(lse.astype(jnp.float32), axes)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weight = jnp.exp(lse - shift)
-    parts = weight[..., None] * out.astype(jnp.float32), weight
+    parts = part_of_merge(out, lse, shift)
     if scatter:
         checks.check_parts("out", out.shape[tokens_axis], lax.axis_size(axes))
         part = out.shape[tokens_axis] // lax.axis_size(axes)
@@ -251,5 +251,5 @@ def merge_over(
         summed = lax.psum_scatter(parts, axes, scatter_dimension=tokens_axis, tiled=True)
     else:
         summed = lax.psum(parts, axes)
-    merged, lse = normalised(*summed, shift)
-    return merged.astype(out.dtype), lse
+    merged, merged_lse = normalised(*summed, shift)
+    return merged.astype(out.dtype), merged_lse.astype(lse.dtype)

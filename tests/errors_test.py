@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import (
+    PrefillPageAttention,
     PrefillPageAttentionConfig,
     append_to_pages,
     append_to_pages_p,
+    create_shard_map_wrapper,
     local_append_to_pages_p,
     local_paged_prefill_p,
     merge,
@@ -80,6 +82,13 @@ NARROW_INDICES = [
 ]
 
 
+INDICES = dict(
+    context_lens=[12, 40, 3],
+    page_indices=[[3, 1, -1, -1, -1], [0, 8, 7, 6, 5], [2, 99, 99, 99, 99]],
+    query_offsets=[0, 4, 5, 8],
+)
+
+
 def operands(**changes):
     """The abstract operands, in order, some with another shape (a tuple) or dtype (a name)."""
     changed = dict(OPERANDS)
@@ -118,6 +127,33 @@ class OperandErrorsTest(parameterized.TestCase):
         others = {other: x for other, x in OPERANDS.items() if other != name}
         with self.assertRaisesRegex(TypeError, rf"{name} must be an array, got \[\[1\.0\]\]"):
             jax.eval_shape(functools.partial(ragged_paged_prefill, **{name: [[1.0]]}), **others)
+
+    @parameterized.product(name=("query", "key_cache", "value_cache", "tree_mask"), array=(np.array(["a"]), np.array([None])))
+    def test_arrays_of_what_jax_has_no_dtype_for(self, name, array):
+        call = OPERANDS | {n: np.int32(x) for n, x in INDICES.items()} | {name: array.reshape(1, 1, 1, 1)}
+        message = rf"{name} must be an array of numbers, got (str|object)"
+        for bind in (ragged_paged_prefill, paged_prefill_p.bind):
+            with self.assertRaisesRegex(TypeError, message):
+                bind(**call)
+        call = OPERANDS | {name: array}
+        if name != "tree_mask":
+            with self.assertRaisesRegex(TypeError, message):
+                prefill_page_attention(*(call[name] for name in ("query", "key_cache", "value_cache")), [9], [0, 1])
+
+    def test_a_number_stands_for_an_array_of_rank_0_alone(self):
+        with self.assertRaisesRegex(TypeError, r"tree_mask must be an array, got 3"):
+            jax.eval_shape(functools.partial(paged_prefill_p.bind, tree_mask=3), *operands())
+
+    def test_messages_show_no_whole_array(self):
+        cache = np.zeros((2, 9, 8, 16)).tolist()
+        for call in (
+            lambda: ragged_paged_prefill(**OPERANDS | dict(key_cache=cache)),
+            lambda: ragged_paged_prefill(**OPERANDS | dict(context_lens=cache[0][:1] + [None])),
+            lambda: jax.eval_shape(functools.partial(ragged_paged_prefill, softmax_scale=np.array(cache)), *operands()),
+            lambda: jax.eval_shape(functools.partial(ragged_paged_prefill, sliding_window=np.array(cache)), *operands()),
+        ):
+            with self.assertRaisesRegex((TypeError, ValueError), r"^[^\n]{,160}$"):
+                call()
 
     def test_shapes_alone_where_arrays_are_wanted(self):
         with self.assertRaisesRegex(TypeError, r"context_lens must be an array of integers, got ShapeDtypeStruct"):
@@ -204,6 +240,10 @@ class OperandErrorsTest(parameterized.TestCase):
             jax.eval_shape(prefill_page_attention, *one)
         jax.eval_shape(lambda query, *others: ragged_paged_prefill(query.astype(others[0].dtype), *others), *changed)
 
+    def test_caches_of_two_float_dtypes_are_not_told_to_cast_the_query(self):
+        with self.assertRaisesRegex(TypeError, r"value_cache must have query's dtype float32 .*, got float16$"):
+            jax.eval_shape(ragged_paged_prefill, *operands(value_cache="float16"))
+
     def test_wrong_calls_fail_before_anything_runs(self):
         with self.assertRaisesRegex(ValueError, "query must have a multiple"):
             jax.jit(ragged_paged_prefill).lower(*operands(query=(10, 5, 16)))
@@ -234,6 +274,7 @@ PARAMETER_ERRORS = [
     ("window_float", dict(sliding_window=4.0), TypeError, r"sliding_window must be an integer or None, got 4\.0"),
     ("window_bool", dict(sliding_window=True), TypeError, r"sliding_window must be an integer or None, got True"),
     ("window_pair", dict(sliding_window=(4, 0)), TypeError, r"sliding_window must be an integer or None, got \(4, 0\)"),
+    ("platform_array", dict(platform=np.zeros(2)), ValueError, r"platform must be one of auto, .*, got array\(\[0\., 0\.\]\)"),
     ("platform_unknown", dict(platform="gpu"), ValueError,
      r"platform must be one of auto, xla, triton, pallas, cuda, got 'gpu'"),
 ]
@@ -250,13 +291,36 @@ PUBLIC_PARAMETER_ERRORS = PARAMETER_ERRORS + [
 ]
 
 
+VALUE_DIM_ERRORS = [
+    ("value_dim_list", dict(value_dim=[16]), TypeError, r"value_dim must be an integer or None, got \[16\]"),
+    ("value_dim_array", dict(value_dim=np.ones(1)), TypeError, r"value_dim must be an integer or None, got array"),
+]
+BIND_ERRORS = PARAMETER_ERRORS + VALUE_DIM_ERRORS + [
+    ("cache_batch_dims_float", dict(cache_batch_dims=1.0), TypeError, r"cache_batch_dims must be an integer, got 1\.0"),
+    ("hint_text", dict(hint="data"), TypeError, r"hint must be a Hint .* or None, got 'data'"),
+    ("hint_list", dict(hint=["data"]), TypeError, r"hint must be a Hint .* or None, got \['data'\]"),
+]
+RAGGED_ERRORS = PUBLIC_PARAMETER_ERRORS + VALUE_DIM_ERRORS + [
+    ("return_lse_number", dict(return_lse=1), TypeError, r"return_lse must be True or False, got 1"),
+    ("return_lse_array", dict(return_lse=np.zeros(2)), TypeError, r"return_lse must be True or False, got array"),
+]
+
+
 class ParameterErrorsTest(parameterized.TestCase):
-    @parameterized.named_parameters(PARAMETER_ERRORS)
+    @parameterized.named_parameters(BIND_ERRORS)
     def test_bind(self, parameters, error, message):
         with self.assertRaisesRegex(error, message):
             jax.eval_shape(lambda *p: paged_prefill_p.bind(*p, **parameters), *operands())
 
-    @parameterized.named_parameters(PUBLIC_PARAMETER_ERRORS)
+    @parameterized.parameters(dict(cache_batch_dims=1.0), dict(hint="data"))
+    def test_bind_append(self, **parameters):
+        new = jax.ShapeDtypeStruct((10, 2, 16), jnp.float32)
+        _, keys, _, *pack = operands()
+        (name,) = parameters
+        with self.assertRaisesRegex(TypeError, rf"{name} must be .*, got {next(iter(parameters.values()))!r}"):
+            jax.eval_shape(functools.partial(append_to_pages_p.bind, **parameters), keys, keys, new, new, *pack)
+
+    @parameterized.named_parameters(RAGGED_ERRORS)
     def test_ragged_paged_prefill(self, parameters, error, message):
         with self.assertRaisesRegex(error, message):
             jax.eval_shape(lambda *p: ragged_paged_prefill(*p, **parameters), *operands())
@@ -268,12 +332,13 @@ class ParameterErrorsTest(parameterized.TestCase):
         with self.assertRaisesRegex(error, message):
             jax.eval_shape(lambda *p: prefill_page_attention(*p, **parameters), query, keys, values, *indices)
 
-    @parameterized.parameters("softmax_scale", "attn_logits_soft_cap", "mask_value", "sliding_window")
+    @parameterized.parameters("softmax_scale", "attn_logits_soft_cap", "mask_value", "sliding_window", "return_lse", "value_dim")
     def test_a_traced_parameter(self, name):
         def call(value, *p):
             return ragged_paged_prefill(*p, **{name: value})
 
-        message = rf"{name} (is a static parameter and must be a Python number|must be an integer or None), got"
+        takes = "an integer or None|True or False"
+        message = rf"{name} (is a static parameter and must be a Python number|must be ({takes})), got"
         with self.assertRaisesRegex(TypeError, message):
             jax.eval_shape(call, jax.ShapeDtypeStruct((), jnp.float32), *operands())
 
@@ -323,6 +388,16 @@ class PrefillPageAttentionErrorsTest(parameterized.TestCase):
         arrays[position] = jax.ShapeDtypeStruct(shape, arrays[position].dtype)
         with self.assertRaisesRegex(ValueError, message):
             jax.eval_shape(prefill_page_attention, *arrays)
+
+    @parameterized.parameters(*enumerate(("query", "key_cache", "value_cache")))
+    def test_what_is_no_array(self, position, name):
+        arrays = [np.zeros(x.shape, x.dtype) for x in operands()[:3]] + [[9], [0, 1]]
+        arrays[position] = arrays[position].tolist()
+        mesh = jax.make_mesh((1,), ("model",))
+        wrapper = functools.partial(create_shard_map_wrapper, mesh=mesh, in_specs=(jax.P(),) * 5, out_specs=jax.P())
+        for call in (prefill_page_attention, PrefillPageAttention().run, wrapper):
+            with self.assertRaisesRegex(TypeError, rf"^{name} must be an array, got \[\[.{{,90}}$"):
+                call(*arrays)
 
     @parameterized.named_parameters(("context_len", 3), ("page_indices", 4))
     def test_floats_for_indices(self, position):
@@ -423,81 +498,6 @@ class PagesErrorsTest(parameterized.TestCase):
             merge(**arrays | {name: given})
 
 
-class ValidateTest(parameterized.TestCase):
-    GOOD = dict(
-        context_lens=[12, 40, 3],
-        page_indices=[[3, 1, -1, -1, -1], [0, 8, 7, 6, 5], [2, 99, 99, 99, 99]],
-        query_offsets=[0, 4, 5, 8],
-    )
-
-    def call(self, sliding_window=None, **changes):
-        arrays = {n: jnp.zeros(x.shape, x.dtype) for n, x in OPERANDS.items()}
-        arrays |= {n: np.asarray(x, np.int32) for n, x in (self.GOOD | changes).items()}
-        return validate(**arrays, sliding_window=sliding_window)
-
-    def test_accepts_what_is_right(self):
-        self.assertIsNone(self.call())
-        self.assertIsNone(self.call(sliding_window=1))
-        self.assertIsNone(self.call(context_lens=[0, 40, 3], query_offsets=[2, 2, 5, 8]))
-        self.assertIsNone(self.call(context_lens=[10**6, 40, 3], query_offsets=[0, 0, 5, 8]))  # no new token, not looked at
-
-    @parameterized.named_parameters(
-        ("context_negative", dict(context_lens=[12, -40, 3]), r"context_lens of sequence 1 must not be negative, got -40"),
-        ("context_shorter_than_chunk", dict(context_lens=[12, 40, 2]),
-         r"context_lens of sequence 2 must count its 3 new tokens too, got 2"),
-        ("context_past_the_table", dict(context_lens=[12, 41, 3]),
-         r"page_indices of sequence 1 holds 5 pages of 8 slots, too few for its context_lens of 41"),
-        ("offset_negative", dict(query_offsets=[-1, 4, 5, 8]),
-         r"query_offsets\[0\] must be between 0 and the 10 tokens of query, got -1"),
-        ("offset_past_the_tokens", dict(query_offsets=[0, 4, 5, 11]),
-         r"query_offsets\[3\] must be between 0 and the 10 tokens of query, got 11"),
-        ("offsets_decrease", dict(query_offsets=[0, 4, 3, 8]),
-         r"query_offsets must not decrease, got 3 after 4 \(sequence 1\)"),
-        ("page_negative", dict(context_lens=[17, 40, 3]),
-         r"page_indices of sequence 0 must lie in \[0, 9\) where its keys are, got -1 in column 2"),
-        ("page_past_the_pool", dict(context_lens=[12, 40, 9]),
-         r"page_indices of sequence 2 must lie in \[0, 9\) where its keys are, got 99 in column 1"),
-    )
-    def test_values(self, changes, message):
-        with self.assertRaisesRegex(ValueError, message):
-            self.call(**changes)
-
-    def test_only_pages_a_row_needs_are_looked_at(self):
-        pages = [[3, 1, -1, -1, -1], [-1, -1, -1, -1, 5], [2, 99, 99, 99, 99]]
-        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 0"):
-            self.call(page_indices=pages)
-        self.call(page_indices=pages, sliding_window=8)
-        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 3"):
-            self.call(page_indices=pages, sliding_window=9)
-
-    def test_a_pack_of_a_batch_is_named(self):
-        arrays = {n: jnp.zeros((2, *x.shape), x.dtype) for n, x in OPERANDS.items()}
-        arrays |= {n: np.stack([x] * 2).astype(np.int64) for n, x in self.GOOD.items()}
-        validate(**arrays)
-        arrays["query_offsets"][1, 3] = 11
-        with self.assertRaisesRegex(ValueError, r"query_offsets\[3\] of pack \(1,\) must be between 0 and the 10 tokens"):
-            validate(**arrays)
-        arrays["query_offsets"][1, 3] = 8
-        arrays["context_lens"][1, 2] = -1
-        with self.assertRaisesRegex(ValueError, r"context_lens of sequence \(1, 2\) must not be negative, got -1"):
-            validate(**arrays)
-
-    def test_values_past_int32(self):
-        for value in (2**32 + 12, 2**40):
-            arrays = {n: jnp.zeros(x.shape, x.dtype) for n, x in OPERANDS.items()}
-            arrays |= {n: np.asarray(x, np.int64) for n, x in self.GOOD.items()}
-            arrays["context_lens"][0] = value
-            with self.assertRaisesRegex(ValueError, rf"too few for its context_lens of {value}"):
-                validate(**arrays)
-
-    def test_sliding_window_and_tracers(self):
-        with self.assertRaisesRegex(ValueError, "sliding_window must be at least 1"):
-            self.call(sliding_window=0)
-        arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()]
-        with self.assertRaisesRegex(TypeError, r"validate needs concrete arrays, but context_lens is traced; call it outside jit"):
-            jax.jit(validate)(*arrays)
-
-
 attend = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT)
 attend_one = functools.partial(prefill_page_attention, cfg=cases.ONE_HEIGHT)
 
@@ -508,7 +508,7 @@ class IndexDtypesTest(parameterized.TestCase):
         with jax.enable_x64(True):
             rng = np.random.default_rng(0)
             arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
-            good = [jnp.asarray(np.abs(x)) for x in map(np.asarray, ValidateTest.GOOD.values())]
+            good = [jnp.asarray(np.abs(x)) for x in map(np.asarray, INDICES.values())]
             want = attend(*arrays, *(x.astype(jnp.int32) for x in good))
             got = attend(*arrays, *(x.astype(dtype) for x in good))
             np.testing.assert_array_equal(got, want)
@@ -521,7 +521,7 @@ class IndexDtypesTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         query, *caches = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
         new = [jnp.asarray(rng.standard_normal((10, 2, d)), jnp.float32) for d in (16, 24)]
-        indices = [np.abs(np.asarray(x)) for x in ValidateTest.GOOD.values()]
+        indices = [np.abs(np.asarray(x)) for x in INDICES.values()]
         arrays = (query, *caches) if function is not append_to_pages else (*caches, *new)
         if function is attend_one:
             indices = [indices[0][1:2], indices[1][1]]
@@ -533,23 +533,34 @@ class IndexDtypesTest(parameterized.TestCase):
     def test_wide_numpy_values_saturate_without_x64_too(self):
         rng = np.random.default_rng(0)
         arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
-        lens, pages, offsets = (np.abs(np.asarray(x, np.int64)) for x in ValidateTest.GOOD.values())
+        lens, pages, offsets = (np.abs(np.asarray(x, np.int64)) for x in INDICES.values())
         want = attend(*arrays, np.where(lens == 40, 2**31 - 1, lens), pages, offsets)
         for wide in (2**31, 2**32 + 1, 2**62):
             got = attend(*arrays, np.where(lens == 40, wide, lens), pages, offsets)
             np.testing.assert_array_equal(got, want)
 
+    @parameterized.parameters("context_lens", "page_indices", "query_offsets", "key_ranges", "sinks", "key_scale")
+    def test_lists_that_are_no_array(self, name):
+        """Rows of unlike lengths, which NumPy makes no array of, and lists that hold traced values."""
+        arrays = OPERANDS | INDICES
+        with self.assertRaisesRegex(TypeError, rf"^{name} must be an array, got \[\[5, 3\], \[7\]\]$"):
+            ragged_paged_prefill(**arrays | {name: [[5, 3], [7]]})
+        with self.assertRaisesRegex(TypeError, rf"^{name} must be an array, got \[.*Tracer"):
+            jax.eval_shape(lambda x: ragged_paged_prefill(**arrays | {name: [x, x]}), jax.ShapeDtypeStruct((), jnp.int32))
+        with self.assertRaisesRegex(TypeError, rf"^{name} must be an array, got \[\[5, 3\], \[7\]\]$"):
+            validate(**arrays | {name: [[5, 3], [7]]})
+
     def test_truth_values_and_numbers_too_large_are_no_integers(self):
         arrays = [jnp.zeros(x.shape, x.dtype) for x in operands()[:3]]
         for lens, kind in (([True] * 3, "bool"), ([2**70] * 3, r"\[1180591620717411303424")):
             with self.assertRaisesRegex(TypeError, f"context_lens must be an array of integers, got {kind}"):
-                ragged_paged_prefill(*arrays, lens, *list(ValidateTest.GOOD.values())[1:])
+                ragged_paged_prefill(*arrays, lens, *list(INDICES.values())[1:])
 
     def test_wide_values_saturate_and_do_not_wrap(self):
         with jax.enable_x64(True):
             rng = np.random.default_rng(0)
             arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands()[:3]]
-            lens, pages, offsets = (jnp.asarray(np.abs(x), jnp.int64) for x in ValidateTest.GOOD.values())
+            lens, pages, offsets = (jnp.asarray(np.abs(x), jnp.int64) for x in INDICES.values())
             for dtype, wide, narrow in (("int64", 2**32 + 1, 2**31 - 1), ("int64", -(2**32) + 7, 0), ("uint64", 2**64 - 1, 2**31 - 1)):
                 got = attend(*arrays, lens.astype(dtype).at[1].set(wide), pages, offsets)
                 want = attend(*arrays, lens.at[1].set(narrow), pages, offsets)

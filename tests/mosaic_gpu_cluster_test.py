@@ -118,6 +118,18 @@ class ClusterTest(parameterized.TestCase):
         fits = host.exchange_fits(problem, config, parts)
         self.assertEqual(fits, not within)
 
+    def test_barriers_have_room_too_where_what_is_sent_fills_the_rest(self):
+        """Beside widened blocks of 192 features four parts would lack 160 bytes, which lowering refuses."""
+        shapes = [((278, 8, 192), "bfloat16"), *2 * [((2, 8, 192, 192), "float8_e5m2")]]
+        shapes += [(shape, "int32") for shape in ((7,), (7, 5), (8,))] + [((), "float32")]
+        operands = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+        def call(*operands):
+            *rest, scale = operands
+            return ragged_paged_prefill(*rest, key_scale=scale, value_scale=scale, platform="cuda")
+
+        self.assertIn("mosaic_gpu", jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+
     def test_a_block_has_one_part_and_writes_the_tile_once(self):
         plan = plans.plan(parts=host.Parts(4, 4), clusters=True, warpgroups=1)
         self.assertEqual((plan.splits, plan.results), (4, 1))

@@ -96,6 +96,8 @@ class ChainTest(parameterized.TestCase):
         ("three_warpgroups", dict(warpgroups=3, block_q=192), False),
         ("a_polynomial", dict(soft_cap=50.0), False),
         ("parts_of_some", dict(parts=Parts(1, 4, 8)), False),
+        ("parts", dict(parts=Parts(5, 5)), True),
+        ("parts_that_merge_in_clusters", dict(parts=Parts(5, 5), clusters=True), False),
         ("short_steps", dict(head_dim=64, value_dim=64), False),
         ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
         ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), True),
@@ -105,6 +107,13 @@ class ChainTest(parameterized.TestCase):
     )
     def test_pieces_are_a_chain_where_warpgroups_take_turns(self, changes, chains):
         self.assertEqual(plans.plan(**(dict(tiles=67, soft_cap=None) | changes)).chains, chains)
+
+    def test_a_prompt_beside_decode_steps_has_more_clusters_than_the_chip_has_room_for_and_no_chain(self):
+        """Whoever loads goes by clusters, and would wait for ever for those that compute by a chain."""
+        plan, _ = launch_of(seqs=5, tokens=66, pages_per_seq=73, q_heads=32, kv_heads=2)
+        self.assertEqual((plan.clusters, plan.warpgroups), (True, 2))
+        self.assertGreater(plan.pieces, plan.cores)
+        self.assertFalse(plan.chains)
 
     def test_a_chain_waits_for_no_product_alone_but_its_first_logits(self):
         """Those are two, of 64 features each; pieces alone wait for their last output too."""

@@ -17,8 +17,8 @@ class SharedRowsTest(parameterized.TestCase):
 
     def attend(self, logits, values, softmax_scale):
         plan = plans.plan(soft_cap=None, head_dim=512, value_dim=512, block_q=8, block_kv=64,
-                             softmax_scale=softmax_scale)
-        shared = softmax.Softmax(plan)
+                             softmax_scale=softmax_scale, cache_dtype="int8", key_scale="tensor", value_scale="tensor")
+        shared = softmax.Softmax(plan, jnp.full(64, softmax_scale))
         shape = (64, values.shape[1] // 2)
         running = [(jnp.zeros(shape), jnp.full(64, -jnp.inf), jnp.zeros((64, 8)))] * 2
         with mock.patch.object(softmax, "any_in_warp", lambda flags, after: jnp.any(flags)):
@@ -29,8 +29,8 @@ class SharedRowsTest(parameterized.TestCase):
                 weights = jnp.concatenate([step[0] for step in steps], axis=1)
                 columns = jnp.split(jnp.asarray(values[first : first + 64]), 2, axis=1)
                 running = [(acc + weights @ own, m, l) for (_, acc, m, l), own in zip(steps, columns)]
-        total = sum(l.sum(axis=1) for _, _, l in running)
-        results = [shared.result(acc, m, total) for acc, m, _ in running]
+        total, scales = sum(l.sum(axis=1) for _, _, l in running), [jnp.float32(1)] * 2
+        results = [shared.result(acc, m, total, scales=scales) for acc, m, _ in running]
         chex.assert_trees_all_equal(results[0][1], results[1][1])
         return np.concatenate([out for out, _ in results], axis=1), np.asarray(results[0][1])
 

@@ -378,8 +378,10 @@ class PlanTest(parameterized.TestCase):
                 self.assertEqual(rows[first + row], (head + step[0], token + step[1]))
 
     def test_two_warpgroups_share_a_wide_block_and_its_output(self):
-        latent = functools.partial(self.plan, soft_cap=None, head_dim=576, value_dim=512, block_q=1, block_kv=64, latent=True)
-        for plan, alternates, keys in ((latent(), True, 64), (latent(cache_dtype="int8", key_scale="head"), False, 32)):
+        wide = functools.partial(self.plan, soft_cap=None, head_dim=512, value_dim=512, block_q=1, block_kv=64)
+        latent, quantised = functools.partial(wide, head_dim=576, latent=True), dict(cache_dtype="int8", key_scale="head")
+        plans = (wide(), True, 64), (latent(), True, 64), (wide(**quantised), False, 32), (latent(**quantised), False, 32)
+        for plan, alternates, keys in plans:
             self.assertEqual((plan.rows, plan.logit_columns, plan.output_columns, plan.slabs), (64, keys, 256, 1))
             self.assertEqual((plan.alternates, plan.takes_turns), (alternates, False))
         plan = self.plan(soft_cap=None)

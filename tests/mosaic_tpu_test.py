@@ -1,5 +1,6 @@
 """Numerics of the TPU kernel, on CPU in TPU interpret mode: copies run as late as waits allow, races are found."""
 
+import contextlib
 from dataclasses import replace
 import functools
 from unittest import mock
@@ -13,7 +14,7 @@ import numpy as np
 
 from paged_prefill import compat
 from paged_prefill.lowering.call import Call, Device, Sequences, flatten, unflatten
-from paged_prefill.lowering.mosaic_tpu import decode, host, schedule
+from paged_prefill.lowering.mosaic_tpu import decode, host, kernel, schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owners, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -23,9 +24,13 @@ SMALL = dict(block_q=16, block_kv=16)
 
 
 def run(
-    pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, sinks=None, **parameters
-):
-    """The kernel's (out, lse), as numpy arrays."""
+    pack, *, block_q, block_kv, kv_head_start=0, num_kv_heads=None, cache_batch_dims=0, cores=1, sinks=None, only=None,
+    **parameters,
+):  # fmt: skip
+    """The kernel's (out, lse), as numpy arrays; with `only`, of one launch of the two, each of which takes seconds.
+
+    That of `kernel` is all there is to packs without sequences of one token, and that of `decode` writes but theirs.
+    """
     optional = {} if sinks is None else dict(sinks=sinks)
     call = flatten(
         pack._asdict() | dict(kv_head_start=jnp.int32(kv_head_start)) | optional,
@@ -38,7 +43,7 @@ def run(
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
     device = Device("tpu", "TPU v4", core_count=cores)
     with pltpu.force_tpu_interpret_mode(interpreter):
-        out, lse = jax.block_until_ready(_attend(call, config, device))
+        out, lse = jax.block_until_ready(_attend(call, config, device, only))
     assert not compat.tpu_interpreter_found_races()
     return unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
 
@@ -60,9 +65,12 @@ def rising_pack(rise, **parameters):
     return pack._replace(query=jnp.asarray(query, dtype), key_cache=jnp.asarray(keys, dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _attend(call, config, device):
-    return host.MosaicTpu().attend(call, config, device)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _attend(call, config, device, only):
+    no_tiles = mock.patch.object(kernel, "attend", lambda call, *_: host.nothing_seen(call.problem))
+    no_steps = mock.patch.object(decode, "attend", lambda *arguments: arguments[-2:])  # what there was
+    with {kernel: no_steps, decode: no_tiles}.get(only, contextlib.nullcontext()):
+        return host.MosaicTpu().attend(call, config, device)
 
 
 # The common table, thinned: the edges of a pack, which share one program for each dtype, and one case of each parameter.
@@ -139,8 +147,9 @@ class MosaicTpuTest(chex.TestCase):
         lengths, contexts = [1, 1, 1, 0, 1, chunk, 1], [64, 200, 96, 33, 0, context, 70]
         pack = packs.make_pack(9, lengths, contexts, head_dim=16, tokens_before=1, tokens_after=1, **shape)
         with mock.patch.multiple(schedule, CHUNK=16, DEPTH=8, DECODE_KEYS=decode_keys):
-            results = run(pack, block_q=16, block_kv=32, cores=cores, **window)
-        packs.assert_matches_reference(pack, *results, **window)
+            results = run(pack, block_q=16, block_kv=32, cores=cores, only=decode if chunk == 2 else None, **window)
+        others = np.delete(np.arange(len(pack.query)), slice(*pack.query_offsets[5:7].tolist()))
+        packs.assert_matches_reference(pack, *results, rows=others if chunk == 2 else None, **window)
 
     @parameterized.parameters(None, 110)
     def test_chunks_of_a_block_and_parts_of_a_tile(self, window):
@@ -154,7 +163,7 @@ class MosaicTpuTest(chex.TestCase):
     def test_keys_that_end_before_at_and_behind_the_first_of_a_chunk(self, window):
         pack = packs.make_pack(11, [20, 20, 20, 3], [370, 384, 392, 130], head_dim=16, sliding_window=window)
         with mock.patch.multiple(schedule, CHUNK=256, ROWS=32, DEPTH=128):
-            results = run(pack, block_q=32, block_kv=256, sliding_window=window)
+            results = run(pack, block_q=32, block_kv=256, sliding_window=window, only=kernel)
         packs.assert_matches_reference(pack, *results, sliding_window=window)
 
     def test_parts_of_a_tile_that_see_fewer_keys_of_a_chunk(self):
@@ -175,8 +184,8 @@ class MosaicTpuTest(chex.TestCase):
         offsets = jnp.maximum(pack.query_offsets - 16, 0)
         aligned = pack._replace(query=jnp.roll(pack.query, -16, axis=0), query_offsets=offsets)
         with mock.patch.multiple(schedule, CHUNK=256, ROWS=128, DEPTH=128):
-            out, lse = run(pack, block_q=256, block_kv=512, sliding_window=window)
-            aligned_results = run(aligned, block_q=256, block_kv=512, sliding_window=window)
+            out, lse = run(pack, block_q=256, block_kv=512, sliding_window=window, only=kernel)
+            aligned_results = run(aligned, block_q=256, block_kv=512, sliding_window=window, only=kernel)
         packs.assert_matches_reference(pack, out, lse, sliding_window=window)
         chex.assert_trees_all_equal((out[16:784], lse[16:784]), tuple(x[:768] for x in aligned_results))
 
@@ -274,7 +283,8 @@ class MosaicTpuTest(chex.TestCase):
             query=jnp.roll(pack.query, -mine.start, axis=0), query_offsets=jnp.array([0, 0, count, count], jnp.int32)
         )
         with mock.patch.multiple(schedule, CHUNK=16, ROWS=32, DEPTH=8):
-            one, two, three = (run(x, block_q=32, block_kv=32, sinks=sinks, **parameters) for x in (pack, beside, alone))
+            shape = dict(block_q=32, block_kv=32, sinks=sinks, only=kernel)
+            one, two, three = (run(x, **shape, **parameters) for x in (pack, beside, alone))
         oracle.assert_matches(pack._asdict() | dict(sinks=sinks), *one, **parameters)
         chex.assert_trees_all_equal([x[mine] for x in one], [x[mine] for x in two], [x[:count] for x in three])
 

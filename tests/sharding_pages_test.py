@@ -20,6 +20,7 @@ from paged_prefill import (
     append_to_pages,
     create_shard_map_wrapper,
     local_pages,
+    merge,
     merge_over,
     prefill_page_attention,
     ragged_paged_prefill,
@@ -318,13 +319,31 @@ class MergeTest(parameterized.TestCase):
         with mock.patch.object(XLA, "attend", meshes.dense_kernel):
             oracle.assert_matches(call, *jax.jit(mapped)(call))
 
+    @parameterized.product(scatter=(False, True), lse_dtype=("float32", "bfloat16"))
+    def test_is_the_merge_of_two(self, scatter, lse_dtype):
+        """Also of rows that a device saw no key of, whatever their outputs hold, and of rows of NaN."""
+        rng = np.random.default_rng(0)
+        out = rng.standard_normal((2, 6, 4, 8)).astype(np.float32)
+        lse = jax.numpy.asarray(rng.standard_normal((2, 6, 4)), lse_dtype)
+        lse = lse.at[0, 0].set(-np.inf).at[:, 1].set(-np.inf).at[1, 2].set(np.nan).at[1, 3].set(np.inf)
+        out[0, 0] = out[:, 1] = np.nan
+        mesh = jax.make_mesh((2,), ("pages",), axis_types=(AxisType.Auto,))
+        cut = P("pages" if scatter else None)
+        merge_here = functools.partial(merge_over, "pages", scatter=scatter)
+        mapped = jax.shard_map(lambda *x: merge_here(*(y[0] for y in x)), mesh=mesh, in_specs=P("pages"), out_specs=(cut, cut))
+        wanted = merge(out[0], lse[0], out[1], lse[1])
+        for got, want in zip(jax.jit(mapped)(out, lse), wanted, strict=True):
+            self.assertEqual(got.dtype, want.dtype)
+            np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=1e-6, atol=1e-6)
+        self.assertTrue(np.isfinite(wanted[0][:2]).all() and np.isnan(wanted[0][2:4]).all())
+
     @parameterized.named_parameters(
         ("lse", (6, 4, 8), (6, 2), False, r"lse must have shape \(6, 4\) to go with out, got \(6, 2\)"),
         ("tokens", (6, 4, 8), (6, 4), True, "out must have a multiple of 4 tokens, which so many devices share, got 6"),
     )
     def test_errors(self, out, lse, scatter, message):
-        merge = functools.partial(merge_over, "model", scatter=scatter)
-        mapped = jax.shard_map(merge, mesh=meshes.mesh(), in_specs=(P(), P()), out_specs=(P(), P()))
+        merge_here = functools.partial(merge_over, "model", scatter=scatter)
+        mapped = jax.shard_map(merge_here, mesh=meshes.mesh(), in_specs=(P(), P()), out_specs=(P(), P()))
         with self.assertRaisesRegex(ValueError, message):
             jax.eval_shape(mapped, jax.ShapeDtypeStruct(out, "float32"), jax.ShapeDtypeStruct(lse, "float32"))
 

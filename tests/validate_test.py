@@ -10,17 +10,95 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill, validate
 from paged_prefill.tests import packs
 
+GOOD = dict(
+    context_lens=[12, 40, 3],
+    page_indices=[[3, 1, -1, -1, -1], [0, 8, 7, 6, 5], [2, 99, 99, 99, 99]],
+    query_offsets=[0, 4, 5, 8],
+)
+FLOATS = dict(
+    query=jnp.zeros((10, 4, 16)), key_cache=jnp.zeros((2, 9, 8, 16)), value_cache=jnp.zeros((2, 9, 8, 24))
+)  # fmt: skip
 QUANTISED = dict(
     query=jnp.zeros((10, 4, 16)),
     key_cache=jnp.zeros((3, 2, 9, 8, 16), jnp.int8),
     value_cache=jnp.zeros((3, 2, 9, 8, 24), jnp.int8),
-    context_lens=[12, 40, 3],
-    page_indices=[[3, 1, -1, -1, -1], [0, 8, 7, 6, 5], [2, 99, 99, 99, 99]],
-    query_offsets=[0, 4, 5, 8],
+    **GOOD,
     key_scale=np.ones((3, 2), np.float32),
     layer=2,
 )
-PAGES = QUANTISED["page_indices"]
+PAGES = GOOD["page_indices"]
+
+
+class ValuesTest(parameterized.TestCase):
+    def call(self, sliding_window=None, **changes):
+        arrays = FLOATS | {n: np.asarray(x, np.int32) for n, x in (GOOD | changes).items()}
+        return validate(**arrays, sliding_window=sliding_window)
+
+    def test_accepts_what_is_right(self):
+        self.assertIsNone(self.call())
+        self.assertIsNone(self.call(sliding_window=1))
+        self.assertIsNone(self.call(context_lens=[0, 40, 3], query_offsets=[2, 2, 5, 8]))
+        self.assertIsNone(self.call(context_lens=[10**6, 40, 3], query_offsets=[0, 0, 5, 8]))  # no new token, not looked at
+
+    @parameterized.named_parameters(
+        ("context_negative", dict(context_lens=[12, -40, 3]), r"context_lens of sequence 1 must not be negative, got -40"),
+        ("context_shorter_than_chunk", dict(context_lens=[12, 40, 2]),
+         r"context_lens of sequence 2 must count its 3 new tokens too, got 2"),
+        ("context_past_the_table", dict(context_lens=[12, 41, 3]),
+         r"page_indices of sequence 1 holds 5 pages of 8 slots, too few for its context_lens of 41"),
+        ("offset_negative", dict(query_offsets=[-1, 4, 5, 8]),
+         r"query_offsets\[0\] must be between 0 and the 10 tokens of query, got -1"),
+        ("offset_past_the_tokens", dict(query_offsets=[0, 4, 5, 11]),
+         r"query_offsets\[3\] must be between 0 and the 10 tokens of query, got 11"),
+        ("offsets_decrease", dict(query_offsets=[0, 4, 3, 8]),
+         r"query_offsets must not decrease, got 3 after 4 \(sequence 1\)"),
+        ("page_negative", dict(context_lens=[17, 40, 3]),
+         r"page_indices of sequence 0 must lie in \[0, 9\) where its keys are, got -1 in column 2"),
+        ("page_past_the_pool", dict(context_lens=[12, 40, 9]),
+         r"page_indices of sequence 2 must lie in \[0, 9\) where its keys are, got 99 in column 1"),
+    )
+    def test_values(self, changes, message):
+        with self.assertRaisesRegex(ValueError, message):
+            self.call(**changes)
+
+    def test_only_pages_a_row_needs_are_looked_at(self):
+        pages = [[3, 1, -1, -1, -1], [-1, -1, -1, -1, 5], [2, 99, 99, 99, 99]]
+        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 0"):
+            self.call(page_indices=pages)
+        self.call(page_indices=pages, sliding_window=8)
+        with self.assertRaisesRegex(ValueError, r"page_indices of sequence 1 .*got -1 in column 3"):
+            self.call(page_indices=pages, sliding_window=9)
+
+    def test_a_pack_of_a_batch_is_named(self):
+        arrays = {n: jnp.stack([x] * 2) for n, x in FLOATS.items()}
+        arrays |= {n: np.stack([x] * 2).astype(np.int64) for n, x in GOOD.items()}
+        validate(**arrays)
+        arrays["query_offsets"][1, 3] = 11
+        with self.assertRaisesRegex(ValueError, r"query_offsets\[3\] of pack \(1,\) must be between 0 and the 10 tokens"):
+            validate(**arrays)
+        arrays["query_offsets"][1, 3] = 8
+        arrays["context_lens"][1, 2] = -1
+        with self.assertRaisesRegex(ValueError, r"context_lens of sequence \(1, 2\) must not be negative, got -1"):
+            validate(**arrays)
+
+    def test_values_past_int32(self):
+        for value in (2**32 + 12, 2**40):
+            arrays = FLOATS | {n: np.asarray(x, np.int64) for n, x in GOOD.items()}
+            arrays["context_lens"][0] = value
+            with self.assertRaisesRegex(ValueError, rf"too few for its context_lens of {value}"):
+                validate(**arrays)
+
+    def test_sliding_window_and_tracers(self):
+        with self.assertRaisesRegex(ValueError, "sliding_window must be at least 1"):
+            self.call(sliding_window=0)
+        arrays = FLOATS | {n: jnp.asarray(x) for n, x in GOOD.items()}
+        with self.assertRaisesRegex(TypeError, r"validate needs concrete arrays, but context_lens is traced; call it outside jit"):
+            jax.jit(validate)(**arrays)
+
+    @parameterized.parameters(*GOOD)
+    def test_what_has_no_values(self, name):
+        with self.assertRaisesRegex(TypeError, rf"{name} must be an array of integers, got ShapeDtypeStruct\("):
+            validate(**FLOATS | GOOD | {name: jax.ShapeDtypeStruct((3,), jnp.int32)})
 
 
 class WholeCallTest(parameterized.TestCase):

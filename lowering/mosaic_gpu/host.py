@@ -49,7 +49,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 17
+    version = 18
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -315,7 +315,7 @@ def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionCon
 def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
     """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
     exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
-    return shared_bytes(problem, config) + max(EXCHANGE_BYTES, exchanged - in_place_of) <= SHARED_BYTES
+    return shared_bytes(problem, config) + EXCHANGE_BYTES + max(0, exchanged - in_place_of) <= SHARED_BYTES
 
 
 def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:

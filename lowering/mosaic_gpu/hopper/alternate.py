@@ -1,11 +1,11 @@
-"""What two compute warpgroups do with a piece over a latent cache (Plan.alternates): they take its blocks by turns.
+"""What two compute warpgroups do with a piece of wide heads (Plan.alternates): they take its blocks by turns.
 
 They share its 64 rows, and each holds half of the output's columns. The logits and weights of a block are one
 warpgroup's work, those of the next block the other's; its half of the output each adds for every block. The owner of a
 block multiplies with its weights from registers, and lays them where the other reads them: one place is enough, since
 each writes there only once its own product with what lay there has ended. So tensor cores go on with one block's
-output and the next one's logits while little else is to be done, and blocks make room as soon as they can: keys are
-loaded once for both products, and two blocks are all that there is room for.
+output and the next one's logits while little else is to be done, and blocks make room as soon as they can: there is
+room for two blocks of a latent cache, whose keys are loaded once for both products, and for one of 512 features.
 """
 
 import functools
@@ -36,13 +36,16 @@ class _Attention:
 
     def __init__(
         self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
-        weights, boards, weighed, **_,
+        weights, boards, weighed, values=None, values_here=None, values_free=None, **_,
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
         self.softmax, self.seen = Softmax(plan), rows.seen()
         *_, [query] = query_views
         self.query, self.query_here, self.query_free = query.at[0], query_here, query_free
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
+        self.values, self.values_here, self.values_free = values, values_here, values_free
+        if plan.latent:  # its first features of a key are its value
+            self.values, self.values_free = keys, keys_free
         self.weights, self.weighed, self.maxima, self.sums = weights, weighed, boards.at[0], boards.at[1]
 
     def run(self):
@@ -72,7 +75,7 @@ class _Attention:
         acc, m, l = self._start_others(i - 1, acc, m, l)
         logits = self._start_logits(i)
         acc = self._end_output(i - 1, acc, started_since=1)
-        return self._weigh(masked, i, settled(logits, still_running=0), acc, m, l)
+        return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
 
     def _finish(self, last, acc, m, l):
         """What is left of block `last`, and the rows' results."""
@@ -93,7 +96,8 @@ class _Attention:
         weights, acc, m, l = self.softmax.step(products, lambda: acc, m, l, seen)
         store_weights(weights, self.weights, jnp.int32(0))
         post(m, self.maxima, self.warpgroup)
-        values = self._keys_of(i)
+        self._wait_for_values(i)
+        values = self.values.at[self._slot_of(i)]
         if masked:
             unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
             pl.when(self.rows.may_hold_nothing(i))(unseen)
@@ -104,26 +108,38 @@ class _Attention:
         """Starts the output of block i by the other's weights, and goes on by their maximum."""
         other = 1 - self.warpgroup
         plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        self._let_go_of_keys(i)  # before they are the other's weights: so the next keys need not wait for those
         plgpu.barrier_wait(self.weighed.at[other])
+        self._wait_for_values(i)
         acc, m, l = self.softmax.by_maximum(posted(self.maxima, other), acc, m, l)
-        return start_output(acc, self.weights, self._keys_of(i), self.warpgroup), m, l
+        return start_output(acc, self.weights, self.values.at[self._slot_of(i)], self.warpgroup), m, l
 
     def _logits(self, i):
-        return settled(self._start_logits(i), still_running=0)
+        return self._end_logits(i, self._start_logits(i))
 
     def _start_logits(self, i):
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
-        return start_logits(self.query, self._keys_of(i), jnp.int32(0), 1, [*range(self.plan.query_parts)])
+        slot, parts = self._slot_of(i), [*range(self.plan.query_parts)]
+        plgpu.barrier_wait(self.keys_here.at[slot])
+        return start_logits(self.query, self.keys.at[slot], jnp.int32(0), 1, parts)
+
+    def _end_logits(self, i, logits):
+        logits = settled(logits, still_running=0)
+        self._let_go_of_keys(i)
+        return logits
+
+    def _let_go_of_keys(self, i):
+        if not self.plan.latent:  # whose keys are still to be values
+            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+
+    def _wait_for_values(self, i):
+        if not self.plan.latent:
+            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
 
     def _end_output(self, i, acc, started_since=0):
-        """Waits for block i's output, and lets go of the block."""
+        """Waits for block i's output, and lets go of its values."""
         acc = settled(acc, still_running=started_since)
-        plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i)])
+        plgpu.barrier_arrive(self.values_free.at[self._slot_of(i)])
         return acc
-
-    def _keys_of(self, i):
-        """Their first features are values."""
-        return self.keys.at[self._slot_of(i)]
 
     def _slot_of(self, i):
         return lax.rem(self.done + i, self.plan.slots)

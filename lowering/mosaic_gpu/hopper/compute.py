@@ -51,17 +51,15 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
         return _Attention(plan, piece, done, 0, warpgroup, optional, sources, **scratch)
 
     def one(carry):
-        i, done, _, first = carry
-        piece, _ = piece_of(i)
-        following, more = piece_of(i + 1)
+        i, done, piece, _, first = carry
         attention = attention_of(piece, done)
-        found, first = attention.run_on(first, following, more)
+        found, following, first = attention.run_on(first, functools.partial(piece_of, i + 1))
         store_results(plan, piece, attention.rows, found, results)
-        return i + 1, done + piece.steps, more, first()
+        return i + 1, done + piece.steps, *following, first()
 
     piece, exists = piece_of(0)
     first = attention_of(piece, 0).first_logits(exists)
-    lax.while_loop(lambda carry: carry[2], one, (jnp.int32(0), jnp.int32(0), exists, first))
+    lax.while_loop(lambda carry: carry[3], one, (jnp.int32(0), jnp.int32(0), piece, exists, first))
 
 
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
@@ -169,10 +167,12 @@ class _Attention:
         """Output and lse of the rows, which see no key but in blocks `first` to `end`."""
         return self._finish(first, end - 1, self._steps(first, end, self._start))
 
-    def run_on(self, first_logits, following, more):
-        """The same of a piece in a chain, from its first logits on; and a function that waits for those of the following.
+    def run_on(self, first_logits, find_following):
+        """The same of a piece in a chain, from its first logits on; what is found to follow it; and a function that waits
+        for the following's first logits.
 
-        They run beside the last output and whatever is done with the results. If there is no `more`, they are of nothing.
+        They run beside the last output and whatever is done with the results; if nothing follows, they are of nothing.
+        `find_following` asks for a piece and whether there is one, which takes a while: it does so beside a product.
         """
         logits, to_logits = first_logits
         self.softmax, last = Softmax(self.plan, to_logits), self.piece.steps - 1
@@ -187,10 +187,13 @@ class _Attention:
 
         to_logits = None
         if self.plan.quantised:  # before its turn: so the other warpgroup's products run meanwhile
+            following, more = find_following()
             pl.when(more)(lambda: plgpu.barrier_wait(self.query_here))
             to_logits = self._scale_rows(following)
         self._take_turn()
         acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
+        if not self.plan.quantised:
+            following, more = find_following()
 
         @pl.when(more)
         def _():
@@ -210,7 +213,7 @@ class _Attention:
             pl.when(more)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(last + 1)]))
             return found, to_logits
 
-        return results, next_logits
+        return results, (following, more), next_logits
 
     def first_logits(self, exists):
         """Those of a chain's first piece."""

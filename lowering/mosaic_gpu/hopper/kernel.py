@@ -376,7 +376,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
         def copy_piece(piece, done):
             if before is not None:
-                before(team, piece, done)
+                now = done == 0 if plan.values_before_query else True
+                pl.when(now)(functools.partial(before, team, piece, done))
 
             def step(i, _):
                 slot = team * plan.stages + lax.rem(done + i, plan.stages)
@@ -393,6 +394,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                         plgpu.barrier_wait(source.free.at[slot])
 
                     _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
+                if before is not None and plan.values_before_query:
+                    pl.when((done > 0) & (i == 0))(functools.partial(before, team, piece, done))
 
             lax.fori_loop(0, piece.steps, step, None)
 

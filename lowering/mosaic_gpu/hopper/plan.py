@@ -26,7 +26,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns.
 
-    They share blocks of keys too (wide.py), or take them by turns (Plan.alternates).
+    They share blocks of keys too (wide.py), or take them by turns (alternate.py).
     """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
@@ -188,7 +188,7 @@ class Plan:
     @property
     def alternates(self) -> bool:
         """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
-        return self.latent and not self.quantised
+        return self.wide and not self.quantised
 
     @property
     def shares_place(self) -> bool:
@@ -237,6 +237,14 @@ class Plan:
         With a window, 8192 tokens of wide heads are slower with it, and no call is much faster.
         """
         return self.query_comes_first and self.pieces > self.cores and self.window is None
+
+    @property
+    def values_before_query(self) -> bool:
+        """Whether a piece's first values are asked for before its query, but those of a block's first piece.
+
+        Where steps are as short as with heads of 64 features, they are wanted soon after. Longer ones are slower with it.
+        """
+        return self.asks_ahead and not self.quantised and self.head_dim == COLUMNS
 
     @property
     def query_groups(self) -> int:
@@ -316,12 +324,12 @@ class Plan:
     def chains(self) -> bool:
         """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
 
-        Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. With other heads
-        than of 128 features it is slower: of 64, steps are short, even with two places for queries; of more, results
-        and next logits want the same registers. Over widened caches its steps take 2% longer: so only where pieces are
-        short. Not measured with scales of slots.
+        Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. A block of a
+        cluster has no piece but one, however many there are. With other heads than of 128 features it is slower: of 64,
+        steps are short, even with two places for queries; of more, results and next logits want the same registers. Over
+        widened caches its steps take 2% longer: so only where pieces are short. Not measured with scales of slots.
         """
-        if not self.takes_turns or self.parts.vary or self.pieces <= self.cores:
+        if not self.takes_turns or self.parts.vary or self.clusters or self.pieces <= self.cores:
             return False
         long = self.pages_per_seq * self.page_size > MOST_WIDENED_KEYS
         if self.quantised and (long or "slot" in (self.key_scale, self.value_scale)):

@@ -1,13 +1,12 @@
-"""What two compute warpgroups do with a piece whose output is wider than the registers of one (Plan.wide).
+"""What two compute warpgroups do with a piece over a quantised cache whose output is wider than the registers of one.
 
-So do quantised latent caches; others have room for two blocks, which are taken by turns (alternate.py).
+They share its 64 rows (Plan.wide), and its blocks, which those of other caches take by turns (alternate.py). Each
+computes the logits of one half of a block's keys, and weights by maxima of both halves. The weights meet in shared
+memory, where both read them all, and each multiplies them with half of the values' columns: so no product is computed
+twice. The values of a latent cache are the first features of its keys, loaded once.
 
-They share its 64 rows. Each computes the logits of one half of a block's keys, and weights by maxima of both halves.
-The weights meet in shared memory, where both read them all, and each multiplies them with half of the values' columns:
-so no product is computed twice. The values of a latent cache are the first features of its keys, loaded once.
-
-A step starts the output of block i - 1 and, behind it, the logits of block i: the tensor cores go from one to the other
-without a pause, and rest while both warpgroups weigh. Loads run on meanwhile.
+A step computes the output of block i - 1 and then the logits of block i, whose keys are widened to where those values
+were. The tensor cores rest while both warpgroups weigh; loads run on meanwhile.
 """
 
 import functools
@@ -79,7 +78,7 @@ class _Attention:
     def _start(self):
         """The weights of block 0."""
         plgpu.barrier_wait(self.query_here)
-        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None)
+        self.softmax = Softmax(self.plan, self._scale_rows())
         products = self._products_of(self._start_logits(0), 0)
         acc, m, l = self.softmax.start()
         columns = self.plan.output_columns // self.turns
@@ -89,14 +88,8 @@ class _Attention:
     def _step(self, masked, i, running):
         """The output of block i - 1, and the weights of block i; unless it is masked, every row sees all of it."""
         acc, m, l = running
-        acc = self._start_output(i - 1, acc)
-        if self.plan.quantised:  # keys are widened to where these values are
-            acc = self._end_output(i - 1, acc)
-            products = self._start_logits(i)
-        else:
-            products = self._start_logits(i)
-            acc = self._end_output(i - 1, acc, started_since=1)
-        return self._weigh(masked, i, self._products_of(products, i), acc, m, l)
+        acc = self._end_output(i - 1, self._start_output(i - 1, acc))
+        return self._weigh(masked, i, self._products_of(self._start_logits(i), i), acc, m, l)
 
     def _finish(self, last, acc, m, l):
         """The output of block `last`, and the rows' results."""
@@ -104,7 +97,7 @@ class _Attention:
         acc = self._end_output(last, self._start_output(last, acc))
         total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
         scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
-        return self.softmax.result(acc, m, total, self.rows.sinks(), scales if self.plan.quantised else None)
+        return self.softmax.result(acc, m, total, self.rows.sinks(), scales)
 
     def _weigh(self, masked, i, products, acc, m, l):
         """Lays block i's weights where both warpgroups read them; what is running by a maximum of both."""
@@ -182,11 +175,11 @@ class _Attention:
         values, first = self.values.at[self._slot_of(i)], self.warpgroup * self.turns
         return tuple(start_output(part, self.weights, values, first + turn) for turn, part in enumerate(acc))
 
-    def _end_output(self, i, acc, started_since=0):
+    def _end_output(self, i, acc):
         """Waits for each turn of block i's output, and lets go of its values."""
         done, slot = [], self._slot_of(i) * self.turns
         for turn, part in enumerate(acc):
-            done.append(settled(part, still_running=self.turns - 1 - turn + started_since))
+            done.append(settled(part, still_running=self.turns - 1 - turn))
             plgpu.barrier_arrive(self.values_free.at[slot + turn])
         return tuple(done)
 
