@@ -7,6 +7,7 @@ ejKernel's do, and are read where they are.
 from collections.abc import Callable
 import contextlib
 import functools
+import numbers
 from typing import Any
 
 import jax
@@ -242,6 +243,7 @@ def unified_attention(
       ValueError, TypeError: as `ragged_paged_prefill`, in its terms; a note on the error has these names.
     """
     _refuse("unified_attention", alibi_slopes=alibi_slopes, qq_bias=qq_bias)
+    checks.check_flag("causal", causal)
     arrays = dict(
         query=queries,
         key_cache=key_cache,
@@ -250,7 +252,7 @@ def unified_attention(
         page_indices=block_tables,
         query_offsets=query_start_loc,
     )
-    with _named(query="queries", context_lens="kv_lens", page_indices="block_tables", query_offsets="query_start_loc"):
+    with _named(context_lens="kv_lens"):
         return _attend(
             arrays,
             softmax_aux,
@@ -313,7 +315,7 @@ def ragged_page_attention_v2(
         page_indices=block_tables,
         query_offsets=query_start_loc,
     )
-    with _named(query="queries", key_cache="kv_pages", page_indices="block_tables", query_offsets="query_start_loc"):
+    with _named(key_cache="kv_pages"):
         indices = checks.int32_indices(num_seqs=num_seqs, **{name: arrays[name] for name in _PACK})
         return _attend(
             arrays | _of_the_first(indices.pop("num_seqs"), **indices),
@@ -331,6 +333,13 @@ def ragged_page_attention_v2(
 
 
 _PACK = ("context_lens", "page_indices", "query_offsets")
+_THEIRS = dict(
+    query="queries",
+    page_indices="block_tables",
+    query_offsets="query_start_loc",
+    sinks="softmax_aux",
+    attn_logits_soft_cap="logits_soft_cap",
+)
 
 
 def _refuse(function, **arguments) -> None:
@@ -344,11 +353,12 @@ def _refuse(function, **arguments) -> None:
 
 @contextlib.contextmanager
 def _named(**theirs):
-    """Adds what ejKernel calls the operands to errors, which are in the operation's own terms."""
+    """Adds what ejKernel calls the arguments to errors, which are in the operation's terms; `theirs` are this call's."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        error.add_note("ejKernel's names: " + ", ".join(f"{name} is {other}" for name, other in theirs.items()))
+        names = ", ".join(f"{name} is {other}" for name, other in (_THEIRS | theirs).items())
+        error.add_note(f"ejKernel's names: {names}")
         raise
 
 
@@ -381,15 +391,20 @@ def _attend(arrays, softmax_aux, *, causal, sliding_window, attn_logits_soft_cap
         operands |= checks.of_packs((), sinks=softmax_aux)
         if operands["sinks"].shape != query.shape[-2:-1]:
             raise ValueError(f"softmax_aux must have shape [q_heads], {query.shape[-2:-1]}, got {operands['sinks'].shape}")
-    window = sliding_window or None
+    window = _none_for_0(sliding_window)
     if not causal:
         operands["key_ranges"], window = _not_causal(operands, window), None
-    parameters = dict(others, sliding_window=window, attn_logits_soft_cap=attn_logits_soft_cap or None)
+    parameters = dict(others, sliding_window=window, attn_logits_soft_cap=_none_for_0(attn_logits_soft_cap))
     if any(x is None for x in cut):
         out = ragged_paged_prefill(**dict(value_cache=None) | operands, cfg=_config_of(cfg), **parameters)
     else:
         out = _under_shard_map(operands, order, *cut, config=_config_of(cfg), **parameters)
     return out.astype(query.dtype)
+
+
+def _none_for_0(value):
+    """What is off by ejKernel's rules as it is by this project's; arrays, traced ones too, are left to the checks."""
+    return None if isinstance(value, numbers.Number) and value == 0 else value
 
 
 def _under_shard_map(operands, order, mesh, in_specs, out_specs, **parameters):
@@ -422,6 +437,7 @@ def _config_of(cfg) -> PrefillPageAttentionConfig | None:
     if cfg is None or isinstance(cfg, PrefillPageAttentionConfig):
         return cfg
     if not hasattr(cfg, "platform"):
-        raise TypeError(f"cfg must be a PrefillPageAttentionConfig, one of ejKernel's, or None, got {checks.shown(cfg)}")
+        got = checks.shown(cfg)
+        raise TypeError(f"cfg must be a PrefillPageAttentionConfig, one of ejKernel's, or None, got {got}")
     platform, backend = (getattr(cfg, name, None) for name in ("platform", "backend"))
     return PrefillPageAttentionConfig(platform=platform, backend=getattr(backend, "value", backend))

@@ -39,7 +39,8 @@ def prefill_page_attention(
 
     Args:
       query: the chunk, float32, bfloat16 or float16.
-      key_cache, value_cache: the page pools, in query's dtype, the chunk already written (see `append_to_pages`).
+      key_cache, value_cache: the page pools, the chunk already written (see `append_to_pages`), both in query's dtype or
+        both in a quantised one, whose numbers are taken as they are.
       context_len: tokens of the sequence in the cache, the chunk included; a scalar or one element, any integer dtype.
       page_indices: key j is in page page_indices[j // page_size], slot j % page_size; any integer dtype.
       softmax_scale: multiplies query . key; 1 / sqrt(head_dim) by default.
@@ -121,8 +122,9 @@ def ragged_paged_prefill(
 
     Args:
       query: float32, bfloat16 or float16. `*batch` dimensions, if any, hold a pack each.
-      key_cache, value_cache: the page pools, in query's dtype, the new tokens already written (see `append_to_pages`).
-        `*pools` dimensions, if any, are the first of `*batch`: each such element has pools of its own.
+      key_cache, value_cache: the page pools, the new tokens already written (see `append_to_pages`), both in query's
+        dtype, or in float8_e4m3fn, float8_e5m2 or int8. `*pools` dimensions, if any, are the first of `*batch`: each
+        such element has pools of its own. value_cache is None for a latent cache, or if key_cache has the values too.
       context_lens: tokens of each sequence in the cache, this chunk included; negative counts as 0.
       page_indices: key j of a sequence is in page page_indices[j // page_size], slot j % page_size. Entries that no row
         needs may hold anything.
@@ -141,15 +143,24 @@ def ragged_paged_prefill(
       batch_axis: likewise for the first dimension of `*batch`, or, where there is none, the first that vmap adds.
       page_axis: likewise for the caches' pages: of N pages on W devices, page g is on device g // (N / W). Each device
         attends to the keys that it holds, and what it gets is merged, the size of the output.
+      return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
+      key_ranges: row i sees the keys lo <= j < hi of its sequence, in place of causality and window; see `masks`.
+      tree_mask: which tokens of its own chunk a row sees, a bit each, on top of that; see `masks.tree`.
+      sinks: a logit of each query head that has no value: exp(sink) joins the sum of exponentials. [q_heads] or
+        [*batch, q_heads], numbers of any dtype.
+      key_scale, value_scale: what the numbers of quantised caches are multiplied by, 1 where absent: a number, or
+        behind [*pools, (layers)] one of each KV head [kv_heads] or of each slot [kv_heads, num_pages, page_size].
+      layer: which layer is read of caches [*pools, layers, kv_heads, ...]; an integer or [*batch], also traced, clamped
+        to those that there are.
+      value_dim: of a latent cache: how many of a key's features, the first ones, are its value.
       cache_layout: the order of the caches' dimensions behind those in front: "kpsd" as above, "pskd" [num_pages,
         page_size, kv_heads, head_dim] or "pksd" [num_pages, kv_heads, page_size, head_dim]; and with keys and values in
         one array, key_cache, where value_cache is None: "ps(k2)d" [num_pages, page_size, 2 * kv_heads, head_dim], each
         key's head followed by its value's, "p2ksd" and "p2skd". Scales of slots lie as the cache does, without features.
-      return_lse: also return log(sum(exp(logits))) of each row, natural logarithm, float32: what `merge` takes.
 
     Returns:
       The output in query's dtype, accumulated in float32; with `return_lse`, a pair with the lse. A row that sees no
-      key, and a token that no sequence owns, has output 0 and lse -inf.
+      key has output 0 and lse -inf, or its sink where there are sinks; a token that no sequence owns 0 and -inf.
 
     Raises:
       ValueError, TypeError: a shape, dtype or parameter does not fit, or the kernel asked for cannot run; names the

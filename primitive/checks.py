@@ -133,7 +133,8 @@ def check_array(name, array) -> None:
     """Refuses what has no shape, None before all, and arrays of NumPy's that JAX has no dtype for."""
     if not hasattr(array, "ndim"):
         raise TypeError(f"{name} must be an array, got {shown(array)}")
-    if isinstance(array, (np.ndarray, np.generic)) and not (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)):
+    of_numpy = isinstance(array, (np.ndarray, np.generic))
+    if of_numpy and not (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)):
         raise TypeError(f"{name} must be an array of numbers, got {array.dtype.name}")
 
 
@@ -148,7 +149,8 @@ def check_kind(name, given, *kinds) -> jax.Array | np.ndarray:
         raise TypeError(f"{name} must be an array, got {shown(given)}") from None
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         takes = "integers" if kinds == (jnp.integer,) else "numbers"
-        raise TypeError(f"{name} must be an array of {takes}, got {shown(given) if array.dtype == object else array.dtype.name}")
+        got = shown(given) if array.dtype == object else array.dtype.name
+        raise TypeError(f"{name} must be an array of {takes}, got {got}")
     return array
 
 
@@ -214,7 +216,8 @@ def _check_dtype(name, kind, dtype, leading, leading_dtype) -> None:
     if kind == "attention" and dtype != leading_dtype:
         raise TypeError(f"{name} must have {leading}'s dtype {leading_dtype.name}, got {dtype.name}")
     if kind == "cache" and dtype.name in ATTENTION_DTYPES and dtype != leading_dtype:
-        cast = f": cast {leading} with {leading}.astype({name}.dtype)" * (name == KEY_CACHE.name)  # else caches are unlike
+        unlike = name != KEY_CACHE.name  # the two caches, since key_cache has passed
+        cast = "" if unlike else f": cast {leading} with {leading}.astype({name}.dtype)"
         raise TypeError(
             f"{name} must have {leading}'s dtype {leading_dtype.name} or a quantised one ({', '.join(QUANTISED_DTYPES)}), "
             f"got {dtype.name}{cast}"
@@ -370,7 +373,7 @@ def check_platform(platform, name="platform") -> str:
 
 
 def check_config(name, config) -> None:
-    """Checks the type of a configuration, by its fields: the class is the lowering's."""
+    """Checks the type of a configuration, by its fields: the class is in config.py, which needs this module."""
     if config is not None and not hasattr(config, "block_kv"):
         raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {shown(config)}")
 

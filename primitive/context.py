@@ -97,7 +97,8 @@ def _with_defaults(**given):
     given = {name: default if value is None else value for (name, value), default in defaults}
     for name, value in given.items():
         if not all(isinstance(axis, str) for axis in axes_of(value)):
-            raise TypeError(f"{name} must be the name of a mesh axis, a tuple of names, or None, got {checks.shown(value)}")
+            value = checks.shown(value)
+            raise TypeError(f"{name} must be the name of a mesh axis, a tuple of names, or None, got {value}")
     axes = [axis for value in given.values() for axis in axes_of(value)]
     if len(set(axes)) < len(axes):
         said = " and ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)

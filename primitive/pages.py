@@ -33,10 +33,9 @@ def append_to_pages(
     """Writes the keys and values of a pack's new tokens into their pages; call it before `ragged_paged_prefill`.
 
     Token i of a sequence with n new tokens goes to position p = context_len - n + i, which is slot p % page_size of
-    page page_indices[p // page_size]. Under `jax.jit` with the caches donated, nothing is copied, except on CPU: XLA's
-    compiler copies float8 caches once, and bfloat16 ones with jaxlib 0.10. A token that no sequence owns, or whose
-    position or page does not exist, is not written anywhere. Where two tokens go to one slot, either may be there in
-    the end.
+    page page_indices[p // page_size]. Under `jax.jit` with the caches donated, nothing is copied. A token that no
+    sequence owns, or whose position or page does not exist, is not written anywhere. Where two tokens go to one slot,
+    either may be there in the end.
 
     Args:
       key_cache, value_cache: the page pools, in the dtype of `key` and `value`, or float8_e4m3fn, float8_e5m2 or int8:

@@ -40,7 +40,8 @@ def validate(*arguments, **parameters) -> None:
     call.apply_defaults()
     given = call.arguments
     indices = {name: _indices(name, given[name]) for name in INDICES if given[name] is not None}
-    numbers = {name: _values(name, given[name], jnp.floating, jnp.integer) for name in NUMBERS if given[name] is not None}
+    kinds = jnp.floating, jnp.integer
+    numbers = {name: _values(name, given[name], *kinds) for name in NUMBERS if given[name] is not None}
     _check_call(given)
     layout = checks.check_layout(given["cache_layout"])
     _check_numbers(numbers, given["key_cache"].ndim)

@@ -240,6 +240,7 @@ def merge_over(
       ValueError, TypeError: shapes do not agree, a dtype is no float, or the tokens do not divide; names the argument.
     """
     checks.check_partials(out=out, lse=lse)
+    checks.check_flag("scatter", scatter)
     axes, tokens_axis = axes_of(page_axis), lse.ndim - 2
     largest = lax.pmax(lse.astype(jnp.float32), axes)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)

@@ -154,6 +154,26 @@ class ErrorTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "platform must be one of .*which is a kernel of ejKernel's"):
             ejkernel.unified_attention(*self.given(), platform="tilelang")
 
+    @parameterized.product(function=("unified_attention", "ragged_page_attention_v2"), value=(np.zeros(2), "traced"))
+    def test_what_may_be_0_or_None_and_is_neither(self, function, value):
+        """Arrays, which have no truth value: the error says what each is here and there."""
+
+        def call(value, *given):
+            return getattr(ejkernel, function)(*given, **{name: value})
+
+        for name, own in (("sliding_window", "sliding_window"), ("logits_soft_cap", "attn_logits_soft_cap")):
+            with self.assertRaisesRegex(TypeError, rf"^{own} (must be|is a static parameter)") as caught:
+                jax.jit(call)(1, *self.given(function)) if isinstance(value, str) else call(value, *self.given(function))
+            self.assertIn("attn_logits_soft_cap is logits_soft_cap", "".join(caught.exception.__notes__))
+        with self.assertRaisesRegex(TypeError, "^sinks must be an array of numbers") as caught:
+            getattr(ejkernel, function)(*self.given(function), softmax_aux="none")
+        self.assertIn("sinks is softmax_aux", "".join(caught.exception.__notes__))
+
+    @parameterized.parameters((None,), ("no",), (np.zeros(2),))
+    def test_causal_is_true_or_false(self, causal):
+        with self.assertRaisesRegex(TypeError, "causal must be True or False, got"):
+            ejkernel.unified_attention(*self.given(), causal=causal)
+
     def test_shapes_and_values(self):
         given = self.given()
         with self.assertRaisesRegex(ValueError, r"softmax_aux must have shape \[q_heads\], \(4,\), got \(2, 1\)"):

@@ -12,6 +12,8 @@ from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 
+import paged_prefill
+from paged_prefill import ejkernel
 from paged_prefill.lowering.call import FEATURES, Call, Device, Sequences
 from paged_prefill.lowering.choose import KERNELS
 from paged_prefill.lowering.kernel import Kernel
@@ -138,6 +140,18 @@ class ImportsTest(parameterized.TestCase):
                     found.setdefault(str(path.relative_to(ROOT)), set()).add(name)
         found.pop("ejkernel.py")
         self.assertEqual(found, LISTS_OF_PARAMETERS)
+
+    def test_docstrings_name_every_argument(self):
+        """Of the public functions, but `validate`, which takes another's call."""
+        functions = [getattr(paged_prefill, name) for name in paged_prefill.__all__ if name != "validate"]
+        functions += [ejkernel.unified_attention, ejkernel.ragged_page_attention_v2]
+        missing = {
+            f"{function.__name__}({name})"
+            for function in filter(inspect.isfunction, functions)
+            for name in inspect.signature(function).parameters
+            if not re.search(rf"^  [\w, ]*\b{name}\b[\w, ]*: ", inspect.getdoc(function), re.MULTILINE)
+        }
+        self.assertEmpty(missing)
 
     def test_no_definition_hides_another_of_its_name(self):
         """A merge may leave a test twice, of which Python runs the last."""

@@ -82,7 +82,7 @@ class CompileTest(parameterized.TestCase):
         ("head_dim_192_value_dim_128", dict(head_dim=192, value_dim=128)),
         ("head_dim_256", dict(head_dim=256)),
         ("group_of_5_and_page_of_48", dict(q_heads=5, kv_heads=1, page_size=48)),
-        ("group_of_64", dict(q_heads=64, kv_heads=1)),
+        ("group_of_64", dict(q_heads=64, kv_heads=1, config=PrefillPageAttentionConfig(block_q=8, block_kv=256))),
         ("page_of_8_float32", dict(page_size=8, dtype="float32", head_dim=256)),
         ("decode_in_groups_of_1", dict(tokens=3, q_heads=2)),
         # Where pages are smaller than native tiles, several share one.

@@ -112,15 +112,20 @@ def operands(cache_dtype="bfloat16", granularity=None, head_dim=128, value_dim=1
 
 @absltest.skipUnless(HAS_TRITON, "Triton is not installed")
 class CompiledTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        # Triton keeps to NVIDIA or AMD; and a process takes longer to begin than to compile for a target.
+        cls.compilers = {kind: cls.enterClassContext(process()) for kind in ("cuda", "hip")}
+
     @parameterized.named_parameters((name, name) for name in TARGETS)
     def test_compiles_without_spilling_and_stores_whole_vectors(self, name):
         target, _, _ = TARGETS[name]
         dtypes = QUANTISED if target[1] != 80 else QUANTISED[1:]
         kinds = [dict(), dict(head_dim=576, value_dim=None)]
         kinds += [dict(cache_dtype=dtype, granularity=scale) for dtype in dtypes for scale in poisoned.GRANULARITIES]
-        with process() as compiler:
-            calls = [operands(**kind) for kind in kinds]
-            found = compiler.submit(triton_stand_ins.compile_appends, target, calls).result()
+        calls = [operands(**kind) for kind in kinds]
+        found = self.compilers[target[0]].submit(triton_stand_ins.compile_appends, target, calls).result()
         for kind, each in zip(kinds, found, strict=True):
             with self.subTest(str(kind)):
                 self.assertEqual((each["spilled"], each["scratch"]), (0, 0), each)
