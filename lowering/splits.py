@@ -132,11 +132,10 @@ def parts_of(
     return Parts(least, chosen, of_part)
 
 
-def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False, may_lack: bool = False):
+def merge_splits(out, lse, dtype, *, by_head: bool = False):
     """The attention to all keys from those to disjoint parts of them [splits, ...]: softmaxes add up by exp(lse).
 
-    `lse` is [splits, tokens, q_heads], or [splits, q_heads, tokens] `by_head`. `sinks` [tokens, q_heads] are as the lse
-    of one more part, of value 0. Where outputs `may_lack`, nobody has written those of lse -inf.
+    `lse` is [splits, tokens, q_heads], or [splits, q_heads, tokens] `by_head`.
     A part that sees no key has output 0 here, so that NaN in an output is the row's own and stays; `merge`, which takes
     what users bring, drops it with the part.
     """
@@ -146,25 +145,13 @@ def merge_splits(out, lse, dtype, sinks=None, *, by_head: bool = False, may_lack
     token, head = (lax.broadcasted_iota(jnp.int32, out.shape[1:], axis) for axis in range(2))
     place = head * tokens + token if by_head else token * heads + head
     parts = [every.at[place + split * tokens * heads].get(mode="promise_in_bounds") for split in range(splits)]
-    parts += [] if sinks is None else [jnp.broadcast_to(sinks[..., None], out.shape[1:])]
     largest, weights, total = _weights(parts)
-    if may_lack:
-        out = [_written(out, split, jnp.isneginf(part)) for split, part in enumerate(parts[:splits])]
     summed = functools.reduce(jnp.add, [w * o for w, o in zip(weights, out)])
     factor, _ = factor_and_lse(total, largest)
     merged = jnp.where(total == 0, 0.0, summed * factor).astype(dtype)
 
-    of_rows = [*(jnp.matrix_transpose(lse) if by_head else lse), *([] if sinks is None else [sinks])]
-    largest, _, total = _weights(of_rows)
+    largest, _, total = _weights([*(jnp.matrix_transpose(lse) if by_head else lse)])
     return merged, factor_and_lse(total, largest)[1]
-
-
-def _written(out, split, lacks):
-    """One part's output, or 0 where it lacks: then the first part's is read, which is read anyway."""
-    size = out[0].size
-    place = lax.broadcasted_iota(jnp.int32, (size,), 0).reshape(lacks.shape)
-    taken = jnp.asarray(out).reshape(-1).at[jnp.where(lacks, place, place + split * size)].get(mode="promise_in_bounds")
-    return jnp.where(lacks, 0.0, taken)
 
 
 def _weights(parts):

@@ -99,6 +99,24 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
+    @product(platform=PLATFORMS, shape=((32, 2, 128), (48, 4, 128)))
+    def test_more_parts_of_tiles_than_cores(self, platform, shape):
+        """A short prompt beside decode steps: its tiles' parts are more than the chip has cores, most without a key."""
+        self.need(platform)
+        case = cases.Case(f"parts_{shape}", ((62, 256), (1, 1163), (1, 17)), *shape, page_size=16, dtype="bfloat16",
+                          room=(64, 3, 73, 128))  # fmt: skip
+        pack = case.pack()
+        packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
+
+    @product(platform=PLATFORMS, shape=((71, 1, 64), (24, 2, 128), (80, 2, 256)))
+    def test_decode_steps_of_large_groups(self, platform, shape):
+        """Heads of a token lie together in a tile, and what is behind the group's last is nobody's."""
+        self.need(platform)
+        case = cases.Case(f"steps_{shape}", ((1, 300), (0, 7), (1, 1000), (1, 64)), *shape, page_size=16,
+                          dtype="bfloat16", tokens_before=3)  # fmt: skip
+        pack = case.pack()
+        packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
+
     @product(platform=PLATFORMS, head_dim=(64, 128, 256), softmax_scale=(1.0, -3.0))
     def test_maxima_that_rise_from_block_to_block(self, platform, head_dim, softmax_scale):
         """Logits of a deviation of 8 to 48: later blocks pass the maximum of earlier ones by a lot, and by a little."""

@@ -17,7 +17,6 @@ from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Call, Device, Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
-from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.layout import LAYOUTS
@@ -254,10 +253,10 @@ class SupportsTest(parameterized.TestCase):
         self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
 
     @parameterized.parameters(
-        (16, 1, 4), (16, 4, 4), (16, 5, 8), (32, 1, 2), (32, 3, 4), (64, 1, 1), (128, 1, 1), (128, 2, 2), (48, 1, 4),
-        (12, 1, 8), (8, 1, 8), (24, 1, 8), (64, 100, 128),
+        (16, 1, 4), (16, 4, 4), (16, 5, 8), (32, 1, 2), (32, 3, 4), (64, 1, 1), (128, 1, 1), (128, 2, 2), (48, 1, 1),
+        (12, 1, 4), (8, 1, 8), (24, 1, 2), (71, 1, 1), (71, 2, 2), (71, 7, 8), (12, 5, 8), (64, 100, 128),
     )  # fmt: skip
-    def test_decode_steps_of_large_groups_have_no_empty_rows(self, group, tokens_per_seq, block_q):
+    def test_decode_steps_of_large_groups_have_few_empty_rows(self, group, tokens_per_seq, block_q):
         """What 64 rows can hold of a group is in one tile, whose keys are loaded once."""
         given = problem(q_heads=2 * group, seqs=7, tokens=7 * tokens_per_seq)
         config = KERNEL.heuristic(given, HOPPER)
@@ -265,9 +264,8 @@ class SupportsTest(parameterized.TestCase):
         self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
         if block_q < 8:
             self.assertEqual(config.num_warps, 8)
-            self.assertEqual(group % (64 // block_q), 0)
-            odd = dataclasses.replace(given, q_heads=2 * (group + 1))
-            self.assertIn("heads of a group", KERNEL.misfit(odd, HOPPER, config))
+            few = dataclasses.replace(given, q_heads=2 * (64 // block_q // 2))
+            self.assertIn("heads of a group", KERNEL.misfit(few, HOPPER, config))
 
     @parameterized.parameters(
         (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),
@@ -372,7 +370,6 @@ class PlanTest(parameterized.TestCase):
     def test_weights_are_rounded_late_where_registers_allow(self, changes, late):
         self.assertEqual(self.plan(soft_cap=None, **changes).rounds_late, late)
 
-
     @parameterized.parameters(
         (dict(block_q=1), (64, 1)), (dict(block_q=4), (16, 4)), (dict(block_q=8), (8, 8)), (dict(block_q=64), (1, 64)),
     )  # fmt: skip
@@ -457,6 +454,7 @@ class LoweringTest(parameterized.TestCase):
         ("two_teams_of_parts", dict(seqs=99, tokens=99, q_heads=32, kv_heads=8, pages_per_seq=2000),
          dict(cfg=PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2))),
         ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
+        ("more_heads_of_a_token_than_there_are", dict(seqs=9, tokens=9, q_heads=71, kv_heads=1), {}),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
         ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),
@@ -562,9 +560,7 @@ class LoweringTest(parameterized.TestCase):
         self.assertIn("mosaic_gpu", text)
 
     @parameterized.parameters(3, 12)
-    def test_merge_gives_sinks_to_rows_that_a_sequence_owns(self, seqs):
-        """Of two parts of the keys, of which rows may see neither."""
-        rng = np.random.default_rng(0)
+    def test_sinks_are_of_rows_that_a_sequence_owns(self, seqs):
         call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
                                   sinks=True, tokens_before=2, tokens_after=1, page_size=4)
         parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
@@ -574,14 +570,6 @@ class LoweringTest(parameterized.TestCase):
         token = np.arange(tokens)
         owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
         np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
-        out = rng.standard_normal((2, tokens, 4, 8), np.float32)
-        seen, lse = rng.random((2, tokens, 4)) > 0.3, rng.standard_normal((2, tokens, 4), np.float32)
-        lse = np.where(seen, lse, np.float32(-np.inf))
-        out = np.where(np.isneginf(lse)[..., None], 0, out)
-        merged = merge_splits(out, lse, jnp.float32, sinks)
-        chex.assert_trees_all_equal(merge_splits(out, lse.swapaxes(1, 2), jnp.float32, sinks, by_head=True), merged)
-        want = flat.with_sinks(*merge_splits(out, lse, jnp.float32))
-        chex.assert_trees_all_close(merged, tuple(want), rtol=1e-5, atol=1e-6)
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),

@@ -114,6 +114,12 @@ class SecondFormTest(WithInterpreter):
     def test_bits_of_a_sequence_in_parts_beside_others_and_alone(self):
         self.interpreter.submit(check_alone_in_parts, Parts(1, 6, 2)).result()
 
+    @parameterized.parameters((2, 5), (5, 64), (7, 300))
+    def test_merge(self, splits, value_dim):
+        """By one row a program and by several; NaN of a row stays, and that of what nobody wrote is nobody's."""
+        for cores in (1, 132):
+            self.interpreter.submit(check_merge, splits, value_dim, cores).result()
+
     def test_tree_sinks_window_latent_and_quantised(self):
         kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot")
         self.check(4, kind | LATENT, sliding_window=40)
@@ -172,6 +178,34 @@ def check_alone_in_parts(parts):
             rows = slice(offsets[seq], offsets[seq + 1])
             for whole, alone in zip(together, attend(dict(call, context_lens=contexts))):
                 np.testing.assert_array_equal(whole[rows], alone[rows])
+
+
+def check_merge(splits, value_dim, cores):
+    """In a process prepared by `interpret_triton`."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paged_prefill.lowering.call import Device
+    from paged_prefill.lowering.triton import host
+
+    rng, shape = np.random.default_rng(splits), (37, 3)
+    out, lse = rng.normal(size=(splits, *shape, value_dim)), 3 * rng.normal(size=(splits, *shape))
+    lse[rng.random(lse.shape) < 0.3] = -np.inf
+    lse[:, 5], lse[1, 7, 1] = -np.inf, np.nan
+    sinks = np.where(rng.random(shape) < 0.5, rng.normal(size=shape), -np.inf)
+    for sinks in (None, sinks):
+        weights = np.exp(lse)
+        total = weights.sum(0) + (0 if sinks is None else np.exp(sinks))
+        unseen = total == 0
+        want = np.einsum("stg,stgf->tgf", weights, np.where(np.isneginf(lse)[..., None], 0, out))
+        want = np.where(unseen[..., None], 0, want / np.where(unseen, 1, total)[..., None])
+        want_lse = np.where(unseen, -np.inf, np.log(np.where(unseen, 1, total)))
+        unwritten = np.where(np.isneginf(lse)[..., None], np.nan, out)
+        merge = jax.jit(lambda *x: host._merged(*x[:2], jnp.float32, *x[2:] or (None,), Device("cuda", core_count=cores)))
+        merged, merged_lse = merge(*(x.astype(np.float32) for x in (unwritten, lse, sinks) if x is not None))
+        np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(merged_lse, want_lse, rtol=1e-5, atol=1e-6)
 
 
 def check_small_values():

@@ -16,6 +16,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import choose
+from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
@@ -182,13 +183,13 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_is_one_over_half_full", dict(tokens=320), 1),
         ("few_tiles_fill_the_multiprocessors", dict(tokens=128, pages_per_seq=2048), 4),
         ("tiles_of_4_warps_share_a_multiprocessor", dict(tokens=16, seqs=16, pages_per_seq=2048), 2),
-        ("a_short_decode_step_is_split_finely", dict(tokens=8, seqs=8, pages_per_seq=64), 8),
+        ("a_short_decode_step_is_split_finely", dict(tokens=8, seqs=8, pages_per_seq=64), 4),
         ("but_not_below_128_keys", dict(tokens=4, seqs=4, pages_per_seq=32), 4),
         ("nor_into_more_than_the_merge_repays", dict(tokens=1, pages_per_seq=512), 32),
         ("short_contexts_are_not_split", dict(tokens=16, pages_per_seq=8), 1),
         ("nor_are_short_windows", dict(tokens=16, sliding_window=128), 1),
-        ("nor_are_prompts_below_512_keys", dict(tokens=16, pages_per_seq=24), 1),
-        ("but_from_then_on", dict(tokens=16, pages_per_seq=32), 4),
+        ("nor_are_prompts_of_up_to_1024_keys", dict(tokens=16, pages_per_seq=64), 1),
+        ("but_beyond_that", dict(tokens=16, pages_per_seq=72), 9),
         ("and_those_of_wide_heads", dict(tokens=16, pages_per_seq=24) | GEMMA_4, 3),
         ("few_tiles_of_8_bits_are_four_to_a_core", LONG_DECODE | dict(cache_dtype="int8", features=("quantised",)), 4),
         ("with_scales_of_slots_three", LONG_DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
@@ -197,6 +198,22 @@ class HeuristicTest(parameterized.TestCase):
     )
     def test_splits(self, changes, splits):
         self.assertEqual(KERNEL.heuristic(problem(**changes), H200).num_splits, splits)
+
+    @parameterized.named_parameters(
+        ("of_a_short_step", dict(tokens=8, seqs=8, pages_per_seq=64), Parts(1, 4, 4)),
+        ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 20, 13)),
+        ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
+        ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 4, 16)),
+        ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
+        ("of_a_long_chunk_too", dict(tokens=128, pages_per_seq=2048), Parts(4, 4)),
+        ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
+    )
+    def test_parts(self, changes, parts):
+        each = problem(**changes)
+        config = KERNEL.heuristic(each, H200)
+        self.assertEqual(host.parts_of_tiles(each, H200, config), parts)
+        with policy("invariant"):
+            self.assertEqual(host.parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
 
     @parameterized.parameters({}, WIDE, GEMMA_4, MLA)
     def test_invariant_sizes_do_not_follow_the_pack(self, **dims):
@@ -223,8 +240,10 @@ class HeuristicTest(parameterized.TestCase):
         ("many_prompts", SHORT, (64, 64, 4)),
         ("one_of_a_few_tokens", dict(tokens=20, pages_per_seq=2), (64, 64, 4)),
         ("a_short_window", dict(sliding_window=512), (64, 64, 4)),
-        ("not_prompts_that_are_long", dict(tokens=2048, pages_per_seq=128), (128, 128, 8)),
-        ("nor_chunks_of_long_contexts", dict(tokens=1024, seqs=16), (128, 128, 8)),
+        ("several_short_chunks_of_contexts_of_any_length", dict(tokens=1024, seqs=16), (64, 64, 4)),
+        ("not_a_single_one", dict(tokens=64), (128, 128, 8)),
+        ("nor_prompts_that_are_long", dict(tokens=2048, pages_per_seq=128), (128, 128, 8)),
+        ("nor_longer_chunks", dict(tokens=4096, seqs=16), (128, 128, 8)),
         ("nor_groups_that_would_leave_rows_empty", SHORT | dict(q_heads=192), (128, 128, 8)),
         ("nor_wide_heads", SHORT | WIDE, (128, 64, 8)),
         ("nor_narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (128, 64, 8)),

@@ -20,7 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.splits import best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -41,6 +41,7 @@ WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  #
 FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
+SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
 MOST_EMPTY = 1.02  # times as many tiles of one wide head as of two: others of their rows are nobody's
 # Keys that tiles see on average, from which on three are considered where the pieces of two are a chain, and one wide head.
@@ -145,8 +146,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (rows > WARPGROUP_ROWS or problem.group % (rows // config.block_q)):
-            takes = f"where {WARPGROUP_ROWS} rows / block_q divides the heads of a group"
+        if config.block_q < 8 and (rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group):
+            takes = f"where {WARPGROUP_ROWS} rows / block_q are fewer than twice the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
         if _wide(problem) and block != 64:
@@ -293,8 +294,15 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """A core has room for one thread block."""
-    return parts_of(problem, device, config, unsplit=programs(problem, config), slots=device.cores)
+    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller.
+
+    But what merges in clusters is not given up for a few parts more.
+    """
+    unsplit, least = programs(problem, config), config.num_splits
+    smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
+    part_bytes = LEAST_PART_BYTES // smaller
+    parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
+    return parts if parts.most >= 2 * least else Parts(least, least)
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -353,8 +361,8 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     if _wide(problem):
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
-    heads = math.gcd(problem.group, max(1, WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq)))
-    if heads >= 16:  # those of a token lie together, and no row is empty
+    heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
+    if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
         warpgroups = 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))

@@ -1,7 +1,7 @@
 """The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
 
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
-and what goes around it: the schedule of tiles before, and the merge of splits after.
+and what goes around it: the schedule of tiles before, and the merge of their parts after, in merge_kernel.py.
 
 Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
@@ -20,9 +20,10 @@ from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.splits import (
     LEAST_PART_BYTES,
     MOST_PARTS,
+    RESULT_BYTES,
+    SHORT_CALL,
     best_splits,
     mean_keys,
-    merge_splits,
     most_keys,
     parts_of,
 )
@@ -66,19 +67,26 @@ SIZES = {
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or on
 # AMD's, where Triton 3.6 does not compile more stages of scales.
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
+# Of dims up to 64, and up to 128 on Hopper, where each tile's keys are its own: fewer steps, each as long as one of half.
+LONG_DECODE = _Sizes(16, 64, 4, 4)
 LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
+FEW_ROWS = 32  # of a tile that waits for memory
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
-KEYS_OF_PROMPT = 512  # in a table: prompts seldom fill it, and over fewer they are not split, but those of wide heads
+KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
+DRAFTS = 8  # tokens of a sequence that are no prompt
 SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
 SHORT_KEYS = 768  # that are few, on average
+SHORT_TILES = 8  # of a sequence among others: their last ones are half empty
 MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
+MERGED_WIDTH, MERGED = 128, 2**11  # features and numbers of all parts that a warp merges
+MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
@@ -86,7 +94,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 6
+    version = 7
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -124,6 +132,8 @@ class Triton(Kernel):
             rows_per_seq = sizes.rows
         if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
             sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
+            if _has_long_blocks(problem, device):
+                sizes = LONG_DECODE
             # As many bytes on their way, or registers to turn wide keys to numbers.
             if problem.cache_dtype != problem.dtype and device.platform == "cuda":
                 if width > 128:
@@ -131,6 +141,9 @@ class Triton(Kernel):
                 elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
                     # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
+        elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and _device_class(device) == "hopper":
+            if problem.cache_dtype == problem.dtype != "float32":
+                sizes = DECODE._replace(rows=FEW_ROWS)
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
@@ -183,11 +196,9 @@ class Triton(Kernel):
             return 1
         unsplit = programs(problem, config)
         keys = most_keys(problem, config.block_q)
-        few_rows, wide = config.block_q * problem.group <= DECODE.rows, max(problem.head_dim, problem.value_dim) > 256
-        worth = few_rows or wide or keys >= KEYS_OF_PROMPT
-        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT if worth else 1, 0.5
-        key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
-        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * key_bytes
+        few_rows = config.block_q * problem.group <= DECODE.rows
+        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT if _may_split(problem, config) else 1, 0.5
+        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * _key_bytes(problem)
         if few_rows:
             if all_keys < SHORT_BYTES * device.cores:
                 warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
@@ -195,7 +206,7 @@ class Triton(Kernel):
                 # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
                 # They are equally long, so that rounds tell.
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
-        slots = device.cores * max(1, warps // config.num_warps)
+        slots = _slots(problem, device, config, warps)
         rows = problem.tokens * problem.q_heads
         return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
 
@@ -215,8 +226,12 @@ class Triton(Kernel):
         tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
-        # Splits are kept in float32 until they are merged. By XLA: a kernel whose last split merges the others has to
-        # have its counters zeroed before, which takes longer (benchmarks/results/triton.md).
+        # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
+        # none are left.
+        plain_masks = call.ranges is None and call.tree is None
+        all_masked = plain_masks and rows <= FEW_ROWS and problem.cache_dtype == problem.dtype
+        # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
+        # which two calls at once would share, and is slower (benchmarks/results/triton.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         run = functools.partial(
@@ -234,8 +249,8 @@ class Triton(Kernel):
             INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
-            # Masks of ranges and trees take more registers.
-            EDGE_KV=_power_of_2(block_kv // (2 if call.ranges is None and call.tree is None else 4)),
+            EDGE_KV=block_kv if all_masked else _power_of_2(block_kv // (2 if plain_masks else 4)),
+            ALL_MASKED=all_masked,
             NUM_SPLITS=splits,
             SPLITS_PADDED=_power_of_2(splits),
             PARTS_VARY=parts.vary,
@@ -267,7 +282,38 @@ class Triton(Kernel):
         )
         if splits == 1:
             return out[0], lse[0]
-        return merge_splits(out, lse, query.dtype, call.sinks_of_rows(), may_lack=parts.vary)
+        return _merged(out, lse, query.dtype, call.sinks_of_rows(), device)
+
+
+def _merged(out, lse, dtype, sinks, device: Device):
+    """The attention to all keys from those to parts of them, [splits, tokens, q_heads]: by a kernel of its own.
+
+    XLA's takes as long to run, and seconds of a compile for every one that merges many parts.
+    """
+    from paged_prefill.lowering.triton.merge_kernel import merge_parts
+
+    splits, *shape, value_dim = out.shape
+    all_rows, width = math.prod(shape), min(MERGED_WIDTH, _power_of_2(value_dim))
+    splits_padded, widths = _power_of_2(splits, least=2), -(-value_dim // width)
+    # As many programs as fill the cores, of no more than registers hold.
+    rows = max(1, min(MERGED // (splits_padded * width), _power_of_2(all_rows * widths // (8 * device.cores), least=1)))
+    return launch(
+        merge_parts,
+        [out, lse, lse if sinks is None else sinks],
+        (jax.ShapeDtypeStruct((*shape, value_dim), dtype), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)),
+        grid=(-(-all_rows // rows) * widths,),
+        name="paged_prefill_merge",
+        num_warps=1 if rows * splits_padded * width <= MERGED else 4,
+        num_stages=1,
+        ALL_ROWS=all_rows,
+        VALUE_DIM=value_dim,
+        SPLITS=splits,
+        SPLITS_PADDED=splits_padded,
+        ROWS=rows,
+        WIDTH=width,
+        WIDTHS=widths,
+        SINKS=sinks is not None,
+    )
 
 
 def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -286,28 +332,81 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 def _has_few_keys(problem: Problem, device: Device) -> bool:
     """Whether tiles see so few keys that their beginnings and ends take most of the time: two go on beside one another.
 
+    So it is too where several sequences are short, whatever their table says: of a tall tile the last is half empty.
+
     Of other dims and on other GPUs that is not measured. Tiles of a large group would leave too many rows empty.
     """
     if _device_class(device) != "hopper" or not 64 < max(problem.head_dim, problem.value_dim) <= 128:
         return False
-    return 4 * problem.group <= SHORT.rows and mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS
+    few_keys = mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS
+    short = min(problem.seqs, problem.tokens) > 1 and problem.tokens_per_seq * problem.group <= SHORT_TILES * SHORT.rows
+    return 4 * problem.group <= SHORT.rows and (few_keys or short)
+
+
+def _has_long_blocks(problem: Problem, device: Device) -> bool:
+    """Whether a decode step takes blocks of 64 keys: a step through them takes as long as one through 32.
+
+    Of equally long parts of a single sequence more than two share a core.
+    """
+    if device.platform != "cuda" or problem.cache_dtype != problem.dtype:
+        return False
+    width = max(problem.head_dim, problem.value_dim)
+    return width <= 64 or (width <= 128 and _device_class(device) == "hopper" and min(problem.seqs, problem.tokens) > 1)
+
+
+def _key_bytes(problem: Problem) -> int:
+    return (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+
+
+def _slots(problem: Problem, device: Device, config: PrefillPageAttentionConfig, warps: int) -> int:
+    """Tiles at work at a time, of so many warps a core."""
+    capacity = SHARED_KIB.get(capability(device)) if device.platform == "cuda" else None
+    fitting = max(1, capacity * 1024 // shared_bytes(problem, device, config)) if capacity else warps
+    return device.cores * max(1, min(warps // config.num_warps, fitting))
+
+
+def _may_split(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
+    """Whether parts of a full table would gain more than the merge costs where contexts are short."""
+    few_rows = config.block_q * problem.group <= DECODE.rows or problem.tokens_per_seq <= DRAFTS
+    wide = max(problem.head_dim, problem.value_dim) > 256
+    return few_rows or wide or most_keys(problem, config.block_q) > KEYS_OF_PROMPT
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """Of the keys of each tile; what splits and their merge cost is as in every kernel."""
+    """Of the keys of each tile; what splits and their merge cost is as in every kernel.
+
+    Where parts vary a tile of few keys has fewer than `num_splits`: so many that none is longer than a long tile's.
+    """
+    if not _may_split(problem, config):
+        return Parts(config.num_splits, config.num_splits)
     unsplit, rows = programs(problem, config), rows_of(problem, config)
-    warps = WARPS if rows > DECODE.rows else 2 * WARPS
-    return parts_of(
+    results = problem.tokens * problem.q_heads * problem.value_dim * 4
+    most = min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1), max(1, RESULT_BYTES // results))
+    slower = TALL_SLOWER if rows >= TALL_ROWS else 1
+    # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
+    share = 1 if unsplit >= 2 * device.cores else 1 / 4
+    if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
+        share = max(1 / 16, min(share, unsplit / (4 * device.cores)))
+    part_bytes = int(LEAST_PART_BYTES * share)
+    parts = parts_of(
         problem,
         device,
         config,
         unsplit=unsplit,
-        slots=device.cores * max(1, warps // config.num_warps),
-        most=min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1)),
-        # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
-        part_bytes=LEAST_PART_BYTES // (4 if unsplit < 2 * device.cores else 1),
-        slower=TALL_SLOWER if rows >= TALL_ROWS else 1,
+        slots=_slots(problem, device, config, WARPS if rows > DECODE.rows else 2 * WARPS),
+        most=most,
+        part_bytes=part_bytes,
+        slower=slower,
     )
+    if min(problem.seqs, problem.tokens) == 1 or problem.tokens_per_seq >= SHORT_CALL or current_policy() == "invariant":
+        return parts
+    blocks = -(-most_keys(problem, config.block_q) // config.block_kv)
+    of_part = min(-(-part_bytes // (config.block_kv * _key_bytes(problem) * slower)), -(-blocks // parts.least))
+    # What a part's result takes, written and read, beside its keys.
+    result_bytes = 8 * min(rows, problem.tokens_per_seq * problem.group) * problem.value_dim
+    if share < 1 / 4 or result_bytes <= part_bytes * MERGED_SHARE:
+        parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
+    return Parts(1, parts.most, of_part) if parts.most > 1 else parts
 
 
 def _device_class(device: Device) -> str:
@@ -486,6 +585,6 @@ def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
     return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
 
 
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n and at least 16, the smallest side of a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
+def _power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and `least`: 16 is the smallest side of a matrix product."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

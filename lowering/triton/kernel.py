@@ -60,6 +60,13 @@ def _pool_rows(
 
 
 @triton.jit
+def _masked_block(step, end, full_low, unmasked):
+    """The block of a step through those that need a mask, or the last of them."""
+    block = tl.where(step < full_low, step, step + unmasked)
+    return tl.minimum(block, end - 1)
+
+
+@triton.jit
 def _load_rows(base, rows, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Rows of a [*, SIZE] array of any size (offsets have 64 bits), WIDTH features of them from `first`.
 
@@ -172,6 +179,7 @@ def _fold_block(
     KEY_SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr,
     GAPS: tl.constexpr,
+    SUM_LAST: tl.constexpr,
     SCALE: tl.constexpr,
     NEGATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -208,12 +216,15 @@ def _fold_block(
         logits = tl.where(visible, logits, float("-inf"))
     new_max = running_max
     weights = logits
-    fade = total
+    fade = running_max
     if always:
         new_max = tl.maximum(running_max, tl.max(logits, 1) * TO_BASE_2)
         weights = tl.exp2(logits * TO_BASE_2 - new_max[:, None])
         fade = tl.exp2(running_max - new_max)
-        total = total * fade + tl.sum(weights, 1)
+        if SUM_LAST:
+            total = total * fade[:, None] + weights
+        else:
+            total = total * fade + tl.sum(weights, 1)
     if VALUE_SCALE == "slot":
         share = tl.load(value_scale + pool_rows)
         if GAPS and visible is not None:
@@ -286,6 +297,7 @@ def attend_tile(
     ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,
+    ALL_MASKED: tl.constexpr,  # no block goes without a mask: of few rows it costs nothing, and a second loop its start
     NUM_SPLITS: tl.constexpr,  # parts of a tile, or the most of one
     SPLITS_PADDED: tl.constexpr,
     PARTS_VARY: tl.constexpr,
@@ -359,6 +371,8 @@ def attend_tile(
     num_blocks = tl.maximum((seen_end + BLOCK_KV - 1) // BLOCK_KV - first_block, 0)
     low_block = first_block + num_blocks * split // parts
     high_block = first_block + num_blocks * (split + 1) // parts
+    if ALL_MASKED:
+        full_end = 0
     full_low = tl.minimum(tl.maximum((full_start + BLOCK_KV - 1) // BLOCK_KV, low_block), high_block)
     full_high = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK_KV, high_block), full_low)
 
@@ -389,22 +403,29 @@ def attend_tile(
     VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
     running_max = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK_KV) if ALL_MASKED else (ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
     unit = 0.0  # what acc is counted in, where each slot has a scale and the dtype is float16
 
     # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
     # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key outside those that rows see
     # is read as the nearest inside: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
+    # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loops
+    # must not ask for num_stages themselves: Triton then pipelines those fetches too, and no longer the keys and values.
     EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
     edge_low = tl.maximum(low_block * EDGES, seen_start // EDGE_KV)
     edge_high = tl.minimum(high_block * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
     unmasked = (full_high - full_low) * EDGES
-    for step in tl.range(0, edge_high - edge_low - unmasked):
-        block = edge_low + step
-        block = tl.where(block < full_low * EDGES, block, block + unmasked)
-        pool_rows = _pool_rows(page_table, block, seen_start, seen_end - 1, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
-        key = block * EDGE_KV + tl.arange(0, EDGE_KV)
+    last_key = seen_end - 1
+    edge_block = _masked_block(edge_low, edge_high, full_low * EDGES, unmasked)
+    if edge_low + unmasked < edge_high:
+        edge_rows = _pool_rows(page_table, edge_block, seen_start, last_key, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+    else:
+        edge_rows = tl.zeros((EDGE_KV,), tl.int32)
+    for step in tl.range(edge_low, edge_high - unmasked):
+        next_edge = _masked_block(step + 1, edge_high, full_low * EDGES, unmasked)
+        next_edge_rows = _pool_rows(page_table, next_edge, seen_start, last_key, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+        key = edge_block * EDGE_KV + tl.arange(0, EDGE_KV)
         visible = (key[None, :] < high[:, None]) & (key < seen_end)[None, :]
         if RANGES or WINDOW is not None:
             visible &= key[None, :] >= low[:, None]
@@ -412,28 +433,31 @@ def attend_tile(
             visible &= _in_tree(tree, token, row_exists, key, first_new, TREE_WORDS)
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-            key_scale, value_scale, pool_rows, visible, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
+            key_scale, value_scale, edge_rows, visible, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, ALL_MASKED,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
+        edge_block = next_edge
+        edge_rows = next_edge_rows
 
-    # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loop
-    # must not ask for num_stages itself: Triton then pipelines those fetches too, and no longer the keys and values.
-    last_block = tl.maximum(full_high - 1, full_low)
-    if full_low < full_high:
-        pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+    if ALL_MASKED:
+        total = tl.sum(total, 1)
     else:
-        pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
-    for block in tl.range(full_low, full_high):
-        next_block = tl.minimum(block + 1, last_block)
-        next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
-        running_max, total, acc, unit = _fold_block(
-            running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-            key_scale, value_scale, pool_rows, None, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS,
-            SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
-        )  # fmt: skip
-        pool_rows = next_rows
+        last_block = tl.maximum(full_high - 1, full_low)
+        if full_low < full_high:
+            pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+        else:
+            pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
+        for block in tl.range(full_low, full_high):
+            next_block = tl.minimum(block + 1, last_block)
+            next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+            running_max, total, acc, unit = _fold_block(
+                running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
+                key_scale, value_scale, pool_rows, None, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+                VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, ALL_MASKED,
+                SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
+            )  # fmt: skip
+            pool_rows = next_rows
 
     if READ_AGAIN:
         split, _, rows, row_exists, token, length = _tile_of(
