@@ -14,6 +14,7 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
+from paged_prefill.lowering.splits import most_keys
 from paged_prefill.lowering.triton import host as triton_host
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -42,10 +43,13 @@ def kernels_of(problem, device):
 
 
 def filled(kernel, problem, device, config) -> int:
-    """Cores that a launch has work for at the same time; 1 on TPUs, whose cores a grid does not fill."""
+    """Cores that a launch over contexts as long as the table has work for at a time; 1 on TPUs, whose cores a grid does not fill."""
     if device.platform == "tpu":
         return 1
-    return min(device.cores, kernel.blocks(problem, config))
+    host = mosaic_gpu_host if kernel.name == "mosaic_gpu" else triton_host
+    parts, blocks = host.parts_of_tiles(problem, device, config), -(-most_keys(problem, config.block_q) // config.block_kv)
+    of_tile = int(parts.number(np.int32(blocks))) if parts.vary else parts.least
+    return min(device.cores, host.programs(problem, config) * of_tile)
 
 
 def problem_of_key(key) -> Problem:

@@ -173,7 +173,8 @@ class MosaicGpu(Kernel):
             return 1
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
-        clusters = frozenset(n for n in range(2, most + 1) if in_cluster(problem, device, config, n))
+        numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
+        clusters = frozenset(n for n in numbers if in_cluster(problem, device, config, n))
         sizes = dict(unsplit=unsplit, slots=device.cores, rows=rows, most=most)
         return best_splits(problem, device, config, **sizes, in_cluster=clusters)
 
