@@ -53,13 +53,12 @@ def fold(
     scale: float,
     soft_cap: float | None,
     in_place: bool,
-    any_lanes: bool,
 ) -> Running:
     """What is running once a block has joined, the first of all where nothing runs yet.
 
     `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
     if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, which pays
-    for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes there are.
+    for a few rows.
     """
     logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
     if block.key_scale is not None:
@@ -76,10 +75,7 @@ def fold(
         largest = jnp.maximum(running.largest, largest)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
     weights = jnp.exp(logits - shift[..., None])
-    if any_lanes:  # the order in which a library sums depends on the number of sums, in a product it does not
-        total = _product("lhqk,k->lhq", weights, jnp.ones(weights.shape[-1], jnp.float32))
-    else:
-        total = jnp.sum(weights, axis=-1)
+    total = jnp.sum(weights, axis=-1)
     value_scale = block.value_scale
     if value_scale is not None and value_scale.shape[-1] > 1:
         # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.
