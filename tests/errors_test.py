@@ -361,7 +361,6 @@ class ParameterErrorsTest(parameterized.TestCase):
         for name, kind in (("softmax_scale", float), ("attn_logits_soft_cap", float), ("sliding_window", int)):
             self.assertIs(type(getattr(params["attention"], name)), kind)
 
-
     @parameterized.parameters(
         (paged_prefill_p, {}), (local_paged_prefill_p, dict(num_kv_heads=2)), (append_to_pages_p, {}), (local_append_to_pages_p, {})
     )

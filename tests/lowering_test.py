@@ -246,7 +246,6 @@ class XlaTest(parameterized.TestCase):
         counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 
-
     @parameterized.parameters(
         (512, 1300, {512: 2, 256: 1, 32: 1}), (1024, 800, {256: 3, 32: 1}), (1024, 900, {1024: 1})
     )

@@ -141,7 +141,6 @@ class ChainTest(parameterized.TestCase):
                 alone.append(str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)).count("wgmma_ref"))
         self.assertEqual(alone, [2, 3])
 
-
     @parameterized.named_parameters(
         ("chain", True, {}, "start_weighted _piece _results store_results"),
         ("window", False, dict(sliding_window=1000), "_results _piece store_results"),
