@@ -25,7 +25,7 @@ class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 10
+    version = 11
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
