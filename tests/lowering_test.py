@@ -277,6 +277,20 @@ class XlaTest(parameterized.TestCase):
             self.assertEqual(wide.lanes, 9 if turn_bytes == 2**22 else 1)
             cases.check(cases.Case("at_once", sequences, 4, 2, 16, page_size=8, attn_logits_soft_cap=3.0))
 
+    @parameterized.parameters(None, 20)
+    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window):
+        """Of the sequences' first tiles and of none but those, or with a window of others too."""
+        sequences = ((64, 64), (33, 33), (20, 32), (20, 33), (40, 60), (17, 17), (1, 30))
+        config = PrefillPageAttentionConfig(block_q=32, block_kv=64)
+        case = cases.Case("halves", sequences, page_size=8, sliding_window=window, cfg=config, spare_columns=0)
+        rows = problem(seqs=7, tokens=195, page_size=8, pages_per_seq=8)
+        with mock.patch.object(walks, "LEAST_HALVED", 2**11):
+            halved = [walk.few_runs for walk in walks.walks(rows, config, walks.CPU_TURNS)]
+            self.assertEqual(halved, [4, None, None])
+            with policy("invariant"):  # bits follow no table's width
+                self.assertIsNone(walks.walks(rows, config, walks.CPU_TURNS)[0].few_runs)
+            cases.check(case)
+
     def test_few_rows_have_no_copy_of_their_keys(self):
         block = 4 * 8 * 2 * walks.LANE_KEYS * 64  # of eight lanes and two heads
         self.assertLess(temporaries(1, 512), block)

@@ -173,13 +173,17 @@ class Walker:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         first_head = self.call.kv_head_start + head_block * walk.heads
 
-        def step(i, running, tile=tile, number=split):
+        def step(i, running, tile=tile, number=split, walker=self):
             _, *pages = _kept_in_loop(i, *self.pages.values())
-            block, visible, hidden = self._block(tile, number, seen, first_head, pages)
+            block, visible, hidden = walker._block(tile, number, seen, first_head, pages)
             soft_cap = self.attention.attn_logits_soft_cap
             return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once)
 
-        if walk.most_blocks == 1:
+        if walk.few_runs is not None:
+            narrow = Walker(self.call, walk._replace(runs=walk.few_runs), self.heights, self.product_dtype)
+            enough = jnp.all(narrow._blocks(tile) <= 1)
+            running = lax.cond(enough, lambda: step(turn, None, walker=narrow), lambda: step(turn, None))
+        elif walk.most_blocks == 1:
             running = step(turn, None)
         else:
             # A loop is handed its tiles packed into one array.

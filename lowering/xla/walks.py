@@ -25,6 +25,8 @@ TALL = 256
 # The same for what is multiplied in place, of which a quarter is ever made, and the fewest numbers for which that pays:
 # it is done by two threads, and a thread must be woken.
 IN_PLACE_BYTES, LEAST_IN_PLACE = 2**23, 2**16
+# The fewest logits of a head and a tile for which less than a block is worth a program of its own.
+LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
 FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
 
@@ -65,6 +67,7 @@ class Walk(NamedTuple):
       height: query tokens of a tile.
       run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size.
       runs: how many runs a block has.
+      few_runs: how many it has for a tile that looks at no more keys than these hold; None where that is not asked.
       lanes: tiles that walk side by side, for a turn of a loop costs as much as a few hundred keys of one row.
       splits: lanes that share the blocks of a tile with many; 1 where none are shared.
       heads: KV heads that are taken at a time.
@@ -79,6 +82,7 @@ class Walk(NamedTuple):
     height: int
     run: int
     runs: int
+    few_runs: int | None
     lanes: int
     splits: int
     heads: int
@@ -140,11 +144,14 @@ def _walk(problem, config, turns, height) -> Walk:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
     in_place &= lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
-    skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and problem.tokens != 1
+    needed = height == 1 and problem.tokens == problem.seqs  # to be sure, as far as shapes say
+    skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
+    halves = turns.skips and not invariant and most_blocks == 1 < runs and height * block_kv >= LEAST_HALVED
+    few_runs = -(-runs // 2) if halves else None
     splits = splits if shares else 1
     return Walk(
-        height, run, runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
+        height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
     )  # fmt: skip
 
 
