@@ -7,7 +7,8 @@ hand is turned from a quantised cache's numbers into those that are multiplied.
 Tiles of one row walk side by side, each in a lane. Those with many blocks take several lanes, which share the blocks
 out and are merged in the end; the others take one. Lanes are filled in order of their blocks, so that neighbours have
 as many, and what a sequence costs follows from its own keys. Where a single block holds all keys of a table there is
-nothing to order, and a pack of no more sequences than lanes gives each its own; on a CPU it has as many lanes.
+nothing to order, and a pack of no more sequences than lanes gives each its own; on a CPU it has as many lanes, and tall
+tiles that look at half of the block at most take half.
 """
 
 from typing import NamedTuple
