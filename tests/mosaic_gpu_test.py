@@ -465,10 +465,10 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(
-        ranges=(False, True), words=(0, 1, 40), soft_cap=(None, 50.0), kind=("usual", "latent", "short")
-    )
-    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, soft_cap, kind):
+    @parameterized.product(ranges=(False, True), words=(0, 1, 40), kind=("usual", "latent", "short"))
+    def test_lowers_with_every_operand_that_it_takes(self, ranges, words, kind):
+        # What hides keys and how rows lie is in all combinations; caps and sinks, which neither asks about, in all pairs.
+        soft_cap = 50.0 if (words == 40) ^ (kind == "latent") else None
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
         sizes = dict(latent=dict(q_heads=128, kv_heads=1, head_dim=576), short=dict(pages_per_seq=20)).get(kind, {})
         operands = dict(zip(packs.Pack._fields, shapes(seqs=3, tokens=24 if words == 1 else 100, **sizes)))
