@@ -25,6 +25,7 @@ from paged_prefill.tests.problems import problem
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", 132)
 UNTOUCHED = 12352.0  # in bfloat16 too
+SEQUENCES = (7, 34), (0, 9), (5, 0), (3, 80)
 USUAL = dict(q_heads=4, kv_heads=4, head_dim=64, page_size=8, dtype="bfloat16")
 
 
@@ -36,8 +37,8 @@ def widened_by_threads(launch, indices, caches, scales):
     threads = Threads(widen_pages.THREADS, [])
     for block in np.ndindex(launch.seqs, -(-launch.capacity // widen_pages.ROWS), launch.kv_heads):
         block = [jnp.int32(x) for x in block]
-        first, end = widen_pages.keys_of(launch, block, indices)
-        if first < end:
+        *_, has_work = widen_pages.keys_of(launch, block, indices)
+        if has_work:
             widen_pages.widen_rows(launch, threads, in_bfloat16, block, indices, caches, scales, results)
     return results
 
@@ -53,9 +54,10 @@ def in_bfloat16(word, dtype, scale):
 class WhatIsWidenedTest(parameterized.TestCase):
     """All keys of contexts that pages hold, of two heads, times their scales, to the bit; and nothing else."""
 
-    def check(self, seed, layout="kpsd", pools=0, sequences=poisoned.SEQUENCES, **kind):
+    def check(self, seed, layout="kpsd", pools=0, sequences=SEQUENCES, window=None, **kind):
         call = poisoned.make_call(seed, sequences, pools=pools, **(USUAL | kind))
-        parameters = dict(cache_batch_dims=pools, num_kv_heads=2, attention=Attention(1.0))
+        attention = Attention(1.0, sliding_window=window)
+        parameters = dict(cache_batch_dims=pools, num_kv_heads=2, attention=attention)
         parameters |= dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
         start = dict(kv_head_start=np.int32(1))
         here = lambda call: {name: x for name, x in call.items() if x is not None}
@@ -79,9 +81,13 @@ class WhatIsWidenedTest(parameterized.TestCase):
         widened = np.asarray(widened).astype(np.float32).reshape(2, seqs, -1, features)
         _, _, lengths, pools, pages = map(np.asarray, call.sequences)
         for seq in range(seqs):
-            length = min(lengths[seq], call.problem.capacity)
+            length, first = min(lengths[seq], call.problem.capacity), 0
+            if window := call.problem.attention.sliding_window:  # some before it may be there, in whole blocks
+                first = max(lengths[seq] - call.problem.tokens - window, 0)
+                before = first // widen_pages.ROWS * widen_pages.ROWS
+                np.testing.assert_array_equal(widened[:, seq, : min(before, length)], np.float32(UNTOUCHED))
             keys = cache[pools[seq], 1:3][:, pages[seq]].reshape(2, -1, features)
-            np.testing.assert_array_equal(widened[:, seq, :length], keys[:, :length])
+            np.testing.assert_array_equal(widened[:, seq, first:length], keys[:, first:length])
             np.testing.assert_array_equal(widened[:, seq, length:], np.float32(UNTOUCHED))
 
     @parameterized.product(
@@ -93,10 +99,11 @@ class WhatIsWidenedTest(parameterized.TestCase):
         self.check(0, cache_dtype=cache_dtype, key_scale=key_scale, value_scale=value_scale)
 
     @parameterized.named_parameters(
-        ("layers_and_pools", dict(layers=3, batch=(2, 2), pools=1)),
+        ("layers_and_pools", dict(layers=3, batch=(2, 2), pools=1, sequences=((3, 20), (1, 9)))),
         ("several_turns_of_wide_rows", dict(head_dim=576, value_dim=192, sequences=((3, 70), (1, 9)))),
         ("latent", dict(latent=True, value_dim=64, head_dim=128, value_scale=None)),
         ("large_pages", dict(page_size=64, sequences=((9, 200), (1, 64)))),
+        ("window", dict(window=20, sequences=((9, 200), (1, 64), (2, 158), (1, 96)))),
     )
     def test_forms(self, kind):
         self.check(**dict(seed=1, cache_dtype="int8", key_scale="slot", value_scale="slot") | kind)
@@ -118,7 +125,7 @@ class WhatIsWidenedTest(parameterized.TestCase):
 
         with mock.patch.object(poisoned, "make_call", with_junk):
             for seed in range(4):
-                self.check(seed, cache_dtype="int8", key_scale="slot", value_scale="head", layers=2)
+                self.check(seed, window=(None, 20)[seed % 2], cache_dtype="int8", key_scale="slot", value_scale="head", layers=2)
 
 
 def of_cache(**changes):
@@ -137,7 +144,8 @@ class ChoiceTest(parameterized.TestCase):
         ("decode", dict(tokens=64, seqs=64), False),
         ("drafts_of_large_groups", dict(tokens=256, seqs=64, num_kv_heads=1), False),
         ("few_tokens", dict(tokens=512), False),
-        ("window_of_a_long_context", dict(tokens=8192, pages_per_seq=4096, sliding_window=512), False),
+        ("window", dict(pages_per_seq=4096, sliding_window=1024), True),
+        ("short_window", dict(pages_per_seq=4096, sliding_window=256), False),
         ("float16", dict(dtype="float16"), False),
         ("16_bits", dict(cache_dtype="bfloat16", features=()), False),
     )

@@ -15,6 +15,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen_pages import Kind, Launch, w
 from paged_prefill.lowering.splits import mean_keys
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
+from paged_prefill.primitive.packing import MAX_CONTEXT
 
 ROWS = 2 * WARPGROUP_ROWS  # of a query, of a tile
 # Tiles that see a key, on average, from which on it is widened once. That reads a byte of a number and writes two, at
@@ -36,9 +37,16 @@ def widens_first(problem: Problem, fp8_terms: int | None = 0) -> bool:
         return False
     features = problem.head_dim + (0 if "latent" in problem.features else problem.value_dim)
     size = 2 * features * problem.num_kv_heads * problem.seqs * problem.capacity
-    tiles = problem.tokens_per_seq * problem.group / ROWS * mean_keys(problem, ROWS) / problem.capacity
+    keys = min(problem.capacity, last_keys(problem))
+    tiles = problem.tokens_per_seq * problem.group / ROWS * mean_keys(problem, ROWS) / keys
     least = TILES_OF_SLOT_SCALES if "slot_scales" in problem.features else TILES
     return size <= MOST_BYTES and tiles >= least
+
+
+def last_keys(problem: Problem) -> int:
+    """Of a context, those that rows may see: with a window not those before it, were all tokens one sequence's."""
+    window = problem.attention.sliding_window
+    return MAX_CONTEXT if window is None else min(MAX_CONTEXT, window + problem.tokens)
 
 
 def behind_widening(problem: Problem, fp8_terms: int | None = 0) -> Problem:
@@ -78,6 +86,7 @@ def widened_call(call: Call) -> Call:
         seqs=problem.seqs,
         seqs_of_pool=problem.seqs // pools.shape[0],
         capacity=problem.capacity,
+        last_keys=last_keys(problem),
         pages_per_seq=problem.pages_per_seq,
         kv_heads=problem.num_kv_heads,
         cache_kv_heads=problem.cache_kv_heads,

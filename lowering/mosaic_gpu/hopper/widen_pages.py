@@ -1,7 +1,7 @@
 """The kernel that widens what a call sees of a quantised cache, once and before all of its tiles.
 
-Keys and values of each sequence are written out in the order of its page table, times their scales, in bfloat16. Where
-a table has room for more than its contexts, the rest is neither read nor written.
+Keys and values of each sequence are written out in the order of its page table, times their scales, in bfloat16. What
+a table has room for beyond its contexts is neither read nor written, nor are keys that have left every row's window.
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,7 @@ class Launch:
     seqs: int
     seqs_of_pool: int  # that have one entry among the pools
     capacity: int  # keys that a sequence's row of the page table has room for
+    last_keys: int  # of a context: no others are seen, whatever tokens are new
     pages_per_seq: int
     kv_heads: int  # whose keys and values are wanted
     cache_kv_heads: int
@@ -83,7 +84,7 @@ class Launch:
 def widen_pages(launch: Launch, indices, caches, scales):
     """Keys, and values if they are apart, [kv_heads * seqs * capacity, features] in bfloat16.
 
-    `indices` are page_indices, pools (of each pack, or sequence), context_lens and kv_head_start, in one dimension each;
+    `indices` are page_indices, pools (of each pack, or sequence), context_lens, kv_head_start, in one dimension each;
     of `caches` [rows, features] there is one for each kind, and of `scales` one for each kind that has any.
     """
     kernel = plgpu.kernel(
@@ -105,16 +106,16 @@ def _kernel(launch: Launch, *arrays):
     block = [lax.axis_index(axis) for axis in ("seq", "part", "head")]
     indices, kinds = arrays[:4], len(launch.kinds)
     caches, scales, results = arrays[4 : 4 + kinds], arrays[4 + kinds : -kinds], arrays[-kinds:]
-    first, end = keys_of(launch, block, indices)
-    pl.when(first < end)(
-        lambda: widen_rows(launch, threads, in_bfloat16, block, indices, caches, scales, results)
-    )
+    *_, has_work = keys_of(launch, block, indices)
+    pl.when(has_work)(lambda: widen_rows(launch, threads, in_bfloat16, block, indices, caches, scales, results))
 
 
 def keys_of(launch: Launch, block, indices):
-    """A block's first key, and where those of its sequence end."""
+    """A block's first key, where those of its sequence end, and whether the block has any that may be seen."""
     (seq, part, _), (_, _, contexts, _) = block, indices
-    return part * ROWS, jnp.minimum(harmless_contexts(contexts[seq]), launch.capacity)
+    first, context = part * ROWS, harmless_contexts(contexts[seq])
+    end = jnp.minimum(context, launch.capacity)
+    return first, end, (first < end) & (first + ROWS > context - launch.last_keys)
 
 
 def widen_rows(launch: Launch, threads, in_bfloat16, block, indices, caches, scales, results):
@@ -123,7 +124,7 @@ def widen_rows(launch: Launch, threads, in_bfloat16, block, indices, caches, sca
     `threads` and `in_bfloat16` have the words for it.
     """
     (seq, _, head), (pages, pools, _, kv_head_start) = block, indices
-    first, end = keys_of(launch, block, indices)
+    first, end, _ = keys_of(launch, block, indices)
     pool, cache_head = jnp.clip(pools[lax.div(seq, launch.seqs_of_pool)], 0, launch.pools - 1), kv_head_start[0] + head
     pool_head = pool * launch.cache_kv_heads + cache_head
     first_row = pool * launch.pool_rows + cache_head * launch.head_rows
