@@ -20,6 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call, widens_first
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -52,7 +53,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 18
+    version = 19
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -92,6 +93,7 @@ class MosaicGpu(Kernel):
 
     def _heuristic(self, problem: Problem, device: Device, widens=True) -> PrefillPageAttentionConfig:
         """`widens` says whether quantised caches are widened, and not multiplied as they are."""
+        problem = behind_widening(problem, not widens)
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
@@ -118,6 +120,7 @@ class MosaicGpu(Kernel):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
+        problem = behind_widening(problem)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
@@ -137,6 +140,7 @@ class MosaicGpu(Kernel):
         return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        problem = behind_widening(problem, config.fp8_terms)
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16):
@@ -171,6 +175,7 @@ class MosaicGpu(Kernel):
         """The best by an estimate of their time; a core has room for one thread block."""
         if current_policy() == "invariant":
             return 1
+        problem = behind_widening(problem, config.fp8_terms)
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
@@ -180,21 +185,21 @@ class MosaicGpu(Kernel):
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
-        return programs(problem, config) * config.num_splits
+        return programs(behind_widening(problem, config.fp8_terms), config) * config.num_splits
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
+        if widens_first(call.problem, config.fp8_terms):
+            call = widened_call(call)
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
-        values = call.key_pages if problem.layout.combined else call.value_pages
-        caches = [call.key_pages] if values is None else [call.key_pages, values]
-        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
+        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches_of(call)]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks
-        key_scale, value_scale = _scales(call)
+        key_scale, value_scale = scales_of(call)
         optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = _schedule(call, plan)
@@ -251,7 +256,7 @@ def _schedule(call: Call, plan: Plan):
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
     clusters = _merged_in_cluster(problem, device, config, parts)
-    key_scale, value_scale = map(_granularity, _scales(call))
+    key_scale, value_scale = map(granularity, scales_of(call))
     return Plan(
         cores=device.cores,
         group=problem.group,
@@ -337,16 +342,6 @@ def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> in
     if config.fp8_terms:
         return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
     return 2 * block * features * (widened(block, features, False) if _quantised(problem) else config.num_stages)
-
-
-def _scales(call: Call):
-    """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
-    together = call.problem.layout.combined and _granularity(call.key_scale) == "slot"
-    return call.key_scale, call.key_scale if together else call.value_scale
-
-
-def _granularity(scale) -> str | None:
-    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _block_kv(problem: Problem) -> int | None:
