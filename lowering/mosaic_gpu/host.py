@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
+from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
@@ -28,6 +29,7 @@ from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
+MOST_FEW_ROWS = 32  # of a tile, with which products have its rows for columns
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
@@ -150,7 +152,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group):
+        spare = rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group
+        if config.block_q < 8 and spare and _few_rows(problem, config) is None:
             takes = f"where {WARPGROUP_ROWS} rows / block_q are fewer than twice the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
@@ -277,6 +280,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         page_rows=problem.rows["num_pages"],
         slot_rows=problem.rows["page_size"],
         value_rows=problem.rows.get("2", 0),
+        rows=_rows(problem, config),
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
@@ -356,6 +360,8 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if _wide(problem):
         return _for_wide(problem)
+    if tokens_per_seq == 1 and _few_rows(problem, single := _sized(problem, 1, block_kv, 1)) is not None:
+        return single
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
     if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
@@ -469,7 +475,15 @@ def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
-    return (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
+    return _few_rows(problem, config) or (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
+
+
+def _few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
+    """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
+    if _quantised(problem) or _wide(problem) or _warpgroups(config) > 1:
+        return None
+    rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
+    return rows if rows <= MOST_FEW_ROWS else None
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -546,6 +560,9 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
     rows, blocks = _rows(problem, config), config.num_stages * block * features
+    if _few_rows(problem, config) is not None:
+        numbers = sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
+        return 2 * (rows * (problem.head_dim + block) + blocks) + 4 * numbers + RESERVED_BYTES
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES

@@ -26,16 +26,18 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of
 
 
 def compute(
-    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, **scratch
-):
+    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, way=None,
+    **scratch,
+):  # fmt: skip
     """One warpgroup's share of a piece, from its first block to its results in global memory.
 
+    `way` makes what goes through the blocks: that of tiles of few rows, in place of the usual one.
     `beside_results` asks for what takes a while to come, and what it returns, this returns.
     """
     if plan.clusters:
         exchanged = scratch["exchanged"].at[pl.ds(warpgroup, 1)]
         start_exchange(plan, exchanged)
-    attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
+    attention = (way or _Attention)(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
