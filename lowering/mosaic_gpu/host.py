@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.deal import Launch as DealtLaunch, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
@@ -20,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, may_vary, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -34,6 +35,7 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
+MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -251,6 +253,9 @@ def _schedule(call: Call, plan: Plan):
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
     clusters = _merged_in_cluster(problem, device, config, parts)
+    if clusters:
+        block_bytes = 2 * config.block_kv * (problem.head_dim + problem.value_dim)
+        parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
     key_scale, value_scale = map(_granularity, _scales(call))
     return Plan(
         cores=device.cores,
@@ -303,7 +308,22 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
     part_bytes = LEAST_PART_BYTES // smaller
     parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
-    return parts if parts.most >= 2 * least else Parts(least, least)
+    parts = parts if parts.most >= 2 * least else Parts(least, least)
+    if not may_vary(problem) or (not parts.vary and in_cluster(problem, device, config, least)):
+        return parts
+    block_kv, seqs = config.block_kv, min(problem.seqs, problem.tokens)
+    launch = DealtLaunch(
+        seqs=seqs,
+        tiles_of_seq=-(-unsplit // seqs),
+        capacity=problem.capacity,
+        most_keys=most_keys(problem, config.block_q),
+        block_kv=block_kv,
+        block_bytes=block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize,
+        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
+        slots=device.cores * _teams(problem, config),
+        cores=device.cores,
+    )
+    return finer(parts, launch)
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
