@@ -81,12 +81,6 @@ def best_splits(
     return min(near, key=lambda splits: (splits not in in_cluster, splits))
 
 
-def may_vary(problem: Problem) -> bool:
-    """Whether tiles may have more parts the more keys they have: several sequences of few tokens each."""
-    settled = current_policy() == "invariant" or problem.tokens_per_seq >= SHORT_CALL
-    return not settled and min(problem.seqs, problem.tokens) > 1
-
-
 def parts_of(
     problem: Problem,
     device: Device,
@@ -112,7 +106,8 @@ def parts_of(
     blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-part_bytes // block_bytes)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
     most = min(most, RESULT_BYTES // results, (blocks + of_part // 2) // of_part)
-    if not may_vary(problem) or most <= least:
+    settled = current_policy() == "invariant" or problem.tokens_per_seq >= SHORT_CALL
+    if settled or seqs == 1 or most <= least:
         return Parts(least, least)
 
     def time(pieces, splits):

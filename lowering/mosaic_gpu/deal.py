@@ -35,6 +35,7 @@ class Launch(NamedTuple):
     result_bytes: int  # of all tiles, in float32
     slots: int  # tiles at a time
     cores: int
+    smallest: int  # part that may be, in bytes of keys and values
 
 
 @functools.lru_cache
@@ -46,7 +47,7 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     for size in SIZES:
         of_part = -(-size // launch.block_bytes)
         smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
-        if smaller.vary and (of_part < parts.blocks or not parts.vary):
+        if size >= launch.smallest and smaller.vary and (of_part < parts.blocks or not parts.vary):
             found.append(smaller)
     kinds = _kinds(launch)
     times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])

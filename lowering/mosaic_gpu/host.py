@@ -21,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, may_vary, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -35,6 +35,7 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
+SMALLEST_PART_BYTES, SMALLEST_OF_PROMPTS = 2**17, 2**19  # that contexts which differ may make parts of
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
@@ -54,7 +55,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 18
+    version = 19
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -309,9 +310,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     part_bytes = LEAST_PART_BYTES // smaller
     parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    if not may_vary(problem) or (not parts.vary and in_cluster(problem, device, config, least)):
+    block_kv, seqs, few = config.block_kv, min(problem.seqs, problem.tokens), problem.tokens_per_seq < SHORT_CALL
+    settled = current_policy() == "invariant" or seqs == 1 or not (few or unsplit <= device.cores)
+    if settled or (not parts.vary and in_cluster(problem, device, config, least)):
         return parts
-    block_kv, seqs = config.block_kv, min(problem.seqs, problem.tokens)
     launch = DealtLaunch(
         seqs=seqs,
         tiles_of_seq=-(-unsplit // seqs),
@@ -322,6 +324,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=device.cores * _teams(problem, config),
         cores=device.cores,
+        smallest=SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS,
     )
     return finer(parts, launch)
 

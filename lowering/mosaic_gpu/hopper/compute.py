@@ -42,11 +42,11 @@ def compute(
     found = attention.run(first, end)
     if plan.clusters:  # which waits for those that load to end: so no block may be left
         attention.pass_over(end, piece.steps)
-        room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
         pl.when(~several)(lambda: store_results(plan, piece, rows, found, results))
 
         @pl.when(several)
         def _():
+            room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
             merged, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, exchanged)
             store_results(plan, piece, rows, merged, results, first_column)
 
