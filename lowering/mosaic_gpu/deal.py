@@ -16,11 +16,11 @@ from paged_prefill.lowering.tiles import Parts
 SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
 # In bytes of keys and values that a core loads meanwhile, with all others at work (25 to 32 KB a us).
 PIECE_BYTES = 24 * 2**10  # to begin and to end a part
-MERGE_BYTES = 100 * 2**10  # to launch the merge, and to write and read results
-ALONE = 1.4  # times as much a core, or each of its teams, loads alone: 1.25 on an H200, 1.6 on an H100
+MERGE_BYTES, MERGED_PART_BYTES = 2**16, 2**11  # to launch the merge, and for each part of the tile with the most
+ALONE = 1.5  # times as much a core, or each of its teams, loads alone: 1.25 on an H200, 1.6 on an H100
 # Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
 OF_EQUAL = 8.0
-OF_WIDE = 0.5  # likewise those of a table eight times as wide
+OF_WIDE = 0.25  # likewise those of a table eight times as wide
 
 
 class Launch(NamedTuple):
@@ -79,4 +79,5 @@ def _time(launch: Launch, parts: Parts, contexts) -> float:
     time = np.diff(ends, prepend=0) @ np.maximum(at_work / launch.cores, 1 / ALONE)
     if parts.most == 1:
         return time
-    return time + MERGE_BYTES + 2 * launch.result_bytes / launch.cores * number.mean()
+    results = 2 * launch.result_bytes / launch.cores * number.mean()  # written and read
+    return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

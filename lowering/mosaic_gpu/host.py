@@ -215,6 +215,7 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         cores=plan.cores,
         rows=plan.rows_of_table,
         columns=plan.columns,
+        most_parts=plan.splits,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,

@@ -276,8 +276,9 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     if not plan.parts.vary:
-        parts = plan.parts.number(tile.end_block - tile.first_block) if plan.clusters else plan.splits
-        tile = plan.parts.part(tile, part, parts)
+        blocks = tile.end_block - tile.first_block
+        alone = plan.clusters & (plan.parts.share(blocks) >= blocks)  # the first part, that is
+        tile = plan.parts.part(tile, part, jnp.where(alone, 1, plan.splits))
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
