@@ -8,10 +8,13 @@ follows what is static, and the tile's own context.
 import functools
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, most_keys
 from paged_prefill.lowering.tiles import Parts
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
 # In bytes of keys and values that a core loads meanwhile, with all others at work (25 to 32 KB a us).
@@ -38,9 +41,30 @@ class Launch(NamedTuple):
     smallest: int  # part that may be, in bytes of keys and values
 
 
+def dealt(
+    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int, smallest: int
+) -> Launch:
+    """That of so many tiles, were the tokens spread evenly over the sequences."""
+    seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    return Launch(
+        seqs=seqs,
+        tiles_of_seq=-(-unsplit // seqs),
+        capacity=problem.capacity,
+        most_keys=most_keys(problem, config.block_q),
+        block_kv=config.block_kv,
+        block_bytes=config.block_kv * (problem.head_dim + problem.value_dim) * itemsize,
+        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
+        slots=slots,
+        cores=device.cores,
+        smallest=smallest,
+    )
+
+
 @functools.lru_cache
 def finer(parts: Parts, launch: Launch) -> Parts:
-    """These, or smaller ones that end sooner over all kinds of contexts."""
+    """These, or smaller ones that end sooner over all kinds of contexts; those of a single sequence are left."""
+    if launch.seqs == 1:
+        return parts
     blocks = -(-launch.most_keys // launch.block_kv)
     most = max(1, min(MOST_PARTS, RESULT_BYTES // launch.result_bytes))
     found = [parts]

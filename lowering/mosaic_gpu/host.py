@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.mosaic_gpu.deal import Launch as DealtLaunch, finer
+from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
@@ -99,8 +99,11 @@ class MosaicGpu(Kernel):
             return _for_any_pack(problem)
         three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
         teams = _with_teams(problem, config)
+        small = _with_one_warpgroup(problem, device) if _has_short_prompts(problem) else None
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
             config = teams
+        elif small is not None:
+            config = small
         elif three is not None and _ends_sooner(problem, device, three, config, widens and _quantised(problem)):
             config = three
         else:
@@ -311,23 +314,12 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     part_bytes = LEAST_PART_BYTES // smaller
     parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    block_kv, seqs, few = config.block_kv, min(problem.seqs, problem.tokens), problem.tokens_per_seq < SHORT_CALL
-    settled = current_policy() == "invariant" or seqs == 1 or not (few or unsplit <= device.cores)
+    few, slots = problem.tokens_per_seq < SHORT_CALL, device.cores * _teams(problem, config)
+    settled = current_policy() == "invariant" or not (few or unsplit <= device.cores)
     if settled or (not parts.vary and in_cluster(problem, device, config, least)):
         return parts
-    launch = DealtLaunch(
-        seqs=seqs,
-        tiles_of_seq=-(-unsplit // seqs),
-        capacity=problem.capacity,
-        most_keys=most_keys(problem, config.block_q),
-        block_kv=block_kv,
-        block_bytes=block_kv * (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize,
-        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
-        slots=device.cores * _teams(problem, config),
-        cores=device.cores,
-        smallest=SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS,
-    )
-    return finer(parts, launch)
+    smallest = SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, smallest=smallest))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -440,6 +432,15 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
     block_q = config.block_q if _warpgroups(config) == 1 else WARPGROUP_ROWS // heads
     sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
     return next((config for config in sizes if _teams(problem, config) == 2), None)
+
+
+def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
+    """Tiles of 64 rows where even of them there is one a core at most; None else, and where it was not measured."""
+    if _wide(problem) or _quantised(problem):
+        return None
+    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
+    config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
+    return config if programs(problem, config) <= device.cores else None
 
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
