@@ -73,6 +73,8 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
         if size >= launch.smallest and smaller.vary and (of_part < parts.blocks or not parts.vary):
             found.append(smaller)
+    if found == [parts]:
+        return parts
     kinds = _kinds(launch)
     times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])
     weights = np.array([weight for _, weight in kinds])
