@@ -40,11 +40,11 @@ def merged_by_threads(launch, table, of_parts, results):
 
 
 class MergeTest(parameterized.TestCase):
-    @parameterized.parameters((1, 1, "bfloat16"), (40, 1, "float16"), (40, 2, "bfloat16"))
-    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, tokens_of_tile, dtype):
+    @parameterized.parameters((1, 1, "bfloat16", 17), (40, 1, "float16", 5), (40, 2, "bfloat16", 17))
+    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, tokens_of_tile, dtype, splits):
         """A block has many rows of the table, or one. Rows that see no key, rows of NaN, parts that nobody wrote."""
-        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, 17), (11, 1, 1)]
-        tokens, heads, value_dim, splits = 12, 10, 64, 17
+        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, splits), (11, 1, 1)]
+        tokens, heads, value_dim = 12, 10, 64
         table = table_of(rng, tiles, len(tiles) * splits)
         out = rng.standard_normal((splits, tokens, heads, value_dim)).astype(np.float32)
         lse = 20 * rng.standard_normal((splits, heads, tokens)).astype(np.float32)
@@ -52,7 +52,7 @@ class MergeTest(parameterized.TestCase):
         lse[:, 1, 2] = -np.inf
         lse[1, 2, 5] = np.nan
         out[np.isneginf(lse).swapaxes(1, 2)] = 0
-        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, tokens, tokens_of_tile, heads, value_dim)
+        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, splits, tokens, tokens_of_tile, heads, value_dim)
         before = [np.full(out.shape[1:], 77, dtype), np.full(lse.shape[1:], 77, np.float32)]
         want = [x.copy() for x in before]
         for start, length, parts in tiles:
