@@ -1,9 +1,9 @@
 """What a compute warpgroup does with a piece of work: its 64 rows attend to the blocks of keys, one after another.
 
 It starts the logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block
-i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608). Blocks are taken from the last to the
-first, so that those which need a mask come first; where any may need one, those that all rows see whole lie between.
-Blocks of the tile that no row of the warpgroup sees, it passes over.
+i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608); where there are four, the work of others
+runs beside it. Blocks are taken from the last to the first, so that those which need a mask come first; where any may
+need one, those that all rows see whole lie between. Blocks of the tile that no row of the warpgroup sees, it passes over.
 """
 
 import functools
