@@ -131,7 +131,8 @@ class MosaicGpu(Kernel):
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
             found += [_with_at_most_two(problem), _with_more_warpgroups(problem)]
         found += [_with_teams(problem, _with_at_most_two(problem))]
-        fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
+        near = [c for c in found if c is not None and 1 / 2 <= c.num_warps / first.num_warps <= 2]
+        fitting = [c for c in near if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:

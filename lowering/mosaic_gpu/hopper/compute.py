@@ -374,8 +374,11 @@ class _Attention:
         plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
         keys, values = self.keys.at[self._key_slot_of(i)], self.values.at[self._slot_of(i - 1)]
-        logits, acc = start_products(self.query, keys, acc, weights, values)
-        self._pass_turn()
+        if self.plan.chains:  # the other's logits may run between these and the output: over large heads it is no faster
+            logits, acc = start_products(self.query, keys, acc, weights, values, self._pass_turn)
+        else:
+            logits, acc = start_products(self.query, keys, acc, weights, values)
+            self._pass_turn()
 
         def output():
             # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
