@@ -23,7 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call, widens_first
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -205,8 +205,7 @@ class MosaicGpu(Kernel):
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
-        if widens_first(call.problem, config.fp8_terms):
-            call = widened_call(call)
+        call = widened_call(call, config.fp8_terms)
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
@@ -215,8 +214,7 @@ class MosaicGpu(Kernel):
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks
-        key_scale, value_scale = scales_of(call)
-        optional |= dict(key_scale=key_scale, value_scale=value_scale)
+        optional["key_scale"], optional["value_scale"] = scales_of(call)
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = _schedule(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
