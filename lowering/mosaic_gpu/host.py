@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
@@ -21,7 +22,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call, widens_first
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -36,6 +38,8 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
+SMALLEST_PART_BYTES, SMALLEST_OF_PROMPTS = 2**17, 2**19  # that contexts which differ may make parts of
+MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -94,12 +98,16 @@ class MosaicGpu(Kernel):
 
     def _heuristic(self, problem: Problem, device: Device, widens=True) -> PrefillPageAttentionConfig:
         """`widens` says whether quantised caches are widened, and not multiplied as they are."""
+        problem = behind_widening(problem, not widens)
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
         teams = _with_teams(problem, config)
+        small = _with_one_warpgroup(problem, device) if _has_short_prompts(problem) else None
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
             config = teams
+        elif small is not None:
+            config = small
         elif three is not None and _ends_sooner(problem, device, three, config, widens and _quantised(problem)):
             config = three
         else:
@@ -120,6 +128,7 @@ class MosaicGpu(Kernel):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
+        problem = behind_widening(problem)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
@@ -139,6 +148,7 @@ class MosaicGpu(Kernel):
         return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        problem = behind_widening(problem, config.fp8_terms)
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16):
@@ -174,6 +184,7 @@ class MosaicGpu(Kernel):
         """The best by an estimate of their time; a core has room for one thread block."""
         if current_policy() == "invariant":
             return 1
+        problem = behind_widening(problem, config.fp8_terms)
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
@@ -183,21 +194,21 @@ class MosaicGpu(Kernel):
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
-        return programs(problem, config) * config.num_splits
+        return programs(behind_widening(problem, config.fp8_terms), config) * config.num_splits
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
+        if widens_first(call.problem, config.fp8_terms):
+            call = widened_call(call)
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
-        values = call.key_pages if problem.layout.combined else call.value_pages
-        caches = [call.key_pages] if values is None else [call.key_pages, values]
-        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
+        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches_of(call)]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks
-        key_scale, value_scale = _scales(call)
+        key_scale, value_scale = scales_of(call)
         optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = _schedule(call, plan)
@@ -215,6 +226,7 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         cores=plan.cores,
         rows=plan.rows_of_table,
         columns=plan.columns,
+        most_parts=plan.splits,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
@@ -254,7 +266,10 @@ def _schedule(call: Call, plan: Plan):
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
     clusters = _merged_in_cluster(problem, device, config, parts)
-    key_scale, value_scale = map(_granularity, _scales(call))
+    if clusters:
+        block_bytes = 2 * config.block_kv * (problem.head_dim + problem.value_dim)
+        parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
+    key_scale, value_scale = map(granularity, scales_of(call))
     return Plan(
         cores=device.cores,
         group=problem.group,
@@ -307,7 +322,13 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
     part_bytes = LEAST_PART_BYTES // smaller
     parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
-    return parts if parts.most >= 2 * least else Parts(least, least)
+    parts = parts if parts.most >= 2 * least else Parts(least, least)
+    few, slots = problem.tokens_per_seq < SHORT_CALL, device.cores * _teams(problem, config)
+    settled = current_policy() == "invariant" or not (few or unsplit <= device.cores)
+    if settled or (not parts.vary and in_cluster(problem, device, config, least)):
+        return parts
+    smallest = SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, smallest=smallest))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -341,16 +362,6 @@ def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> in
     if config.fp8_terms:
         return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
     return 2 * block * features * (widened(block, features, False) if _quantised(problem) else config.num_stages)
-
-
-def _scales(call: Call):
-    """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
-    together = call.problem.layout.combined and _granularity(call.key_scale) == "slot"
-    return call.key_scale, call.key_scale if together else call.value_scale
-
-
-def _granularity(scale) -> str | None:
-    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _block_kv(problem: Problem) -> int | None:
@@ -422,6 +433,15 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
     block_q = config.block_q if _warpgroups(config) == 1 else WARPGROUP_ROWS // heads
     sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
     return next((config for config in sizes if _teams(problem, config) == 2), None)
+
+
+def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
+    """Tiles of 64 rows where even of them there is one a core at most; None else, and where it was not measured."""
+    if _wide(problem) or _quantised(problem):
+        return None
+    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
+    config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
+    return config if programs(problem, config) <= device.cores else None
 
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:

@@ -152,10 +152,14 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         return piece, (index < pieces) & (piece.tile.length > 0)
 
     def each_piece(do, team=0):
-        """Calls do(piece, steps already done) for a team's pieces. Of a cluster, each block has a part of one tile."""
+        """Calls do(piece, steps already done) for a team's pieces.
+
+        Of a cluster, each block has a part of one tile; where there is one part, the other blocks end.
+        """
         if plan.clusters:
             piece = _piece(plan, table, pools, kv_head_start, block, slab, part)
-            return pl.when(piece.tile.length > 0)(lambda: do(piece, jnp.int32(0)))
+            takes_part = (piece.tile.parts > 1) | (part == 0)
+            return pl.when((piece.tile.length > 0) & takes_part)(lambda: do(piece, jnp.int32(0)))
         places = plan.teams * blocks
 
         def turn(i, done, pieces=plan.pieces):
@@ -276,7 +280,9 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     if not plan.parts.vary:
-        tile = plan.parts.part(tile, part, plan.splits)
+        blocks = tile.end_block - tile.first_block
+        alone = plan.clusters & (plan.parts.share(blocks) >= blocks)  # the first part, that is
+        tile = plan.parts.part(tile, part, jnp.where(alone, 1, plan.splits))
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
