@@ -109,9 +109,11 @@ class ClusterTest(parameterized.TestCase):
         self.assertIn("mosaic_gpu", text)
         self.assertEqual("stablehlo.exponential" in text, merges)
 
-    @parameterized.parameters((128, "bfloat16", False), (256, "bfloat16", True), (128, "int8", True))
-    def test_what_is_sent_lies_where_keys_and_values_were_if_it_has_no_room_beside_them(self, dim, cache, within):
-        sizes = dict(q_heads=16, num_kv_heads=8, cache_kv_heads=8, head_dim=dim, value_dim=dim, cache_dtype=cache)
+    @parameterized.parameters(
+        (128, 2, "bfloat16", False), (256, 2, "bfloat16", False), (256, 32, "bfloat16", True), (128, 2, "int8", True)
+    )
+    def test_what_is_sent_lies_where_keys_and_values_were_if_it_has_no_room_beside_them(self, dim, group, cache, within):
+        sizes = dict(q_heads=8 * group, num_kv_heads=8, cache_kv_heads=8, head_dim=dim, value_dim=dim, cache_dtype=cache)
         problem = decode(8, 1024, **sizes, features=("quantised",) if cache == "int8" else ())
         config = KERNEL.heuristic(problem, HOPPER)
         parts, merged = parts_of(problem, config)

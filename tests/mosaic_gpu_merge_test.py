@@ -3,6 +3,7 @@
 from unittest import mock
 
 from absl.testing import absltest, parameterized
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.tests.gpu_threads import Shared, Threads, counted
 
 COLUMNS = TILE_COLUMNS + 4
+jitted_merge = jax.jit(merge_splits, static_argnums=2, static_argnames="by_head")
 
 
 def table_of(rng, tiles, room):
@@ -56,7 +58,7 @@ class MergeTest(parameterized.TestCase):
         for start, length, parts in tiles:
             here = slice(start, start + length)
             if parts > 1:
-                merged = merge_splits(out[:parts, here], lse[:parts, :, here], jnp.dtype(dtype), by_head=True)
+                merged = jitted_merge(out[:parts, here], lse[:parts, :, here], jnp.dtype(dtype), by_head=True)
                 want[0][here], want[1][:, here] = merged[0], merged[1].T
             out[parts:, here], lse[parts:, :, here] = np.nan, np.nan
         got = merged_by_threads(launch, table, (out, lse), before)

@@ -15,12 +15,14 @@ from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
+from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call, widens_first
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -28,6 +30,7 @@ from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
 
 SHARED_BYTES = 227 * 1024
+MOST_FEW_ROWS = 32  # of a tile, with which products have its rows for columns
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
@@ -95,6 +98,7 @@ class MosaicGpu(Kernel):
 
     def _heuristic(self, problem: Problem, device: Device, widens=True) -> PrefillPageAttentionConfig:
         """`widens` says whether quantised caches are widened, and not multiplied as they are."""
+        problem = behind_widening(problem, not widens)
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
@@ -124,6 +128,7 @@ class MosaicGpu(Kernel):
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
+        problem = behind_widening(problem)
         rows = _rows(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
         tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
@@ -143,6 +148,7 @@ class MosaicGpu(Kernel):
         return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
+        problem = behind_widening(problem, config.fp8_terms)
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16):
@@ -152,7 +158,8 @@ class MosaicGpu(Kernel):
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
-        if config.block_q < 8 and (rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group):
+        spare = rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group
+        if config.block_q < 8 and spare and _few_rows(problem, config) is None:
             takes = f"where {WARPGROUP_ROWS} rows / block_q are fewer than twice the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
@@ -177,6 +184,7 @@ class MosaicGpu(Kernel):
         """The best by an estimate of their time; a core has room for one thread block."""
         if current_policy() == "invariant":
             return 1
+        problem = behind_widening(problem, config.fp8_terms)
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
         numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
@@ -186,21 +194,21 @@ class MosaicGpu(Kernel):
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
-        return programs(problem, config) * config.num_splits
+        return programs(behind_widening(problem, config.fp8_terms), config) * config.num_splits
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
+        if widens_first(call.problem, config.fp8_terms):
+            call = widened_call(call)
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
         # where heads lie behind the slots.
-        values = call.key_pages if problem.layout.combined else call.value_pages
-        caches = [call.key_pages] if values is None else [call.key_pages, values]
-        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches]
+        caches = [x.reshape(-1, plan.slot_rows * x.shape[-1]) for x in caches_of(call)]
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks
-        key_scale, value_scale = _scales(call)
+        key_scale, value_scale = scales_of(call)
         optional |= dict(key_scale=key_scale, value_scale=value_scale)
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = _schedule(call, plan)
@@ -261,7 +269,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
     if clusters:
         block_bytes = 2 * config.block_kv * (problem.head_dim + problem.value_dim)
         parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
-    key_scale, value_scale = map(_granularity, _scales(call))
+    key_scale, value_scale = map(granularity, scales_of(call))
     return Plan(
         cores=device.cores,
         group=problem.group,
@@ -282,6 +290,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         page_rows=problem.rows["num_pages"],
         slot_rows=problem.rows["page_size"],
         value_rows=problem.rows.get("2", 0),
+        rows=_rows(problem, config),
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=_warpgroups(config),
@@ -355,16 +364,6 @@ def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> in
     return 2 * block * features * (widened(block, features, False) if _quantised(problem) else config.num_stages)
 
 
-def _scales(call: Call):
-    """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
-    together = call.problem.layout.combined and _granularity(call.key_scale) == "slot"
-    return call.key_scale, call.key_scale if together else call.value_scale
-
-
-def _granularity(scale) -> str | None:
-    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
-
-
 def _block_kv(problem: Problem) -> int | None:
     """The largest block of keys that is made of whole pages or divides one."""
     largest = 128 if max(problem.head_dim, problem.value_dim) <= 128 else 64
@@ -377,6 +376,8 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if _wide(problem):
         return _for_wide(problem)
+    if tokens_per_seq == 1 and _few_rows(problem, single := _sized(problem, 1, block_kv, 1)) is not None:
+        return single
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
     if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
@@ -499,7 +500,15 @@ def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile."""
-    return (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
+    return _few_rows(problem, config) or (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
+
+
+def _few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
+    """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
+    if _quantised(problem) or _wide(problem) or _warpgroups(config) > 1:
+        return None
+    rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
+    return rows if rows <= MOST_FEW_ROWS else None
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -576,6 +585,9 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
     rows, blocks = _rows(problem, config), config.num_stages * block * features
+    if _few_rows(problem, config) is not None:
+        numbers = sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
+        return 2 * (rows * (problem.head_dim + block) + blocks) + 4 * numbers + RESERVED_BYTES
     if not _quantised(problem):
         weights = rows * block if _wide(problem) else 0
         return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
