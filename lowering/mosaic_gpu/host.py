@@ -314,14 +314,12 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
-    and smaller yet where contexts that differ gain by it (deal.py).
-
-    But what merges in clusters is not given up for a few parts more.
+    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
     """
     unsplit, least = programs(problem, config), config.num_splits
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
-    part_bytes = LEAST_PART_BYTES // smaller
-    parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
+    sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
+    parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
     if of_prompts or current_policy() == "invariant" or (not parts.vary and in_cluster(problem, device, config, least)):
