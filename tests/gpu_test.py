@@ -281,13 +281,14 @@ class GpuTest(parameterized.TestCase):
         oracle.assert_matches(call, *results[0], **window)
         chex.assert_trees_all_equal(*results)
 
-    @product(head_dim=(64, 256), cores=(1, 3))
-    def test_pieces_that_follow_one_another_have_the_bits_of_pieces_alone(self, head_dim, cores):
+    @product(sizes=((64, 64, 12), (64, 128, 20), (256, 64, 12)), cores=(1, 3))
+    def test_pieces_that_follow_one_another_have_the_bits_of_pieces_alone(self, sizes, cores):
         """Heads whose pieces are no chain: their loads run ahead, and of 64 features in another order."""
         self.need("cuda")
+        head_dim, block_q, num_warps = sizes
         call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=head_dim, page_size=16,
                                   dtype="bfloat16", tokens_before=2, tokens_after=3)
-        cfg = PrefillPageAttentionConfig(block_q=64, block_kv=64, num_warps=12, num_splits=1)
+        cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=num_warps, num_splits=1)
         plan_of, results = host._plan, []
         for few in (cores, 10**4):
             with mock.patch.object(host, "_plan", lambda *args, few=few: replace(plan_of(*args), cores=few)):
@@ -341,14 +342,16 @@ class GpuTest(parameterized.TestCase):
         for _ in range(3):
             chex.assert_trees_all_equal(attend(pack, platform, cfg=cfg, **case.parameters), results)
 
-    @product(sizes=((192, 1), (64, 3)), page_size=(8, 256), sliding_window=(None, 200), soft_cap=(None, 50.0))
-    def test_three_warpgroups(self, sizes, page_size, sliding_window, soft_cap):
+    @product(sizes=((16, 192, 1), (16, 64, 3), (20, 256, 1), (20, 128, 1), (20, 64, 3)), page_size=(8, 256),
+             sliding_window=(None, 200), soft_cap=(None, 50.0))
+    def test_more_warpgroups(self, sizes, page_size, sliding_window, soft_cap):
+        """Three compute, or four where heads have 64 features."""
         self.need("cuda")
-        block_q, num_splits = sizes
-        cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=16, num_stages=5,
+        num_warps, block_q, num_splits = sizes
+        cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=64, num_warps=num_warps, num_stages=5,
                                          num_splits=num_splits)
-        case = cases.Case("three", SEQUENCES + ((200, 1000),), 8, 2, 128, page_size=page_size, dtype="bfloat16",
-                          sliding_window=sliding_window, attn_logits_soft_cap=soft_cap)
+        case = cases.Case("more", SEQUENCES + ((200, 1000),), 8, 2, 128 if num_warps == 16 else 64, page_size=page_size,
+                          dtype="bfloat16", sliding_window=sliding_window, attn_logits_soft_cap=soft_cap)
         pack = case.pack()
         results = attend(pack, "cuda", cfg=cfg, **case.parameters)
         packs.assert_matches_reference(pack, *results, **case.parameters)

@@ -61,6 +61,7 @@ class QueriesTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("three_warpgroups", dict(warpgroups=3, block_q=192), [0, 1, 2]),
         ("any_block_may_be_masked", dict(warpgroups=3, block_q=192, has_ranges=True), [0, 0, 0]),
+        ("four_warpgroups", dict(warpgroups=4, block_q=256), [0, 1, 2, 3]),
         ("two_in_turns", dict(warpgroups=2, soft_cap=None), [0, 0]),
         ("two_in_turns_in_a_chain", dict(warpgroups=2, soft_cap=None, tiles=67), [0, 1]),
         ("two_teams", dict(warpgroups=1, teams=2), [0, 1]),

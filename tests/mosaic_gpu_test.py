@@ -287,7 +287,7 @@ class SupportsTest(parameterized.TestCase):
         ("many_tiles", dict(tokens=8192), 16),
         ("few_tiles", dict(tokens=2048), 12),
         ("empty_rows", dict(tokens=200 * 64, seqs=64), 12),
-        ("other_dims", dict(tokens=8192, head_dim=64, value_dim=64), 12),
+        ("other_dims", dict(tokens=8192, head_dim=64), 12),
         ("a_last_round_nearly_full", dict(tokens=4096, q_heads=64, pages_per_seq=2048), 16),  # 10.7 of 11
         ("a_last_round_hardly_begun", dict(tokens=4096, num_kv_heads=4, pages_per_seq=2048), 12),  # 5.3 of 6
         ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256, attn_logits_soft_cap=50.0), 16),
@@ -298,6 +298,18 @@ class SupportsTest(parameterized.TestCase):
         given = problem(**dict(q_heads=32, num_kv_heads=8, pages_per_seq=512) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
         self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {8, 12, 16})
+
+    @parameterized.named_parameters(
+        ("one_prompt", {}, 128), ("odd_groups", dict(tokens=4096, q_heads=24), 256),
+        ("few_tokens_each", dict(tokens=32 * 60, seqs=32), 64), ("decode_steps", dict(tokens=512, seqs=512), None),
+        ("few_tiles", dict(tokens=512), None), ("short_prompts", dict(tokens=4096, seqs=4, pages_per_seq=64), 128),
+        ("a_short_prompt", dict(pages_per_seq=64, tokens=1024), None), ("cap", dict(attn_logits_soft_cap=50.0), None),
+        ("quantised", dict(cache_dtype="int8", features=frozenset({"quantised"})), None),
+    )
+    def test_four_warpgroups_of_64_features_where_they_are_busy(self, changes, block_q):
+        sizes = dict(tokens=2048, pages_per_seq=128, q_heads=32, num_kv_heads=8, head_dim=64, value_dim=64)
+        config = KERNEL.heuristic(problem(**sizes | changes), HOPPER)
+        self.assertEqual((config.block_q if config.num_warps == 20 else None), block_q)
 
     @parameterized.named_parameters(
         ("many_tiles_of_many_keys", {}, 128),
@@ -313,8 +325,7 @@ class SupportsTest(parameterized.TestCase):
         self.assertEqual(KERNEL.heuristic(problem(**wide | changes), HOPPER).block_q, block_q)
 
     @parameterized.named_parameters(
-        ("short_prompts", {}, 2),
-        ("of_64_features", dict(head_dim=64, value_dim=64), 2),
+        ("short_prompts", {}, 2), ("of_64_features", dict(head_dim=64, value_dim=64), 2),
         ("long_contexts", dict(pages_per_seq=512), 1),
         ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
         ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2),
@@ -323,8 +334,7 @@ class SupportsTest(parameterized.TestCase):
         ("drafts_that_do", dict(tokens=32 * 4, seqs=32, pages_per_seq=512), 2),
         ("decode_steps_of_other_dims", dict(tokens=64, seqs=64, head_dim=64, value_dim=64), 1),
         ("no_room", dict(head_dim=256, value_dim=256), 1),
-        ("wide", dict(head_dim=512, value_dim=512), 1),
-        ("quantised", dict(cache_dtype="int8", features=("quantised",)), 1),
+        ("wide", dict(head_dim=512, value_dim=512), 1), ("quantised", dict(cache_dtype="int8", features=("quantised",)), 1),
     )
     def test_tiles_of_short_prompts_go_side_by_side(self, changes, teams):
         """Where two have room, and few keys: else more rows share what is loaded."""
@@ -456,6 +466,7 @@ class LoweringTest(parameterized.TestCase):
         ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
         ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
         ("three_warpgroups", dict(tokens=8192, q_heads=32, kv_heads=8), {}),
+        ("four_warpgroups", dict(tokens=2048, q_heads=32, kv_heads=8, head_dim=64), {}),
         ("two_teams", dict(seqs=3, pages_per_seq=20), {}),
         ("two_teams_of_parts", dict(seqs=99, tokens=99, q_heads=32, kv_heads=8, pages_per_seq=2000),
          dict(cfg=PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2))),
@@ -584,6 +595,7 @@ class LoweringTest(parameterized.TestCase):
         ("keys", dict(block_kv=96), "block_kv"),
         ("warps", dict(num_warps=4), "num_warps"),
         ("registers", dict(num_warps=16, block_q=192, block_kv=128), "num_warps"),
+        ("registers_of_four_warpgroups", dict(num_warps=20, block_q=256, block_kv=64), "num_warps"),
         ("stages", dict(num_stages=9), "num_stages"),
     )
     def test_sizes_that_do_not_fit_are_named(self, sizes, name):

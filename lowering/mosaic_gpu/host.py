@@ -5,6 +5,7 @@ calls: which problems it supports, the sizes it runs with, and the call itself.
 """
 
 from dataclasses import replace
+import functools
 import math
 
 from jax import lax
@@ -33,12 +34,11 @@ SHARED_BYTES = 227 * 1024
 MOST_FEW_ROWS = 32  # of a tile, with which products have its rows for columns
 RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
-MOST_STAGES = {1: 4, 2: 4, 3: 5}  # by the number of computing warpgroups
+MOST_STAGES = {1: 4, 2: 4, 3: 5, 4: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
-SMALLEST_PART_BYTES, SMALLEST_OF_PROMPTS = 2**17, 2**19  # that contexts which differ may make parts of
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
@@ -48,8 +48,11 @@ FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
-THREE_WARPGROUPS = 1.04  # times as many rows a second as two, where all tiles have work: 1.02 to 1.06 were measured
-MOST_EMPTY = 1.02  # times as many tiles of one wide head as of two: others of their rows are nobody's
+# Times as many rows a second as two warpgroups, where all tiles have work: 1.02 to 1.06 and 1.13 to 1.16 were measured.
+FASTER = {3: 1.04, 4: 1.15}
+# Of value_dim / 2 + block_kv: a thread holds its share of the output, a block's logits, and weights of half their size.
+MOST_REGISTERS = {3: 128, 4: 96}
+MOST_EMPTY = 1.02  # times as many rows, of tiles of one wide head as of two, say: the others are nobody's
 # Keys that tiles see on average, from which on three are considered where the pieces of two are a chain, and one wide head.
 LONG = 4096
 
@@ -101,15 +104,15 @@ class MosaicGpu(Kernel):
         problem = behind_widening(problem, not widens)
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        three, config = _with_three_warpgroups(problem), _with_at_most_two(problem)
+        more, config = _with_more_warpgroups(problem), _with_at_most_two(problem)
         teams = _with_teams(problem, config)
         small = _with_one_warpgroup(problem, device) if _has_short_prompts(problem) else None
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
-            config = teams
+            config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
         elif small is not None:
             config = small
-        elif three is not None and _ends_sooner(problem, device, three, config, widens and _quantised(problem)):
-            config = three
+        elif more is not None and _ends_sooner(problem, device, more, config, widens and _quantised(problem)):
+            config = more
         else:
             config = _with_one_head(problem, device, config) or config
         few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
@@ -136,23 +139,26 @@ class MosaicGpu(Kernel):
         found = [first] + [replace(first, **change) for change in changes]
         found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
         if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
-            found += [_with_at_most_two(problem), _with_three_warpgroups(problem)]
+            found += [_with_at_most_two(problem), _with_more_warpgroups(problem)]
         found += [_with_teams(problem, _with_at_most_two(problem))]
-        fitting = [c for c in found if c is not None and self.misfit(problem, device, c) is None]
+        near = [c for c in found if c is not None and 1 / 2 <= c.num_warps / first.num_warps <= 2]
+        fitting = [c for c in near if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
     def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
         """Tiles of whole slabs, and what fits them."""
-        tiles = (1, 2, 4, 8, 16, 32, 64, 128, 192)
+        tiles = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
         stages = range(MOST_QUANTISED_STAGES, 0, -1)
-        return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16), num_stages=tuple(stages))
+        return dict(block_q=tiles, block_kv=(64, 128), num_warps=(8, 12, 16, 20), num_stages=tuple(stages))
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         problem = behind_widening(problem, config.fp8_terms)
         if _wide(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
-        if config.num_warps not in (8, 12, 16):
-            return f"cfg.num_warps must be 8, 12 or 16 (4 of them load), got {config.num_warps}"
+        if config.num_warps not in (8, 12, 16, 20):
+            return f"cfg.num_warps must be 8, 12, 16 or 20 (4 of them load), got {config.num_warps}"
+        if config.num_warps == 20 and _quantised(problem):
+            return "cfg.num_warps 20 has no registers for caches that are quantised"
         rows = _rows(problem, config)
         whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
         if config.block_q < 1 or rows % config.block_q or not whole:
@@ -167,11 +173,11 @@ class MosaicGpu(Kernel):
             return f"cfg.block_kv must be 64 with {WIDE}, got {block}"
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
-        # A thread holds its share of the output, a block's logits, and its weights twice, of half the size.
-        if _warpgroups(config) == 3 and problem.value_dim // 2 + block > 128:
+        most = MOST_REGISTERS.get(_warpgroups(config), math.inf)
+        if problem.value_dim // 2 + block > most:
             return (
-                f"cfg.num_warps 16 has registers for value_dim / 2 + cfg.block_kv of at most 128, got value_dim "
-                f"{problem.value_dim} and cfg.block_kv {block}"
+                f"cfg.num_warps {config.num_warps} has registers for value_dim / 2 + cfg.block_kv of at most {most}, got "
+                f"value_dim {problem.value_dim} and cfg.block_kv {block}"
             )
         if config.fp8_terms and (wrong := _reason_against_fp8(problem)):
             return f"cfg.fp8_terms is for caches in float8_e4m3fn, got {config.fp8_terms} with {wrong}"
@@ -312,21 +318,19 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller.
-
-    But what merges in clusters is not given up for a few parts more.
+    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
+    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
     """
     unsplit, least = programs(problem, config), config.num_splits
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
-    part_bytes = LEAST_PART_BYTES // smaller
-    parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
+    sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
+    parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    few, slots = problem.tokens_per_seq < SHORT_CALL, device.cores * _teams(problem, config)
-    settled = current_policy() == "invariant" or not (few or unsplit <= device.cores)
-    if settled or (not parts.vary and in_cluster(problem, device, config, least)):
+    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
+    if of_prompts or current_policy() == "invariant" or (not parts.vary and in_cluster(problem, device, config, least)):
         return parts
-    smallest = SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS
-    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, smallest=smallest))
+    slots = device.cores * _teams(problem, config)
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -415,14 +419,19 @@ def _most_warpgroups(problem: Problem) -> int:
     return 2 if shared_bytes(problem, sizes) <= SHARED_BYTES else 1
 
 
-def _with_three_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None:
-    """More rows share what is loaded. Their logits of 64 keys are what fits a thread's fewer registers.
+def _with_more_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None:
+    """Three, or four where heads have 64 features: more rows share what is loaded, and more warps what a core can do.
 
-    None where blocks of a quantised cache leave no room for so many rows, or heads are wide.
+    Their logits of 64 keys are what fits a thread's fewer registers. None where blocks of a quantised cache leave no room
+    for so many rows, or heads are wide.
     """
     if _wide(problem):
         return None
-    return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
+    if (problem.head_dim, problem.value_dim) != (COLUMNS, COLUMNS) or _quantised(problem):
+        return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
+    # Two heads' tokens are a little faster than one's, but where more rows stay empty.
+    found = [_sized(problem, 4 * WARPGROUP_ROWS // heads, 64, 4) for heads in (2, 1, 4)]
+    return min(found, key=functools.partial(programs, problem))
 
 
 def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig | None:
@@ -552,31 +561,44 @@ def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentio
     return one if sum(_keys_of_tiles(problem, one.block_q)) >= 2 * LONG else None
 
 
-def _ends_sooner(problem: Problem, device: Device, three, two, widens: bool) -> bool:
-    """Whether tiles of three warpgroups end sooner than those of at most two, longest first over the cores.
+def _fills_four_warpgroups(problem: Problem, device: Device, more, teams) -> bool:
+    """Whether there are four, and tiles for all cores with hardly more empty rows than two teams have: then they are
+    faster over few keys too, by 5 to 25%."""
+    if more is None or _warpgroups(more) < 4 or problem.attention.attn_logits_soft_cap is not None:
+        return False
+    rows, of_teams = (_rows(problem, config) * programs(problem, config) for config in (more, teams))
+    return programs(problem, more) >= device.cores and rows <= MOST_EMPTY * of_teams
+
+
+def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> bool:
+    """Whether tiles of more warpgroups end sooner than those of at most two, longest first over the cores.
 
     Where caches are widened, they do not if two have room for larger blocks: shared memory binds, and three read each
     block once more and their queries twice as often.
 
     Tiles of early tokens see fewer keys. Where all see as many, the last round takes as long as the others, however few
-    tiles it has; the more they differ, the better short ones fill what it leaves.
+    tiles it has; the more they differ, the better short ones fill what it leaves, if there are enough of them.
     """
-    if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
+    number, dims = _warpgroups(more), (problem.head_dim, problem.value_dim)
+    if number == 3 and dims != (128, 128):  # others are not measured, or do not fit
         return False
-    if widens and two.block_kv > three.block_kv:
+    if widens and two.block_kv > more.block_kv:
         return False
-    if programs(problem, three) < ROUNDS * device.cores:
+    if number == 4 and (problem.attention.attn_logits_soft_cap is not None or programs(problem, two) < device.cores):
         return False
-    fewest, most = _keys_of_tiles(problem, three.block_q)
-    chains = not _quantised(problem) and problem.attention.attn_logits_soft_cap is None
+    if number == 3 and programs(problem, more) < ROUNDS * device.cores:
+        return False
+    fewest, most = _keys_of_tiles(problem, more.block_q)
+    chains = number == 3 and not _quantised(problem) and problem.attention.attn_logits_soft_cap is None
     if chains and ("key_ranges" in problem.features or fewest + most < 2 * LONG):
         return False  # ranges may make them short
 
     def time(config):
         rounds = programs(problem, config) / device.cores
-        return _rows(problem, config) * (rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest)
+        keys = rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest
+        return _rows(problem, config) * max(keys, most)
 
-    return time(three) < THREE_WARPGROUPS * time(two)
+    return time(more) < FASTER[number] * time(two)
 
 
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:

@@ -1,9 +1,9 @@
 """What a compute warpgroup does with a piece of work: its 64 rows attend to the blocks of keys, one after another.
 
 It starts the logits of block i and, behind them, the output of block i - 1, which runs on beside its softmax of block
-i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608). Blocks are taken from the last to the
-first, so that those which need a mask come first; where any may need one, those that all rows see whole lie between.
-Blocks of the tile that no row of the warpgroup sees, it passes over.
+i. Two warpgroups do so in turns, FlashAttention-3's ping-pong (arXiv 2407.08608); where there are four, the work of others
+runs beside it. Blocks are taken from the last to the first, so that those which need a mask come first; where any may
+need one, those that all rows see whole lie between. Blocks of the tile that no row of the warpgroup sees, it passes over.
 """
 
 import functools
@@ -382,8 +382,11 @@ class _Attention:
         plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
         self._take_turn()
         keys, values = self.keys.at[self._key_slot_of(i)], self.values.at[self._slot_of(i - 1)]
-        logits, acc = start_products(self.query, keys, acc, weights, values)
-        self._pass_turn()
+        if self.plan.chains:  # the other's logits may run between these and the output: over large heads it is no faster
+            logits, acc = start_products(self.query, keys, acc, weights, values, self._pass_turn)
+        else:
+            logits, acc = start_products(self.query, keys, acc, weights, values)
+            self._pass_turn()
 
         def output():
             # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.

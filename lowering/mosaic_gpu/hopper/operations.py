@@ -34,8 +34,10 @@ def tiling_of(dtype):
     return TILED_BYTES if dtype.itemsize == 1 else TILED
 
 
-def start_products(query, keys, acc, weights, values):
+def start_products(query, keys, acc, weights, values, between=None):
     """Starts query @ keys.T and, behind it, acc + weights @ values. Returns both, to be read only once `settled`.
+
+    `between`, if given, is called when the first is started, and the second is not.
 
     `query` [parts of 64 columns, 64, 64], `keys` and `values` [block_kv, features] are tiled references to shared
     memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum, one term of 8 bits behind
@@ -45,11 +47,10 @@ def start_products(query, keys, acc, weights, values):
     tiled = plgpu.RefType(tiling_of(keys.dtype))
     swizzle = keys.dtype.itemsize * COLUMNS
 
-    @plgpu.inline_mgpu(
-        arg_types=(tiled, tiled, WGMMA, WGMMA, tiled),
-        return_type=[plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)],
-    )
-    def both(_, query, keys, acc, weights, values):
+    types = [plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)]
+    as_settled = plgpu.ShapeDtypeStruct(weights.shape, weights.dtype, layout=WGMMA)
+
+    def first(query, keys, acc, weights):
         weights = mgpu.optimization_barrier(weights)
         output = mgpu.WGMMAAccumulator.from_registers(acc)
         logits = mgpu.WGMMAAccumulator.zero(*shape)
@@ -60,11 +61,32 @@ def start_products(query, keys, acc, weights, values):
             columns = mgpu.memref_transpose(columns, (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, mgpu.memref_slice(query, place), columns, swizzle=swizzle)
         _asm("wgmma.commit_group.sync.aligned;")
+        return logits.value, output, weights
+
+    def second(output, weights, values):
         output = _multiply_settled(output, weights, values)
         _asm("wgmma.commit_group.sync.aligned;")
-        return [logits.value, output]
+        return output
 
-    return both(query, keys, acc, weights, values)
+    @plgpu.inline_mgpu(arg_types=(tiled, tiled, WGMMA, WGMMA, tiled), return_type=types)
+    def both(_, query, keys, acc, weights, values):
+        logits, output, weights = first(query, keys, acc, weights)
+        return [logits, second(output, weights, values)]
+
+    @plgpu.inline_mgpu(arg_types=(tiled, tiled, WGMMA, WGMMA), return_type=[*types, as_settled])
+    def start_first(_, query, keys, acc, weights):
+        logits, output, weights = first(query, keys, acc, weights)
+        return [logits, output.value, weights]
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, tiled), return_type=types[1])
+    def start_second(_, acc, weights, values):
+        return second(mgpu.WGMMAAccumulator.from_registers(acc), weights, values)
+
+    if between is None:
+        return both(query, keys, acc, weights, values)
+    logits, acc, weights = start_first(query, keys, acc, weights)
+    between()
+    return logits, start_second(acc, weights, values)
 
 
 def start_weighted(acc, weights, values, share=None):

@@ -58,6 +58,7 @@ REGISTERS = {
     (1, False): Registers(None, None),
     (2, False): Registers(240, 24),
     (3, False): Registers(160, 32),
+    (4, False): Registers(112, 32),
     (1, True): Registers(256, 40, 168),
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
@@ -249,12 +250,12 @@ class Plan:
 
     @property
     def query_groups(self) -> int:
-        """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three go apart.
+        """Parts of a team's queries that come, and make room, on their own: each warpgroup's own where three or four go apart.
 
         One that is done first goes on with its next tile, or asks for its next query. Where any block may be masked, no
         thread of three has a register left for it.
         """
-        return self.warpgroups if self.chains or (self.warpgroups == 3 and not self.masks_any_block) else 1
+        return self.warpgroups if self.chains or (self.warpgroups > 2 and not self.masks_any_block) else 1
 
     @property
     def row_groups(self) -> int:
@@ -316,7 +317,7 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, three without.
+        """Two warpgroups are faster in turns, more without.
 
         And two without where a step is short, by a polynomial or by products of 8 bits.
         """
@@ -351,6 +352,11 @@ class Plan:
         """Whether a thread has registers for logits and weights in 32 bits, beside the output and the last weights."""
         needed = self.value_dim // 2 + self.block_kv + self.block_kv // 4
         return self.warpgroups < 3 and needed + 40 <= (self.registers.computes or 255)
+
+    @property
+    def waits_first(self) -> bool:
+        """Whether a warpgroup waits for its output before it weighs the next block: four have no registers for more."""
+        return self.warpgroups > 3
 
     @property
     def fixed_maximum(self) -> float | None:

@@ -115,6 +115,9 @@ class Softmax:
         `output` waits for the output so far. `visible` says which rows see which keys; where it is None, all see all.
         The last two load the scales of the block's slots, where each has its own.
         """
+        if self.plan.waits_first:
+            acc = output()
+            output = lambda: acc
         if key_scales is not None:
             logits = self.times(logits, key_scales)
         logits = self.logits(logits)
