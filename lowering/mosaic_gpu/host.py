@@ -17,15 +17,15 @@ from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
-from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch, table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
-from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
+from paged_prefill.lowering.mosaic_gpu.tables import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
-from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
+from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
@@ -215,7 +215,7 @@ class MosaicGpu(Kernel):
         optional["sinks"] = call.sinks
         optional["key_scale"], optional["value_scale"] = scales_of(call)
         optional = {name: array for name, array in optional.items() if array is not None}
-        table, *schedule = _schedule(call, plan)
+        table, *schedule = schedule_of(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
         if plan.parts.vary:
             out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
@@ -236,35 +236,6 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
     )
-
-
-def _schedule(call: Call, plan: Plan):
-    """What the kernel reads of the pack: the table of its tiles, the page table, pools, and the first KV head.
-
-    Of the table, layers that differ in their pool alone share one.
-    """
-    problem, indices = call.problem, call.indices
-    tiling = Tiling(
-        tokens=problem.tokens,
-        seqs=problem.seqs,
-        capacity=problem.capacity,
-        block_q=plan.block_q,
-        block_kv=plan.block_kv,
-        attention=problem.attention,
-        slab=plan.slab_tokens,
-        ordered=plan.pieces > plan.cores,
-        parts=plan.parts,
-    )
-    if indices is not None and call.ranges is None and fits(tiling):
-        table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
-    else:
-        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
-    pages, pools = call.sequences.page_indices, call.sequences.pool
-    if indices is not None:
-        pages, pools = indices.page_indices, indices.pools
-    if plan.pools == 1:  # a constant, which no kernel writes
-        pools = jnp.zeros(1, jnp.int32)
-    return table, pages.reshape(-1), pools, call.kv_head_start.reshape(1)
 
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:

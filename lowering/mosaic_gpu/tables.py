@@ -1,0 +1,38 @@
+"""What the Hopper kernel reads of a pack, by its own small kernel where that can, and else by XLA."""
+
+import jax.numpy as jnp
+
+from paged_prefill.lowering.call import Call
+from paged_prefill.lowering.mosaic_gpu.hopper.kernel import table_of
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
+from paged_prefill.lowering.tiles import Tiling, schedule
+
+
+def schedule_of(call: Call, plan: Plan):
+    """What the kernel reads of the pack: the table of its tiles, the page table, pools, and the first KV head.
+
+    Of the table, layers that differ in their pool alone share one.
+    """
+    problem, indices = call.problem, call.indices
+    tiling = Tiling(
+        tokens=problem.tokens,
+        seqs=problem.seqs,
+        capacity=problem.capacity,
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+        attention=problem.attention,
+        slab=plan.slab_tokens,
+        ordered=plan.pieces > plan.cores,
+        parts=plan.parts,
+    )
+    if indices is not None and call.ranges is None and fits(tiling):
+        table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
+    else:
+        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
+    pages, pools = call.sequences.page_indices, call.sequences.pool
+    if indices is not None:
+        pages, pools = indices.page_indices, indices.pools
+    if plan.pools == 1:  # a constant, which no kernel writes
+        pools = jnp.zeros(1, jnp.int32)
+    return table, pages.reshape(-1), pools, call.kv_head_start.reshape(1)
