@@ -66,12 +66,14 @@ class Parts:
     """How many parts the keys of a tile are cut into: `least` to `most`, of `blocks` blocks where there are enough.
 
     They follow the tile's own keys and what is static, so that its bits do not depend on the rest of the pack. Where
-    they vary, each is an entry of the schedule; else a kernel cuts its tiles itself.
+    they vary, each is an entry of the schedule; else a kernel cuts its tiles itself, and the last of them are empty where
+    parts of the `fewest` blocks suffice.
     """
 
     least: int = 1
     most: int = 1
     blocks: int = 1
+    fewest: int = 1
 
     @property
     def vary(self) -> bool:
@@ -80,7 +82,7 @@ class Parts:
     def share(self, blocks):
         """The blocks of each part but the last, of a tile of so many blocks."""
         parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), self.least, self.most)
-        return jnp.maximum(lax.div(blocks + (parts - 1), parts), 1)
+        return jnp.maximum(lax.div(blocks + (parts - 1), parts), self.fewest)
 
     def number(self, blocks):
         """The parts that have a block, of a tile of so many; at least one, so that there is always a result."""

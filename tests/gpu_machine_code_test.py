@@ -56,6 +56,7 @@ class GpuMachineCodeTest(parameterized.TestCase):
         ("four_warpgroups", (1, 8192, 8192, 32, 8, 64, 64, False, "bfloat16"), 12),  # outside all loops over keys
         ("two_teams_of_short_prompts", (16, 100, 256, 32, 8, 128, 128, False, "bfloat16")),
         ("two_teams_of_decode_steps", (64, 1, 4096, 32, 8, 128, 128, False, "bfloat16")),
+        ("wide_decode_steps_of_32_heads", (64, 1, 4096, 64, 2, 256, 256, False, "bfloat16")),
     )
     def test_products_run_beside_one_another_and_no_register_is_spilled(self, case, spilled_bytes=0):
         """ptxas serialises products where it doubts what reads their registers, and says so (its remarks C7510 on)."""

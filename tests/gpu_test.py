@@ -108,8 +108,8 @@ class GpuTest(parameterized.TestCase):
         pack = case.pack()
         packs.assert_matches_reference(pack, *attend(pack, platform, **case.parameters), **case.parameters)
 
-    @product(platform=PLATFORMS, shape=((71, 1, 64), (24, 2, 128), (80, 2, 256)))
-    def test_decode_steps_of_large_groups(self, platform, shape):
+    @product(platform=PLATFORMS, shape=((71, 1, 64), (24, 2, 128), (80, 2, 256), (4, 4, 64), (10, 2, 128), (32, 1, 256)))
+    def test_decode_steps(self, platform, shape):
         """Heads of a token lie together in a tile, and what is behind the group's last is nobody's."""
         self.need(platform)
         case = cases.Case(f"steps_{shape}", ((1, 300), (0, 7), (1, 1000), (1, 64)), *shape, page_size=16,
@@ -199,6 +199,24 @@ class GpuTest(parameterized.TestCase):
         results = [attend(each, platform, cfg=cfg, **case.parameters) for each in (pack, wild)]
         self.assertTrue(jnp.any(results[0][0][seq % 2 == 1] != results[1][0][seq % 2 == 1]))
         chex.assert_trees_all_equal(*[[array[seq % 2 == 0] for array in result] for result in results])
+
+    @product(sizes=((1, 64, 3), (2, 64, 1), (8, 64, 4), (16, 128, 1)), head_dim=(64, 128), soft_cap=(None, 30.0))
+    def test_tiles_of_few_rows(self, sizes, head_dim, soft_cap):
+        """They are columns of the products; a sequence has the same bits whatever its neighbours."""
+        self.need("cuda")
+        block_q, block_kv, num_splits = sizes
+        cfg = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=8, num_stages=2,
+                                         num_splits=num_splits)  # fmt: skip
+        sequences = (1, 900), (20, 513), (3, 700), (1, 1300), (9, 400), (0, 5), (1, 1)
+        case = cases.Case("few", sequences, 4, 2, head_dim, page_size=16, dtype="bfloat16", tokens_before=3,
+                          attn_logits_soft_cap=soft_cap)  # fmt: skip
+        pack = case.pack()
+        results = attend(pack, "cuda", cfg=cfg, **case.parameters)
+        packs.assert_matches_reference(pack, *results, **case.parameters)
+        own = jnp.arange(len(pack.query)) < pack.query_offsets[1]
+        wild = pack._replace(query=jnp.where(own[:, None, None], pack.query, pack.query * 40))
+        for one, other in zip(results, attend(wild, "cuda", cfg=cfg, **case.parameters)):
+            chex.assert_trees_all_equal(one[own], other[own])
 
     @product(operands=("ranges", "tree", "both", "tree and window"),
              sizes=((64, 1, None), (128, 3, None), (128, 1, 50.0), (256, 1, 70.0), (256, 3, None)))

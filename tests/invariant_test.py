@@ -99,12 +99,12 @@ class ShortTablesTest(parameterized.TestCase):
 
     def operands(self, dtype, *packs):
         """Of packs of these sequences, one beside the other if there are several."""
-        query, *caches = (jnp.asarray(x, dtype) for x in self.arrays)
+        query, *caches = (x.astype(dtype) for x in self.arrays)  # NumPy's, for JAX compiles a program for each shape
         of_each = [
             (query[seqs], self.context_lens[seqs], self.table[seqs], np.arange(len(seqs) + 1, dtype=np.int32))
             for seqs in map(np.asarray, packs)
         ]
-        query, *rest = of_each[0] if len(packs) == 1 else map(jnp.stack, zip(*of_each))
+        query, *rest = of_each[0] if len(packs) == 1 else map(np.stack, zip(*of_each))
         return query, *caches, *rest
 
     @parameterized.parameters(

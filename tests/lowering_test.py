@@ -65,15 +65,15 @@ class CostTest(parameterized.TestCase):
         """Of sequences (new tokens, context), with a table of so many pages of 16 for each."""
         lengths, context_lens = zip(*sequences)
         tokens, seqs = sum(lengths), len(sequences)
-        cache = jnp.zeros((2, 64, 16, 8))
+        cache = np.zeros((2, 64, 16, 8), np.float32)
         operands = dict(
-            query=jnp.zeros((tokens, 4, 8)),
+            query=np.zeros((tokens, 4, 8), np.float32),
             key_cache=cache,
             value_cache=cache,
-            context_lens=jnp.asarray(context_lens, jnp.int32),
-            page_indices=jnp.zeros((seqs, pages_per_seq), jnp.int32),
-            query_offsets=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
-            kv_head_start=jnp.int32(0),
+            context_lens=np.asarray(context_lens, np.int32),
+            page_indices=np.zeros((seqs, pages_per_seq), np.int32),
+            query_offsets=np.cumsum([0, *lengths], dtype=np.int32),
+            kv_head_start=np.int32(0),
         )
         attention = Attention(1.0, **parameters)
         fetched = []
@@ -153,24 +153,25 @@ class CostTest(parameterized.TestCase):
             jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
         )
         text = jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).compile().as_text()
-        block = f"f32[{walks.CPU_TURNS.lanes},2,32,64]"
+        block = "f32[1,2,32,64]"
         self.assertIn(block, text)
         self.assertNotIn(block, text[text.index("ENTRY") :])
 
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):
-        """For XLA rounds small products otherwise where they are fewer: bits would follow the pack."""
+        """But for how many lanes walk at once, on which no bit of a row depends (`invariant_test.ShortTablesTest`)."""
         few, many = (problem(seqs=n, tokens=512 * n, pages_per_seq=pages_per_seq, num_kv_heads=2) for n in (1, 64))
         configs = [XLA.heuristic(p, Device("cpu")) for p in (few, many)]
         self.assertEqual(*configs)
-        self.assertEqual(*(walks.walks(p, configs[0], walks.CPU_TURNS) for p in (few, many)))
+        few, many = (walks.walks(p, configs[0], walks.CPU_TURNS) for p in (few, many))
+        self.assertEqual(few, [a._replace(lanes=b.lanes) if a.at_once else a for a, b in zip(many, few, strict=True)])
 
     def test_many_short_sequences_take_few_turns(self):
         """A turn of a loop costs as much as hundreds of keys: the loop's counter must not count sequences."""
         short = problem(seqs=64, tokens=64, pages_per_seq=4, num_kv_heads=2, head_dim=64)
-        for turns in (walks.CPU_TURNS, walks.ACCELERATOR_TURNS):
+        for turns, lanes in ((walks.CPU_TURNS, 64), (walks.ACCELERATOR_TURNS, walks.ACCELERATOR_TURNS.lanes)):
             wide = walks.walks(short, self.CONFIG, turns)[-1]
-            self.assertEqual((wide.height, wide.lanes), (1, turns.lanes))
+            self.assertEqual((wide.height, wide.lanes), (1, lanes))
 
 
 class XlaTest(parameterized.TestCase):
@@ -223,7 +224,7 @@ class XlaTest(parameterized.TestCase):
 
     @parameterized.product(block_q=(1, 2, 8, 16, 32, 33, 64, 256, 512, 1024), parts=PART_HEIGHTS)
     def test_tiles_cover_every_length_and_little_more(self, block_q, parts):
-        lengths = np.arange(1, 3 * block_q + 2, dtype=np.int32)
+        lengths = np.arange(1, 3 * 1024 + 2, dtype=np.int32)  # of one shape, since each compiles all that runs on it
         heights = walks.heights_of(block_q, parts)
         self.assertEqual(heights, tuple(sorted(set(heights), reverse=True)))
         counts, rows = {}, np.zeros(len(lengths), np.int32)
@@ -264,6 +265,30 @@ class XlaTest(parameterized.TestCase):
         float8 = dataclasses.replace(rows, cache_dtype="float8_e4m3fn")
         self.assertFalse(walks.walks(float8, self.CONFIG, walks.CPU_TURNS)[-1].in_place)
         with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
+            cases.check(case)
+
+    @parameterized.parameters(2**22, 2**13)
+    def test_single_rows_of_short_tables_walk_at_once(self, turn_bytes):
+        """All of a pack, or as many as a turn may hold; beside longer sequences, and some without a token."""
+        sequences = ((1, 30), (0, 20), (1, 1), (3, 17), (1, 48), (0, 0), (1, 33), (40, 41), (1, 5))
+        rows = problem(seqs=9, tokens=48, q_heads=4, num_kv_heads=2, head_dim=16, page_size=8, pages_per_seq=6)
+        with mock.patch.object(walks, "ONLY_TURN_BYTES", turn_bytes):
+            wide = walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1]
+            self.assertEqual(wide.lanes, 9 if turn_bytes == 2**22 else 1)
+            cases.check(cases.Case("at_once", sequences, 4, 2, 16, page_size=8, attn_logits_soft_cap=3.0))
+
+    @parameterized.parameters(None, 20)
+    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window):
+        """Of the sequences' first tiles and of none but those, or with a window of others too."""
+        sequences = ((64, 64), (33, 33), (20, 32), (20, 33), (40, 60), (17, 17), (1, 30))
+        config = PrefillPageAttentionConfig(block_q=32, block_kv=64)
+        case = cases.Case("halves", sequences, page_size=8, sliding_window=window, cfg=config, spare_columns=0)
+        rows = problem(seqs=7, tokens=195, page_size=8, pages_per_seq=8)
+        with mock.patch.object(walks, "LEAST_HALVED", 2**11):
+            halved = [walk.few_runs for walk in walks.walks(rows, config, walks.CPU_TURNS)]
+            self.assertEqual(halved, [4, None, None])
+            with policy("invariant"):  # bits follow no table's width
+                self.assertIsNone(walks.walks(rows, config, walks.CPU_TURNS)[0].few_runs)
             cases.check(case)
 
     def test_few_rows_have_no_copy_of_their_keys(self):

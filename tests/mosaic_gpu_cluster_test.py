@@ -10,8 +10,9 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import cluster
+from paged_prefill.lowering.mosaic_gpu.hopper import cluster, kernel
 from paged_prefill.lowering.splits import merge_splits
+from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import plans, problems
 
@@ -108,9 +109,11 @@ class ClusterTest(parameterized.TestCase):
         self.assertIn("mosaic_gpu", text)
         self.assertEqual("stablehlo.exponential" in text, merges)
 
-    @parameterized.parameters((128, "bfloat16", False), (256, "bfloat16", True), (128, "int8", True))
-    def test_what_is_sent_lies_where_keys_and_values_were_if_it_has_no_room_beside_them(self, dim, cache, within):
-        sizes = dict(q_heads=16, num_kv_heads=8, cache_kv_heads=8, head_dim=dim, value_dim=dim, cache_dtype=cache)
+    @parameterized.parameters(
+        (128, 2, "bfloat16", False), (256, 2, "bfloat16", False), (256, 32, "bfloat16", True), (128, 2, "int8", True)
+    )
+    def test_what_is_sent_lies_where_keys_and_values_were_if_it_has_no_room_beside_them(self, dim, group, cache, within):
+        sizes = dict(q_heads=8 * group, num_kv_heads=8, cache_kv_heads=8, head_dim=dim, value_dim=dim, cache_dtype=cache)
         problem = decode(8, 1024, **sizes, features=("quantised",) if cache == "int8" else ())
         config = KERNEL.heuristic(problem, HOPPER)
         parts, merged = parts_of(problem, config)
@@ -129,6 +132,25 @@ class ClusterTest(parameterized.TestCase):
             return ragged_paged_prefill(*rest, key_scale=scale, value_scale=scale, platform="cuda")
 
         self.assertIn("mosaic_gpu", jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    @parameterized.parameters(1, 2, 5)
+    def test_parts_that_take_part_follow_a_tiles_own_keys(self, fewest):
+        """Those of its cluster's blocks; a tile of one part is its first block's alone."""
+        plan = plans.plan(parts=host.Parts(4, 4, fewest=fewest), clusters=True, warpgroups=1, tiles=5)
+        blocks, columns = [0, 1, 3, 8, 17], plan.columns
+        table = np.zeros((5, columns), np.int32)
+        table[:, Tiles._fields.index("end_block")] = blocks
+        for tile, its_blocks in enumerate(blocks):
+            index, scalars = jnp.int32(tile * plan.head_tiles), (jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+            pieces = [
+                kernel._piece(plan, jnp.asarray(table).reshape(-1), *scalars, index, 0, jnp.int32(part)) for part in range(4)
+            ]
+            share = max(fewest, -(-its_blocks // 4))
+            self.assertEqual({int(piece.tile.parts) for piece in pieces}, {1 if its_blocks <= share else 4})
+            seen = [b for piece in pieces for b in range(piece.tile.first_block, piece.tile.end_block)]
+            self.assertEqual(seen, [*range(its_blocks)])
+            steps = [int(piece.steps) for piece in pieces]  # at least one, masked, so that there is a result
+            self.assertEqual(steps, [max(1, min(share, its_blocks - part * share)) for part in range(4)])
 
     def test_a_block_has_one_part_and_writes_the_tile_once(self):
         plan = plans.plan(parts=host.Parts(4, 4), clusters=True, warpgroups=1)

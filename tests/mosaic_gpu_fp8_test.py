@@ -134,8 +134,11 @@ class SizesTest(parameterized.TestCase):
         (None, (), 12), (0, (), 12), (1, (), 16), (2, (), 16), (None, ("slot_scales",), 16)
     )
     def test_two_warpgroups_where_they_widen_larger_blocks_than_three(self, fp8_terms, features, num_warps):
-        """Scales of slots leave no room for those, and what is not widened lies in half the shared memory."""
-        problem = problems.problem(tokens=8192, q_heads=32, num_kv_heads=8, pages_per_seq=512,
+        """Scales of slots leave no room for those, and what is not widened lies in half the shared memory.
+
+        In float16: caches of bfloat16 queries are widened before.
+        """
+        problem = problems.problem(tokens=8192, q_heads=32, num_kv_heads=8, pages_per_seq=512, dtype="float16",
                                    features=("quantised", *features), cache_dtype="float8_e4m3fn")
         config = KERNEL.complete(problem, HOPPER, PrefillPageAttentionConfig(fp8_terms=fp8_terms))
         self.assertEqual(config.num_warps, num_warps)

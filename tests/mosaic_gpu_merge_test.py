@@ -3,6 +3,7 @@
 from unittest import mock
 
 from absl.testing import absltest, parameterized
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.tests.gpu_threads import Shared, Threads, counted
 
 COLUMNS = TILE_COLUMNS + 4
+jitted_merge = jax.jit(merge_splits, static_argnums=2, static_argnames="by_head")
 
 
 def table_of(rng, tiles, room):
@@ -38,11 +40,11 @@ def merged_by_threads(launch, table, of_parts, results):
 
 
 class MergeTest(parameterized.TestCase):
-    @parameterized.parameters((1, 1, "bfloat16"), (40, 1, "float16"), (40, 2, "bfloat16"))
-    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, tokens_of_tile, dtype):
+    @parameterized.parameters((1, 1, "bfloat16", 17), (40, 1, "float16", 5), (40, 2, "bfloat16", 17))
+    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, tokens_of_tile, dtype, splits):
         """A block has many rows of the table, or one. Rows that see no key, rows of NaN, parts that nobody wrote."""
-        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, 17), (11, 1, 1)]
-        tokens, heads, value_dim, splits = 12, 10, 64, 17
+        rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, splits), (11, 1, 1)]
+        tokens, heads, value_dim = 12, 10, 64
         table = table_of(rng, tiles, len(tiles) * splits)
         out = rng.standard_normal((splits, tokens, heads, value_dim)).astype(np.float32)
         lse = 20 * rng.standard_normal((splits, heads, tokens)).astype(np.float32)
@@ -50,13 +52,13 @@ class MergeTest(parameterized.TestCase):
         lse[:, 1, 2] = -np.inf
         lse[1, 2, 5] = np.nan
         out[np.isneginf(lse).swapaxes(1, 2)] = 0
-        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, tokens, tokens_of_tile, heads, value_dim)
+        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, splits, tokens, tokens_of_tile, heads, value_dim)
         before = [np.full(out.shape[1:], 77, dtype), np.full(lse.shape[1:], 77, np.float32)]
         want = [x.copy() for x in before]
         for start, length, parts in tiles:
             here = slice(start, start + length)
             if parts > 1:
-                merged = merge_splits(out[:parts, here], lse[:parts, :, here], jnp.dtype(dtype), by_head=True)
+                merged = jitted_merge(out[:parts, here], lse[:parts, :, here], jnp.dtype(dtype), by_head=True)
                 want[0][here], want[1][:, here] = merged[0], merged[1].T
             out[parts:, here], lse[parts:, :, here] = np.nan, np.nan
         got = merged_by_threads(launch, table, (out, lse), before)

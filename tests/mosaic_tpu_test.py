@@ -162,7 +162,8 @@ class MosaicTpuTest(chex.TestCase):
 
     @parameterized.parameters(None, 110)
     def test_keys_that_end_before_at_and_behind_the_first_of_a_chunk(self, window):
-        pack = packs.make_pack(11, [20, 20, 20, 3], [370, 384, 392, 130], head_dim=16, sliding_window=window)
+        shapes = dict(head_dim=16, page_size=64, sliding_window=window)  # pages of few copies, each of which takes time
+        pack = packs.make_pack(11, [20, 20, 20, 3], [370, 384, 392, 130], **shapes)
         with mock.patch.multiple(schedule, CHUNK=256, ROWS=32, DEPTH=128):
             results = run(pack, block_q=32, block_kv=256, sliding_window=window, only=kernel)
         packs.assert_matches_reference(pack, *results, sliding_window=window)
@@ -170,7 +171,8 @@ class MosaicTpuTest(chex.TestCase):
     def test_parts_of_a_tile_that_see_fewer_keys_of_a_chunk(self):
         # Tiles of two parts of 128 tokens, the last rows of which see 254 keys of a chunk, and more than it has; behind
         # sequences of one token, and with rows that no sequence owns.
-        pack = packs.make_pack(12, [1, 1, 512, 256], [5, 300, 512, 600], head_dim=16, q_heads=2, kv_heads=2, tokens_after=9)
+        shapes = dict(head_dim=16, q_heads=2, kv_heads=2, page_size=64, tokens_after=9)
+        pack = packs.make_pack(12, [1, 1, 512, 256], [5, 300, 512, 600], **shapes)
         with mock.patch.multiple(schedule, CHUNK=256, ROWS=128, DEPTH=128):
             results = run(pack, block_q=256, block_kv=256, only=kernel)
         packs.assert_matches_reference(pack, *results, rows=np.arange(2, len(pack.query)))
@@ -180,7 +182,7 @@ class MosaicTpuTest(chex.TestCase):
         # At its first key, behind it, and in the one before; behind a sequence that shifts rows to other tiles, and not:
         # then no part of a tile is without rows, and later parts take fewer keys.
         contexts = [16, 511 + window, 560 + window, 700 + window]
-        shapes = dict(head_dim=16, q_heads=1, kv_heads=1, tokens_after=8, page_size=32)
+        shapes = dict(head_dim=16, q_heads=1, kv_heads=1, tokens_after=8, page_size=64)
         pack = packs.make_pack(13, [16, 256, 256, 256], contexts, sliding_window=window, **shapes)
         offsets = jnp.maximum(pack.query_offsets - 16, 0)
         aligned = pack._replace(query=jnp.roll(pack.query, -16, axis=0), query_offsets=offsets)
@@ -245,7 +247,8 @@ class MosaicTpuTest(chex.TestCase):
 
     def test_bits_are_those_of_a_sequence_alone_in_tiles_of_another_size_and_with_other_heads_beside(self):
         # What the heuristic may choose by pack and heads under the policy "invariant": all but the chunk.
-        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=12, kv_heads=4, head_dim=16)
+        # Its first head shares rows of decoding with others, and there are tiles of them behind.
+        pack = packs.make_pack(10, [1, 33, 2], [70, 90, 40], q_heads=9, kv_heads=3, head_dim=16)
         with mock.patch.multiple(schedule, CHUNK=32, ROWS=24, DEPTH=16, DECODE_KEYS=128):
             out, lse = run(pack, block_q=32, block_kv=64)
             heads = pack._replace(query=pack.query[:, :3])

@@ -163,6 +163,9 @@ class AppendTest(parameterized.TestCase):
         np.testing.assert_allclose(jnp.concatenate(outs), dense, atol=1e-5)
 
 
+jitted_merge = jax.jit(merge)  # one program for each shape; not jitted, each of its operations is one
+
+
 class MergeTest(parameterized.TestCase):
     @parameterized.parameters(*cases.DTYPES)
     def test_near_and_far_keys_are_all_keys(self, dtype):
@@ -170,7 +173,7 @@ class MergeTest(parameterized.TestCase):
         window = 7
         case = cases.Case("merge", ((20, 50), (1, 40), (3, 3), (5, 2)), head_dim=16, page_size=4, dtype=dtype)
         pack = case.pack(poison=0.0)
-        near = ragged_paged_prefill(*pack, sliding_window=window, return_lse=True)
+        near = ragged_paged_prefill(*pack, sliding_window=window, return_lse=True, cfg=cases.ONE_HEIGHT)
         far_pack = []  # each row a sequence of its own, with the keys before its window as the context
         offsets, pages = np.asarray(pack.query_offsets), np.asarray(pack.page_indices)
         for seq in range(4):
@@ -178,18 +181,19 @@ class MergeTest(parameterized.TestCase):
                 far_pack.append((int(pack.context_lens[seq]) - (offsets[seq + 1] - token) + 1 - window, pages[seq]))
         lens, pages = zip(*far_pack)
         far = ragged_paged_prefill(
-            *pack[:3], np.asarray(lens, np.int32), np.stack(pages), np.arange(len(lens) + 1), return_lse=True
+            *pack[:3], np.asarray(lens, np.int32), np.stack(pages), np.arange(len(lens) + 1), return_lse=True,
+            cfg=cases.ONE_HEIGHT,
         )
         self.assertTrue(np.isneginf(far[1]).any() and np.isfinite(far[1]).any())
-        packs.assert_matches_reference(pack, *jax.jit(merge)(*near, *far))
+        packs.assert_matches_reference(pack, *jitted_merge(*near, *far))
         packs.assert_matches_reference(pack, *merge(*far, *near))
 
     def test_a_side_without_keys_counts_for_nothing(self):
         out, lse = jnp.ones((3, 2, 4)), jnp.zeros((3, 2))
         nothing = jnp.full_like(out, jnp.nan), jnp.full_like(lse, -jnp.inf)
-        for got in (merge(out, lse, *nothing), merge(*nothing, out, lse)):
+        for got in (jitted_merge(out, lse, *nothing), jitted_merge(*nothing, out, lse)):
             chex.assert_trees_all_equal(got, (out, lse))
-        got = merge(*nothing, *nothing)
+        got = jitted_merge(*nothing, *nothing)
         chex.assert_trees_all_equal(got, (jnp.zeros_like(out), nothing[1]))
 
     @parameterized.parameters(np.nan, np.inf)
@@ -198,7 +202,7 @@ class MergeTest(parameterized.TestCase):
         out, lse = jnp.ones((3, 2, 4)), jnp.zeros((3, 2))
         broken = out, lse.at[1, 0].set(number)
         for others in ((2 * out, lse), (out * jnp.nan, lse - jnp.inf)):
-            for got in (merge(*broken, *others), merge(*others, *broken)):
+            for got in (jitted_merge(*broken, *others), jitted_merge(*others, *broken)):
                 np.testing.assert_array_equal(np.isnan(got[1]), np.isnan(lse.at[1, 0].set(np.nan)))
                 np.testing.assert_array_equal(np.isnan(got[0]).all(-1), np.isnan(got[1]))
                 np.testing.assert_array_equal(np.isnan(got[0]).any(-1), np.isnan(got[1]))
@@ -208,12 +212,12 @@ class MergeTest(parameterized.TestCase):
         a, b = jnp.full((4, 3), 7.0), jnp.full((4, 3), 3.0)
         lse_a, lse_b = jnp.asarray([jnp.inf, jnp.nan, 0.5, -jnp.inf]), jnp.asarray([0.5, 0.5, 0.5, 0.5])
         for one, other in (((a, lse_a), (b, lse_b)), ((b, lse_b), (a, lse_a))):
-            out, lse = merge(*one, *other)
+            out, lse = jitted_merge(*one, *other)
             np.testing.assert_array_equal(np.isnan(lse), [True, True, False, False])
             np.testing.assert_array_equal(np.isnan(out).all(-1), [True, True, False, False])
             np.testing.assert_allclose(out[2:], jnp.asarray([[5.0] * 3, [3.0] * 3]), rtol=1e-6)
         # NaN in an output whose weight is too small to see.
-        out, lse = merge(a * jnp.nan, jnp.full(4, -1e4), b, jnp.zeros(4))
+        out, lse = jitted_merge(a * jnp.nan, jnp.full(4, -1e4), b, jnp.zeros(4))
         self.assertTrue(np.isnan(out).all())
         np.testing.assert_array_equal(lse, 0)
 
@@ -221,18 +225,18 @@ class MergeTest(parameterized.TestCase):
         """Weights 1/4 and 3/4 whatever is added to both logarithms, and far beyond what exp can hold."""
         a, b = jnp.full((1, 4), 8.0), jnp.full((1, 4), 16.0)
         for shift in (0.0, 1e4, -1e4, 3e38, -3e38):
-            out, lse = merge(a, jnp.full(1, shift), b, jnp.full(1, shift))
+            out, lse = jitted_merge(a, jnp.full(1, shift), b, jnp.full(1, shift))
             np.testing.assert_allclose(out, 12.0, rtol=1e-6)
             np.testing.assert_allclose(lse, shift + np.log(2), rtol=1e-6)
-        out, lse = merge(a, jnp.zeros(1), b, jnp.full(1, np.log(3.0)))
+        out, lse = jitted_merge(a, jnp.zeros(1), b, jnp.full(1, np.log(3.0)))
         np.testing.assert_allclose(out, 14.0, rtol=1e-6)
         np.testing.assert_allclose(lse, np.log(4.0), rtol=1e-6)
-        out, lse = merge(a, jnp.full(1, 1e4), b, jnp.full(1, -1e4))
+        out, lse = jitted_merge(a, jnp.full(1, 1e4), b, jnp.full(1, -1e4))
         np.testing.assert_array_equal(out, a)
 
     @parameterized.parameters(*cases.DTYPES)
     def test_dtype_is_of_the_first_output(self, dtype):
-        out, lse = merge(jnp.ones((2, 3), dtype), jnp.zeros(2), jnp.ones((2, 3), jnp.float32), jnp.zeros(2))
+        out, lse = jitted_merge(jnp.ones((2, 3), dtype), jnp.zeros(2), jnp.ones((2, 3), jnp.float32), jnp.zeros(2))
         self.assertEqual((out.dtype, lse.dtype), (dtype, jnp.float32))
 
     def test_any_order_of_many_parts(self):
@@ -247,8 +251,8 @@ class MergeTest(parameterized.TestCase):
         parts = [part([i]) for i in range(5)]
         left = parts[0]
         for other in parts[1:]:
-            left = merge(*left, *other)
-        tree = merge(*merge(*parts[4], *parts[1]), *merge(*parts[2], *merge(*parts[0], *parts[3])))
+            left = jitted_merge(*left, *other)
+        tree = jitted_merge(*jitted_merge(*parts[4], *parts[1]), *jitted_merge(*parts[2], *jitted_merge(*parts[0], *parts[3])))
         chex.assert_trees_all_close(left, part(range(5)), rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(tree, part(range(5)), rtol=1e-5, atol=1e-6)
 

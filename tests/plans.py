@@ -1,6 +1,6 @@
 """Plans of the Hopper kernel for tests, by what differs from a usual one."""
 
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan, is_wide
 from paged_prefill.lowering.tiles import Parts
 
 
@@ -12,4 +12,6 @@ def plan(**changes) -> Plan:
                   block_q=64, block_kv=128, warpgroups=2, teams=1, stages=3, parts=Parts(), clusters=False,
                   exchanges_in_blocks=False, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
                   cache_dtype="bfloat16", key_scale=None, value_scale=None, fp8_terms=0)
-    return Plan(**(fields | changes))
+    fields |= changes
+    wide = is_wide(*(fields[name] for name in ("head_dim", "value_dim", "latent")))
+    return Plan(**(dict(rows=WARPGROUP_ROWS * (1 if wide else fields["warpgroups"])) | fields))

@@ -108,14 +108,20 @@ def sizes_of(compiled):
 
 
 class GridTest(parameterized.TestCase):
-    """All pairs of cuts, heads and variants; each way computes all variants of a cut in one module."""
+    """All pairs of cuts, heads and variants; each way computes some variants of a cut in one module.
+
+    Each way and each cut has every variant. Those with operands that are cut in ways of their own are in every module; of
+    the others, which tell devices only what rows see, two are in each.
+    """
 
     @parameterized.product(way=tuple(KINDS), cut=tuple(CUTS))
     def test_values_and_collectives(self, way, cut):
         batch, heads, pages = CUTS[cut]
         mesh = meshes.mesh(kind=KINDS[way])
         turn = list(CUTS).index(cut)
-        cases = [case(variant, KV_HEADS[(number + turn) % 3]) for number, variant in enumerate(VARIANTS)]
+        of_rows = ("plain", "window", "decode", "cap")[(list(KINDS).index(way) + turn) % 2 :: 2]
+        variants = [name for name in VARIANTS if name in (*of_rows, "sinks", "fp8", "layer")]
+        cases = [case(variant, KV_HEADS[(list(VARIANTS).index(variant) + turn) % 3]) for variant in variants]
         calls = [meshes.put_call(mesh, call, specs_of(call, batch, heads, pages)) for call, _ in cases]
         jitted = jax.jit(
             lambda calls: [
@@ -126,7 +132,7 @@ class GridTest(parameterized.TestCase):
         with mock.patch.object(XLA, "attend", meshes.dense_kernel), meshes.partitioner(shardy=way != "gspmd"):
             compiled = jitted.lower(calls).compile()
         allowed = set()
-        for variant, (call, parameters), (out, lse) in zip(VARIANTS, cases, compiled(calls), strict=True):
+        for variant, (call, parameters), (out, lse) in zip(variants, cases, compiled(calls), strict=True):
             with self.subTest(variant=variant):
                 oracle.assert_matches(call, out, lse, **parameters)
                 self.assertEqual((*out.sharding.spec, None, None, None)[:3], (batch, None, heads))

@@ -222,16 +222,8 @@ class FillTest(parameterized.TestCase):
                 self.assertBetween(number, min(parts.least, 1 + blocks // 2), parts.most)
                 self.assertBetween(blocks, (number - 1) * share + 1, number * share)
                 if parts.most > parts.least:
-                    tiles = mosaic_gpu_host.programs(problem, config) / device.cores
-                    least = 2**18 if tiles <= 1 / 4 else 2**20 if tiles <= 1 / 2 else 2**21
-                    self.assertGreaterEqual(parts.blocks * config.block_kv * 512, least)
-                    self.assertGreaterEqual(parts.most, 2 * parts.least)
+                    self.assertGreaterEqual(parts.blocks * config.block_kv * 512, 2**17)
                     self.assertLessEqual(parts.most * problem.tokens * problem.q_heads * 128 * 4, 2**26)
-                    # All contexts may be as long: then a last round that is nearly empty would be felt.
-                    whole_rounds, rest = np.divmod(seqs * kv_heads * np.array([number, parts.least]), device.cores)
-                    rounds = whole_rounds + np.where(rest > 0, np.maximum(1 / 1.6, rest / device.cores), 0)
-                    time, without = rounds * np.array([share, -(-blocks // parts.least)])
-                    self.assertLess(time, 1.05 * without)
             if context * 512 > 1.5 * 2**21:  # of a part; blocks are of 64 keys or of 128
                 long += 1
                 whole += [(seqs, kv_heads, context)] * (number == 1)

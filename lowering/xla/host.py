@@ -14,6 +14,8 @@ from paged_prefill.primitive.context import current_policy
 # From so many keys on, large tiles and blocks pay: in shorter contexts, they compute too much that no row sees. What two
 # threads of a CPU share must be larger. There up to so many keys are a single block, for which no loop over blocks runs.
 LONG_TABLE, CPU_LONG_TABLE, CPU_ONLY_BLOCK = 4096, 1024, 640
+# Up to so many, tiles of half the height leave fewer rows idle, and the first has half the keys.
+CPU_LOW_TABLE = 128
 # A CPU's products are fastest of so many rows, of all heads that share keys, and 256 keys. From so many keys on, tiles
 # may be that tall.
 CPU_PRODUCT_ROWS, CPU_TALL_TABLE = 4096, 4096
@@ -25,7 +27,7 @@ class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 10
+    version = 11
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -68,7 +70,7 @@ class Xla(Kernel):
 def _cpu_sizes(keys: int, group: int) -> PrefillPageAttentionConfig:
     """A CPU's sizes for tables of so many keys, where so many heads share each."""
     if keys <= CPU_ONLY_BLOCK:
-        block_q, block_kv = 128, _in_eights(keys)
+        block_q, block_kv = 64 if keys <= CPU_LOW_TABLE else 128, _in_eights(keys)
     elif keys <= CPU_TALL_TABLE:
         block_q, block_kv = 256, 512 if keys > CPU_LONG_TABLE and group < 4 else 256
     else:

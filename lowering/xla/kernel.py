@@ -7,7 +7,8 @@ hand is turned from a quantised cache's numbers into those that are multiplied.
 Tiles of one row walk side by side, each in a lane. Those with many blocks take several lanes, which share the blocks
 out and are merged in the end; the others take one. Lanes are filled in order of their blocks, so that neighbours have
 as many, and what a sequence costs follows from its own keys. Where a single block holds all keys of a table there is
-nothing to order, and a pack of no more sequences than lanes gives each its own.
+nothing to order, and a pack of no more sequences than lanes gives each its own; on a CPU it has as many lanes, and tall
+tiles that look at half of the block at most take half.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,14 @@ class Walker:
         return pages.reshape(*pages.shape[:at], self.runs_per_page, self.walk.run, *pages.shape[at + 1 :])
 
     def attend(self, results):
-        """Adds the results of all tiles of this height, group by group."""
+        """Adds the results of all tiles of this height."""
+        if not self.walk.skips:
+            return self._attend_tiles(results)
+        tiles, _ = tiles_of(self.call.sequences.length, self.walk.height, self.heights)
+        return lax.cond(jnp.any(tiles > 0), self._attend_tiles, lambda results: results, results)
+
+    def _attend_tiles(self, results):
+        """The same group by group."""
         groups, tiles_of_group = self._groups()
         head_blocks = self.problem.num_kv_heads // self.walk.heads
         shapes = [x.shape for x in results]
@@ -90,6 +98,8 @@ class Walker:
     def _groups(self):
         """How many groups of tiles walk one after the other, and which: each lane's sequence, and a number in it."""
         sequences, lanes = self._sequences(), self.walk.lanes
+        if self.walk.at_once and lanes == self.problem.seqs:  # no loop, and so nothing to take together
+            return 1, lambda group: (sequences, jnp.zeros(lanes, jnp.int32))
         # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
         numbers = jnp.stack(sequences, axis=1)
         if self.lane_of_each:
@@ -164,13 +174,17 @@ class Walker:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         first_head = self.call.kv_head_start + head_block * walk.heads
 
-        def step(i, running, tile=tile, number=split):
+        def step(i, running, tile=tile, number=split, walker=self):
             _, *pages = _kept_in_loop(i, *self.pages.values())
-            block, visible, hidden = self._block(tile, number, seen, first_head, pages)
+            block, visible, hidden = walker._block(tile, number, seen, first_head, pages)
             soft_cap = self.attention.attn_logits_soft_cap
-            return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place)
+            return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once)
 
-        if walk.most_blocks == 1:
+        if walk.few_runs is not None:
+            narrow = Walker(self.call, walk._replace(runs=walk.few_runs), self.heights, self.product_dtype)
+            enough = jnp.all(narrow._blocks(tile) <= 1)
+            running = lax.cond(enough, lambda: step(turn, None, walker=narrow), lambda: step(turn, None))
+        elif walk.most_blocks == 1:
             running = step(turn, None)
         else:
             # A loop is handed its tiles packed into one array.

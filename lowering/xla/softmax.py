@@ -53,12 +53,13 @@ def fold(
     scale: float,
     soft_cap: float | None,
     in_place: bool,
+    any_lanes: bool,
 ) -> Running:
     """What is running once a block has joined, the first of all where nothing runs yet.
 
     `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
     if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, which pays
-    for a few rows.
+    for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes there are.
     """
     logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
     if block.key_scale is not None:
@@ -75,7 +76,11 @@ def fold(
         largest = jnp.maximum(running.largest, largest)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
     weights = jnp.exp(logits - shift[..., None])
-    total = jnp.sum(weights, axis=-1)
+    if any_lanes:  # a library's sum, and a product whose rows are those of all lanes, follow how many there are
+        ones = jnp.ones((*weights.shape[:2], weights.shape[3]), jnp.float32)
+        total = _product("lhqk,lhk->lhq", weights, ones)
+    else:
+        total = jnp.sum(weights, axis=-1)
     value_scale = block.value_scale
     if value_scale is not None and value_scale.shape[-1] > 1:
         # By their share of the largest: times a small scale, weights would leave the normal numbers of float16.

@@ -25,6 +25,8 @@ TALL = 256
 # The same for what is multiplied in place, of which a quarter is ever made, and the fewest numbers for which that pays:
 # it is done by two threads, and a thread must be woken.
 IN_PLACE_BYTES, LEAST_IN_PLACE = 2**23, 2**16
+# The fewest logits of a head and a tile for which less than a block is worth a program of its own.
+LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
 FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
 
@@ -35,26 +37,27 @@ class Turns(NamedTuple):
     Attributes:
       part_heights: heights of the tiles that a small rest of a sequence is cut into, the tallest first. Each is one
         more loop to compile.
-      lanes: the most single rows that walk side by side where none shares its blocks.
+      lanes: the most single rows that walk side by side where none shares its blocks. None for all of a pack, where a
+        table is a single block.
       splits: how many lanes may share the blocks of one row, the fewest first.
       bytes: what a block of keys, or its logits, may take.
-      skips_masks: whether a step is left out of a turn for nothing, without a word between a device and its host.
+      skips: whether a step is left out for nothing, without a word between a device and its host.
       rows_in_place: up to so many rows of a tile are multiplied by keys and values where they lie in the pages.
     """
 
     part_heights: tuple[int, ...]
-    lanes: int
+    lanes: int | None
     splits: tuple[int, ...]
     bytes: int
     rows_in_place: int
-    skips_masks: bool
+    skips: bool
 
 
-ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips_masks=False)
+ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one, so
 # that a sequence alone should leave few.
-CPU_TURNS = Turns((256, 32, 8), lanes=2, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=4, skips_masks=True)
+CPU_TURNS = Turns((256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=4, skips=True)
 
 
 class Walk(NamedTuple):
@@ -64,24 +67,30 @@ class Walk(NamedTuple):
       height: query tokens of a tile.
       run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size.
       runs: how many runs a block has.
+      few_runs: how many it has for a tile that looks at no more keys than these hold; None where that is not asked.
       lanes: tiles that walk side by side, for a turn of a loop costs as much as a few hundred keys of one row.
       splits: lanes that share the blocks of a tile with many; 1 where none are shared.
       heads: KV heads that are taken at a time.
       most_blocks: blocks that a tile can have; None where that is not known.
       alone: whether a sequence has one such tile at most.
+      at_once: whether all tiles of a pack walk side by side, as far as a turn may hold them: so lanes follow the pack.
       in_place: whether keys and values are multiplied where they lie in the pages, without a copy of the block.
+      skips: whether it is first asked if there are such tiles.
       skips_masks: whether it is first asked if anything of a block is hidden from a row.
     """
 
     height: int
     run: int
     runs: int
+    few_runs: int | None
     lanes: int
     splits: int
     heads: int
     most_blocks: int | None
     alone: bool
+    at_once: bool
     in_place: bool
+    skips: bool
     skips_masks: bool
 
     @property
@@ -97,7 +106,7 @@ def walks(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) ->
 
 
 def _walk(problem, config, turns, height) -> Walk:
-    """The number of sequences has no say: products of another shape may round differently."""
+    """The number of sequences has no say but in how many lanes there are, which leaves a lane's bits as they are."""
     alone = height == 1 < config.block_q  # then a sequence has at most one such tile
     invariant = current_policy() == "invariant"  # then neither has the table's width, nor heads, which a mesh may cut
     block_kv, limit = config.block_kv, turns.bytes
@@ -113,14 +122,20 @@ def _walk(problem, config, turns, height) -> Walk:
     shares = alone and (most_blocks is None or shared(most_blocks, splits))
     if alone and most_blocks == 1:
         limit = ONLY_TURN_BYTES
+    at_once = alone and most_blocks == 1 and turns.lanes is None and not invariant and not problem.symbolic
     lanes = 1
     if shares or (alone and invariant):
         lanes = splits
     elif alone:
-        lanes = max(1, min(turns.lanes, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim)))
+        most_lanes = max(1, limit // (4 * block_kv * problem.num_kv_heads * problem.head_dim))
+        if at_once:
+            rows = max(1, min(problem.tokens, problem.seqs))
+            lanes = -(-rows // -(-rows // most_lanes))  # as many in each turn
+        else:
+            lanes = min(turns.lanes or turns.splits[0], most_lanes)
     # Floats of 8 bits are converted number by number where they are multiplied, once for every row.
     vectors = problem.head_dim % 8 == 0 and not problem.cache_dtype.startswith("float8")
-    in_place = alone and vectors and problem.group <= turns.rows_in_place
+    in_place = alone and most_blocks != 1 and vectors and problem.group <= turns.rows_in_place
     if in_place:
         limit = IN_PLACE_BYTES
     if invariant:
@@ -129,8 +144,15 @@ def _walk(problem, config, turns, height) -> Walk:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
     in_place &= lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
-    skips_masks = turns.skips_masks and height > FEW_ROWS and most_blocks != 1
-    return Walk(height, run, runs, lanes, splits if shares else 1, heads, most_blocks, alone, in_place, skips_masks)
+    needed = height == 1 and problem.tokens == problem.seqs  # to be sure, as far as shapes say
+    skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
+    skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
+    halves = turns.skips and not invariant and most_blocks == 1 < runs and height * block_kv >= LEAST_HALVED
+    few_runs = -(-runs // 2) if halves else None
+    splits = splits if shares else 1
+    return Walk(
+        height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
+    )  # fmt: skip
 
 
 def _splits(turns: Turns, most_blocks: int | None) -> int:

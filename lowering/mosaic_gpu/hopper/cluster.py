@@ -2,8 +2,8 @@
 
 Every block sends each of the others the columns that are theirs, into their shared memory, where a barrier counts the
 bytes. Once all have come, it adds up its share of the tile's columns, part by part. So no block reads of another, and
-each may end when it has its own. What is sent has a place of its own, or lies where keys and values were, once all
-blocks are done with theirs.
+each may end when it has its own. What is sent has a place of its own, or lies where keys and values were. Each block
+tells the others when they may send: as soon as its barrier is there, or once it is done with its keys and values.
 """
 
 import functools
@@ -49,30 +49,31 @@ def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ..
 def exchange_scratch(plan: Plan, blocks: dict) -> dict:
     """What is in shared memory, by the names of `kernel.launch`, with these `blocks` of keys and values."""
     room = plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32)
-    barriers = dict(exchanged=arrivals(plan.row_groups))
+    ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.row_groups)
+    barriers = dict(exchanged=arrivals(plan.row_groups), ready=ready)
     if plan.exchanges_in_blocks:
         return dict(blocks=plgpu.RefUnion([*blocks.values()], [room])) | barriers
     return blocks | dict(exchange=room) | barriers
 
 
-def start_exchange(plan: Plan, exchanged) -> None:
-    """By a warpgroup, long before it sends: its barrier is for all blocks that have started."""
+def start_exchange(plan: Plan, exchanged, ready) -> None:
+    """By a warpgroup, long before it sends. `exchanged` is its own barrier, and `ready` its block's."""
     initialise(exchanged, THREADS)
-    _cluster("fence.mbarrier_init.release.cluster;")
+    _fence_initialised()
     if not plan.exchanges_in_blocks:
-        _cluster("barrier.cluster.arrive.relaxed;")
+        _tell_all(ready)
 
 
-def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged):
+def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged, ready):
     """((output, lse) of a warpgroup's rows from all parts, the first of its columns), a block's share of the columns.
 
     `acc` [64, value_dim] and `lse` [64] are of the block's own part, and `owns` says which rows are there: others come
-    to have any numbers. `room` is the warpgroup's shared memory, and `exchanged` its barrier.
+    to have any numbers. `room` is the warpgroup's shared memory, `exchanged` its barrier, and `ready` its block's.
     """
     firsts, columns = shares(plan.splits, plan.value_dim)
     if plan.exchanges_in_blocks:  # this one is done with them
-        _cluster("barrier.cluster.arrive.release;")
-    _cluster("barrier.cluster.wait.acquire;")
+        _tell_all(ready)
+    plgpu.barrier_wait(ready)
     _send(acc, lse, owns, room, exchanged, part, firsts, columns)
     wait(exchanged, jnp.int32(0), jnp.int32(0))
     received = [_receive(room, number, columns) for number in range(plan.splits)]
@@ -164,11 +165,23 @@ def _own_place(room, offset):
     return utils.getelementptr(utils.memref_ptr(room), [place], i8)
 
 
-def _cluster(assembly: str) -> None:
-    """Steps of the barrier of all threads of the cluster that have not ended."""
+def _tell_all(ready) -> None:
+    """Arrives at the barrier of each of the cluster's blocks, behind all that the warpgroup did."""
 
     @plgpu.inline_mgpu()
-    def step(_):
+    def synchronise(_):
+        utils.warpgroup_barrier()
+
+    synchronise()
+    plgpu.barrier_arrive(ready)
+
+
+def _fence_initialised() -> None:
+    """Blocks of the cluster that are told of a barrier behind this find it initialised."""
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        assembly = "fence.mbarrier_init.release.cluster;"
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], assembly, "~{memory}", has_side_effects=True)
 
-    step()
+    fence()

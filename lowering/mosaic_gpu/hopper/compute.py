@@ -26,28 +26,36 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of
 
 
 def compute(
-    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, **scratch
-):
+    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, way=None,
+    **scratch,
+):  # fmt: skip
     """One warpgroup's share of a piece, from its first block to its results in global memory.
 
+    `way` makes what goes through the blocks: that of tiles of few rows, in place of the usual one.
     `beside_results` asks for what takes a while to come, and what it returns, this returns.
     """
     if plan.clusters:
-        exchanged = scratch["exchanged"].at[pl.ds(warpgroup, 1)]
-        start_exchange(plan, exchanged)
-    attention = _Attention(plan, piece, done, team, warpgroup, optional, sources, **scratch)
+        several, barriers = piece.tile.parts > 1, (scratch["exchanged"].at[pl.ds(warpgroup, 1)], scratch["ready"])
+        pl.when(several)(lambda: start_exchange(plan, *barriers))
+    attention = (way or _Attention)(plan, piece, done, team, warpgroup, optional, sources, **scratch)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
-    found, first_column = attention.run(first, end), 0
-    if plan.clusters:  # which waits for those that load to end: so no block may be left
-        attention.pass_over(end, piece.steps)
-        room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
-        found, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, exchanged)
+    found = attention.run(first, end)
+    if plan.clusters:
+        attention.pass_over(end, piece.steps)  # what is sent may lie where blocks come
+        pl.when(~several)(lambda: store_results(plan, piece, rows, found, results))
+
+        @pl.when(several)
+        def _():
+            room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
+            merged, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, *barriers)
+            store_results(plan, piece, rows, merged, results, first_column)
+
+        return None
     asked = beside_results()
-    store_results(plan, piece, rows, found, results, first_column)
-    if not plan.clusters:
-        attention.pass_over(end, piece.steps)
+    store_results(plan, piece, rows, found, results)
+    attention.pass_over(end, piece.steps)
     return asked
 
 

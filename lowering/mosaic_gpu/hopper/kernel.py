@@ -22,7 +22,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper import alternate, wide
+from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -70,10 +70,10 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    parts = plan.query_parts
+    parts, rows = plan.query_parts, plan.rows // plan.row_groups
     views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (plan.query_matrices, product_dtype, tiled)
     query_views = [
-        plgpu.SMEM((plan.teams * plan.row_groups, number, WARPGROUP_ROWS, COLUMNS), its_dtype, transforms=transforms)
+        plgpu.SMEM((plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
         for number, its_dtype, transforms in views
     ]
     # Each copy of a block arrives, or each warp that widens it.
@@ -97,7 +97,9 @@ def launch(plan: Plan, schedule, query, caches, optional):
             values_here=plgpu.Barrier(num_arrivals=arrivals[plan.quantised], num_barriers=plan.teams * plan.slots),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
-    if plan.wide:
+    if plan.few_rows:
+        scratch |= few_rows.few_rows_scratch(plan)
+    elif plan.wide:
         scratch |= wide.wide_scratch(plan)
     else:
         scratch |= dict(
@@ -150,10 +152,14 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         return piece, (index < pieces) & (piece.tile.length > 0)
 
     def each_piece(do, team=0):
-        """Calls do(piece, steps already done) for a team's pieces. Of a cluster, each block has a part of one tile."""
+        """Calls do(piece, steps already done) for a team's pieces.
+
+        Of a cluster, each block has a part of one tile; where there is one part, the other blocks end.
+        """
         if plan.clusters:
             piece = _piece(plan, table, pools, kv_head_start, block, slab, part)
-            return pl.when(piece.tile.length > 0)(lambda: do(piece, jnp.int32(0)))
+            takes_part = (piece.tile.parts > 1) | (part == 0)
+            return pl.when((piece.tile.length > 0) & takes_part)(lambda: do(piece, jnp.int32(0)))
         places = plan.teams * blocks
 
         def turn(i, done, pieces=plan.pieces):
@@ -192,6 +198,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
             return compute_chain(plan, piece_of, warpgroup=warpgroup, **shared, **scratch)
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
         shared |= dict(team=team, warpgroup=of_team)
+        if plan.few_rows:
+            shared |= dict(way=few_rows.FewRows)
         if plan.looks_ahead:
             return compute_each(plan, piece_of, **shared, **scratch)
         each_piece(functools.partial(compute, plan, **shared, **scratch), team)
@@ -272,7 +280,9 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
     kv_head = lax.div(head_tile, plan.head_tiles_per_group)
     in_group = lax.rem(head_tile, plan.head_tiles_per_group) * plan.heads
     if not plan.parts.vary:
-        tile = plan.parts.part(tile, part, plan.splits)
+        blocks = tile.end_block - tile.first_block
+        alone = plan.clusters & (plan.parts.share(blocks) >= blocks)  # the first part, that is
+        tile = plan.parts.part(tile, part, jnp.where(alone, 1, plan.splits))
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,

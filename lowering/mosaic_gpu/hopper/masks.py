@@ -4,7 +4,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, ROWS, WGMMA, gathered
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, WGMMA, gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 
 ALL = -1  # a word of 32 bits that are set
@@ -13,19 +13,28 @@ ALL = -1  # a word of 32 bits that are set
 class Rows:
     """The 64 rows of a warpgroup: `slab` tokens of one head, then of the next, or heads of one token.
 
+    They are rows of its arrays of logits, and blocks of keys the columns.
+
     Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges, the
     words of the trees, and the sinks that there are in global memory, as vectors.
     """
+
+    layout, axis = ROWS, 0  # of a number for each; and theirs in an array of logits
 
     def __init__(self, plan: Plan, piece, warpgroup, optional):
         self.plan, self.piece, self.tile = plan, piece, piece.tile
         self.first_row = 0 if plan.wide else warpgroup * WARPGROUP_ROWS
         self.first_column = warpgroup * plan.logit_columns if plan.logit_columns < plan.block_kv else 0
         self.ranges, self.tree, self.all_sinks = (optional.get(name) for name in ("ranges", "tree", "sinks"))
+        self.shape = WARPGROUP_ROWS, plan.logit_columns
 
     def rows(self):
         """These, as rows of the tile."""
-        return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS) + self.first_row
+        return plgpu.broadcasted_iota(jnp.int32, (self.shape[self.axis],), 0, layout=self.layout) + self.first_row
+
+    def of_rows(self, numbers):
+        """A number of each row, for each of its logits."""
+        return lax.broadcast_in_dim(numbers, self.shape, [self.axis])
 
     def head_and_token(self, row):
         """(head in the tile, token in the tile) of rows of the tile."""
@@ -43,7 +52,7 @@ class Rows:
         pack = lax.div(self.tile.seq, self.plan.seqs_of_pack)
         head, _ = self.head_and_token(self.rows())
         head = self.piece.head + jnp.minimum(head, self.piece.heads_left - 1)
-        sinks = gathered(self.all_sinks, pack * self.plan.q_heads + head, ROWS)
+        sinks = gathered(self.all_sinks, pack * self.plan.q_heads + head, self.layout)
         return jnp.where((self.tile.owned > 0) & (self.tile.part == 0), sinks, -jnp.inf)
 
     def first_key_of(self, i):
@@ -71,13 +80,13 @@ class Rows:
 
     def seen(self):
         """A function of i: which rows see which keys of its share of block i. What is to be asked, is asked here."""
-        shape, plan, tile = (WARPGROUP_ROWS, self.plan.logit_columns), self.plan, self.tile
+        plan, tile = self.plan, self.tile
         _, token = self.head_and_token(self.rows())
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
         if self.ranges is not None:
             place, origin = 2 * (tile.start + here), 0
-            last = jnp.clip(gathered(self.ranges, place + 1, ROWS), 0, tile.end_key) - 1
-            before = jnp.maximum(gathered(self.ranges, place, ROWS), 0) - 1
+            last = jnp.clip(gathered(self.ranges, place + 1, self.layout), 0, tile.end_key) - 1
+            before = jnp.maximum(gathered(self.ranges, place, self.layout), 0) - 1
         else:  # positions relative to the tile's first token
             origin = tile.position
             last = jnp.minimum(token, tile.end_key - origin - 1)
@@ -85,10 +94,10 @@ class Rows:
 
         def visible(i):
             start = self.first_key_of(i) + self.first_column
-            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
-            seen = key <= lax.broadcast_in_dim(last - (start - origin), shape, [0])
+            key = plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.axis, layout=WGMMA)
+            seen = key <= self.of_rows(last - (start - origin))
             if before is not None:
-                seen &= key > lax.broadcast_in_dim(before - (start - origin), shape, [0])
+                seen &= key > self.of_rows(before - (start - origin))
             return seen if self.tree is None else seen & self._in_tree(here, key, start)
 
         return visible
@@ -103,14 +112,14 @@ class Rows:
             # The 32 keys from there on: bits of two words, unless the first word begins with them.
             both = lax.shift_right_logical(word, shift) | jnp.where(shift == 0, 0, following << (32 - shift & 31))
             here = (key >= 32 * j) & (key < 32 * (j + 1))
-            bits = jnp.where(here, lax.broadcast_in_dim(both, key.shape, [0]), bits)
+            bits = jnp.where(here, self.of_rows(both), bits)
         return (lax.shift_right_logical(bits, key & 31) & 1) != 0
 
     def _word(self, token, number):
         """A word of each of these tokens' trees: all bits where a tree says nothing."""
         words = self.plan.tree_words
         place = (self.tile.start + token) * words + jnp.clip(number, 0, words - 1)
-        return jnp.where((number >= 0) & (number < words), gathered(self.tree, place, ROWS), ALL)
+        return jnp.where((number >= 0) & (number < words), gathered(self.tree, place, self.layout), ALL)
 
     def may_hold_nothing(self, i):
         """Whether block i has keys that no row of the tile may look at."""
@@ -172,3 +181,13 @@ class Rows:
         position = tile.position + token - start
         low = -start if window is None else position - window + 1
         return low, jnp.minimum(position + 1, tile.end_key - start)
+
+
+class Columns(Rows):
+    """The rows of a tile of few, which are columns of its arrays of logits."""
+
+    layout, axis = KEYS, 1
+
+    def __init__(self, plan: Plan, piece, warpgroup, optional):
+        super().__init__(plan, piece, warpgroup, optional)
+        self.shape = plan.block_kv, plan.rows

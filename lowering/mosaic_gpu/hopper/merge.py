@@ -20,7 +20,7 @@ from paged_prefill.primitive.attention import factor_and_lse
 THREADS = 128
 BLOCKS = 16  # of a core, side by side
 NUMBERS = 4  # neighbours of a row that a thread merges
-UNROLLED = 8  # parts that are read without waiting for one another
+UNROLLED = (8, 16)  # parts that are read without waiting for one another, of tiles with few and with many
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Launch:
     cores: int
     rows: int  # that the table has room for; behind them is how many there are
     columns: int  # of a row
+    most_parts: int  # of a tile
     tokens: int
     tokens_of_tile: int  # of most: they are merged side by side, and others after them
     q_heads: int
@@ -39,6 +40,11 @@ class Launch:
     def numbers(self) -> int:
         """Of a token's output."""
         return self.q_heads * self.value_dim
+
+    @property
+    def unrolled(self) -> int:
+        few, many = UNROLLED
+        return few if self.most_parts <= few else many
 
     @property
     def shares(self) -> int:
@@ -110,7 +116,7 @@ def _merge_numbers(launch: Launch, threads, parts, token, first, of_parts, resul
 
     def some(i):
         """Some parts, and the lse of each; the last part stands for those that are not, and has no weight there."""
-        numbers = [i * UNROLLED + j for j in range(UNROLLED)]
+        numbers = [i * launch.unrolled + j for j in range(launch.unrolled)]
         places = [jnp.minimum(part, parts - 1) for part in numbers]
         loaded = [threads.load(lse_of, place * rows + row) for place in places]
         return places, [jnp.where(part < parts, x, -jnp.inf) for part, x in zip(numbers, loaded)]
@@ -125,7 +131,7 @@ def _merge_numbers(launch: Launch, threads, parts, token, first, of_parts, resul
         return total, *summed
 
     largest = lambda i: functools.reduce(jnp.maximum, some(i)[1])
-    turns = lax.div(parts + (UNROLLED - 1), UNROLLED)
+    turns = lax.div(parts + (launch.unrolled - 1), launch.unrolled)
     most = lax.fori_loop(1, turns, lambda i, most: jnp.maximum(most, largest(i)), largest(0))
     base = jnp.where(most == -jnp.inf, 0.0, most)
     total, *summed = lax.fori_loop(0, turns, add, (jnp.zeros_like(most),) * (1 + NUMBERS))

@@ -90,6 +90,7 @@ class Plan:
     page_rows: int
     slot_rows: int
     value_rows: int  # and from a key to its value, where they lie in one array
+    rows: int  # of a tile, a head and a token each
     block_q: int
     block_kv: int
     warpgroups: int  # that compute a tile
@@ -262,8 +263,9 @@ class Plan:
         return 1 if self.wide else self.warpgroups
 
     @property
-    def rows(self) -> int:
-        return self.row_groups * WARPGROUP_ROWS
+    def few_rows(self) -> bool:
+        """Whether a tile's rows are columns of its products (few_rows.py)."""
+        return self.rows < WARPGROUP_ROWS
 
     @property
     def logit_columns(self) -> int:

@@ -73,11 +73,16 @@ def scaled_results(factor, lse, seen, key_scale, value_scale):
 
 
 class Softmax:
-    """The steps of a plan's softmax; `to_logits` turns each row's products to logits where caches are quantised."""
+    """The steps of a plan's softmax; `to_logits` turns each row's products to logits where caches are quantised.
 
-    def __init__(self, plan: Plan, to_logits=None):
+    Rows are the columns of logits where `columns` says how many there are.
+    """
+
+    def __init__(self, plan: Plan, to_logits=None, columns: int | None = None):
         self.plan, self.dtype, self.to_logits = plan, jnp.dtype(plan.product_dtype), to_logits
-        self.shape = (WARPGROUP_ROWS, plan.logit_columns)
+        self.shape, self.axis = (WARPGROUP_ROWS, plan.logit_columns), 0
+        if columns is not None:
+            self.shape, self.axis = (plan.block_kv, columns), 1
         # `unit` turns logits into units of log 2, and is positive: so their maximum can be taken before.
         if plan.soft_cap is not None:
             self.unit, largest = plan.soft_cap * LOG2_E, 1
@@ -208,10 +213,15 @@ class Softmax:
 
     def _of_rows(self, rows):
         """Numbers of rows, for each of their logits."""
-        return lax.broadcast_in_dim(rows, self.shape, [0])
+        return lax.broadcast_in_dim(rows, self.shape, [self.axis])
 
     def _weigh(self, logits, m):
         """Weights by the maximum m, and their sums over every eighth column."""
+        weights = self.weights(logits, m)
+        return weights, fold(jnp.add, weights)
+
+    def weights(self, logits, m):
+        """By the maximum m."""
         unit = self._of_rows(self.unit) if self.has_units else self.unit
         if self.fuses:
             # The barriers here and in `step` settle which product is fused, so that a row's bits are the same whichever
@@ -219,8 +229,7 @@ class Softmax:
             exponents = logits * unit - self._of_rows(lax.optimization_barrier(m * self.unit))
         else:
             exponents = (logits - self._of_rows(m)) * unit
-        weights = jnp.exp2(exponents)
-        return weights, fold(jnp.add, weights)
+        return jnp.exp2(exponents)
 
     def _of_keys(self, keys):
         """Numbers of keys, for each of their logits."""

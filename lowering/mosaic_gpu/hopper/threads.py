@@ -86,11 +86,16 @@ def store_words(words, matrix, row, column, where) -> None:
 
 
 def _place(matrix, row, column):
-    """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count."""
-    i64, its_type = ir.IntegerType.get_signless(64), ir.MemRefType(matrix.type)
+    """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count.
+
+    In bytes, since LLVM has no numbers of 8 bits but integers.
+    """
+    i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
+    its_type = ir.MemRefType(matrix.type)
     row, column = (arith.extsi(i64, number.registers.item()) for number in (row, column))
     offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[1])), column)
-    return utils.getelementptr(utils.memref_ptr(matrix), [offset], its_type.element_type)
+    offset = arith.muli(offset, arith.constant(i64, utils.bytewidth(its_type.element_type)))
+    return utils.getelementptr(utils.memref_ptr(matrix), [offset], i8)
 
 
 @contextlib.contextmanager

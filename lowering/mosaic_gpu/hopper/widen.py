@@ -46,12 +46,12 @@ _FROM_INT = """
     sub.rn.f16x2 $0, pair0, offset;
     sub.rn.f16x2 $1, pair1, offset;
 """
-_HALVES = {
+HALVES = {
     "float8_e4m3fn": _FROM_FLOAT.format(name="e4m3"),
     "float8_e5m2": _FROM_FLOAT.format(name="e5m2"),
     "int8": _FROM_INT,
 }
-QUANTISED = tuple(_HALVES)
+QUANTISED = tuple(HALVES)
 
 
 def copies_of(plan: Plan) -> int:
@@ -210,7 +210,7 @@ def _widen_block(plan: Plan, features, parts, warp, raw, wide) -> None:
     starts, width = _taken_together(parts)
     lanes = width // CHUNK  # of a row
     rows = 32 // lanes  # at a time
-    assembly = "{" + _HALVES[plan.cache_dtype] + "}"
+    assembly = "{" + HALVES[plan.cache_dtype] + "}"
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TILED), plgpu.Layout.WG_SPLAT))
     def go(_, raw, wide, warp):

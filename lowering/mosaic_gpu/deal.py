@@ -1,0 +1,109 @@
+"""How small the parts of tiles are where contexts may differ, which no static shape says.
+
+Tiles of few tokens wait for memory, and a launch ends with its longest part. So it is estimated, over contexts of some
+kinds, when a launch with parts of some sizes ends, and the size is taken that is best over all kinds. A part's size
+follows what is static, and the tile's own context.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, most_keys
+from paged_prefill.lowering.tiles import Parts
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
+# In bytes of keys and values that a core loads meanwhile, with all others at work (25 to 32 KB a us).
+PIECE_BYTES = 24 * 2**10  # to begin and to end a part
+MERGE_BYTES, MERGED_PART_BYTES = 2**16, 2**11  # to launch the merge, and for each part of the tile with the most
+ALONE = 1.5  # times as much a core, or each of its teams, loads alone: 1.25 on an H200, 1.6 on an H100
+# Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
+OF_EQUAL = 8.0
+OF_WIDE = 0.25  # likewise those of a table eight times as wide
+
+
+class Launch(NamedTuple):
+    """What is static about it."""
+
+    seqs: int
+    tiles_of_seq: int  # of all heads
+    capacity: int  # of a sequence's table, in keys
+    most_keys: int  # that a tile sees
+    block_kv: int
+    block_bytes: int  # of keys and values
+    result_bytes: int  # of all tiles, in float32
+    slots: int  # tiles at a time
+    cores: int
+    smallest: int  # part that may be, in bytes of keys and values
+
+
+def dealt(
+    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int, smallest: int
+) -> Launch:
+    """That of so many tiles, were the tokens spread evenly over the sequences."""
+    seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    return Launch(
+        seqs=seqs,
+        tiles_of_seq=-(-unsplit // seqs),
+        capacity=problem.capacity,
+        most_keys=most_keys(problem, config.block_q),
+        block_kv=config.block_kv,
+        block_bytes=config.block_kv * (problem.head_dim + problem.value_dim) * itemsize,
+        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
+        slots=slots,
+        cores=device.cores,
+        smallest=smallest,
+    )
+
+
+@functools.lru_cache
+def finer(parts: Parts, launch: Launch) -> Parts:
+    """These, or smaller ones that end sooner over all kinds of contexts; those of a single sequence are left."""
+    if launch.seqs == 1:
+        return parts
+    blocks = -(-launch.most_keys // launch.block_kv)
+    most = max(1, min(MOST_PARTS, RESULT_BYTES // launch.result_bytes))
+    found = [parts]
+    for size in SIZES:
+        of_part = -(-size // launch.block_bytes)
+        smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
+        if size >= launch.smallest and smaller.vary and (of_part < parts.blocks or not parts.vary):
+            found.append(smaller)
+    if found == [parts]:
+        return parts
+    kinds = _kinds(launch)
+    times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])
+    weights = np.array([weight for _, weight in kinds])
+    return found[int(np.argmin(np.log(times / times.min(axis=0)) @ weights))]
+
+
+def _kinds(launch: Launch) -> list:
+    """Contexts of all sequences, and how much they count: all alike, evenly from none to all, and each a little longer than
+    the one before, so that most are short.
+    """
+    place = np.arange(1, launch.seqs + 1) / launch.seqs
+    kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), 1.0)]
+    kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
+    return [(np.maximum(np.ones(launch.seqs) * share * launch.capacity, 1), weight) for share, weight in kinds]
+
+
+def _time(launch: Launch, parts: Parts, contexts) -> float:
+    """When a launch ends, in bytes that a core loads meanwhile; longest parts first, to and fro."""
+    blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
+    share = np.ceil(blocks / np.clip(np.ceil(blocks / parts.blocks), parts.least, parts.most))
+    number = np.ceil(blocks / share).astype(int)
+    sizes = np.concatenate([np.repeat(share, number - 1), blocks - share * (number - 1)])
+    sizes = np.repeat(np.sort(sizes)[::-1], launch.tiles_of_seq) * launch.block_bytes + PIECE_BYTES
+    rounds = np.pad(sizes, (0, -len(sizes) % launch.slots)).reshape(-1, launch.slots)
+    rounds[1::2] = rounds[1::2, ::-1]
+    ends = np.sort(rounds.sum(axis=0))
+    at_work = np.arange(launch.slots, 0, -1)  # until each of them
+    time = np.diff(ends, prepend=0) @ np.maximum(at_work / launch.cores, 1 / ALONE)
+    if parts.most == 1:
+        return time
+    results = 2 * launch.result_bytes / launch.cores * number.mean()  # written and read
+    return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

@@ -1,0 +1,119 @@
+"""What a compute warpgroup does with a piece of a tile of few rows (Plan.few_rows), as decode steps have.
+
+Its products have their operands changed: keys, and features of values, are rows of a wgmma, and the tile's rows columns.
+So all that is computed is as little as there are rows, and a short call, which waits for each step, is shorter. The
+steps of a block follow one another: other blocks come meanwhile.
+
+A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys: they
+vote on whether any has, and only then tell each other their largest.
+"""
+
+import functools
+import math
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper import columns
+from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, WGMMA, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import LARGEST_SUM, Softmax
+
+
+def few_rows_scratch(plan: Plan) -> dict:
+    """Shared memory of all teams, by the names of `kernel.launch`."""
+    shapes = dict(board=columns.board_shape(plan.rows), room=columns.room_shape(plan.rows, plan.value_dim))
+    found = {name: plgpu.SMEM((plan.teams, *shape), jnp.float32) for name, shape in shapes.items()}
+    weights = (plan.teams, plan.rows, plan.block_kv)
+    return found | dict(weights=plgpu.SMEM(weights, jnp.dtype(plan.dtype), transforms=TILED))
+
+
+class FewRows:
+    """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
+
+    def __init__(
+        self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, query_here, query_free, keys,
+        values, keys_here, keys_free, values_here, values_free, weights, board, room, **_,
+    ):  # fmt: skip
+        self.plan, self.piece, self.done, self.team = plan, piece, done, team
+        self.rows, columns_of_tile = (kind(plan, piece, warpgroup, optional) for kind in (Rows, Columns))
+        *_, [query] = query_views
+        self.query, self.query_here, self.query_free = query.at[team], query_here.at[team], query_free.at[team]
+        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
+        self.values, self.values_here, self.values_free = values, values_here, values_free
+        self.weights, self.board, self.room = (reference.at[team] for reference in (weights, board, room))
+        self.softmax = Softmax(plan, columns=plan.rows)
+        self.seen, self.owned = columns_of_tile.seen(), columns_of_tile.owns(columns_of_tile.rows())
+
+    def pass_over(self, first, end):
+        """Nothing: its rows see all blocks of the piece."""
+
+    def run(self, first, end):
+        """Output and lse of 64 rows, the first of which are the tile's."""
+        edge, clear = self.rows.whole_steps(first, end)
+        plgpu.barrier_wait(self.query_here)
+        running = self._start()
+        running = lax.fori_loop(first, edge, functools.partial(self._step, True), running)
+        running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
+        if self.plan.begins_late:
+            running = lax.fori_loop(clear, end, functools.partial(self._step, True), running)
+        plgpu.barrier_arrive(self.query_free)
+        acc, m, total = columns.turned(*running, self.room, self.board, self.team)
+        return Softmax(self.plan).result(acc, m, total, self.rows.sinks())
+
+    def _start(self):
+        """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows]."""
+        rows = self.plan.rows
+        m = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), OF_COLUMNS)
+        shapes = (self.plan.value_dim, rows), (WARPGROUP_ROWS, rows)
+        acc, l = (plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for shape in shapes)
+        return acc, m, l
+
+    def _step(self, masked, i, running):
+        """Block i: its logits, weights and output; unless it is masked, all rows see it."""
+        key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
+        plgpu.barrier_wait(self.keys_here.at[key_slot])
+        logits = settled(columns.start_logits(self.query, self.keys.at[key_slot]), still_running=0)
+        plgpu.barrier_arrive(self.keys_free.at[key_slot])
+        logits = self.softmax.logits(logits)
+        if masked:
+            logits = jnp.where(self.seen(i), logits, -jnp.inf)
+
+        acc, m, l = self._follow(logits, *running)
+        weights = self.softmax.weights(logits, jnp.where(m == -jnp.inf, 0.0, m))  # of a row that has seen no key
+        l += functools.reduce(jnp.add, (weights[k : k + WARPGROUP_ROWS] for k in range(0, len(weights), WARPGROUP_ROWS)))
+        columns.store_weights(weights.astype(self.plan.dtype), self.weights)
+
+        values = self.values.at[slot]
+        plgpu.barrier_wait(self.values_here.at[slot])
+        if masked:
+            unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
+            pl.when(self.rows.may_hold_nothing(i))(unseen)
+        columns.meet(self.team)
+        acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
+        plgpu.barrier_arrive(self.values_free.at[slot])
+        return acc, m, l
+
+    def _follow(self, logits, acc, m, l):
+        """acc, m and l by the maximum that these logits' weights are taken by.
+
+        The vote is also what weights wait for: behind it, all warps have read the last ones.
+        """
+        rows = lambda numbers, shape: lax.broadcast_in_dim(numbers, shape, [1])
+        bound = m + math.log2(LARGEST_SUM) / self.softmax.unit
+        passed = ~(logits <= rows(bound, logits.shape)) & rows(self.owned, logits.shape)  # also where one is NaN
+
+        def follow():
+            # A row's bits do not depend on the other rows.
+            largest = columns.largest(logits, self.board, self.team)
+            own = ~(largest <= bound)
+            m_next = jnp.where(own, jnp.maximum(m, largest), m)
+            fade = jnp.where(own, jnp.exp2((m - m_next) * self.softmax.unit), 1.0)
+            return acc * rows(fade, acc.shape), m_next, l * rows(fade, l.shape)
+
+        return lax.cond(any_in_warpgroup(passed, self.team), follow, lambda: (acc, m, l))

@@ -1,0 +1,107 @@
+"""How small parts of tiles are where contexts may differ: the estimate, and what it chooses."""
+
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import numpy as np
+
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.mosaic_gpu import deal, host
+from paged_prefill.lowering.tiles import Parts
+from paged_prefill.tests import problems
+
+KERNEL, HOPPER = host.MosaicGpu(), Device("cuda", "NVIDIA H200", "9.0")
+
+
+def launch(**changes):
+    sizes = dict(seqs=9, tiles_of_seq=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
+    return deal.Launch(**(sizes | dict(result_bytes=2**18, slots=132, cores=132, smallest=2**17) | changes))
+
+
+def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
+    sizes = dict(tokens=tokens * seqs, seqs=seqs, q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads)
+    problem = problems.problem(**sizes, page_size=16, pages_per_seq=context // 16, **changes)
+    return host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
+
+
+class EstimateTest(parameterized.TestCase):
+    @parameterized.parameters(Parts(), Parts(1, 7, 4), Parts(3, 5, 16))
+    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts):
+        """Event by event: cores with work left share the memory, and none loads faster than one alone."""
+        shape, contexts = launch(), np.random.default_rng(0).integers(1, 12000, 9)
+        pieces = []
+        for context in contexts:
+            blocks = -(-context // 128)
+            share = int(parts.share(np.int32(blocks)))
+            pieces += [min(share, blocks - first) for first in range(0, blocks, share) for _ in range(10)]
+        left = [0.0] * 132
+        for i, blocks in enumerate(sorted(pieces, reverse=True)):
+            turn, place = divmod(i, 132)
+            left[131 - place if turn % 2 else place] += blocks * 2**16 + deal.PIECE_BYTES
+        time = 0.0
+        while left := [work for work in left if work > 1e-3]:
+            rate, least = min(132 / len(left), deal.ALONE), min(left)
+            left, time = [work - least for work in left], time + least / rate
+        if parts.most > 1:
+            most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
+            time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + 2 * 2**18 / 132 * len(pieces) / 90
+        self.assertAlmostEqual(deal._time(shape, parts, contexts) / time, 1)
+
+    @parameterized.product(parts=(Parts(), Parts(1, 4, 32), Parts(2, 2)), smallest=(2**17, 2**20))
+    def test_no_parts_are_larger_than_they_were_or_too_small(self, parts, smallest):
+        found = deal.finer(parts, launch(smallest=smallest))
+        self.assertEqual(found.least, parts.least)
+        if found != parts:
+            self.assertGreaterEqual(found.blocks * 2**16, smallest)
+            self.assertLess(found.blocks, parts.blocks if parts.vary else 64)
+
+    def test_results_of_all_parts_have_room(self):
+        self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
+        self.assertLessEqual(deal.finer(Parts(), launch(result_bytes=2**24)).most, 4)
+
+
+class ChoiceTest(parameterized.TestCase):
+    def test_contexts_as_long_as_the_table_pay_little(self):
+        """For the sake of others, which gain: by the estimate, over random decode steps."""
+        rng, kept, paid, gained = np.random.default_rng(0), deal.finer, [], []
+
+        def recorded(parts, launch):
+            found = kept(parts, launch)
+            before, after = (np.array([deal._time(launch, x, c) for c, _ in deal._kinds(launch)]) for x in (parts, found))
+            paid.append(after[0] / before[0])
+            gained.append(np.log(before / after).mean())
+            return found
+
+        with mock.patch.object(host, "finer", recorded):
+            for _ in range(100):
+                seqs, kv_heads, group = rng.integers(2, 129), 2 ** rng.integers(0, 4), rng.integers(1, 17)
+                parts_of(int(seqs), int(2 ** rng.uniform(8, 16)), int(group * kv_heads), int(kv_heads))
+        self.assertGreater(len(paid), 80)
+        self.assertLess(max(paid), 1.15)
+        self.assertLess(np.mean(np.log(paid)), 0.01)
+        self.assertGreater(np.mean(gained), 0.01)
+
+    @parameterized.named_parameters(
+        ("tiles_fill_the_chip", (64, 4096), {}),
+        ("so_do_those_of_a_wider_table", (48, 2048), {}),
+        ("a_single_sequence", (1, 8192), {}),
+        ("prompts", (4, 4096), dict(tokens=2048)),
+    )
+    def test_parts_do_not_vary_where(self, call, changes):
+        self.assertFalse(parts_of(*call, **changes).vary)
+
+    @parameterized.named_parameters(
+        ("drafts_with_a_window", (21, 20992, 8, 4), dict(tokens=5, sliding_window=4096, attn_logits_soft_cap=50.0), 2**20),
+        ("a_few_steps", (9, 12000, 40, 10), {}, 2**20),
+        ("more_tiles_than_cores", (20, 4096), {}, 2**19),
+        ("a_prompt_beside_steps", (3, 10800, 24, 2), dict(tokens=96), 2**21),
+    )
+    def test_parts_are_small_where(self, call, changes, most_bytes):
+        """A tile's longest part is what others wait for: contexts may differ, or tiles leave a round half empty."""
+        parts = parts_of(*call, **changes)
+        self.assertTrue(parts.vary)
+        self.assertLessEqual(parts.blocks * 2**16, most_bytes)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,163 @@
+"""The loop of tiles of few rows, where no GPU is needed."""
+
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_rows, masks, softmax
+from paged_prefill.lowering.tiles import Slabs, Tiles
+from paged_prefill.tests import plans
+
+ROWS, BLOCK, FEATURES, STAGES = 64, 64, 64, 2
+
+
+class Place:
+    """One of a ring's: waiting for it brings its next block, and what is let go of is NaN at once."""
+
+    def __init__(self, array, blocks):
+        self.array, self.blocks = array, blocks
+
+    def wait(self):
+        self.array[:] = next(self.blocks)
+
+    def arrive(self):
+        self.array[:] = np.nan
+
+
+class Memory:
+    """A reference to shared memory."""
+
+    def __init__(self, array):
+        self.array, self.at = array, self
+
+    def __getitem__(self, place):
+        if place is Ellipsis:
+            return jnp.asarray(self.array.copy())
+        places = place if isinstance(place, tuple) else (place,)
+        slices = [slice(p.start, p.start + p.size) if hasattr(p, "start") and hasattr(p, "size") else p for p in places]
+        return Memory(self.array[tuple(slices)])
+
+    def __setitem__(self, place, numbers):
+        self.array[place] = numbers
+
+
+@contextlib.contextmanager
+def numpy_for_a_warpgroup():
+    """The loop's operations, in NumPy."""
+
+    def loop(first, end, step, running):
+        for i in range(int(first), int(end)):
+            running = step(i, running)
+        return running
+
+    threads = SimpleNamespace(
+        barrier_wait=lambda barrier: barrier.wait(),
+        barrier_arrive=lambda barrier: barrier.arrive(),
+        broadcasted_iota=lambda dtype, shape, axis, layout: jnp.asarray(np.indices(shape)[axis], dtype),
+        layout_cast=lambda array, layout: array,
+        commit_smem=lambda: None,
+        Layout=mock.MagicMock(),
+    )
+    when = lambda true: lambda do: do() if true else None
+    control = dict(pl=SimpleNamespace(when=when, ds=few_rows.pl.ds), plgpu=threads)
+    python = SimpleNamespace(
+        cond=lambda true, one, other: one() if true else other(),
+        fori_loop=loop,
+        broadcast_in_dim=jax.lax.broadcast_in_dim,
+    )
+    operations = dict(
+        start_logits=lambda query, keys: jnp.asarray(keys.array @ np.concatenate([*query.array], axis=1).T),
+        start_output=lambda acc, weights, values: acc + values.array.T @ weights.array.T,
+        store_weights=lambda weights, target: np.copyto(target.array, weights.T),
+        largest=lambda numbers, board, team: numbers.max(axis=0),
+        meet=lambda team: None,
+        turned=lambda acc, m, l, *_: [np.resize(x, (ROWS, *x.shape[1:])) for x in (acc.T, m, l.sum(axis=0))],
+    )
+    with (
+        mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
+        mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
+        mock.patch.multiple(columns, **operations),
+        mock.patch.multiple(compute, **control),
+        mock.patch.multiple(masks, plgpu=threads),
+        mock.patch.multiple(softmax, plgpu=threads),
+    ):
+        yield
+
+
+class FewRowsTest(parameterized.TestCase):
+    def attend(self, plan, context, length, query, keys, values):
+        """(output, lse) of a tile's rows, by `length` tokens at the end of a context."""
+        position = context - length
+        first_key, whole = (max(p - (plan.window or context) + 1, 0) for p in (position, context - 1))
+        first, end = first_key // BLOCK, -(-context // BLOCK)
+        tile = Tiles(start=0, length=length, position=position, first_new=position, first_block=first, end_block=end,
+                     seq=0, first_key=first_key, end_key=context, owned=1, holes=0, part=0, parts=1,
+                     slabs=Slabs(first_key, context, whole, position + 1))  # fmt: skip
+        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group)
+        blocks = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(end - 1, first - 1, -1)]
+        scratch = dict(query_views=[[Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])]])
+        scratch |= {name: SimpleNamespace(at=[mock.Mock()]) for name in ("query_here", "query_free")}
+        for name, numbers in dict(keys=keys, values=values).items():
+            ring, its_blocks = np.full((STAGES, BLOCK, numbers.shape[1]), np.nan), iter([numbers[b] for b in blocks])
+            places = SimpleNamespace(at=[Place(ring[slot], its_blocks) for slot in range(STAGES)])
+            scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
+        weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
+        own = Memory(np.zeros((1, 1)))
+        with numpy_for_a_warpgroup():
+            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, None, weights=weights, board=own, room=own, **scratch)
+            found = attention.run(*attention.rows.seen_steps())
+        return [np.asarray(numbers)[: length * plan.heads] for numbers in found]
+
+    def operands(self, plan, context):
+        """Keys whose logits grow, from the last block to the first, as far as a maximum moves; NaN where nobody looks."""
+        rng = np.random.default_rng(0)
+        query, size = rng.standard_normal((plan.rows, plan.head_dim)), -(-context // BLOCK) * BLOCK
+        keys, values = rng.standard_normal((size, plan.head_dim)), rng.standard_normal((size, plan.value_dim))
+        keys *= np.linspace(12, 1, size)[:, None]
+        keys[context:] = values[context:] = np.nan
+        return query, keys, values
+
+    @parameterized.named_parameters(
+        ("steps", dict(rows=8, block_q=1), 261, 1),
+        ("drafts", dict(rows=32, block_q=4), 130, 3),
+        ("window", dict(rows=32, block_q=4, window=70), 300, 4),
+        ("soft_cap", dict(rows=8, block_q=1, soft_cap=5.0), 100, 1),
+        ("one_key", dict(rows=8, block_q=1), 1, 1),
+    )
+    def test_is_attention_whatever_lies_where_nobody_looks(self, changes, context, length):
+        plan = plans.plan(**(dict(soft_cap=None, group=8, head_dim=128, value_dim=FEATURES, block_kv=BLOCK, warpgroups=1,
+                                  stages=STAGES, dtype="float32", cache_dtype="float32") | changes))  # fmt: skip
+        query, keys, values = self.operands(plan, context)
+        out, lse = self.attend(plan, context, length, query, keys, values)
+        _, token = plan.head_and_token(np.arange(length * plan.heads)[:, None])
+        at, position = np.arange(context), context - length + token
+        sees = (at <= position) & (at > position - (plan.window or context))
+        logits = plan.softmax_scale * query[: len(out)] @ keys[:context].T
+        if plan.soft_cap:
+            logits = plan.soft_cap * np.tanh(logits / plan.soft_cap)
+        weights = np.where(sees, np.exp(logits), 0)
+        total = weights.sum(axis=1)
+        np.testing.assert_allclose(out, weights @ values[:context] / total[:, None], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(lse, np.log(total), rtol=1e-5, atol=1e-5)
+
+    def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
+        plan = plans.plan(soft_cap=None, group=8, rows=16, block_q=2, head_dim=128, value_dim=FEATURES, block_kv=BLOCK,
+                          warpgroups=1, stages=STAGES, dtype="float32", cache_dtype="float32")  # fmt: skip
+        query, keys, values = self.operands(plan, 300)
+        query /= 8  # so that these maxima move a little
+        found = self.attend(plan, 300, 2, query, keys, values)
+        query[::2] *= 320
+        query[1::4] = np.nan
+        others = self.attend(plan, 300, 2, query, keys, values)
+        for one, other in zip(found, others):
+            np.testing.assert_array_equal(one[3::4], other[3::4])
+            self.assertTrue(np.isnan(other[1::4]).all())
+
+
+if __name__ == "__main__":
+    absltest.main()
