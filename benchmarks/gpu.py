@@ -98,30 +98,32 @@ def ours(platform, page_size, case, cfg=None, cache_dtype=None):
     run = functools.partial(
         ragged_paged_prefill, sliding_window=case[-2], attn_logits_soft_cap=case[-1], platform=platform, cfg=cfg
     )
-    if cache_dtype is not None:
-        scale = jnp.full(case[4], 1 / 32, jnp.float32)
-        run = functools.partial(run, key_scale=scale, value_scale=scale)
-    return layers(run, queries, others, case)
+    scale = jnp.full(case[4], 1 / 32, jnp.float32)
+    return layers(run, queries, others, case, {} if cache_dtype is None else dict(key_scale=scale, value_scale=scale))
 
 
-def layers(run, queries, others, case):
-    """A function that makes calls as the layers of a model do, and what waits for its results."""
-    one = jax.jit(run)  # traced once
+def layers(run, queries, others, case, scales=None):
+    """A function that makes calls as the layers of a model do, and what waits for its results.
+
+    For all that the function knows, calls have `scales` of their own: else a cache would be widened for all of them once.
+    """
+    one, scales = jax.jit(run), scales or {}  # traced once
     if case[1] > 1:
-        function = jax.jit(lambda queries, *others: [one(query, *others) for query in queries])
-        return lambda: function(queries, *others), jax.block_until_ready
+        of_calls = list(zip(queries, [scales] * len(queries)))
+        function = jax.jit(lambda of_calls, *others: [one(query, *others, **scales) for query, scales in of_calls])
+        return lambda: function(of_calls, *others), jax.block_until_ready
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(query, *others):
+    def step(query, scales, *others):
         for _ in range(calls_of(case)):
-            query = one(query, *others)
+            query = one(query, *others, **scales)
         return query
 
     query = jnp.array(queries[0])  # a copy, to be given away
 
     def call():
         nonlocal query
-        query = step(query, *others)
+        query = step(query, scales, *others)
         return query
 
     return call, jax.block_until_ready

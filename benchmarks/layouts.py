@@ -44,13 +44,8 @@ def contender(name, page_size, case, platform, cache_dtype=None, granularity=Non
     if granularity == "slot":
         scales = [x if x is None else x[..., 0] for x in laid(*(x[..., None] for x in scales), name)]
     caches = jax.block_until_ready(laid(key_cache, value_cache, name))
-
-    def run(query, *operands):
-        *operands, key_scale, value_scale = operands
-        scales = dict(key_scale=key_scale, value_scale=value_scale)
-        return ragged_paged_prefill(query, *operands, **scales, platform=platform, cache_layout=name)
-
-    return gpu.layers(run, queries, (*caches, *pack, *scales), case)
+    run = functools.partial(ragged_paged_prefill, platform=platform, cache_layout=name)
+    return gpu.layers(run, queries, (*caches, *pack), case, dict(zip(("key_scale", "value_scale"), scales)))
 
 
 def ejkernel(page_size, case, **config):

@@ -63,7 +63,8 @@ class WhatIsWidenedTest(parameterized.TestCase):
         here = lambda call: {name: x for name, x in call.items() if x is not None}
         want = flatten(here(call) | start, **parameters)
         laid = flatten(here(layouts.lay(call, layout)) | start, cache_layout=layout, **parameters)
-        with mock.patch.object(widening, "widen_pages", widened_by_threads):
+        always = mock.patch.multiple(widening, TILES=0, TILES_OF_SLOT_SCALES=0)
+        with always, mock.patch.object(widening, "widen_pages", widened_by_threads):
             found = widening.widened_call(laid)
         self.assertEqual(found.problem.cache_dtype, "bfloat16")
         self.assertEqual(found.problem.capacity, want.problem.capacity)

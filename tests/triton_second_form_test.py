@@ -82,6 +82,14 @@ class SecondFormTest(WithInterpreter):
         """As on Hopper, where the kernel's products are in branches."""
         self.interpreter.submit(check_shared_columns).result()
 
+    @parameterized.named_parameters(
+        ("bfloat16", dict(dtype="bfloat16", sinks=True), dict(sliding_window=70)),
+        ("float16", dict(dtype="float16", value_dim=33), dict(attn_logits_soft_cap=2.0)),
+    )
+    def test_warps_that_share_keys(self, kind, parameters):
+        """Contexts end before some warps have a key, with all, and behind several blocks."""
+        self.interpreter.submit(check_shared_keys, dict(SIZES, seed=15) | kind, parameters).result()
+
     def test_queries_that_float16_has_no_room_for(self):
         """Products of float8 numbers are float16's in short tiles, of whatever size bfloat16 queries are."""
         self.interpreter.submit(check_queries_of_any_size).result()
@@ -237,6 +245,16 @@ def check_shared_columns():
         for num_splits in (1, 2):
             of_one = replace(config, block_q=1, num_splits=num_splits)
             triton_stand_ins.check_second_form_interpreted(more_heads, dict(cfg=of_one, value_dim=12))
+
+
+def check_shared_keys(kind, parameters):
+    """In a process prepared by `interpret_triton`."""
+    from paged_prefill.lowering.triton import host
+
+    cfg = PrefillPageAttentionConfig(block_q=4, block_kv=64, num_warps=4, num_splits=1)
+    kind = dict(kind, sequences=((1, 2), (3, 200), (2, 64), (1, 0), (4, 119)))
+    with mock.patch.object(host, "FEW_KEYS", 0):
+        triton_stand_ins.check_second_form_interpreted(kind, dict(parameters, cfg=cfg))
 
 
 def check_queries_of_any_size():

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
+SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # In bytes of keys and values that a core loads meanwhile, with all others at work (25 to 32 KB a us).
 PIECE_BYTES = 24 * 2**10  # to begin and to end a part
 MERGE_BYTES, MERGED_PART_BYTES = 2**16, 2**11  # to launch the merge, and for each part of the tile with the most
@@ -41,9 +42,7 @@ class Launch(NamedTuple):
     smallest: int  # part that may be, in bytes of keys and values
 
 
-def dealt(
-    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int, smallest: int
-) -> Launch:
+def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
     """That of so many tiles, were the tokens spread evenly over the sequences."""
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
     return Launch(
@@ -56,7 +55,7 @@ def dealt(
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=slots,
         cores=device.cores,
-        smallest=smallest,
+        smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
     )
 
 

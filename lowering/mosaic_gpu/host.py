@@ -24,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, tabl
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
-from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call, widens_first
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, Tiling, schedule, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -37,7 +37,6 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
-SMALLEST_PART_BYTES, SMALLEST_OF_PROMPTS = 2**17, 2**19  # that contexts which differ may make parts of
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
@@ -203,8 +202,7 @@ class MosaicGpu(Kernel):
 
     def attend(self, call: Call, config: PrefillPageAttentionConfig, device: Device):
         """Uses block_q, block_kv, num_warps (of which 4 load), num_stages and num_splits."""
-        if widens_first(call.problem, config.fp8_terms):
-            call = widened_call(call)
+        call = widened_call(call, config.fp8_terms)
         problem, query = call.problem, call.query
         plan = _plan(call, config, device)
         # The caches as plain matrices of whole slots: a copy's place in them is a row, which fits 32 bits, and a column
@@ -213,8 +211,7 @@ class MosaicGpu(Kernel):
         optional = dict(ranges=call.ranges)
         optional["tree"] = None if call.tree is None else lax.bitcast_convert_type(call.tree, jnp.int32)
         optional["sinks"] = call.sinks
-        key_scale, value_scale = scales_of(call)
-        optional |= dict(key_scale=key_scale, value_scale=value_scale)
+        optional["key_scale"], optional["value_scale"] = scales_of(call)
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = _schedule(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
@@ -319,21 +316,19 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller.
-
-    But what merges in clusters is not given up for a few parts more.
+    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
+    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
     """
     unsplit, least = programs(problem, config), config.num_splits
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
-    part_bytes = LEAST_PART_BYTES // smaller
-    parts = parts_of(problem, device, config, unsplit=unsplit, slots=device.cores, part_bytes=part_bytes)
+    sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
+    parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    few, slots = problem.tokens_per_seq < SHORT_CALL, device.cores * _teams(problem, config)
-    settled = current_policy() == "invariant" or not (few or unsplit <= device.cores)
-    if settled or (not parts.vary and in_cluster(problem, device, config, least)):
+    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
+    if of_prompts or current_policy() == "invariant" or (not parts.vary and in_cluster(problem, device, config, least)):
         return parts
-    smallest = SMALLEST_PART_BYTES if few else SMALLEST_OF_PROMPTS
-    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, smallest=smallest))
+    slots = device.cores * _teams(problem, config)
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:

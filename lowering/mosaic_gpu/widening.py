@@ -71,8 +71,10 @@ def left_of(problem: Problem) -> Problem:
     )
 
 
-def widened_call(call: Call) -> Call:
-    """The call over caches that are widened here, scales and all."""
+def widened_call(call: Call, fp8_terms: int | None = 0) -> Call:
+    """The call that the kernel is launched for: over caches that are widened here, scales and all, where they are."""
+    if not widens_first(call.problem, fp8_terms):
+        return call
     problem, left = call.problem, left_of(call.problem)
     sequences, indices, rows = call.sequences, call.indices, problem.rows
     pages, pools, contexts = sequences.page_indices, sequences.pool, sequences.context_len

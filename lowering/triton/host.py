@@ -1,7 +1,8 @@
 """The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
 
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
-and what goes around it: the schedule of tiles before, and the merge of their parts after, in merge_kernel.py.
+and what goes around it: the schedule of tiles before, in schedule.py, and the merge of their parts after, in
+merge_kernel.py.
 
 Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
@@ -29,6 +30,7 @@ from paged_prefill.lowering.splits import (
 )
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton.launch import capability, launch, reason_against
+from paged_prefill.lowering.triton.schedule import PARTS_FIELD, POOL_FIELD, most_tiles, schedule_of
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
@@ -71,6 +73,8 @@ DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 LONG_DECODE = _Sizes(16, 64, 4, 4)
 LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 FEW_ROWS = 32  # of a tile that waits for memory
+SUMS_OF_WARP = 2**11  # of a tile, that the registers of one warp hold
+FEW_KEYS = 512  # of a table, over which warps that share out keys gain less than the sum over them costs
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
@@ -79,11 +83,15 @@ KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are
 DRAFTS = 8  # tokens of a sequence that are no prompt
 SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
 SHORT_KEYS = 768  # that are few, on average
+# Of dims of 129 to 256 on Hopper, over few keys: a step of the lowest takes half the time of one of 128 rows. So the
+# lowest are taken that no core has two of.
+LOW_TILES = (_Sizes(32, 64, 4, 3), _Sizes(64, 64, 4, 2))
 SHORT_TILES = 8  # of a sequence among others: their last ones are half empty
 MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
+EVEN_PARTS = 4 / 3  # times the parts that an estimate takes, for all cores to have as many
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
 MERGED_WIDTH, MERGED = 128, 2**11  # features and numbers of all parts that a warp merges
 MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
@@ -94,7 +102,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 7
+    version = 8
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -144,6 +152,9 @@ class Triton(Kernel):
         elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and _device_class(device) == "hopper":
             if problem.cache_dtype == problem.dtype != "float32":
                 sizes = DECODE._replace(rows=FEW_ROWS)
+        elif 128 < width <= 256 and current_policy() != "invariant" and _is_short_prompt(problem, device):
+            fitting = [each for each in LOW_TILES if _tiles(problem, each.rows) <= device.cores]
+            sizes = fitting[0] if fitting else sizes
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
@@ -197,7 +208,9 @@ class Triton(Kernel):
         unsplit = programs(problem, config)
         keys = most_keys(problem, config.block_q)
         few_rows = config.block_q * problem.group <= DECODE.rows
-        warps, most, enough = WARPS, keys // KEYS_PER_SPLIT if _may_split(problem, config) else 1, 0.5
+        warps, most = WARPS, keys // KEYS_PER_SPLIT if _may_split(problem, config) else 1
+        single = min(problem.seqs, problem.tokens) == 1
+        enough = 1 if single and not few_rows else 0.5  # all of a long chunk's tiles are long, and repay a merge
         all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * _key_bytes(problem)
         if few_rows:
             if all_keys < SHORT_BYTES * device.cores:
@@ -208,7 +221,11 @@ class Triton(Kernel):
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
         slots = _slots(problem, device, config, warps)
         rows = problem.tokens * problem.q_heads
-        return best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
+        best = best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
+        # Parts of one long context are equally long: then cores that have one more than others are waited for.
+        filled = slots // unsplit
+        evenly = single and few_rows and best < filled <= min(most, best * EVEN_PARTS)
+        return filled if evenly else best
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
@@ -222,8 +239,8 @@ class Triton(Kernel):
         rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
         parts = parts_of_tiles(problem, device, config)
         splits = parts.most
-        schedule = _schedule(call, rows, block_kv, parts)
-        tiles = _most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
+        schedule = schedule_of(call, rows, block_kv, parts)
+        tiles = most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
         # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
@@ -251,6 +268,7 @@ class Triton(Kernel):
             BLOCK_KV=block_kv,
             EDGE_KV=block_kv if all_masked else _power_of_2(block_kv // (2 if plain_masks else 4)),
             ALL_MASKED=all_masked,
+            KEY_SHARES=_key_shares(problem, config, rows) if all_masked else 1,
             NUM_SPLITS=splits,
             SPLITS_PADDED=_power_of_2(splits),
             PARTS_VARY=parts.vary,
@@ -324,9 +342,18 @@ def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Programs that have work before keys are split, were the tokens spread evenly over the sequences."""
-    rows = rows_of(problem, config)
+    return _tiles(problem, rows_of(problem, config))
+
+
+def _tiles(problem: Problem, rows: int) -> int:
     tiles_per_seq = -(-problem.tokens_per_seq * problem.group // rows)
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
+
+
+def _is_short_prompt(problem: Problem, device: Device) -> bool:
+    """Whether all keys of a table are few, and none is in 8 bits; on Hopper, since it is measured nowhere else."""
+    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
+    return _device_class(device) == "hopper" and of_16_bits and problem.capacity <= KEYS_OF_PROMPT
 
 
 def _has_few_keys(problem: Problem, device: Device) -> bool:
@@ -346,12 +373,13 @@ def _has_few_keys(problem: Problem, device: Device) -> bool:
 def _has_long_blocks(problem: Problem, device: Device) -> bool:
     """Whether a decode step takes blocks of 64 keys: a step through them takes as long as one through 32.
 
-    Of equally long parts of a single sequence more than two share a core.
+    Of a single sequence over few keys more parts start at once.
     """
     if device.platform != "cuda" or problem.cache_dtype != problem.dtype:
         return False
     width = max(problem.head_dim, problem.value_dim)
-    return width <= 64 or (width <= 128 and _device_class(device) == "hopper" and min(problem.seqs, problem.tokens) > 1)
+    several = min(problem.seqs, problem.tokens) > 1 or problem.capacity > FEW_KEYS
+    return width <= 64 or (width <= 128 and _device_class(device) == "hopper" and several)
 
 
 def _key_bytes(problem: Problem) -> int:
@@ -368,7 +396,7 @@ def _slots(problem: Problem, device: Device, config: PrefillPageAttentionConfig,
 def _may_split(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
     """Whether parts of a full table would gain more than the merge costs where contexts are short."""
     few_rows = config.block_q * problem.group <= DECODE.rows or problem.tokens_per_seq <= DRAFTS
-    wide = max(problem.head_dim, problem.value_dim) > 256
+    wide = max(problem.head_dim, problem.value_dim) > 128
     return few_rows or wide or most_keys(problem, config.block_q) > KEYS_OF_PROMPT
 
 
@@ -426,6 +454,13 @@ def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: 
 def _is_wide_latent(problem: Problem) -> bool:
     latent = "latent" in problem.features and problem.cache_dtype == problem.dtype
     return latent and problem.value_dim > MOST_VALUES
+
+
+def _key_shares(problem: Problem, config: PrefillPageAttentionConfig, rows: int) -> int:
+    """How many warps share out a block's keys: all or one. Each needs registers for a tile's sums, and 16 keys."""
+    sums = rows * _power_of_2(max(problem.head_dim, problem.value_dim))
+    fits = sums <= SUMS_OF_WARP and problem.dtype != "float32" and config.block_kv >= 16 * config.num_warps
+    return config.num_warps if fits and problem.capacity > FEW_KEYS else 1
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
@@ -537,52 +572,6 @@ def _scales_of(call: Call):
 def _granularity(scale) -> str:
     """What one of a call's scales is for, beside a pool; "one" for no scale."""
     return "one" if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
-
-
-PARTS_FIELD, POOL_FIELD = 4, 5  # of the schedule; pools of the caches apart follow
-
-
-def _schedule(call: Call, rows: int, block_kv: int, parts: Parts):
-    """int32 [6 or 8, 2 * seqs + 1]: first piece, start, length, context_len, parts and pool of sequences, then of gaps.
-
-    A piece is a part of a tile, and the tiles of a sequence have the parts of its last. Pieces are numbered longest
-    first, so that the last programs to start are short ones. The sequences must be in the order of their rows, as
-    `call.flatten` gives them. Where caches have pools apart, those of the keys and of the values follow.
-    """
-    sequences, group = call.sequences, call.problem.group
-    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
-    gaps = jnp.concatenate([sequences.start, jnp.full(1, call.problem.tokens, jnp.int32)]) - ends
-    nothing = jnp.zeros_like(gaps)
-    pools = [sequences.pool]
-    if call.key_pool is not None or call.value_pool is not None:
-        pools += [sequences.pool if x is None else x for x in (call.key_pool, call.value_pool)]
-    start, length, context_len, *pools = (
-        jnp.concatenate(pair)
-        for pair in (
-            (sequences.start, ends),
-            (sequences.length, gaps),
-            (sequences.context_len, nothing),
-            *((pool, nothing) for pool in pools),
-        )
-    )
-    number = jnp.arange(len(start))
-    num_tiles = (length * group + rows - 1) // rows
-    num_parts, size = jnp.full_like(length, parts.most), context_len
-    if parts.vary:
-        seen_end = jnp.minimum(context_len, call.problem.capacity)
-        last_tile = context_len - length + (num_tiles - 1) * rows // group
-        seen_start = jnp.minimum(call.problem.attention.visible_keys(last_tile)[0], seen_end)
-        blocks = (seen_end + block_kv - 1) // block_kv - seen_start // block_kv
-        num_parts, size = parts.number(blocks), parts.share(blocks)
-    longer = size[:, None] < size[None, :]
-    before = longer | ((size[:, None] == size[None, :]) & (number[:, None] > number[None, :]))
-    first_piece = jnp.sum(jnp.where(before, (num_tiles * num_parts)[None, :], 0), axis=1, dtype=jnp.int32)
-    return jnp.stack([first_piece, start, length, context_len, num_parts, *pools])
-
-
-def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
-    """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
-    return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
 
 
 def _power_of_2(n: int, least: int = 16) -> int:

@@ -38,18 +38,29 @@ def _tanh(x, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def _keys(block, BLOCK_KV: tl.constexpr, KEY_SHARES: tl.constexpr):
+    """The keys of a block; of several shares [KEY_SHARES, keys of each], which take them by turns."""
+    if KEY_SHARES == 1:
+        return block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    else:
+        turns = tl.arange(0, BLOCK_KV // KEY_SHARES)[None, :]
+        return block * BLOCK_KV + turns * KEY_SHARES + tl.arange(0, KEY_SHARES)[:, None]
+
+
+@triton.jit
 def _pool_rows(
     page_table,
     block,
     first_key,
     last_key,
     BLOCK_KV: tl.constexpr,
+    KEY_SHARES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     SLOT_ROWS: tl.constexpr,
 ):
     """Rows of the page pool that hold a block's keys, each key first brought into first_key to last_key."""
-    keys = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    keys = _keys(block, BLOCK_KV, KEY_SHARES)
     if first_key is not None:
         keys = tl.minimum(tl.maximum(keys, first_key), last_key)
     if PAGE_SIZE % BLOCK_KV == 0:  # the block lies in one page
@@ -73,11 +84,12 @@ def _load_rows(base, rows, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, WHOLE
     They are zeros past SIZE; WHOLE says that none are.
     """
     features = first + tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * SIZE + features[None, :]
+    pointers = base + tl.expand_dims(rows.to(tl.int64), -1) * SIZE + features
     if WHOLE:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(features < SIZE)[None, :], other=0.0)
+        within, pointers = tl.broadcast(features < SIZE, pointers)
+        return tl.load(pointers, mask=within, other=0.0)
 
 
 @triton.jit
@@ -168,6 +180,7 @@ def _fold_block(
     visible,  # None: all rows see all keys
     row_unit,  # what each row's queries are counted in, or None
     always,  # True, to the compiler or at run time
+    SHARES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_MAIN: tl.constexpr,
     HEAD_OTHER: tl.constexpr,
@@ -195,13 +208,13 @@ def _fold_block(
     values = keys
     if not LATENT:
         values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE).to(tile.dtype)
-    logits = tl.zeros((tile.shape[0], keys.shape[0]), tl.float32)
+    logits = tl.zeros(SHARES + (tile.shape[-2], keys.shape[-2]), tl.float32)
     if always:
-        logits = tl.dot(tile, keys.T, input_precision=PRECISION)
+        logits = tl.dot(tile, tl.trans(keys), input_precision=PRECISION)
     if HEAD_OTHER != 0:
-        logits = tl.dot(tile_other, keys_other.T, logits, input_precision=PRECISION)
+        logits = tl.dot(tile_other, tl.trans(keys_other), logits, input_precision=PRECISION)
     if HEAD_REST != 0:
-        logits = tl.dot(tile_rest, keys_rest.T, logits, input_precision=PRECISION)
+        logits = tl.dot(tile_rest, tl.trans(keys_rest), logits, input_precision=PRECISION)
     if row_unit is not None:
         logits = logits * row_unit[:, None]
     if KEY_SCALE == "slot":
@@ -218,13 +231,13 @@ def _fold_block(
     weights = logits
     fade = running_max
     if always:
-        new_max = tl.maximum(running_max, tl.max(logits, 1) * TO_BASE_2)
-        weights = tl.exp2(logits * TO_BASE_2 - new_max[:, None])
+        new_max = tl.maximum(running_max, tl.max(logits, -1) * TO_BASE_2)
+        weights = tl.exp2(logits * TO_BASE_2 - tl.expand_dims(new_max, -1))
         fade = tl.exp2(running_max - new_max)
         if SUM_LAST:
             total = total * fade[:, None] + weights
         else:
-            total = total * fade + tl.sum(weights, 1)
+            total = total * fade + tl.sum(weights, -1)
     if VALUE_SCALE == "slot":
         share = tl.load(value_scale + pool_rows)
         if GAPS and visible is not None:
@@ -238,8 +251,19 @@ def _fold_block(
         weights = weights * share[None, :]
     if GAPS and visible is not None:  # a weight of 0 is not enough where a value is NaN
         values = tl.where((tl.max(visible.to(tl.int32), 0) != 0)[:, None], values, 0.0)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(values.dtype), values, acc * tl.expand_dims(fade, -1), input_precision=PRECISION)
     return new_max, total, acc, unit
+
+
+@triton.jit
+def _sum_of_shares(x, SHARES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over the first axis of [SHARES, ROWS, WIDTH], by halves: a fifth of the code of Triton's over warps."""
+    x = tl.permute(x, (1, 2, 0))
+    for halving in tl.static_range(1, 6):
+        if SHARES >> halving > 0:
+            left, right = tl.split(tl.reshape(x, (ROWS, WIDTH, SHARES >> halving, 2)))
+            x = left + right
+    return tl.reshape(x, (ROWS, WIDTH))
 
 
 @triton.jit
@@ -248,7 +272,7 @@ def attend_tile(
     key_pages,  # [rows, HEAD_DIM]: a row is a slot of a head, and POOL_ROWS, HEAD_ROWS and so on say where
     value_pages,  # [rows, VALUE_DIM]; keys and values may be one array
     page_indices,  # [seqs, PAGES_PER_SEQ]
-    schedule,  # [fields, INTERVALS]: see host.py
+    schedule,  # [fields, INTERVALS]: see schedule.py
     kv_head_start,  # []
     ranges,  # [TOKENS, 2]
     tree,  # [TOKENS, TREE_WORDS]
@@ -298,6 +322,7 @@ def attend_tile(
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,
     ALL_MASKED: tl.constexpr,  # no block goes without a mask: of few rows it costs nothing, and a second loop its start
+    KEY_SHARES: tl.constexpr,  # of a block, one a warp, which then waits for no other until the end
     NUM_SPLITS: tl.constexpr,  # parts of a tile, or the most of one
     SPLITS_PADDED: tl.constexpr,
     PARTS_VARY: tl.constexpr,
@@ -397,14 +422,20 @@ def attend_tile(
         tile = (tile / row_unit[:, None]).to(tl.float16)
         tile_other = (tile_other / row_unit[:, None]).to(tl.float16)
         tile_rest = (tile_rest / row_unit[:, None]).to(tl.float16)
+    if KEY_SHARES > 1:  # Triton gives each product of a batch to a warp
+        tile = tl.broadcast_to(tile[None, :, :], (KEY_SHARES, ROWS, tile.shape[1]))
+        tile_other = tl.broadcast_to(tile_other[None, :, :], (KEY_SHARES, ROWS, tile_other.shape[1]))
+        tile_rest = tl.broadcast_to(tile_rest[None, :, :], (KEY_SHARES, ROWS, tile_rest.shape[1]))
     # Triton gives the warps a product's rows where another product follows, and what more warps there are than rows do
     # the same again. It does not follow a result out of a branch: behind one, they share the columns.
     always = seen_end > 0 if SHARE_COLUMNS else True
+    SHARES: tl.constexpr = (KEY_SHARES,) if KEY_SHARES > 1 else ()
     VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
-    running_max = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS, BLOCK_KV) if ALL_MASKED else (ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+    SUM_LAST: tl.constexpr = ALL_MASKED and KEY_SHARES == 1  # a sum over warps; that of a share is one warp's
+    running_max = tl.full(SHARES + (ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS, BLOCK_KV) if SUM_LAST else SHARES + (ROWS,), tl.float32)
+    acc = tl.zeros(SHARES + (ROWS, VALUE_WIDTH), tl.float32)
     unit = 0.0  # what acc is counted in, where each slot has a scale and the dtype is float16
 
     # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
@@ -419,42 +450,47 @@ def attend_tile(
     last_key = seen_end - 1
     edge_block = _masked_block(edge_low, edge_high, full_low * EDGES, unmasked)
     if edge_low + unmasked < edge_high:
-        edge_rows = _pool_rows(page_table, edge_block, seen_start, last_key, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+        edge_rows = _pool_rows(
+            page_table, edge_block, seen_start, last_key, EDGE_KV, KEY_SHARES, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS
+        )
     else:
-        edge_rows = tl.zeros((EDGE_KV,), tl.int32)
+        edge_rows = tl.zeros(SHARES + (EDGE_KV // KEY_SHARES,), tl.int32)
     for step in tl.range(edge_low, edge_high - unmasked):
         next_edge = _masked_block(step + 1, edge_high, full_low * EDGES, unmasked)
-        next_edge_rows = _pool_rows(page_table, next_edge, seen_start, last_key, EDGE_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
-        key = edge_block * EDGE_KV + tl.arange(0, EDGE_KV)
-        visible = (key[None, :] < high[:, None]) & (key < seen_end)[None, :]
+        next_edge_rows = _pool_rows(
+            page_table, next_edge, seen_start, last_key, EDGE_KV, KEY_SHARES, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS
+        )
+        key = _keys(edge_block, EDGE_KV, KEY_SHARES)
+        visible = (tl.expand_dims(key, -2) < high[:, None]) & tl.expand_dims(key < seen_end, -2)
         if RANGES or WINDOW is not None:
-            visible &= key[None, :] >= low[:, None]
+            visible &= tl.expand_dims(key, -2) >= low[:, None]
         if TREE_WORDS != 0:
             visible &= _in_tree(tree, token, row_exists, key, first_new, TREE_WORDS)
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-            key_scale, value_scale, edge_rows, visible, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, ALL_MASKED,
+            key_scale, value_scale, edge_rows, visible, row_unit, always, SHARES, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
         edge_block = next_edge
         edge_rows = next_edge_rows
 
     if ALL_MASKED:
-        total = tl.sum(total, 1)
+        if SUM_LAST:
+            total = tl.sum(total, -1)
     else:
         last_block = tl.maximum(full_high - 1, full_low)
         if full_low < full_high:
-            pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+            pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, 1, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
         else:
             pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
         for block in tl.range(full_low, full_high):
             next_block = tl.minimum(block + 1, last_block)
-            next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
+            next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, 1, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
             running_max, total, acc, unit = _fold_block(
                 running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
-                key_scale, value_scale, pool_rows, None, row_unit, always, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-                VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, ALL_MASKED,
+                key_scale, value_scale, pool_rows, None, row_unit, always, SHARES, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
+                VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
                 SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
             )  # fmt: skip
             pool_rows = next_rows
@@ -463,6 +499,12 @@ def attend_tile(
         split, _, rows, row_exists, token, length = _tile_of(
             field, exists, piece, parts, INTERVALS, GROUP, ROWS, True
         )
+    if KEY_SHARES > 1:
+        top = tl.max(running_max, 0)
+        fade = tl.exp2(running_max - top[None, :])
+        total = tl.sum(total * fade, 0)
+        acc = _sum_of_shares(acc * fade[:, :, None], KEY_SHARES, ROWS, VALUE_WIDTH)
+        running_max = top
     unseen = total == 0
     if VALUE_SCALE == "slot":
         if tile.dtype == tl.float16:

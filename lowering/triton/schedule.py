@@ -1,0 +1,51 @@
+"""Which programs of the Triton kernel have which rows, and parts of their keys: an array that each looks itself up in."""
+
+import jax.numpy as jnp
+
+from paged_prefill.lowering.call import Call
+from paged_prefill.lowering.tiles import Parts
+
+PARTS_FIELD, POOL_FIELD = 4, 5  # of the schedule; pools of the caches apart follow
+
+
+def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts):
+    """int32 [6 or 8, 2 * seqs + 1]: first piece, start, length, context_len, parts and pool of sequences, then of gaps.
+
+    A piece is a part of a tile, and the tiles of a sequence have the parts of its last. Pieces are numbered longest
+    first, so that the last programs to start are short ones. The sequences must be in the order of their rows, as
+    `call.flatten` gives them. Where caches have pools apart, those of the keys and of the values follow.
+    """
+    sequences, group = call.sequences, call.problem.group
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
+    gaps = jnp.concatenate([sequences.start, jnp.full(1, call.problem.tokens, jnp.int32)]) - ends
+    nothing = jnp.zeros_like(gaps)
+    pools = [sequences.pool]
+    if call.key_pool is not None or call.value_pool is not None:
+        pools += [sequences.pool if x is None else x for x in (call.key_pool, call.value_pool)]
+    start, length, context_len, *pools = (
+        jnp.concatenate(pair)
+        for pair in (
+            (sequences.start, ends),
+            (sequences.length, gaps),
+            (sequences.context_len, nothing),
+            *((pool, nothing) for pool in pools),
+        )
+    )
+    number = jnp.arange(len(start))
+    num_tiles = (length * group + rows - 1) // rows
+    num_parts, size = jnp.full_like(length, parts.most), context_len
+    if parts.vary:
+        seen_end = jnp.minimum(context_len, call.problem.capacity)
+        last_tile = context_len - length + (num_tiles - 1) * rows // group
+        seen_start = jnp.minimum(call.problem.attention.visible_keys(last_tile)[0], seen_end)
+        blocks = (seen_end + block_kv - 1) // block_kv - seen_start // block_kv
+        num_parts, size = parts.number(blocks), parts.share(blocks)
+    longer = size[:, None] < size[None, :]
+    before = longer | ((size[:, None] == size[None, :]) & (number[:, None] > number[None, :]))
+    first_piece = jnp.sum(jnp.where(before, (num_tiles * num_parts)[None, :], 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([first_piece, start, length, context_len, num_parts, *pools])
+
+
+def most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
+    """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
+    return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
