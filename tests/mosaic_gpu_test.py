@@ -296,7 +296,6 @@ class SupportsTest(parameterized.TestCase):
         ("few_tokens_each", dict(tokens=32 * 60, seqs=32), 64), ("decode_steps", dict(tokens=512, seqs=512), None),
         ("few_tiles", dict(tokens=512), None), ("short_prompts", dict(tokens=4096, seqs=4, pages_per_seq=64), 128),
         ("a_short_prompt", dict(pages_per_seq=64, tokens=1024), None), ("cap", dict(attn_logits_soft_cap=50.0), None),
-        ("quantised", dict(cache_dtype="int8", features=frozenset({"quantised"})), None),
     )
     def test_four_warpgroups_of_64_features_where_they_are_busy(self, changes, block_q):
         sizes = dict(tokens=2048, pages_per_seq=128, q_heads=32, num_kv_heads=8, head_dim=64, value_dim=64)
@@ -304,11 +303,9 @@ class SupportsTest(parameterized.TestCase):
         self.assertEqual((config.block_q if config.num_warps == 20 else None), block_q)
 
     @parameterized.named_parameters(
-        ("many_tiles_of_many_keys", {}, 128),
-        ("few_tiles", dict(tokens=2048, pages_per_seq=1024), 64),
+        ("many_tiles_of_many_keys", {}, 128), ("few_tiles", dict(tokens=2048, pages_per_seq=1024), 64),
         ("few_keys", dict(tokens=4096, pages_per_seq=256), 64),
-        ("window", dict(sliding_window=1024), 64),
-        ("ranges", dict(features=frozenset({"key_ranges"})), 64),
+        ("window", dict(sliding_window=1024), 64), ("ranges", dict(features=frozenset({"key_ranges"})), 64),
         ("rows_stay_empty", dict(tokens=64 * 192, seqs=64), 64),
         ("other_dims", dict(head_dim=192, value_dim=192), 64),
     )
@@ -318,10 +315,8 @@ class SupportsTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("short_prompts", {}, 2), ("of_64_features", dict(head_dim=64, value_dim=64), 2),
-        ("long_contexts", dict(pages_per_seq=512), 1),
-        ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
-        ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2),
-        ("decode_steps", dict(tokens=8), 1),
+        ("long_contexts", dict(pages_per_seq=512), 1), ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
+        ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2), ("decode_steps", dict(tokens=8), 1),
         ("decode_steps_that_fill_the_chip", dict(tokens=64, seqs=64, pages_per_seq=512), 2),
         ("drafts_that_do", dict(tokens=32 * 4, seqs=32, pages_per_seq=512), 2),
         ("decode_steps_of_other_dims", dict(tokens=64, seqs=64, head_dim=64, value_dim=64), 1),
@@ -448,12 +443,10 @@ class PlanTest(parameterized.TestCase):
 
 class LoweringTest(parameterized.TestCase):
     @parameterized.named_parameters(
-        ("chunk", {}, {}),
-        ("decode", dict(seqs=16, tokens=16), {}),
+        ("chunk", {}, {}), ("decode", dict(seqs=16, tokens=16), {}),
         ("dims", dict(head_dim=64, value_dim=256), dict(attn_logits_soft_cap=30.0)),
         ("small_cap", {}, dict(attn_logits_soft_cap=15.0)),
-        ("large_cap", {}, dict(attn_logits_soft_cap=70.0)),
-        ("window", dict(q_heads=10), dict(sliding_window=50)),
+        ("large_cap", {}, dict(attn_logits_soft_cap=70.0)), ("window", dict(q_heads=10), dict(sliding_window=50)),
         ("split", dict(dtype=jnp.float16), dict(cfg=PrefillPageAttentionConfig(num_splits=4))),
         ("long_tiles", dict(seqs=16, tokens=16, q_heads=32, kv_heads=8, pages_per_seq=2000), {}),
         ("long_tiles_of_wide_heads", dict(seqs=99, tokens=99, head_dim=512, pages_per_seq=2000), {}),
@@ -587,7 +580,6 @@ class LoweringTest(parameterized.TestCase):
         ("keys", dict(block_kv=96), "block_kv"),
         ("warps", dict(num_warps=4), "num_warps"),
         ("registers", dict(num_warps=16, block_q=192, block_kv=128), "num_warps"),
-        ("registers_of_four_warpgroups", dict(num_warps=20, block_q=256, block_kv=64), "num_warps"),
         ("stages", dict(num_stages=9), "num_stages"),
     )
     def test_sizes_that_do_not_fit_are_named(self, sizes, name):

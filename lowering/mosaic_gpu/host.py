@@ -16,12 +16,13 @@ from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
-from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, is_wide, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
+from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
+from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
@@ -30,9 +31,6 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
 
-SHARED_BYTES = 227 * 1024
-MOST_FEW_ROWS = 32  # of a tile, with which products have its rows for columns
-RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5, 4: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
@@ -73,11 +71,11 @@ class MosaicGpu(Kernel):
             return f"needs compute capability 9.0 (H100, H200), the device has {device.compute_capability}"
         if problem.dtype not in ("bfloat16", "float16"):
             return f"takes bfloat16 and float16, not {problem.dtype}"
-        if _quantised(problem) and problem.cache_dtype not in QUANTISED:
+        if is_quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
         # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
         shares, where = 1, ""
-        if _wide(problem):
+        if shares_rows(problem):
             shares, where = 2, f" with {WIDE}"
         for name, size, multiple, most in (
             ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM),
@@ -111,16 +109,16 @@ class MosaicGpu(Kernel):
             config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
         elif small is not None:
             config = small
-        elif more is not None and _ends_sooner(problem, device, more, config, widens and _quantised(problem)):
+        elif more is not None and _ends_sooner(problem, device, more, config, widens and is_quantised(problem)):
             config = more
         else:
             config = _with_one_head(problem, device, config) or config
-        few = STAGES_OF_A_PART * (2 if _quantised(problem) else 1)
+        few = STAGES_OF_A_PART * (2 if is_quantised(problem) else 1)
         of_parts = replace(config, num_stages=min(config.num_stages, few))
         of_parts = replace(of_parts, num_splits=self.num_splits(problem, device, of_parts))
         if of_parts.num_splits == 1:
             return replace(config, num_splits=1)
-        if of_parts.block_kv > 64 and not _quantised(problem) and not merges_in_cluster(problem, device, of_parts):
+        if of_parts.block_kv > 64 and not is_quantised(problem) and not merges_in_cluster(problem, device, of_parts):
             # Where there is no cluster for each large block, smaller ones may suit those that there are.
             small = replace(of_parts, block_kv=64, num_stages=STAGES_OF_A_PART + 1)
             small = replace(small, num_splits=self.num_splits(problem, device, small))
@@ -132,13 +130,13 @@ class MosaicGpu(Kernel):
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
         first = self.heuristic(problem, device)
         problem = behind_widening(problem)
-        rows = _rows(problem, first)
+        rows = rows_of(problem, first)
         changes = [dict(num_stages=max(first.num_stages + more, 1)) for more in (-1, 1)]
-        tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or _wide(problem) else (rows, rows // 2)
+        tokens = (2 * first.block_q, 4 * first.block_q) if first.block_q < 8 or shares_rows(problem) else (rows, rows // 2)
         changes += [dict(block_q=block_q) for block_q in tokens]
         found = [first] + [replace(first, **change) for change in changes]
-        found += [_sized(problem, first.block_q, 64, _warpgroups(first))]
-        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not _wide(problem):
+        found += [_sized(problem, first.block_q, 64, warpgroups_of(first))]
+        if problem.tokens_per_seq >= 3 * WARPGROUP_ROWS and not shares_rows(problem):
             found += [_with_at_most_two(problem), _with_more_warpgroups(problem)]
         found += [_with_teams(problem, _with_at_most_two(problem))]
         near = [c for c in found if c is not None and 1 / 2 <= c.num_warps / first.num_warps <= 2]
@@ -153,27 +151,27 @@ class MosaicGpu(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         problem = behind_widening(problem, config.fp8_terms)
-        if _wide(problem) and config.num_warps != 12:
+        if shares_rows(problem) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16, 20):
             return f"cfg.num_warps must be 8, 12, 16 or 20 (4 of them load), got {config.num_warps}"
-        if config.num_warps == 20 and _quantised(problem):
+        if config.num_warps == 20 and is_quantised(problem):
             return "cfg.num_warps 20 has no registers for caches that are quantised"
-        rows = _rows(problem, config)
+        rows = rows_of(problem, config)
         whole = config.block_q % WARPGROUP_ROWS == 0 or WARPGROUP_ROWS % config.block_q == 0
         if config.block_q < 1 or rows % config.block_q or not whole:
             slabs = f"{rows} rows into slabs of 8, 16, 32 or multiples of 64"
             return f"cfg.block_q must divide {slabs}, got {config.block_q}"
         spare = rows > WARPGROUP_ROWS or rows // config.block_q >= 2 * problem.group
-        if config.block_q < 8 and spare and _few_rows(problem, config) is None:
+        if config.block_q < 8 and spare and few_rows(problem, config) is None:
             takes = f"where {WARPGROUP_ROWS} rows / block_q are fewer than twice the heads of a group"
             return f"cfg.block_q must be at least 8, or 1, 2 or 4 {takes}, got {config.block_q}"
         page, block = problem.page_size, config.block_kv
-        if _wide(problem) and block != 64:
+        if shares_rows(problem) and block != 64:
             return f"cfg.block_kv must be 64 with {WIDE}, got {block}"
         if block not in (64, 128) or (page % block and block % page):
             return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
-        most = MOST_REGISTERS.get(_warpgroups(config), math.inf)
+        most = MOST_REGISTERS.get(warpgroups_of(config), math.inf)
         if problem.value_dim // 2 + block > most:
             return (
                 f"cfg.num_warps {config.num_warps} has registers for value_dim / 2 + cfg.block_kv of at most {most}, got "
@@ -181,7 +179,7 @@ class MosaicGpu(Kernel):
             )
         if config.fp8_terms and (wrong := _reason_against_fp8(problem)):
             return f"cfg.fp8_terms is for caches in float8_e4m3fn, got {config.fp8_terms} with {wrong}"
-        fewest = _fewest_stages(problem)
+        fewest = fewest_stages(problem)
         if config.num_stages < fewest or shared_bytes(problem, config) > SHARED_BYTES:
             return f"cfg.num_stages must be at least {fewest} and fit the shared memory, got {config.num_stages}"
         return None
@@ -265,10 +263,10 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         page_rows=problem.rows["num_pages"],
         slot_rows=problem.rows["page_size"],
         value_rows=problem.rows.get("2", 0),
-        rows=_rows(problem, config),
+        rows=rows_of(problem, config),
         block_q=config.block_q,
         block_kv=config.block_kv,
-        warpgroups=_warpgroups(config),
+        warpgroups=warpgroups_of(config),
         teams=1 if clusters else _teams(problem, config),
         stages=config.num_stages,
         parts=parts,
@@ -316,25 +314,17 @@ def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
     """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
     large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
-    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or _wide(problem):
+    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or shares_rows(problem):
         return False
     at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
-    in_place_of = _bytes_of_blocks(problem, config)
+    in_place_of = bytes_of_blocks(problem, config)
     return programs(problem, config) <= at_a_time and exchange_fits(problem, config, parts, in_place_of)
 
 
 def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
     """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
-    exchanged = 4 * math.prod(exchange_shape(_warpgroups(config), parts, problem.value_dim))
+    exchanged = 4 * math.prod(exchange_shape(warpgroups_of(config), parts, problem.value_dim))
     return shared_bytes(problem, config) + EXCHANGE_BYTES + max(0, exchanged - in_place_of) <= SHARED_BYTES
-
-
-def _bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of the blocks of keys and values that products read, where heads are not wide."""
-    block, features = config.block_kv, problem.head_dim + problem.value_dim
-    if config.fp8_terms:
-        return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
-    return 2 * block * features * (widened(block, features, False) if _quantised(problem) else config.num_stages)
 
 
 def _block_kv(problem: Problem) -> int | None:
@@ -347,9 +337,9 @@ def _block_kv(problem: Problem) -> int | None:
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
-    if _wide(problem):
+    if shares_rows(problem):
         return _for_wide(problem)
-    if tokens_per_seq == 1 and _few_rows(problem, single := _sized(problem, 1, block_kv, 1)) is not None:
+    if tokens_per_seq == 1 and few_rows(problem, single := _sized(problem, 1, block_kv, 1)) is not None:
         return single
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
@@ -368,7 +358,7 @@ def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
     """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
-    if _wide(problem):
+    if shares_rows(problem):
         return replace(_for_wide(problem), num_splits=1)
     heads = min(16, pl.next_power_of_2(problem.group))
     warpgroups = _most_warpgroups(problem)
@@ -396,9 +386,9 @@ def _with_more_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None
     Their logits of 64 keys are what fits a thread's fewer registers. None where blocks of a quantised cache leave no room
     for so many rows, or heads are wide.
     """
-    if _wide(problem):
+    if shares_rows(problem):
         return None
-    if (problem.head_dim, problem.value_dim) != (COLUMNS, COLUMNS) or _quantised(problem):
+    if (problem.head_dim, problem.value_dim) != (COLUMNS, COLUMNS) or is_quantised(problem):
         return _sized(problem, 3 * WARPGROUP_ROWS, 64, 3)
     # Two heads' tokens are a little faster than one's, but where more rows stay empty.
     found = [_sized(problem, 4 * WARPGROUP_ROWS // heads, 64, 4) for heads in (2, 1, 4)]
@@ -408,14 +398,14 @@ def _with_more_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None
 def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig | None:
     """Tiles of one warpgroup, two side by side, in place of these; None where they have no room."""
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
-    block_q = config.block_q if _warpgroups(config) == 1 else WARPGROUP_ROWS // heads
+    block_q = config.block_q if warpgroups_of(config) == 1 else WARPGROUP_ROWS // heads
     sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
     return next((config for config in sizes if _teams(problem, config) == 2), None)
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
     """Tiles of 64 rows where even of them there is one a core at most; None else, and where it was not measured."""
-    if _wide(problem) or _quantised(problem):
+    if shares_rows(problem) or is_quantised(problem):
         return None
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
     config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
@@ -424,10 +414,10 @@ def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentio
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
     """Tile sizes with as many stages as the shared memory has room for, and blocks small enough for two, if any are."""
-    stages = MOST_QUANTISED_STAGES if _quantised(problem) else MOST_STAGES[warpgroups]
+    stages = MOST_QUANTISED_STAGES if is_quantised(problem) else MOST_STAGES[warpgroups]
     sizes = [
         _config(block_q, block, warpgroups, number)
-        for least, block in ((2, block_kv), (_fewest_stages(problem), 64))
+        for least, block in ((2, block_kv), (fewest_stages(problem), 64))
         for number in range(stages, least - 1, -1)
     ]
     return next((config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES), None)
@@ -438,60 +428,25 @@ def _config(block_q: int, block_kv: int, warpgroups: int, stages: int) -> Prefil
     return PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages)
 
 
-def _fewest_stages(problem: Problem) -> int:
-    """Blocks of a quantised cache, once widened, have others to lie in; wide values and keys wait for one another."""
-    return 1 if _quantised(problem) or (_wide(problem) and not _latent(problem)) else 2
-
-
-def _quantised(problem: Problem) -> bool:
-    return "quantised" in problem.features
-
-
 def _reason_against_fp8(problem: Problem) -> str | None:
     """Why products cannot be of 8 bits."""
     if problem.cache_dtype != "float8_e4m3fn":
         return f"caches in {problem.cache_dtype}"
     if "slot_scales" in problem.features:
         return "scales of each token and head"
-    return WIDE if _wide(problem) else None
-
-
-def _latent(problem: Problem) -> bool:
-    return "latent" in problem.features
-
-
-def _wide(problem: Problem) -> bool:
-    return is_wide(problem.head_dim, problem.value_dim, _latent(problem))
-
-
-def _warpgroups(config: PrefillPageAttentionConfig) -> int:
-    """Those that compute: quantised caches have warps of their own beside, which no size counts."""
-    return config.num_warps // 4 - 1
+    return WIDE if shares_rows(problem) else None
 
 
 def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
-    if _warpgroups(config) > 1 or _quantised(problem) or _wide(problem):
+    if warpgroups_of(config) > 1 or is_quantised(problem) or shares_rows(problem):
         return 1
     return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1
 
 
-def _rows(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Rows of a tile."""
-    return _few_rows(problem, config) or (1 if _wide(problem) else _warpgroups(config)) * WARPGROUP_ROWS
-
-
-def _few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
-    """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
-    if _quantised(problem) or _wide(problem) or _warpgroups(config) > 1:
-        return None
-    rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
-    return rows if rows <= MOST_FEW_ROWS else None
-
-
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
-    heads = _rows(problem, config) // config.block_q
+    heads = rows_of(problem, config) // config.block_q
     tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
     return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
@@ -514,7 +469,7 @@ def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttenti
     """Whether decode steps have work for most teams: memory serves two of a core a little faster than one."""
     if (problem.head_dim, problem.value_dim) != (128, 128):  # others are not measured, or do not fit
         return False
-    few = problem.tokens_per_seq < FEW_TOKENS and _warpgroups(config) == 1
+    few = problem.tokens_per_seq < FEW_TOKENS and warpgroups_of(config) == 1
     return few and programs(problem, config) >= MOST_CORES * device.cores
 
 
@@ -522,8 +477,8 @@ def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentio
     """Tiles of one wide head's tokens in place of two heads', where they are faster, and else None: where tiles fill the
     chip for some rounds, and see so many keys that those which only some of their tokens see do not count.
     """
-    one = replace(config, block_q=_rows(problem, config))
-    if (problem.head_dim, problem.value_dim) != (256, 256) or _quantised(problem):  # others are not measured
+    one = replace(config, block_q=rows_of(problem, config))
+    if (problem.head_dim, problem.value_dim) != (256, 256) or is_quantised(problem):  # others are not measured
         return None
     if "key_ranges" in problem.features or programs(problem, config) < ROUNDS * device.cores:
         return None
@@ -535,9 +490,9 @@ def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentio
 def _fills_four_warpgroups(problem: Problem, device: Device, more, teams) -> bool:
     """Whether there are four, and tiles for all cores with hardly more empty rows than two teams have: then they are
     faster over few keys too, by 5 to 25%."""
-    if more is None or _warpgroups(more) < 4 or problem.attention.attn_logits_soft_cap is not None:
+    if more is None or warpgroups_of(more) < 4 or problem.attention.attn_logits_soft_cap is not None:
         return False
-    rows, of_teams = (_rows(problem, config) * programs(problem, config) for config in (more, teams))
+    rows, of_teams = (rows_of(problem, config) * programs(problem, config) for config in (more, teams))
     return programs(problem, more) >= device.cores and rows <= MOST_EMPTY * of_teams
 
 
@@ -550,7 +505,7 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
     Tiles of early tokens see fewer keys. Where all see as many, the last round takes as long as the others, however few
     tiles it has; the more they differ, the better short ones fill what it leaves, if there are enough of them.
     """
-    number, dims = _warpgroups(more), (problem.head_dim, problem.value_dim)
+    number, dims = warpgroups_of(more), (problem.head_dim, problem.value_dim)
     if number == 3 and dims != (128, 128):  # others are not measured, or do not fit
         return False
     if widens and two.block_kv > more.block_kv:
@@ -560,33 +515,13 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
     if number == 3 and programs(problem, more) < ROUNDS * device.cores:
         return False
     fewest, most = _keys_of_tiles(problem, more.block_q)
-    chains = number == 3 and not _quantised(problem) and problem.attention.attn_logits_soft_cap is None
+    chains = number == 3 and not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
     if chains and ("key_ranges" in problem.features or fewest + most < 2 * LONG):
         return False  # ranges may make them short
 
     def time(config):
         rounds = programs(problem, config) / device.cores
         keys = rounds * (most + fewest) / 2 + (math.ceil(rounds) - rounds) * fewest
-        return _rows(problem, config) * max(keys, most)
+        return rows_of(problem, config) * max(keys, most)
 
     return time(more) < FASTER[number] * time(two)
-
-
-def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of a thread block with one tile at a time."""
-    block, features = config.block_kv, problem.head_dim + (0 if _latent(problem) else problem.value_dim)
-    rows, blocks = _rows(problem, config), config.num_stages * block * features
-    if _few_rows(problem, config) is not None:
-        numbers = sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
-        return 2 * (rows * (problem.head_dim + block) + blocks) + 4 * numbers + RESERVED_BYTES
-    if not _quantised(problem):
-        weights = rows * block if _wide(problem) else 0
-        return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
-    if config.fp8_terms:
-        return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
-    slots, scales, weights = widened(block, features, _wide(problem)), 0, 0
-    if "slot_scales" in problem.features:  # of keys, of values or of both
-        scales = 2 * 4 * (slots + 1) * block
-    if _wide(problem):  # keys and values in one place, and warpgroups that exchange their numbers
-        features, weights, scales = max(problem.head_dim, problem.value_dim), rows * block, scales + 1024
-    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + RESERVED_BYTES

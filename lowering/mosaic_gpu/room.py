@@ -1,0 +1,77 @@
+"""What a tile of given sizes takes of a thread block: warpgroups, rows and shared memory."""
+
+import math
+
+from jax.experimental import pallas as pl
+
+from paged_prefill.lowering.call import Problem
+from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, widened
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+
+SHARED_BYTES = 227 * 1024
+MOST_FEW_ROWS = 32  # of a tile, with which products have its rows for columns
+RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
+
+
+def is_quantised(problem: Problem) -> bool:
+    return "quantised" in problem.features
+
+
+def is_latent(problem: Problem) -> bool:
+    return "latent" in problem.features
+
+
+def shares_rows(problem: Problem) -> bool:
+    return is_wide(problem.head_dim, problem.value_dim, is_latent(problem))
+
+
+def warpgroups_of(config: PrefillPageAttentionConfig) -> int:
+    """Those that compute: quantised caches have warps of their own beside, which no size counts."""
+    return config.num_warps // 4 - 1
+
+
+def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Rows of a tile."""
+    return few_rows(problem, config) or (1 if shares_rows(problem) else warpgroups_of(config)) * WARPGROUP_ROWS
+
+
+def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
+    """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
+    if is_quantised(problem) or shares_rows(problem) or warpgroups_of(config) > 1:
+        return None
+    rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
+    return rows if rows <= MOST_FEW_ROWS else None
+
+
+def fewest_stages(problem: Problem) -> int:
+    """Blocks of a quantised cache, once widened, have others to lie in; wide values and keys wait for one another."""
+    return 1 if is_quantised(problem) or (shares_rows(problem) and not is_latent(problem)) else 2
+
+
+def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory of a thread block with one tile at a time."""
+    block, features = config.block_kv, problem.head_dim + (0 if is_latent(problem) else problem.value_dim)
+    rows, blocks = rows_of(problem, config), config.num_stages * block * features
+    if few_rows(problem, config) is not None:
+        numbers = sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
+        return 2 * (rows * (problem.head_dim + block) + blocks) + 4 * numbers + RESERVED_BYTES
+    if not is_quantised(problem):
+        weights = rows * block if shares_rows(problem) else 0
+        return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
+    if config.fp8_terms:
+        return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
+    slots, scales, weights = widened(block, features, shares_rows(problem)), 0, 0
+    if "slot_scales" in problem.features:  # of keys, of values or of both
+        scales = 2 * 4 * (slots + 1) * block
+    if shares_rows(problem):  # keys and values in one place, and warpgroups that exchange their numbers
+        features, weights, scales = max(problem.head_dim, problem.value_dim), rows * block, scales + 1024
+    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + RESERVED_BYTES
+
+
+def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Shared memory of the blocks of keys and values that products read, where heads are not wide."""
+    block, features = config.block_kv, problem.head_dim + problem.value_dim
+    if config.fp8_terms:
+        return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
+    return 2 * block * features * (widened(block, features, False) if is_quantised(problem) else config.num_stages)
