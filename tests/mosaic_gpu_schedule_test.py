@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import flatten
+from paged_prefill.lowering.call import Sequences, flatten
 from paged_prefill.lowering.mosaic_gpu.hopper import schedule
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import table_of
 from paged_prefill.primitive.attention import Attention
@@ -99,6 +99,14 @@ class ScheduleInOneTest(parameterized.TestCase):
         self.enterContext(mock.patch.object(Threads, "synchronise", lambda self: None))
         with self.assertRaisesRegex(AssertionError, "meanwhile"):
             table_by_threads(launch, np.arange(9) * 8, np.full(8, 64))
+
+    def test_one_sequence_is_scheduled_longest_first(self):
+        arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
+        sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
+        tiling = tiles.Tiling(200, 1, 960, 64, 64, Attention(1.0), slab=64)
+        schedule, _ = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
+        np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
+        np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
 
 
 if __name__ == "__main__":

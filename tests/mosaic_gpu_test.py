@@ -177,14 +177,6 @@ class ScheduleTest(parameterized.TestCase):
         for seq in (0, 4):
             chex.assert_trees_all_equal(found[int(starts[seq])], beside_others[int(starts[seq])])
 
-    def test_one_sequence_is_scheduled_longest_first(self):
-        arrays = (np.asarray([x], np.int32) for x in (0, 200, 900, 0))
-        sequences = Sequences(*arrays, np.zeros((1, 60), np.int32))
-        tiling = tiles.Tiling(200, 1, 960, 64, 64, Attention(1.0), slab=64)
-        schedule, _ = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
-        np.testing.assert_array_equal(schedule.start[:4], [192, 128, 64, 0])
-        np.testing.assert_array_equal(schedule.length[:5], [8, 64, 64, 64, 0])
-
 
 class SupportsTest(parameterized.TestCase):
     @parameterized.named_parameters(

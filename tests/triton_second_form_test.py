@@ -153,16 +153,17 @@ class SecondFormTest(WithInterpreter):
         self.check(7, dict(kind, sequences=((3, 40), (1, 20)), page_size=8))
 
 
-def in_parts(parts):
+def in_parts(parts, pieces=100):
     from paged_prefill.lowering.triton import host
 
-    return mock.patch.object(host, "parts_of_tiles", lambda *_: parts)
+    return mock.patch.multiple(host, parts_of_tiles=lambda *_: parts, PIECES_OF_SEQUENCE=pieces)
 
 
 def check_in_parts(parts, kind, parameters):
-    """In a process prepared by `interpret_triton`."""
-    with in_parts(parts):
-        triton_stand_ins.check_second_form_interpreted(kind, parameters)
+    """In a process prepared by `interpret_triton`; also where a sequence of several tiles has fewer, for so many pieces."""
+    for pieces in (100, 6):
+        with in_parts(parts, pieces):
+            triton_stand_ins.check_second_form_interpreted(kind, parameters)
 
 
 def check_alone_in_parts(parts):

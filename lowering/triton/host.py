@@ -95,6 +95,7 @@ EVEN_PARTS = 4 / 3  # times the parts that an estimate takes, for all cores to h
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
 MERGED_WIDTH, MERGED = 128, 2**11  # features and numbers of all parts that a warp merges
 MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
+PIECES_OF_SEQUENCE = 3  # a core: more of its parts would cost more than they even out
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
@@ -239,7 +240,7 @@ class Triton(Kernel):
         rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
         parts = parts_of_tiles(problem, device, config)
         splits = parts.most
-        schedule = schedule_of(call, rows, block_kv, parts)
+        schedule = schedule_of(call, rows, block_kv, parts, PIECES_OF_SEQUENCE * device.cores)
         tiles = most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)

@@ -8,12 +8,13 @@ from paged_prefill.lowering.tiles import Parts
 PARTS_FIELD, POOL_FIELD = 4, 5  # of the schedule; pools of the caches apart follow
 
 
-def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts):
+def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts, pieces: int):
     """int32 [6 or 8, 2 * seqs + 1]: first piece, start, length, context_len, parts and pool of sequences, then of gaps.
 
-    A piece is a part of a tile, and the tiles of a sequence have the parts of its last. Pieces are numbered longest
-    first, so that the last programs to start are short ones. The sequences must be in the order of their rows, as
-    `call.flatten` gives them. Where caches have pools apart, those of the keys and of the values follow.
+    A piece is a part of a tile, and the tiles of a sequence have the parts of its last: where these vary, so few that the
+    sequence has at most so many `pieces`, or one a tile. Pieces are numbered longest first, so that the last programs to
+    start are short ones. The sequences must be in the order of their rows, as `call.flatten` gives them. Where caches have
+    pools apart, those of the keys and of the values follow.
     """
     sequences, group = call.sequences, call.problem.group
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
@@ -39,7 +40,9 @@ def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts):
         last_tile = context_len - length + (num_tiles - 1) * rows // group
         seen_start = jnp.minimum(call.problem.attention.visible_keys(last_tile)[0], seen_end)
         blocks = (seen_end + block_kv - 1) // block_kv - seen_start // block_kv
-        num_parts, size = parts.number(blocks), parts.share(blocks)
+        enough = pieces // jnp.maximum(num_tiles * call.problem.num_kv_heads, 1)
+        num_parts = jnp.clip(enough, 1, parts.number(blocks))
+        size = (blocks + num_parts - 1) // num_parts
     longer = size[:, None] < size[None, :]
     before = longer | ((size[:, None] == size[None, :]) & (number[:, None] > number[None, :]))
     first_piece = jnp.sum(jnp.where(before, (num_tiles * num_parts)[None, :], 0), axis=1, dtype=jnp.int32)
