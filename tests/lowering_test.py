@@ -18,7 +18,7 @@ from paged_prefill.lowering.xla import host, kernel, walks
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
-from paged_prefill.tests import cases, compiling, packs
+from paged_prefill.tests import cases, compiling, packs, poisoned
 from paged_prefill.tests.problems import problem
 
 PART_HEIGHTS = [turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)]
@@ -352,6 +352,18 @@ class ContractTest(parameterized.TestCase):
                 self.assertEqual(sequences.context_len[i], context_lens[a, b, seq])
                 np.testing.assert_array_equal(sequences.page_indices[i], page_indices[a, b, seq])
                 np.testing.assert_array_equal(key_pages[sequences.pool[i]], keys[(a, b)[:cache_batch_dims]])
+
+    @parameterized.parameters(3, 12)
+    def test_sinks_are_of_rows_that_a_sequence_owns(self, seqs):
+        call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
+                                  sinks=True, tokens_before=2, tokens_after=1, page_size=4)
+        parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
+        flat = flatten(call | dict(kv_head_start=0), **parameters)
+        sinks = np.asarray(flat.sinks_of_rows())
+        offsets, tokens = call["query_offsets"], len(call["query"])
+        token = np.arange(tokens)
+        owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
+        np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
 
     @parameterized.parameters(4, FEW_SEQUENCES + 3)
     def test_flatten_makes_indices_harmless(self, seqs):

@@ -14,7 +14,7 @@ import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
-from paged_prefill.lowering.call import Call, Device, Sequences, flatten
+from paged_prefill.lowering.call import Call, Device, Sequences
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening
@@ -562,18 +562,6 @@ class LoweringTest(parameterized.TestCase):
         with mock.patch.object(Call, "with_sinks", side_effect=AssertionError("sinks join after the kernel")):
             text = jax.jit(call).trace(**operands).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
-
-    @parameterized.parameters(3, 12)
-    def test_sinks_are_of_rows_that_a_sequence_owns(self, seqs):
-        call = poisoned.make_call(0, ((2, 20), (0, 9), (3, 2)) * (seqs // 3), q_heads=4, kv_heads=2, head_dim=8,
-                                  sinks=True, tokens_before=2, tokens_after=1, page_size=4)
-        parameters = dict(cache_batch_dims=0, num_kv_heads=2, attention=Attention(1.0))
-        flat = flatten(call | dict(kv_head_start=0), **parameters)
-        sinks = np.asarray(flat.sinks_of_rows())
-        offsets, tokens = call["query_offsets"], len(call["query"])
-        token = np.arange(tokens)
-        owned = ((offsets[:-1, None] <= token) & (token < offsets[1:, None])).any(0)
-        np.testing.assert_array_equal(sinks, np.where(owned[:, None], call["sinks"], -np.inf))
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=100), "block_q"),
