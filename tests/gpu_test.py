@@ -401,6 +401,7 @@ class GpuTest(parameterized.TestCase):
         chex.assert_trees_all_equal([x[:100] for x in attend(beside, platform, cfg=cfg)], [out, lse])
 
     @product(platform=PLATFORMS, num_splits=(1, 2))
+    @policy("invariant")  # else long tiles of short calls may have more parts on fewer heads
     def test_heads_cut_over_two_gpus_give_the_same_bits(self, platform, num_splits):
         self.need(platform)
         if jax.device_count("cuda") < 2:
