@@ -30,9 +30,14 @@ def schedule_of(call: Call, plan: Plan):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
     else:
         table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
-    pages, pools = call.sequences.page_indices, call.sequences.pool
-    if indices is not None:
-        pages, pools = indices.page_indices, indices.pools
+    pages, pools, _ = indices_of(call)
     if plan.pools == 1:  # a constant, which no kernel writes
         pools = jnp.zeros(1, jnp.int32)
     return table, pages.reshape(-1), pools, call.kv_head_start.reshape(1)
+
+
+def indices_of(call: Call):
+    """page_indices, the pools of packs or sequences, and context_lens: as given, where the call still has them so."""
+    if call.indices is not None:
+        return call.indices.page_indices, call.indices.pools, call.indices.context_lens
+    return call.sequences.page_indices, call.sequences.pool, call.sequences.context_len

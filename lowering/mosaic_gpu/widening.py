@@ -12,6 +12,7 @@ from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.hopper.widen_pages import Kind, Launch, widen_pages
+from paged_prefill.lowering.mosaic_gpu.scheduling import indices_of
 from paged_prefill.lowering.splits import mean_keys
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
@@ -77,9 +78,7 @@ def widened_call(call: Call, fp8_terms: int | None = 0) -> Call:
         return call
     problem, left = call.problem, left_of(call.problem)
     sequences, indices, rows = call.sequences, call.indices, problem.rows
-    pages, pools, contexts = sequences.page_indices, sequences.pool, sequences.context_len
-    if indices is not None:
-        pages, pools, contexts = indices.page_indices, indices.pools, indices.context_lens
+    pages, pools, contexts = indices_of(call)
     caches, scales = caches_of(call), scales_of(call)
     kinds = zip(caches, (0, rows.get("2", 0)), scales)
     launch = Launch(

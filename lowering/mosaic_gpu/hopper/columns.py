@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA, as_word
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
@@ -88,7 +88,7 @@ def store_weights(weights, target) -> None:
         groups = weights.registers.reshape(weights.shape[0] // WARPGROUP_ROWS, weights.shape[1] // GROUP, 2)
         for keys, columns in np.ndindex(groups.shape[:2]):
             offset = (columns * groups.shape[0] + keys) * GROUP * SWIZZLE_BYTES
-            words = [_word(pair) for pair in groups[keys, columns]]
+            words = [as_word(pair) for pair in groups[keys, columns]]
             _asm(f"stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0 + {offset}], {{$1, $2}};", "r,r,r", start, *words)
         # Products read by another way than threads write.
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
@@ -213,12 +213,6 @@ def _store(number, board, place, offset: int) -> None:
 def _warp_and_lane():
     thread = _rem(utils.thread_idx(), 32 * WARPS)
     return arith.divui(thread, _i32(32)), _rem(thread, 32)
-
-
-def _word(pair):
-    """The 32 bits of two 16-bit numbers."""
-    i32 = ir.IntegerType.get_signless(32)
-    return vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
 
 
 def _i32(number: int):

@@ -464,7 +464,7 @@ def any_in_warp(flags, after):
     return vote(*arrays) > 0
 
 
-def _as_word(pair):
+def as_word(pair):
     """The 32 bits of two 16-bit numbers."""
     return vector.extract(_words(pair), [], [0])
 
@@ -541,7 +541,7 @@ def _of_one_group(pairs, quarter):
         )
 
     group = llvm.mlir_undef(ir.VectorType.get((QUAD,), i32))
-    for i, word in enumerate(exchanged([_as_word(pair) for pair in pairs], has, arith.select, utils.shfl_bfly)):
+    for i, word in enumerate(exchanged([as_word(pair) for pair in pairs], has, arith.select, utils.shfl_bfly)):
         group = vector.insert(word, group, [], [i])
     return group
 
