@@ -23,6 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_ch
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, wide
+from paged_prefill.lowering.mosaic_gpu.hopper.last_part import words_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -46,13 +47,16 @@ def launch(plan: Plan, schedule, query, caches, optional):
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
     Returns out [results * tokens * q_heads, value_dim], in float32 if there are several, and lse [results * q_heads *
-    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split.
+    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split; of all
+    tiles, and nothing else, where the last part merges.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     shape, result_types = jax.ShapeDtypeStruct, []
-    for results in [1, plan.results] if plan.parts.vary else [plan.results]:
+    for results in [1, plan.results] if plan.final_beside_parts else [plan.results]:
         rows = results * plan.tokens * plan.q_heads
         result_types += [shape((rows, plan.value_dim), dtype if results == 1 else jnp.float32), shape((rows,), jnp.float32)]
+    if plan.last_merges:
+        result_types.append(shape(words_shape(plan), jnp.int32))
 
     tiled = tiling_of(product_dtype)
 
@@ -127,7 +131,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
         ),
         kernel_name="paged_prefill",
     )
-    return kernel(*schedule, query, *caches, *(array.reshape(-1) for array in optional.values()))
+    results = kernel(*schedule, query, *caches, *(array.reshape(-1) for array in optional.values()))
+    return results[:2] if plan.last_merges else results
 
 
 def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *others, **scratch):
@@ -135,7 +140,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    results_at = len(others) - (4 if plan.parts.vary else 2)
+    results_at = len(others) - (4 if plan.final_beside_parts else 2) - plan.last_merges
     number = results_at - len(names)
     caches, optional, results = others[:number], others[number:results_at], others[results_at:]
     optional = dict(zip(names, optional))
@@ -253,6 +258,7 @@ class Piece(NamedTuple):
     """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
     tile: Tiles  # all scalars too: of what slabs see, one slab's
+    entry: Int[Array, ""]  # its number among the parts of all tiles, those of a tile together
     pool: Int[Array, ""]
     head_tile: Int[Array, ""]
     last: Int[Array, ""]  # block of keys: they are taken from there downwards
@@ -267,6 +273,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
     """A piece by its number: of all tiles if `part` says which of a tile's it is, and else of all parts."""
     head_tile = lax.rem(index, plan.head_tiles)
     row = lax.div(index, plan.head_tiles)
+    entry = row
     if part is None and not plan.parts.vary:
         row, part = lax.div(row, plan.splits), lax.rem(row, plan.splits)
     row *= plan.columns
@@ -286,6 +293,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
         tile=tile,
+        entry=entry,
         pool=pool,
         head_tile=head_tile,
         last=tile.first_block + steps - 1,

@@ -85,6 +85,11 @@ def store_words(words, matrix, row, column, where) -> None:
     write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
 
 
+def store_numbers(numbers, matrix, row, column, where) -> None:
+    """Writes them to matrix[row] in its dtype, from that column on, a multiple of their number, if `where`."""
+    store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
+
+
 def _place(matrix, row, column):
     """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count.
 
