@@ -63,10 +63,7 @@ class LastPartTest(parameterized.TestCase):
             results = np.full((plan.tokens * plan.q_heads, plan.value_dim), 77, dtype), Shared(0, np.full(lse[0].size, 77.0))
             of_parts = out.reshape(-1, plan.value_dim), Shared(0, lse.reshape(-1))
             threads = Threads(last_part.THREADS, [])
-            with (
-                mock.patch.object(last_part.lax, "fori_loop", counted),
-                mock.patch.object(last_part.pl, "when", lambda here: lambda do: do()),
-            ):
+            with mock.patch.object(last_part.lax, "fori_loop", counted):
                 last_part.merge_rows(plan, threads, piece, rows, results, of_parts, first_column)
             got_out, got_lse = results[0].reshape(out.shape[1:]), results[1].values.reshape(lse.shape[1:])
             own = np.zeros((plan.tokens, plan.q_heads), bool)

@@ -27,6 +27,9 @@ THREADS = 128  # of a warpgroup
 MOST_PARTS = THREADS  # each is one thread's to look at
 THERE = 0x9E3779B97F4A7C15  # any number that nobody else writes
 BYTES = 8  # of a word
+# Results that a thread reads without waiting for one another, NUMBERS of a row and its lse each; and of as many parts.
+# Three warpgroups have registers for fewer.
+READ, FEW_READ, MOST_TOGETHER = 16, 8, 8
 
 
 def words_shape(plan: Plan) -> tuple[int, ...]:
@@ -54,27 +57,33 @@ def merge_if_last(plan: Plan, piece, rows, results, first_column) -> None:
 
 def merge_rows(plan: Plan, threads, piece, rows, results, of_parts, first_column) -> None:
     """What a thread does of a warpgroup's rows, in its columns. `threads` has the words for it."""
-    (out, lse), tile = results, piece.tile
+    (out, lse), tile, size = results, piece.tile, plan.tokens * plan.q_heads
+    (first_head, heads), (first_token, tokens) = rows.there()
     groups = plan.output_columns // NUMBERS
-    thread = lax.rem(threads.number(), THREADS)
+    number, thread = heads * tokens * groups, lax.rem(threads.number(), THREADS)
+    together = min(plan.splits, MOST_TOGETHER)
+    read = READ if plan.computing_warpgroups < 3 else FEW_READ
+    at_a_time = max(read // together, 1)  # groups of numbers of a thread
+    # A division by a number that is not static takes a thread as long as memory takes to answer: so there is one.
+    inverse = lax.div(jnp.int32(2**16 - 1), jnp.maximum(tokens, 1)) + 1
 
     def turn(i, _):
-        index = thread + i * THREADS
-        row, group = rows.first_row + lax.div(index, groups), lax.rem(index, groups)
+        heres, places = [], []
+        for j in range(at_a_time):
+            index = thread + (i * at_a_time + j) * THREADS
+            heres.append(index < number)
+            index = jnp.minimum(index, number - 1)
+            row, column = lax.div(index, groups), first_column + lax.rem(index, groups) * NUMBERS
+            head = lax.shift_right_logical(row * inverse, 16)  # row / tokens, of up to 64 rows
+            token = tile.start + first_token + (row - head * tokens)
+            head += piece.head + first_head
+            places.append((token * plan.q_heads + head, head * plan.tokens + token, column))
+        merged = merged_numbers(threads, tile.parts, of_parts, size, places, together)
+        for here, (row, of_lse, column), (numbers, merged_lse) in zip(heres, places, merged):
+            threads.store_numbers(numbers, out, row, column, here)
+            threads.store(lse, of_lse, merged_lse, here & (column == 0))
 
-        here = rows.owns(row)
-
-        @pl.when(here)
-        def _():
-            head, token = rows.head_and_token(row)
-            head, token, column = piece.head + head, tile.start + token, first_column + group * NUMBERS
-            place, of_lse = token * plan.q_heads + head, head * plan.tokens + token
-            sizes = plan.tokens * plan.q_heads, place, of_lse
-            numbers, merged = merged_numbers(threads, tile.parts, of_parts, *sizes, column)
-            threads.store_numbers(numbers, out, place, column, here)
-            threads.store(lse, of_lse, merged, here & (column == 0))
-
-    lax.fori_loop(0, min(plan.rows, WARPGROUP_ROWS) * groups // THREADS, turn, None)
+    lax.fori_loop(0, lax.div(number + (at_a_time * THREADS - 1), at_a_time * THREADS), turn, None)
 
 
 def _all_are_there(words, own, first, parts):

@@ -106,38 +106,48 @@ def _merge_numbers(launch: Launch, threads, parts, token, first, of_parts, resul
     here, first = first < launch.numbers, jnp.minimum(first, launch.numbers - NUMBERS)
     head, column = lax.div(first, launch.value_dim), lax.rem(first, launch.value_dim)
     row, of_lse = token * launch.q_heads + head, head * launch.tokens + token
-    numbers, merged = merged_numbers(threads, parts, of_parts, rows, row, of_lse, column)
+    [(numbers, merged)] = merged_numbers(threads, parts, of_parts, rows, [(row, of_lse, column)], UNROLLED)
     threads.store_numbers(numbers, out, row, column, here)
     threads.store(lse, of_lse, merged, here & (column == 0))
 
 
-def merged_numbers(threads, parts, of_parts, rows: int, row, of_lse, column):
-    """([output of a row from `column` on, NUMBERS of them], its lse) from those of so many parts, in their order.
+def merged_numbers(threads, parts, of_parts, rows: int, places, together: int):
+    """([an output's numbers, NUMBERS of them], its row's lse) of each of these places, from those of so many parts.
 
-    `of_parts` are the outputs, a matrix, and the lse, a vector: each part has so many `rows`, and this one is `row` of
-    the outputs, and `of_lse` of the lse. Softmaxes add up by exp(lse).
+    `of_parts` are the outputs, a matrix, and the lse, a vector: each part has so many `rows`. A place is a row of the
+    outputs, its number among the lse, and a column. Of all places, parts are read `together`, so many at a time, and
+    added up in their order: softmaxes add up by exp(lse).
     """
     out, lse = of_parts
 
     def add(i, sums):
         """Some parts; the last part stands for those that are not, and has no weight there."""
-        most, *sums = sums
-        numbers = [i * UNROLLED + j for j in range(UNROLLED)]
-        places = [jnp.minimum(part, parts - 1) * rows for part in numbers]
-        found = [threads.load(lse, place + of_lse) for place in places]
-        outputs = [threads.load_words(out, place + row, column, NUMBERS) for place in places]
-        found = [jnp.where(part < parts, its_lse, -jnp.inf) for part, its_lse in zip(numbers, found)]
-        largest = functools.reduce(jnp.maximum, found, most)
-        base = jnp.where(largest == -jnp.inf, 0.0, largest)
-        fade = jnp.exp(most - base)
-        total, *summed = [fade * x for x in sums]
-        for its_lse, output in zip(found, outputs):
-            weight = jnp.exp(its_lse - base)
-            total, summed = total + weight, [x + weight * number for x, number in zip(summed, output)]
-        return largest, total, *summed
+        numbers = [i * together + j for j in range(together)]
+        firsts = [jnp.minimum(part, parts - 1) * rows for part in numbers]
+        found = [[threads.load(lse, first + of_lse) for first in firsts] for _, of_lse, _ in places]
+        outputs = [
+            [threads.load_words(out, first + row, column, NUMBERS) for first in firsts] for row, _, column in places
+        ]
+        found = [[jnp.where(part < parts, x, -jnp.inf) for part, x in zip(numbers, each)] for each in found]
+        return tuple(map(_added, sums, found, outputs))
 
-    turns = lax.div(parts + (UNROLLED - 1), UNROLLED)
-    zeros = (jnp.float32(0),) * (1 + NUMBERS)
-    largest, total, *summed = lax.fori_loop(0, turns, add, (jnp.float32(-jnp.inf), *zeros))
-    factor, merged = factor_and_lse(total, largest)
-    return [jnp.where(total == 0, 0.0, number * factor) for number in summed], merged
+    nothing = jnp.float32(-jnp.inf), *(jnp.float32(0),) * (1 + NUMBERS)
+    turns = lax.div(parts + (together - 1), together)
+    merged = []
+    for largest, total, *summed in lax.fori_loop(0, turns, add, (nothing,) * len(places)):
+        factor, merged_lse = factor_and_lse(total, largest)
+        merged.append(([jnp.where(total == 0, 0.0, number * factor) for number in summed], merged_lse))
+    return merged
+
+
+def _added(sums, found, outputs):
+    """(largest lse, sum of weights, *weighted sums of a row's numbers) with those of some more parts."""
+    most, *sums = sums
+    largest = functools.reduce(jnp.maximum, found, most)
+    base = jnp.where(largest == -jnp.inf, 0.0, largest)
+    fade = jnp.exp(most - base)
+    total, *summed = [fade * x for x in sums]
+    for its_lse, output in zip(found, outputs):
+        weight = jnp.exp(its_lse - base)
+        total, summed = total + weight, [x + weight * number for x, number in zip(summed, output)]
+    return largest, total, *summed
