@@ -1,6 +1,7 @@
-"""The merge of a tile's parts by the warpgroup that ends the last: its arithmetic, its words, and where it is chosen."""
+"""The merge of a tile's parts by the warpgroup that ends the last: its arithmetic, its counters, and where it is chosen."""
 
 import functools
+import itertools
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -77,21 +78,14 @@ class LastPartTest(parameterized.TestCase):
             of_rows = own.T if first_column == 0 else np.zeros_like(own.T)
             np.testing.assert_allclose(got_lse, np.where(of_rows, want_lse.T, 77), 1e-5)
 
-    @parameterized.product(name=tuple(PLANS), parts=(Parts(1, 3, 2), Parts(3, 3)))
-    def test_every_part_has_a_word_of_its_own_beside_those_of_its_tile(self, name, parts):
-        plan = plans.plan(**PLANS[name], parts=parts, last_merges=True, tiles=2)
-        [size] = last_part.words_shape(plan)
-        found = {}
-        for index in range(plan.pieces):
-            piece = piece_of(plan, index)
-            for warpgroup, first_column in shares_of(plan):
-                word = int(last_part.word_of(plan, piece, Rows(plan, piece, warpgroup, {}), first_column))
-                self.assertNotIn(word, found)
-                tile = index // plan.head_tiles // plan.splits
-                found[word] = tile, int(piece.head_tile), warpgroup, int(piece.tile.part)
-        self.assertEqual(sorted(found), [*range(size // 2)])
-        for word, (*tile, part) in found.items():
-            self.assertEqual(found[word - part], (*tile, 0))
+    @parameterized.parameters(*PLANS)
+    def test_every_tile_has_counters_of_its_own(self, name):
+        """One for each head tile and warpgroup."""
+        plan = plans.plan(**PLANS[name], last_merges=True, tokens=7)
+        each = itertools.product(range(7), range(plan.head_tiles), range(plan.warpgroups))
+        counters = [last_part.counter_of(plan, *number) for number in each]
+        [size] = last_part.counters_shape(plan)
+        self.assertEqual(sorted(counters), [*range(size)])
 
     @parameterized.parameters(
         (dict(seqs=20, tokens=20, pages_per_seq=1250), {}, True),  # uneven decode
@@ -109,7 +103,7 @@ class LastPartTest(parameterized.TestCase):
         operands += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in indices]
         call = functools.partial(ragged_paged_prefill, platform="cuda", cfg=Config(**cfg))
         text = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-        self.assertEqual("fence.sc.gpu" in text, last)
+        self.assertEqual("atom.acq_rel.gpu" in text, last)
         self.assertEqual("paged_prefill_merge" in text or "stablehlo.exponential" in text, cfg.get("num_splits") == 30)
 
 

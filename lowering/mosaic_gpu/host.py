@@ -17,7 +17,6 @@ from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
-from paged_prefill.lowering.mosaic_gpu.hopper.last_part import MOST_PARTS
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
@@ -318,7 +317,7 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
     columns = problem.value_dim // (2 if shares_rows(problem) else 1)
-    return 1 < parts.most <= MOST_PARTS and 4 * rows * columns * parts.most <= LAST_MERGES_BYTES
+    return parts.most > 1 and 4 * rows * columns * parts.most <= LAST_MERGES_BYTES
 
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:

@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
-from paged_prefill.lowering.mosaic_gpu.hopper.last_part import merge_if_last
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, store_numbers, store_rows
@@ -92,7 +91,7 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
     """Writes a warpgroup's output, from that column on, and the lse of its rows.
 
-    Where there are final results beside those of parts, those of tiles of one part are final, and what is merged here.
+    Where there are final results beside those of parts, those of tiles of one part are final.
     """
     acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
@@ -113,12 +112,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0)
     if not plan.final_beside_parts:
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
-
-    @pl.when(piece.tile.parts > 1)
-    def _():
-        store(*results[2:4], piece.tile.part)
-        if plan.last_merges:
-            merge_if_last(plan, piece, rows, results, jnp.int32(first_column))
+    pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):

@@ -1,11 +1,11 @@
 """The merge of a tile's parts by the warpgroup that ends the last of them: no kernel follows.
 
-A part's warpgroups are done at any time, and none waits for another. Each has a word in memory: it writes there that its
-results are, and then looks at the words of all parts of its rows. The fence between lets the last one see all; where
-two end together both may, and both write the same bits, since parts are added up in their order.
+Parts end at any time, and nobody waits for another. Each tile has a counter in memory, one for each of the warpgroups
+that share it. A warpgroup that is done with all of its pieces counts itself in at the tiles of each, and merges those
+whose last part it had, in the order of the parts. Counting piece by piece would let it wait for memory as often, and
+merging then would delay what it has still to do.
 
-Nobody zeroes the words before: memory holds a number of 64 bits by chance only, and who merges takes it away. So every
-call has words of its own, which no other call shares.
+The counters are an array of the call's own, of zeros: XLA gives each call another, since the kernel writes there.
 """
 
 from jax import lax
@@ -18,41 +18,110 @@ import jax.numpy as jnp
 
 from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper import threads
+from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import NUMBERS, merged_numbers
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.tiles import Tiles
 
 arith, llvm = compat.mlir_dialects("arith", "llvm")
 
 THREADS = 128  # of a warpgroup
-MOST_PARTS = THREADS  # each is one thread's to look at
-THERE = 0x9E3779B97F4A7C15  # any number that nobody else writes
-BYTES = 8  # of a word
 # Results that a thread reads without waiting for one another, NUMBERS of a row and its lse each; and of as many parts.
 # Three warpgroups have registers for fewer.
 READ, FEW_READ, MOST_TOGETHER = 16, 8, 8
 
 
-def words_shape(plan: Plan) -> tuple[int, ...]:
-    """Of all words, in int32: those of a tile's parts, for the same rows and columns, lie together."""
-    return (BYTES // 4 * plan.head_tiles * plan.warpgroups * plan.tiles * plan.splits,)
+def counters_shape(plan: Plan) -> tuple[int, ...]:
+    """Of int32: a tile is known by its first token."""
+    return (plan.tokens * plan.head_tiles * plan.warpgroups,)
 
 
-def word_of(plan: Plan, piece, rows, first_column):
-    """The number of the word of a warpgroup's part of a tile: the other parts' are beside it, in their order."""
-    share = lax.div(rows.first_row, WARPGROUP_ROWS) + lax.div(first_column, plan.output_columns)
-    return (piece.head_tile * plan.warpgroups + share) * (plan.tiles * plan.splits) + piece.entry
+def merge_where_last(plan: Plan, table, index_of, piece_of, warpgroup, optional, results, counters) -> None:
+    """What a warpgroup does that has stored its results of all of its team's pieces.
+
+    `index_of(i)` is the number of the i-th of them, where i may be each thread's own, and `piece_of(i)` that piece.
+    """
+    thread, places = lax.rem(threads.number(), THREADS), plan.teams * min(plan.pieces, plan.cores)
+    pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles if plan.parts.vary else jnp.int32(plan.pieces)
+    turns = lax.div(pieces + (places - 1), places)  # at most so many of a team
+
+    def some(first):
+        """Those that the threads have one each of."""
+        index = index_of(first + thread)
+        last = _count_in(plan, table, jnp.minimum(index, plan.pieces - 1), index < pieces, warpgroup, counters)
+
+        def one(i, _):
+            @pl.when(_any_thread(last & jnp.where(thread == i, 1, 0)))
+            def _():
+                piece = piece_of(first + i)
+                first_column = warpgroup * plan.output_columns if plan.wide else 0
+                rows = Rows(plan, piece, warpgroup, optional)
+                merge_rows(plan, threads, piece, rows, results[:2], results[2:], first_column)
+
+        lax.fori_loop(0, jnp.minimum(turns - first, THREADS), one, None)
+
+    lax.fori_loop(0, lax.div(turns + (THREADS - 1), THREADS), lambda i, _: some(i * THREADS), None)
 
 
-def merge_if_last(plan: Plan, piece, rows, results, first_column) -> None:
-    """What a warpgroup does that has stored a part's results of its `rows`, from that column on."""
-    out, lse, *of_parts, words = results
-    own = word_of(plan, piece, rows, first_column)
-    first, parts = own - piece.tile.part, piece.tile.parts
+def counter_of(plan: Plan, start, head_tile, warpgroup):
+    """The number of a tile's counter by its first token: that of one of its warpgroups."""
+    return (start * plan.head_tiles + head_tile) * plan.warpgroups + warpgroup
 
-    @pl.when(_all_are_there(words, own, first, parts))
-    def _():
-        merge_rows(plan, threads, piece, rows, (out, lse), of_parts, first_column)
-        _forget(words, first, parts)
+
+def _count_in(plan: Plan, table, index, exists, warpgroup, counters):
+    """1 in threads whose piece was the last of its tile, and 0 in others. All results are stored before."""
+    row, head_tile = lax.div(index, plan.head_tiles), lax.rem(index, plan.head_tiles)
+    row = (row if plan.parts.vary else lax.div(row, plan.splits)) * plan.columns
+    start, length, parts = (
+        threads.load(table, row + Tiles._fields.index(name)) for name in ("start", "length", "parts")
+    )
+    parts = parts if plan.parts.vary else jnp.int32(plan.splits)
+    counts = exists & (length > 0) & (parts > 1)
+    counter = jnp.where(counts, counter_of(plan, start, head_tile, warpgroup), -1)
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), splat, splat), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+    )
+    def count(_, counters, counter, parts):
+        i32, i64, i8 = (ir.IntegerType.get_signless(width) for width in (32, 64, 8))
+        counter, parts = counter.registers.item(), parts.registers.item()
+        offset = arith.muli(arith.extsi(i64, counter), arith.constant(i64, 4))
+        place = llvm.ptrtoint(i64, utils.getelementptr(utils.memref_ptr(counters), [offset], i8))
+        assembly = (
+            "{ .reg .pred p, q; .reg .b32 n; setp.ge.s32 p, $1, 0; mov.b32 n, 0; bar.sync $4, 128; "
+            "@p atom.acq_rel.gpu.global.add.u32 n, [$2], 1; add.s32 n, n, 1; setp.eq.and.s32 q, n, $3, p; "
+            "selp.b32 $0, 1, 0, q; }"
+        )
+        arguments = [counter, place, parts, _barrier()]
+        found = llvm.inline_asm(i32, arguments, assembly, "=r,r,l,r,r,~{memory}", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return count(counters, counter, parts)
+
+
+def _any_thread(flag):
+    """Whether it is set in any thread of the warpgroup, which wait for one another: a scalar."""
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat))
+    def vote(_, flag):
+        i32 = ir.IntegerType.get_signless(32)
+        # The vote of the warp tells ptxas that all of it goes one way.
+        assembly = (
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, 128, p; "
+            "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        )
+        arguments = [flag.registers.item(), _barrier()]
+        found = llvm.inline_asm(i32, arguments, assembly, "=r,r,r,~{memory}", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return vote(flag) > 0
+
+
+def _barrier():
+    """The number of the warpgroup's own, as Pallas has them."""
+    return arith.addi(utils.warpgroup_idx(sync=False), arith.constant(ir.IntegerType.get_signless(32), 1))
 
 
 def merge_rows(plan: Plan, threads, piece, rows, results, of_parts, first_column) -> None:
@@ -84,56 +153,3 @@ def merge_rows(plan: Plan, threads, piece, rows, results, of_parts, first_column
             threads.store(lse, of_lse, merged_lse, here & (column == 0))
 
     lax.fori_loop(0, lax.div(number + (at_a_time * THREADS - 1), at_a_time * THREADS), turn, None)
-
-
-def _all_are_there(words, own, first, parts):
-    """Says that the results are there which the warpgroup has stored; whether those of all parts are, a scalar."""
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), splat, splat, splat),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat),
-    )
-    def ask(_, words, own, first, parts):
-        i32 = ir.IntegerType.get_signless(32)
-        own, first, parts = (number.registers.item() for number in (own, first, parts))
-        thread = arith.remui(utils.thread_idx(), arith.constant(i32, THREADS))
-        last = arith.subi(parts, arith.constant(i32, 1))
-        looks_at = _place(words, arith.addi(first, arith.minsi(thread, last)))
-        assembly = (
-            "{ .reg .pred p; .reg .b64 w; setp.eq.u32 p, $1, 0; bar.sync $4, 128; "
-            f"@p st.release.gpu.global.b64 [$2], {THERE}; @p fence.sc.gpu; bar.sync $4, 128; "
-            f"ld.acquire.gpu.global.b64 w, [$3]; setp.eq.b64 p, w, {THERE}; bar.red.and.pred p, $4, 128, p; "
-            # The vote of the warp tells ptxas that all of it goes one way.
-            "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
-        )
-        # As Pallas numbers the barriers of warpgroups.
-        barrier = arith.addi(utils.warpgroup_idx(sync=False), arith.constant(i32, 1))
-        arguments = [thread, _place(words, own), looks_at, barrier]
-        found = llvm.inline_asm(i32, arguments, assembly, "=r,r,l,l,r,~{memory}", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
-
-    return ask(words, *map(jnp.int32, (own, first, parts))) > 0
-
-
-def _forget(words, first, parts) -> None:
-    """Takes away what says that the results of these parts are there: all have said so, and none will again."""
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat))
-    def forget(_, words, first, parts):
-        i32 = ir.IntegerType.get_signless(32)
-        thread = arith.remui(utils.thread_idx(), arith.constant(i32, THREADS))
-        first, parts = (number.registers.item() for number in (first, parts))
-        assembly = "{ .reg .pred p; setp.lt.s32 p, $0, $1; @p st.relaxed.gpu.global.b64 [$2], 0; }"
-        arguments = [thread, parts, _place(words, arith.addi(first, thread))]
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), arguments, assembly, "r,r,l,~{memory}", has_side_effects=True)
-
-    forget(words, *map(jnp.int32, (first, parts)))
-
-
-def _place(words, number):
-    """A pointer to one of them, as an integer."""
-    i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
-    offset = arith.muli(arith.extsi(i64, number), arith.constant(i64, BYTES))
-    return llvm.ptrtoint(i64, utils.getelementptr(utils.memref_ptr(words), [offset], i8))
