@@ -38,7 +38,7 @@ CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack 
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
-LAST_MERGES_BYTES = 2**18  # of a tile's parts, which one warpgroup reads in some 2 us
+LAST_MERGES_BYTES = 2**16  # of a tile's parts, if all there may be are: with as many, one warpgroup takes longer than a kernel
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -60,7 +60,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 19
+    version = 20
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -317,7 +317,7 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
     columns = problem.value_dim // (2 if shares_rows(problem) else 1)
-    return parts.most > 1 and 4 * rows * columns * parts.most <= LAST_MERGES_BYTES
+    return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
 
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
