@@ -84,7 +84,7 @@ class MosaicGpu(Kernel):
             if size % multiple or not 0 < size <= most:
                 return f"takes a {name} of a multiple of {multiple} up to {most}{where}, not {size}"
         if _block_kv(problem) is None:
-            return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
+            return f"takes a page_size of 8, 16, 32 or a multiple of 64 in {problem.cache_dtype}, not {problem.page_size}"
         rows = problem.pools * problem.rows["pool"]
         if rows >= 2**31:
             return f"a cache may have at most {2**31 - 1} rows, a slot of each head and pool, got {rows}"
@@ -169,8 +169,9 @@ class MosaicGpu(Kernel):
         page, block = problem.page_size, config.block_kv
         if shares_rows(problem) and block != 64:
             return f"cfg.block_kv must be 64 with {WIDE}, got {block}"
-        if block not in (64, 128) or (page % block and block % page):
-            return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
+        if block not in (64, 128) or (is_quantised(problem) and page % block and block % page):
+            fits = f", and a multiple or a divisor of page_size {page}" if is_quantised(problem) else ""
+            return f"cfg.block_kv must be 64 or 128{fits}, got {block}"
         most = MOST_REGISTERS.get(warpgroups_of(config), math.inf)
         if problem.value_dim // 2 + block > most:
             return (
@@ -328,11 +329,11 @@ def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: i
 
 
 def _block_kv(problem: Problem) -> int | None:
-    """The largest block of keys that is made of whole pages or divides one."""
+    """The largest block of keys that is made of whole pages or divides one; else what 16 bits can be gathered to."""
     largest = 128 if max(problem.head_dim, problem.value_dim) <= 128 else 64
     page = problem.page_size
     fits = [b for b in (64, largest) if page % 8 == 0 and (b % page == 0 or page % b == 0)]
-    return max(fits, default=None)
+    return max(fits, default=None if is_quantised(problem) else largest)
 
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
