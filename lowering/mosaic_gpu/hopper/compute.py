@@ -91,7 +91,7 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
     """Writes a warpgroup's output, from that column on, and the lse of its rows.
 
-    Where the number of parts varies, there are results twice: those of tiles of one part are final.
+    Where there are final results beside those of parts, those of tiles of one part are final.
     """
     acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
@@ -109,7 +109,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0)
             column += array.shape[1]
         store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
 
-    if not plan.parts.vary:
+    if not plan.final_beside_parts:
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))

@@ -17,12 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, gather, threads, wide
+from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -46,11 +48,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
     Returns out [results * tokens * q_heads, value_dim], in float32 if there are several, and lse [results * q_heads *
-    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split.
+    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split; of all
+    tiles, and nothing else, where the last part merges.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     shape, result_types = jax.ShapeDtypeStruct, []
-    for results in [1, plan.results] if plan.parts.vary else [plan.results]:
+    for results in [1, plan.results] if plan.final_beside_parts else [plan.results]:
         rows = results * plan.tokens * plan.q_heads
         result_types += [shape((rows, plan.value_dim), dtype if results == 1 else jnp.float32), shape((rows,), jnp.float32)]
 
@@ -127,7 +130,11 @@ def launch(plan: Plan, schedule, query, caches, optional):
         ),
         kernel_name="paged_prefill",
     )
-    return kernel(*schedule, query, *caches, *(array.reshape(-1) for array in optional.values()))
+    operands = *schedule, query, *caches, *(array.reshape(-1) for array in optional.values())
+    if not plan.last_merges:
+        return kernel(*operands)
+    counters = jax.new_ref(jnp.zeros(counters_shape(plan), jnp.int32))
+    return compat.takes_references(kernel)(*operands, counters)[:2]
 
 
 def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *others, **scratch):
@@ -135,19 +142,23 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    results_at = len(others) - (4 if plan.parts.vary else 2)
-    number = results_at - len(names)
+    results_at = len(others) - (4 if plan.final_beside_parts else 2)
+    number = results_at - len(names) - plan.last_merges
     caches, optional, results = others[:number], others[number:results_at], others[results_at:]
-    optional = dict(zip(names, optional))
+    counters, optional = optional[-1] if plan.last_merges else None, dict(zip(names, optional))
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
     part = lax.axis_index("part") if plan.clusters else None
 
-    def piece_of(i, team=0, pieces=plan.pieces):
-        """A team's i-th piece, and whether there is one: longest first, to and fro over the blocks' teams."""
+    def index_of(i, team=0):
+        """The number of a team's i-th piece: longest first, to and fro over the blocks' teams."""
         place, places = team * blocks + block, plan.teams * blocks
-        index = i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
+        return i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
+
+    def piece_of(i, team=0, pieces=plan.pieces):
+        """A team's i-th piece, and whether there is one."""
+        index = index_of(i, team)
         piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
         return piece, (index < pieces) & (piece.tile.length > 0)
 
@@ -184,25 +195,31 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
     sources = _sources(plan, caches, optional, **scratch)
 
-    @pl.when(warpgroup < plan.computing_warpgroups)
-    def _():
-        _set_registers(plan.registers.computes, "increase")
-        if plan.takes_turns:  # the first turn is the first warpgroup's
-            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(optional=optional, sources=sources, results=results)
+    def attend_pieces(team, warpgroup):
+        shared = dict(optional=optional, sources=sources, results=results, warpgroup=warpgroup)
         if plan.alternates:
-            return each_piece(functools.partial(alternate.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+            return each_piece(functools.partial(alternate.compute, plan, **shared, **scratch))
         if plan.wide:
-            return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+            return each_piece(functools.partial(wide.compute, plan, **shared, **scratch))
         if plan.chains:
-            return compute_chain(plan, piece_of, warpgroup=warpgroup, **shared, **scratch)
-        team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
-        shared |= dict(team=team, warpgroup=of_team)
+            return compute_chain(plan, piece_of, **shared, **scratch)
+        shared |= dict(team=team)
         if plan.few_rows:
             shared |= dict(way=few_rows.FewRows)
         if plan.looks_ahead:
             return compute_each(plan, piece_of, **shared, **scratch)
         each_piece(functools.partial(compute, plan, **shared, **scratch), team)
+
+    @pl.when(warpgroup < plan.computing_warpgroups)
+    def _():
+        _set_registers(plan.registers.computes, "increase")
+        if plan.takes_turns:  # the first turn is the first warpgroup's
+            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+        team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
+        attend_pieces(team, of_team)
+        if plan.last_merges:
+            of_pieces = functools.partial(index_of, team=team), lambda i: piece_of(i, team)[0]
+            merge_where_last(plan, table, *of_pieces, of_team, optional, results, counters)
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""

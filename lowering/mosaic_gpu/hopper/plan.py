@@ -99,6 +99,7 @@ class Plan:
     stages: int
     parts: Parts  # of a tile's keys
     clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
+    last_merges: bool  # whether a tile's parts are merged where the last of them ends (last_part.py)
     exchanges_in_blocks: bool  # where keys and values were, since there is no room beside them
     softmax_scale: float
     soft_cap: float | None
@@ -300,6 +301,11 @@ class Plan:
     def results(self) -> int:
         """Of each tile, in global memory."""
         return 1 if self.clusters else self.splits
+
+    @property
+    def final_beside_parts(self) -> bool:
+        """Whether there are results of whole tiles, beside those of each part."""
+        return self.parts.vary or self.last_merges
 
     @property
     def rows_of_table(self) -> int:

@@ -86,6 +86,11 @@ def store_words(words, matrix, row, column, where) -> None:
     write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
 
 
+def store_numbers(numbers, matrix, row, column, where) -> None:
+    """Writes them to matrix[row] in its dtype, from that column on, a multiple of their number, if `where`."""
+    store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
+
+
 def of_lane(value, lane):
     """The value that this lane of the warp has, of int32."""
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
