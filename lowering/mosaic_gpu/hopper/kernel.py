@@ -54,8 +54,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     shape, result_types = jax.ShapeDtypeStruct, []
     for results in [1, plan.results] if plan.final_beside_parts else [plan.results]:
-        rows = results * plan.tokens * plan.q_heads
-        result_types += [shape((rows, plan.value_dim), dtype if results == 1 else jnp.float32), shape((rows,), jnp.float32)]
+        rows, out_dtype = results * plan.tokens, dtype if results == 1 else jnp.float32
+        result_types += [shape((rows, plan.q_heads, plan.value_dim), out_dtype), shape((rows * plan.q_heads,), jnp.float32)]
 
     tiled = tiling_of(product_dtype)
 
@@ -76,12 +76,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
     parts, rows = plan.query_parts, plan.rows // plan.row_groups
     views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (plan.query_matrices, product_dtype, tiled)
     query_views = [
-        plgpu.SMEM((plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
+        plgpu.SMEM((plan.query_places * plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
         for number, its_dtype, transforms in views
     ]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = {False: copies_of(plan), True: plan.widening_warps}
-    queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
+    queries, turns = plan.query_places * plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
     copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
@@ -131,10 +131,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
         kernel_name="paged_prefill",
     )
     operands = *schedule, query, *caches, *(array.reshape(-1) for array in optional.values())
-    if not plan.last_merges:
-        return kernel(*operands)
-    counters = jax.new_ref(jnp.zeros(counters_shape(plan), jnp.int32))
-    return compat.takes_references(kernel)(*operands, counters)[:2]
+    if plan.last_merges:
+        counters = jax.new_ref(jnp.zeros(counters_shape(plan), jnp.int32))
+        found = compat.takes_references(kernel)(*operands, counters)[:2]
+    else:
+        found = kernel(*operands)
+    return [array.reshape(-1, plan.value_dim) if array.ndim > 1 else array for array in found]
 
 
 def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *others, **scratch):
@@ -159,7 +161,7 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     def piece_of(i, team=0, pieces=plan.pieces):
         """A team's i-th piece, and whether there is one."""
         index = index_of(i, team)
-        piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
+        piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)._replace(number=i)
         return piece, (index < pieces) & (piece.tile.length > 0)
 
     def each_piece(do, team=0):
@@ -269,6 +271,7 @@ def _set_registers(number, action) -> None:
 class Piece(NamedTuple):
     """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
+    number: Int[Array, ""]  # of its team's pieces before it
     tile: Tiles  # all scalars too: of what slabs see, one slab's
     pool: Int[Array, ""]
     head_tile: Int[Array, ""]
@@ -302,6 +305,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
         tile = plan.parts.part(tile, part, jnp.where(alone, 1, plan.splits))
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
+        number=jnp.int32(0),
         tile=tile,
         pool=pool,
         head_tile=head_tile,
@@ -324,6 +328,7 @@ class Source(NamedTuple):
     rows: jax.Array  # of whole slots, in global memory
     beside: int  # rows from those of keys to these
     features: int
+    stages: int
     blocks: jax.Array
     here: jax.Array
     free: jax.Array
@@ -363,7 +368,8 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
             if name == "keys":
                 groups, turns = plan.key_groups, plan.turns_before_keys
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
-        found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
+        stages = plan.slots if name == "values" and not plan.quantised else plan.stages
+        found.append(Source(rows, *of_rows, stages, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -382,25 +388,25 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
             plgpu.async_prefetch(query.at[*place, pl.ds(part * COLUMNS, COLUMNS)])
 
     def copy_query(team, piece, done):
+        occupied = done > 0 if plan.query_places == 1 else piece.number >= plan.query_places
         if plan.asks_ahead:
-            pl.when(done > 0)(functools.partial(ask_for_query, piece))
+            pl.when(occupied)(functools.partial(ask_for_query, piece))
         for row in range(0, plan.rows, plan.slab):
-            queries = plan.queries_of(team, row // WARPGROUP_ROWS)
+            queries = plan.queries_of(piece, team, row // WARPGROUP_ROWS)
             if row % (plan.rows // plan.query_groups) == 0:
-                pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
+                pl.when(occupied)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
-                slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
+                slots = query_slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
                 plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
         ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
         late = plan.stages - 1 if plan.gathers else 0  # blocks under way while a place for another is waited for
-        last_queries = plan.queries_of(team, plan.row_groups - 1)
 
         def row_of(piece, key, beside):
             if plan.gathers:  # each lane its own
@@ -410,17 +416,17 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
         def announce(i, done, sources):
             """That block i of a piece has come."""
-            slot = team * plan.stages + lax.rem(done + i, plan.stages)
             for source, _ in itertools.product(sources, offsets):
+                slot = team * source.stages + lax.rem(done + i, source.stages)
                 plgpu.barrier_arrive(source.here.at[slot])
 
         def copy_piece(piece, done):
+            last_queries = plan.queries_of(piece, team, plan.row_groups - 1)
             if before is not None:
                 now = done == 0 if plan.values_before_query else True
                 pl.when(now)(functools.partial(before, team, piece, done))
 
             def step(i, _):
-                slot = team * plan.stages + lax.rem(done + i, plan.stages)
                 rows = {
                     beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
                     for beside in {source.beside for source in sources}
@@ -431,9 +437,10 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     pl.when(i >= late)(lambda: threads.wait_for_groups(late - 1))
                     pl.when(i >= late)(functools.partial(announce, i - late, done, sources))
                 for source in sources:
+                    slot = team * source.stages + lax.rem(done + i, source.stages)
 
-                    @pl.when(done + i >= plan.stages)
-                    def _(source=source):
+                    @pl.when(done + i >= source.stages)
+                    def _(source=source, slot=slot):
                         plgpu.barrier_wait(source.free.at[slot])
 
                     _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])

@@ -133,12 +133,12 @@ def _do(text: str, constraints: str = "", *operands) -> None:
 def _place(matrix, row, column):
     """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count.
 
-    In bytes, since LLVM has no numbers of 8 bits but integers.
+    A row is what the last dimension has. In bytes, since LLVM has no numbers of 8 bits but integers.
     """
     i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
     its_type = ir.MemRefType(matrix.type)
     row, column = (arith.extsi(i64, number.registers.item()) for number in (row, column))
-    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[1])), column)
+    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[-1])), column)
     offset = arith.muli(offset, arith.constant(i64, utils.bytewidth(its_type.element_type)))
     return utils.getelementptr(utils.memref_ptr(matrix), [offset], i8)
 
