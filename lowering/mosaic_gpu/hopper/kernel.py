@@ -29,6 +29,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
 
+MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
+
+
 def table_of(tiles: Tiles, number, parts_vary: bool):
     """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
@@ -407,6 +410,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         """Copies the runs at these offsets of every block."""
         ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
         late = plan.stages - 1 if plan.gathers else 0  # blocks under way while a place for another is waited for
+        besides = {source.beside for source in sources}
 
         def row_of(piece, key, beside):
             if plan.gathers:  # each lane its own
@@ -426,11 +430,17 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 now = done == 0 if plan.values_before_query else True
                 pl.when(now)(functools.partial(before, team, piece, done))
 
+            def rows_of(i):
+                first = (piece.last - i) * plan.block_kv
+                return {beside: [row_of(piece, first + offset, beside) for offset in offsets] for beside in besides}
+
+            def ask_for_block(i):
+                rows = rows_of(i)
+                for source in sources:
+                    _ask_for_runs(plan, piece, source, rows[source.beside])
+
             def step(i, _):
-                rows = {
-                    beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
-                    for beside in {source.beside for source in sources}
-                }
+                rows = rows_of(i)
                 if plan.query_comes_first:
                     pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
                 if plan.gathers and late:  # what has come meanwhile, before a place is waited for
@@ -449,6 +459,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 if plan.gathers and not late:
                     threads.wait_for_groups(0)
                     announce(i, done, sources)
+                if plan.asks_for_blocks:
+                    pl.when(i + 1 < piece.steps)(functools.partial(ask_for_block, i + 1))
                 if before is not None and plan.values_before_query:
                     pl.when((done > 0) & (i == 0))(functools.partial(before, team, piece, done))
 
@@ -474,6 +486,15 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
     return 1 if plan.loading_warpgroups == 1 else -(-copies_of(plan) // copies_of_a_warp(plan))
+
+
+def _ask_for_runs(plan: Plan, piece, source: Source, rows) -> None:
+    """Brings runs of keys or values from these rows of the cache on into the second cache, from where they are copied soon."""
+    column = plan.in_slot(piece, source.beside) * source.features
+    width = next(width for width in range(MOST_ASKED_COLUMNS, 0, -COLUMNS) if source.features % width == 0)
+    for row in rows:
+        for first in range(0, source.features, width):
+            plgpu.async_prefetch(source.rows.at[pl.ds(row, plan.run), pl.ds(column + first, width)])
 
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
