@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.splits import (
     LEAST_PART_BYTES,
@@ -338,7 +338,8 @@ def _merged(out, lse, dtype, sinks, device: Device):
 def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile: those of all heads of a group for block_q tokens, or in a wide latent cache a token's in part."""
     rows = _power_of_2(config.block_q * problem.group)
-    return min(rows, LATENT.rows) if config.block_q == 1 and _is_wide_latent(problem) else rows
+    wide = "latent" in problem.features and problem.value_dim > MOST_VALUES
+    return min(rows, LATENT.rows) if config.block_q == 1 and wide else rows
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -548,8 +549,8 @@ def _constants(call: Call, widths: _Widths) -> dict:
         VALUE_WIDTH=widths.value,
         VALUE_PARTS=widths.value_parts,
         LATENT=latent,
-        KEY_SCALE=_granularity(key_scale),
-        VALUE_SCALE=_granularity(value_scale),
+        KEY_SCALE=granularity(key_scale) or "one",
+        VALUE_SCALE=granularity(value_scale) or "one",
         RANGES=call.ranges is not None,
         TREE_WORDS=0 if call.tree is None else call.tree.shape[1],
         # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
@@ -566,13 +567,8 @@ def _constants(call: Call, widths: _Widths) -> dict:
 def _scales_of(call: Call):
     """The scales of keys and of values, which may be one array."""
     problem = call.problem
-    of_both = "latent" in problem.features or (problem.layout.combined and _granularity(call.key_scale) == "slot")
+    of_both = "latent" in problem.features or (problem.layout.combined and granularity(call.key_scale) == "slot")
     return call.key_scale, call.key_scale if of_both else call.value_scale
-
-
-def _granularity(scale) -> str:
-    """What one of a call's scales is for, beside a pool; "one" for no scale."""
-    return "one" if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _power_of_2(n: int, least: int = 16) -> int:
