@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
@@ -24,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
-from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
