@@ -5,7 +5,8 @@ that share it. A warpgroup that is done with all of its pieces counts itself in 
 whose last part it had, in the order of the parts. Counting piece by piece would let it wait for memory as often, and
 merging then would delay what it has still to do.
 
-The counters are an array of the call's own, of zeros: XLA gives each call another, since the kernel writes there.
+The counters are an array of the call's own, of zeros: XLA gives each call another, since the kernel writes there. The last
+leaves them as they were.
 """
 
 from jax import lax
@@ -91,7 +92,7 @@ def _count_in(plan: Plan, table, index, exists, warpgroup, counters):
         assembly = (
             "{ .reg .pred p, q; .reg .b32 n; setp.ge.s32 p, $1, 0; mov.b32 n, 0; bar.sync $4, 128; "
             "@p atom.acq_rel.gpu.global.add.u32 n, [$2], 1; add.s32 n, n, 1; setp.eq.and.s32 q, n, $3, p; "
-            "selp.b32 $0, 1, 0, q; }"
+            "@q st.relaxed.gpu.global.u32 [$2], 0; selp.b32 $0, 1, 0, q; }"
         )
         arguments = [counter, place, parts, _barrier()]
         found = llvm.inline_asm(i32, arguments, assembly, "=r,r,l,r,r,~{memory}", has_side_effects=True)
