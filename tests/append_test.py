@@ -13,7 +13,7 @@ import numpy as np
 from paged_prefill import append_to_pages, ragged_paged_prefill
 from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.primitive.quantised import largest_number
-from paged_prefill.tests import cases, compiling, poisoned
+from paged_prefill.tests import cases, compiling, oracle, poisoned
 from paged_prefill.tests.appends import CACHES, QUANTISED, assert_written, make_append
 
 
@@ -231,12 +231,12 @@ class ErrorTest(parameterized.TestCase):
         context_lens=np.int32([192]), page_indices=np.arange(12, dtype=np.int32)[None], query_offsets=np.int32([0, 192])
     )
 
-    @staticmethod
-    @jax.jit
-    def append_and_attend(query, key, value, cache, **scales):
-        written = append_to_pages(cache, cache, key, value, **ErrorTest.INDICES, **scales)
+    APPEND = staticmethod(jax.jit(append_to_pages))
+
+    def append_and_attend(self, query, key, value, cache, **scales):
+        written = self.APPEND(cache, cache, key, value, **self.INDICES, **scales)
         caches = dict(zip(CACHES, written)) | dict(zip(CACHES[2:], written[2:] or scales.values()))
-        return ragged_paged_prefill(query, **caches, **ErrorTest.INDICES, cfg=cases.ONE_HEIGHT)
+        return oracle.exact(dict(query=query, **caches, **self.INDICES))[0]
 
     @parameterized.parameters(*((*key, *errors) for key, errors in MEASURED.items()))
     def test_of_attention(self, dtype, granularity, *measured):
@@ -252,7 +252,7 @@ class ErrorTest(parameterized.TestCase):
             scales[name] = dict(tensor=largest.max(), head=largest, slot=np.zeros((heads, 12, 16)))[granularity]
         cache = np.zeros((heads, 12, 16, features), dtype)
         got, want = (
-            np.asarray(self.append_and_attend(query, key, value, cache, **scales))
+            self.append_and_attend(query, key, value, cache, **scales)
             for cache, scales in ((cache, scales), (np.float32(cache), {}))
         )
         size = lambda x: np.sqrt((x.reshape(tokens, heads, -1) ** 2).mean((0, 2)))
