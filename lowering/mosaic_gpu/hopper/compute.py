@@ -94,8 +94,8 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
 def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0, copy_out=None):
     """Writes a warpgroup's output, from that column on, and the lse of its rows.
 
-    Where the number of parts varies, there are results twice: those of tiles of one part are final. `copy_out`, if given,
-    writes the output of a tile whose rows are all there.
+    Where there are final results beside those of parts, those of tiles of one part are final. `copy_out`, if given, writes
+    the output of a tile whose rows are all there.
     """
     acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
@@ -121,7 +121,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
             pl.when(~whole)(store_each)
         store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
 
-    if not plan.parts.vary:
+    if not plan.final_beside_parts:
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))

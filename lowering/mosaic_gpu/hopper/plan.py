@@ -13,6 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+WARP_LANES = 32
 FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 MOST_WIDENED_KEYS = 8192  # of a sequence over a widened cache, up to which pieces are a chain
@@ -98,6 +99,7 @@ class Plan:
     stages: int
     parts: Parts  # of a tile's keys
     clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
+    last_merges: bool  # whether a tile's parts are merged where the last of them ends (last_part.py)
     exchanges_in_blocks: bool  # where keys and values were, since there is no room beside them
     softmax_scale: float
     soft_cap: float | None
@@ -241,6 +243,16 @@ class Plan:
         return self.query_comes_first and self.pieces > self.cores and self.window is None
 
     @property
+    def asks_for_blocks(self) -> bool:
+        """Whether a block of keys is brought into the second cache while the one before it is copied.
+
+        Of latent caches two have room in a thread block, and their way from memory would be waited for where several
+        tiles share them, and so products bind. Where memory does, as with one tile, or in 8 bits, it is 2 to 6% slower.
+        """
+        in_runs = not (self.quantised or self.gathers)
+        return self.latent and in_runs and self.head_tiles_per_group > 1 and not self.query_comes_first
+
+    @property
     def values_before_query(self) -> bool:
         """Whether a piece's first values are asked for before its query, but those of a block's first piece.
 
@@ -312,6 +324,11 @@ class Plan:
     def results(self) -> int:
         """Of each tile, in global memory."""
         return 1 if self.clusters else self.splits
+
+    @property
+    def final_beside_parts(self) -> bool:
+        """Whether there are results of whole tiles, beside those of each part."""
+        return self.parts.vary or self.last_merges
 
     @property
     def rows_of_table(self) -> int:
@@ -444,9 +461,15 @@ class Plan:
         return self.row_of(piece, page, key, beside) * self.slot_rows + self.in_slot(piece, beside)
 
     @property
+    def gathers(self) -> bool:
+        """Whether keys are copied one by one (gather.py): a page is no whole part of a block, and no block of a page."""
+        page, block = self.page_size, self.block_kv
+        return page % 8 > 0 or (block % page > 0 and page % block > 0)
+
+    @property
     def run(self) -> int:
-        """Keys of one copy: they lie together, in one page."""
-        return min(self.page_size, self.block_kv)
+        """Keys of one copy: they lie together, in one page. Or those that a warp gathers."""
+        return WARP_LANES if self.gathers else min(self.page_size, self.block_kv)
 
     @property
     def by_token(self) -> bool:
