@@ -132,10 +132,10 @@ class Walker:
 
         def tiles_of_group(group):
             number, numbers = numbers_in_loop(group)
-            first, tiles = (numbers[:, _Sequence._fields.index(name)] for name in ("first_tile", "tiles"))
+            first, tiles = (numbers[None, :, _Sequence._fields.index(name)] for name in ("first_tile", "tiles"))
             own = (first <= number[:, None]) & (number[:, None] < first + tiles)
             # As a sum of all numbers, what is found is computed once for all that needs it.
-            found = jnp.sum(jnp.where(own[:, :, None], numbers, 0), axis=1, dtype=jnp.int32)
+            found = jnp.sum(jnp.where(own[:, :, None], numbers[None], 0), axis=1, dtype=jnp.int32)
             sequence = _Sequence(*jnp.unstack(found, axis=1))
             return sequence, number - sequence.first_tile
 
