@@ -22,7 +22,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, wide
+from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, gather, threads, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -382,10 +382,20 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
         ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
+        late = plan.stages - 1 if plan.gathers else 0  # blocks under way while a place for another is waited for
         last_queries = plan.queries_of(team, plan.row_groups - 1)
 
         def row_of(piece, key, beside):
+            if plan.gathers:  # each lane its own
+                key += gather.lane(threads)
+                return plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
+
+        def announce(i, done, sources):
+            """That block i of a piece has come."""
+            slot = team * plan.stages + lax.rem(done + i, plan.stages)
+            for source, _ in itertools.product(sources, offsets):
+                plgpu.barrier_arrive(source.here.at[slot])
 
         def copy_piece(piece, done):
             if before is not None:
@@ -400,6 +410,9 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 }
                 if plan.query_comes_first:
                     pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
+                if plan.gathers and late:  # what has come meanwhile, before a place is waited for
+                    pl.when(i >= late)(lambda: threads.wait_for_groups(late - 1))
+                    pl.when(i >= late)(functools.partial(announce, i - late, done, sources))
                 for source in sources:
 
                     @pl.when(done + i >= plan.stages)
@@ -407,10 +420,18 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                         plgpu.barrier_wait(source.free.at[slot])
 
                     _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
+                if plan.gathers:
+                    threads.close_group()
+                if plan.gathers and not late:
+                    threads.wait_for_groups(0)
+                    announce(i, done, sources)
                 if before is not None and plan.values_before_query:
                     pl.when((done > 0) & (i == 0))(functools.partial(before, team, piece, done))
 
             lax.fori_loop(0, piece.steps, step, None)
+            for left in range(late, 0, -1):
+                pl.when(piece.steps >= left)(functools.partial(threads.wait_for_groups, left - 1))
+                pl.when(piece.steps >= left)(functools.partial(announce, piece.steps - left, done, sources))
 
         each_piece(copy_piece, team)
 
@@ -434,6 +455,10 @@ def loading_warps(plan: Plan) -> int:
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:
     """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
     column = plan.in_slot(piece, source.beside) * source.features
+    if plan.gathers:
+        for offset, row in zip(offsets, rows):
+            gather.start(threads, source.rows, row, column, source.features, source.blocks.at[slot, pl.ds(offset, plan.run)])
+        return
     if source.wide_blocks is None:
         for offset, row in zip(offsets, rows):
             place = pl.ds(row, plan.run)

@@ -13,6 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
+WARP_LANES = 32
 FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 MOST_WIDENED_KEYS = 8192  # of a sequence over a widened cache, up to which pieces are a chain
@@ -419,9 +420,15 @@ class Plan:
         return self.row_of(piece, page, key, beside) * self.slot_rows + self.in_slot(piece, beside)
 
     @property
+    def gathers(self) -> bool:
+        """Whether keys are copied one by one (gather.py): a page is no whole part of a block, and no block of a page."""
+        page, block = self.page_size, self.block_kv
+        return page % 8 > 0 or (block % page > 0 and page % block > 0)
+
+    @property
     def run(self) -> int:
-        """Keys of one copy: they lie together, in one page."""
-        return min(self.page_size, self.block_kv)
+        """Keys of one copy: they lie together, in one page. Or those that a warp gathers."""
+        return WARP_LANES if self.gathers else min(self.page_size, self.block_kv)
 
     @property
     def by_token(self) -> bool:
