@@ -15,7 +15,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Call, Device, Sequences
-from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu import host, room
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening
 from paged_prefill.primitive.attention import Attention
@@ -189,8 +189,8 @@ class SupportsTest(parameterized.TestCase):
         ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
         ("latent_values_of_192", dict(features=("latent",), head_dim=256, value_dim=192), HOPPER, "a latent cache or"),
         ("float32_keys", dict(cache_dtype="float32", features=("quantised",)), HOPPER, "not in float32"),
-        ("page_of_4", dict(page_size=4), HOPPER, "page_size"),
-        ("page_of_24", dict(page_size=24), HOPPER, "24"),
+        ("page_of_4", dict(page_size=4, cache_dtype="int8", features=("quantised",)), HOPPER, "page_size"),
+        ("page_of_24", dict(page_size=24, cache_dtype="int8", features=("quantised",)), HOPPER, "64 in int8, not 24"),
         ("endless_pool", dict(num_pages=2**26), HOPPER, "at most 2147483647 rows"),
         ("ampere", {}, Device("cuda", "NVIDIA A100", "8.0"), "9.0"),
         ("blackwell", {}, Device("cuda", "NVIDIA B200", "10.0"), "10.0"),
@@ -207,6 +207,8 @@ class SupportsTest(parameterized.TestCase):
         features=((), ("quantised",), ("quantised", "slot_scales")),
     )
     def test_runs_with_sizes_that_fit(self, device, head_dim, page_size, pack, features):
+        if not features:  # which are gathered
+            page_size = {8: 1, 192: 24}.get(page_size, page_size)
         (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
         given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
                         q_heads=2 * group, features=features, cache_dtype="int8" if features else "bfloat16")
@@ -216,7 +218,8 @@ class SupportsTest(parameterized.TestCase):
         self.assertLen(set(configs), len(configs))
         launched = behind_widening(given)
         for config in configs:
-            self.assertEqual(config.block_kv % launched.page_size * (launched.page_size % config.block_kv), 0)
+            if page_size not in (1, 24):
+                self.assertEqual(config.block_kv % launched.page_size * (launched.page_size % config.block_kv), 0)
             self.assertGreaterEqual(config.num_stages, 1 if "quantised" in launched.features else 2)
             self.assertLessEqual(host.shared_bytes(launched, config), host.SHARED_BYTES)
             self.assertIsNone(KERNEL.misfit(given, device, config))
@@ -261,9 +264,26 @@ class SupportsTest(parameterized.TestCase):
         self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
         if block_q < 8:
             self.assertEqual(config.num_warps, 8)
-            sizes = dict(q_heads=2 * (64 // block_q // 2), cache_dtype="int8", features=("quantised",))
+            sizes = dict(q_heads=2 * (64 // block_q // 2), cache_dtype="float8_e4m3fn", features=("quantised",))
             few = dataclasses.replace(given, **sizes)
-            self.assertIn("heads of a group", KERNEL.misfit(few, HOPPER, dataclasses.replace(config, block_kv=64)))
+            of_64_rows = dataclasses.replace(config, block_kv=64, fp8_terms=1)  # as products of 8 bits have
+            self.assertIn("heads of a group", KERNEL.misfit(few, HOPPER, of_64_rows))
+
+    @parameterized.product(cache_dtype=("float8_e4m3fn", "int8"), scales=((), ("slot_scales",)), head_dim=(64, 128, 256))
+    def test_single_tokens_over_quantised_caches_have_few_rows(self, cache_dtype, scales, head_dim):
+        dims = dict(head_dim=head_dim, value_dim=head_dim)
+        given = problem(seqs=7, tokens=7, **dims, cache_dtype=cache_dtype, features=("quantised", *scales))
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(room.few_rows(given, config), 8)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
+    def test_blocks_that_several_tiles_share_are_asked_for_before_they_are_copied(self):
+        sizes = dict(latent=True, num_kv_heads=1, head_dim=576, value_dim=512, block_kv=64, block_q=1, tokens=64, tiles=64)
+        asks = lambda **changes: plans.plan(**(sizes | dict(group=128) | changes)).asks_for_blocks
+        self.assertTrue(asks())
+        self.assertFalse(asks(group=64))
+        self.assertFalse(asks(cache_dtype="float8_e4m3fn"))
+        self.assertFalse(asks(tokens=2048))
 
     @parameterized.parameters(
         (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),
@@ -457,6 +477,8 @@ class LoweringTest(parameterized.TestCase):
          dict(cfg=PrefillPageAttentionConfig(block_q=16, block_kv=64, num_warps=8, num_stages=2))),
         ("heads_of_a_token_together", dict(seqs=9, tokens=18, q_heads=64), dict(attn_logits_soft_cap=30.0)),
         ("more_heads_of_a_token_than_there_are", dict(seqs=9, tokens=9, q_heads=71, kv_heads=1), {}),
+        ("pages_of_1", dict(page_size=1), {}), ("pages_of_24_of_wide_heads", dict(page_size=24, head_dim=512), {}),
+        ("steps_over_pages_of_1", dict(seqs=16, tokens=16, page_size=1), {}),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
         ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),
