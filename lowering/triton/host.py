@@ -413,10 +413,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         part_bytes=part_bytes,
         slower=slower,
     )
-    if min(problem.seqs, problem.tokens) == 1 or current_policy() == "invariant":
+    if min(problem.seqs, problem.tokens) == 1 or problem.tokens_per_seq >= SHORT_CALL or current_policy() == "invariant":
         return parts
-    if problem.tokens_per_seq >= SHORT_CALL and parts.most == 1:
-        return parts  # prompts seldom fill a table; else what long contexts need is merged at no more cost
     blocks = -(-most_keys(problem, config.block_q) // config.block_kv)
     of_part = min(-(-part_bytes // (config.block_kv * _key_bytes(problem) * slower)), -(-blocks // parts.least))
     # What a part's result takes, written and read, beside its keys.
@@ -425,8 +423,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     mixed = share <= 1 / 4 and problem.tokens_per_seq > DRAFTS
     if share < 1 / 4 or mixed or result_bytes <= part_bytes * MERGED_SHARE:
         parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
-    least = parts.least if problem.tokens_per_seq >= SHORT_CALL else 1
-    return Parts(least, parts.most, of_part) if parts.most > 1 else parts
+    return Parts(1, parts.most, of_part) if parts.most > 1 else parts
 
 
 def _device_class(device: Device) -> str:
