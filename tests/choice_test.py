@@ -58,7 +58,7 @@ class ChoiceTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("float32", dict(dtype="float32"), "takes bfloat16 and float16, not float32"),
-        ("page_size", dict(page_size=24), "takes a page_size of 8, 16, 32 or a multiple of 64, not 24"),
+        ("page_size", dict(page_size=24, cache_dtype="int8", features=("quantised",)), "or a multiple of 64 in int8, not 24"),
     )
     def test_another_kernel_in_place_of_the_first_is_no_warning(self, changes, words):
         with mock.patch.object(importlib.util, "find_spec", lambda name: name):

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
@@ -24,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
-from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -38,10 +38,13 @@ CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack 
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
+LAST_MERGES_BYTES = 2**16  # of a tile's parts, if all there may be are: with as many, one warpgroup takes longer than a kernel
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
+# Few rows, as columns of products, of several tokens: they are 1 to 30% faster, and 32 are up to 10% slower.
+MOST_ROWS_OF_TOKENS = 16
 FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
 MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
@@ -84,7 +87,7 @@ class MosaicGpu(Kernel):
             if size % multiple or not 0 < size <= most:
                 return f"takes a {name} of a multiple of {multiple} up to {most}{where}, not {size}"
         if _block_kv(problem) is None:
-            return f"takes a page_size of 8, 16, 32 or a multiple of 64, not {problem.page_size}"
+            return f"takes a page_size of 8, 16, 32 or a multiple of 64 in {problem.cache_dtype}, not {problem.page_size}"
         rows = problem.pools * problem.rows["pool"]
         if rows >= 2**31:
             return f"a cache may have at most {2**31 - 1} rows, a slot of each head and pool, got {rows}"
@@ -169,8 +172,9 @@ class MosaicGpu(Kernel):
         page, block = problem.page_size, config.block_kv
         if shares_rows(problem) and block != 64:
             return f"cfg.block_kv must be 64 with {WIDE}, got {block}"
-        if block not in (64, 128) or (page % block and block % page):
-            return f"cfg.block_kv must be 64 or 128, and a multiple or a divisor of page_size {page}, got {block}"
+        if block not in (64, 128) or (is_quantised(problem) and page % block and block % page):
+            fits = f", and a multiple or a divisor of page_size {page}" if is_quantised(problem) else ""
+            return f"cfg.block_kv must be 64 or 128{fits}, got {block}"
         most = MOST_REGISTERS.get(warpgroups_of(config), math.inf)
         if problem.value_dim // 2 + block > most:
             return (
@@ -215,9 +219,9 @@ class MosaicGpu(Kernel):
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = schedule_of(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
-        if plan.parts.vary:
+        if final:
             out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
-        splits = 1 if plan.parts.vary else plan.results
+        splits = 1 if plan.final_beside_parts else plan.results
         lse = lse.reshape(splits, problem.q_heads, problem.tokens)
         out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
         return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
@@ -228,7 +232,6 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         cores=plan.cores,
         rows=plan.rows_of_table,
         columns=plan.columns,
-        most_parts=plan.splits,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
@@ -271,6 +274,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
+        last_merges=not clusters and _last_merges(problem, config, parts),
         exchanges_in_blocks=clusters and not exchange_fits(problem, config, parts.most),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
@@ -311,6 +315,14 @@ def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
     return not parts.vary and in_cluster(problem, device, config, parts.most)
 
 
+def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
+    tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
+    rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
+    columns = problem.value_dim // (2 if shares_rows(problem) else 1)
+    return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
+
+
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
     """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
     large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
@@ -328,19 +340,21 @@ def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: i
 
 
 def _block_kv(problem: Problem) -> int | None:
-    """The largest block of keys that is made of whole pages or divides one."""
+    """The largest block of keys that is made of whole pages or divides one; else what 16 bits can be gathered to."""
     largest = 128 if max(problem.head_dim, problem.value_dim) <= 128 else 64
     page = problem.page_size
     fits = [b for b in (64, largest) if page % 8 == 0 and (b % page == 0 or page % b == 0)]
-    return max(fits, default=None)
+    return max(fits, default=None if is_quantised(problem) else largest)
 
 
 def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if shares_rows(problem):
         return _for_wide(problem)
-    if tokens_per_seq == 1 and few_rows(problem, single := _sized(problem, 1, block_kv, 1)) is not None:
-        return single
+    together = 1 if tokens_per_seq == 1 else max(8, pl.next_power_of_2(tokens_per_seq))
+    rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
+    if rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
+        return few
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
     if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty

@@ -13,6 +13,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED
 
 arith, gpu, llvm, memref, scf, vector = compat.mlir_dialects("arith", "gpu", "llvm", "memref", "scf", "vector")
 
@@ -85,15 +86,59 @@ def store_words(words, matrix, row, column, where) -> None:
     write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
 
 
+def store_numbers(numbers, matrix, row, column, where) -> None:
+    """Writes them to matrix[row] in its dtype, from that column on, a multiple of their number, if `where`."""
+    store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
+
+
+def of_lane(value, lane):
+    """The value that this lane of the warp has, of int32."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+
+    @plgpu.inline_mgpu(arg_types=(OWN, OWN), return_type=_own(jnp.int32))
+    def ask(_, value, lane):
+        operands = [value.registers.item(), lane.registers.item()]
+        found = llvm.inline_asm(operands[0].type, operands, text, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return ask(value, lane)
+
+
+def copy_later(matrix, row, column, shared, byte) -> None:
+    """Starts to copy 16 bytes of matrix[row], from that column on, to that byte of shared memory as products read it."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN))
+    def start(_, matrix, row, column, shared, byte):
+        there = utils.getelementptr(utils.memref_ptr(shared), [byte.registers.item()], ir.IntegerType.get_signless(8))
+        _do("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", there, _place(matrix, row, column))
+
+    start(matrix, row, column, shared, byte)
+
+
+def close_group() -> None:
+    """What this thread has started to copy since the last group is one."""
+    plgpu.inline_mgpu()(lambda _: _do("cp.async.commit_group;"))()
+
+
+def wait_for_groups(left: int) -> None:
+    """Until all of this thread's groups but the last so many have come, and products may read them."""
+    plgpu.inline_mgpu()(lambda _: _do(f"cp.async.wait_group {left}; fence.proxy.async.shared::cta;"))()
+
+
+def _do(text: str, constraints: str = "", *operands) -> None:
+    constraints = ",".join(filter(None, [constraints, "~{memory}"]))
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
+
+
 def _place(matrix, row, column):
     """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count.
 
-    In bytes, since LLVM has no numbers of 8 bits but integers.
+    A row is what the last dimension has. In bytes, since LLVM has no numbers of 8 bits but integers.
     """
     i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
     its_type = ir.MemRefType(matrix.type)
     row, column = (arith.extsi(i64, number.registers.item()) for number in (row, column))
-    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[1])), column)
+    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[-1])), column)
     offset = arith.muli(offset, arith.constant(i64, utils.bytewidth(its_type.element_type)))
     return utils.getelementptr(utils.memref_ptr(matrix), [offset], i8)
 
