@@ -1,9 +1,12 @@
 """The only file that imports a private JAX name. Each says which JAX versions need it, and why."""
 
+import contextlib
 import importlib
+import types
 
 import jax
 from jax._src import dispatch
+import numpy as np
 
 
 def require_devices_during_lowering(primitive) -> None:
@@ -23,6 +26,44 @@ def tpu_interpreter_found_races() -> bool:
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # for tests only, so not loaded before
 
     return interpret_pallas_call.races.races_found
+
+
+@contextlib.contextmanager
+def tpu_interpreter_by_steps():
+    """Within it, TPU kernels called outside of `jax.jit` in TPU interpret mode run operation by operation.
+
+    JAX 0.10 to 0.12 compile a program of each, whose thousand operations take seconds whatever the kernel's sizes are.
+    Operations alone are small programs, and kernels share them. Kernels on several cores are compiled all the same.
+    """
+    from jax._src.pallas import pallas_call  # for tests only, so not loaded before
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    primitive = pallas_call.pallas_call_p
+    compiled, lax, callback = primitive.impl, interpreter.lax, interpreter.callback
+
+    def scan(body, carry, xs, length):
+        return lax.scan(body, carry, xs, length) if length or xs else (carry, [])  # what `jax.disable_jit` leaves out
+
+    def io_callback(function, result_types, *arguments, ordered=False):
+        return function(*jax.tree.map(np.asarray, arguments))
+
+    def by_steps(*arguments, interpret, **parameters):
+        if interpret.num_cores_or_threads > 1:  # which traces what each core is to run
+            return compiled(*arguments, interpret=interpret, **parameters)
+        interpreter.lax = types.SimpleNamespace(**vars(lax) | dict(scan=scan))
+        interpreter.callback = types.SimpleNamespace(io_callback=io_callback)
+        try:
+            with jax.disable_jit():
+                results = interpreter.interpret_pallas_call(*arguments, interpret_params=interpret, **parameters)
+        finally:
+            interpreter.lax, interpreter.callback = lax, callback
+        return [jax.numpy.asarray(x) for x in results]
+
+    primitive.def_impl(by_steps)
+    try:
+        yield
+    finally:
+        primitive.def_impl(compiled)
 
 
 def mlir_dialects(*names):

@@ -1,10 +1,11 @@
-"""What a call costs beside the bare primitive: python -m paged_prefill.benchmarks.overhead.
+"""What a call costs beside the bare primitive: python -m paged_prefill.benchmarks.overhead [--rounds N].
 
 Tiny operands on the CPU, so that the calls' own work is what is seen. The contenders take turns, one call each, and the
 medians and minima of many rounds are printed in microseconds: eager calls beside `paged_prefill_p.bind` on operands that
 are ready, and calls under jit with a table of the user's beside such calls without any.
 """
 
+import argparse
 import functools
 import os
 import statistics
@@ -20,8 +21,6 @@ from paged_prefill.lowering.choose import XLA, device_of
 from paged_prefill.lowering.tuning import resolve, tables
 from paged_prefill.tune import problem_of_shape
 
-ROUNDS = 3000
-
 
 def operands():
     """A chunk of 4 tokens at 16, and the same as a pack."""
@@ -32,13 +31,13 @@ def operands():
     return call, (query, cache, cache, call[3], pages[None], jnp.asarray([0, 4], jnp.int32))
 
 
-def microseconds(contenders: dict) -> dict[str, tuple[float, float]]:
+def microseconds(contenders: dict, rounds: int) -> dict[str, tuple[float, float]]:
     """(median, minimum) of each contender's rounds."""
     for call in contenders.values():
         for _ in range(20):
             jax.block_until_ready(call())
     times = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in contenders.items():
             start = time.perf_counter()
             result = call()
@@ -78,10 +77,13 @@ def under_jit() -> dict:
 
 
 def main():
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {ROUNDS} rounds, microseconds")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3000, help="how often each call is timed (%(default)s)")
+    rounds = parser.parse_args().rounds
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds, microseconds")
     print("| call | median | minimum | median over the first | minimum over the first |\n|---|---|---|---|---|")
     for contenders in (eager(), under_jit()):
-        times = microseconds(contenders)
+        times = microseconds(contenders, rounds)
         median, least = next(iter(times.values()))
         for name, (a, b) in times.items():
             print(f"| {name} | {a:.1f} | {b:.1f} | {a - median:+.1f} | {b - least:+.1f} |")

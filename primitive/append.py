@@ -4,6 +4,8 @@
 its types say how the caches that come back are cut: as those that went in.
 """
 
+from functools import partial
+
 from paged_prefill.primitive import checks, context
 from paged_prefill.primitive.binding import (
     OperationPrimitive,
@@ -25,13 +27,10 @@ def _parameters(operands, *, cache_batch_dims: int = 0, cache_layout: str = DEFA
     return dict(cache_batch_dims=cache_batch_dims, cache_layout=checks.check_layout(cache_layout).name)
 
 
-def _append_parameters(operands, *, hint=None, **given):
-    return _parameters(operands, **given) | dict(hint=context.check_hint(hint))
-
-
 # Twins for the same reason as those of the attention.
-typed_append_to_pages_p = OperationPrimitive(APPEND, "append_to_pages", _append_parameters)
-append_to_pages_p = OperationPrimitive(APPEND, "append_to_pages", _append_parameters, typed=typed_append_to_pages_p)
+_bound = partial(OperationPrimitive, APPEND, "append_to_pages", _parameters, hint=context.check_hint)
+typed_append_to_pages_p = _bound()
+append_to_pages_p = _bound(typed=typed_append_to_pages_p)
 local_append_to_pages_p = OperationPrimitive(LOCAL, "local_append_to_pages", _parameters)
 
 

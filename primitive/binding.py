@@ -1,6 +1,7 @@
 """What the primitives have in common: how they are bound, and the rules that are read off the table of operands."""
 
 from functools import partial
+import inspect
 
 import jax
 from jax import lax
@@ -24,15 +25,21 @@ class OperationPrimitive(Primitive):
 
     multiple_results = True
 
-    def __init__(self, operation: Operation, name: str, parameters, typed: "OperationPrimitive | None" = None):
-        """`parameters(operands, **given)` are the parameters of a call; `typed` takes over where types tell the cut."""
+    def __init__(
+        self, operation: Operation, name: str, parameters, *, typed: "OperationPrimitive | None" = None, **own_parameters
+    ):
+        """`parameters(operands, **given)` are the parameters of a call, and `own_parameters` check those that this
+        primitive has beside; `typed` takes over where types tell the cut."""
         super().__init__(name)
-        self.operation, self._parameters, self._typed = operation, parameters, typed
+        self.operation, self._typed = operation, typed
+        self._parameters, self._own_parameters = parameters, own_parameters
+        self._takes = [*list(inspect.signature(parameters).parameters)[1:], *own_parameters]
 
     def bind(self, *operands, **given):
         if "present" not in given:
             named, given = self._by_name(operands, given)
-            given = self._parameters(named, **given) | dict(present=self.operation.present(named))
+            own = {name: check(given.pop(name, None)) for name, check in self._own_parameters.items()}
+            given = self._parameters(named, **given) | own | dict(present=self.operation.present(named))
             operands = [named[name] for name in given["present"]]
         types = [jax.typeof(x) for x in operands]
         primitive = self._typed if self._typed is not None and _types_tell(types) else self
@@ -48,6 +55,10 @@ class OperationPrimitive(Primitive):
             if name in named:
                 raise TypeError(f"{self.name} got {name} twice, by position and by name")
             named[name] = given.pop(name)
+        for name in given:
+            if name not in self._takes:
+                takes = ", ".join(self._takes)
+                raise TypeError(f"{self.name} has no operand or parameter {name}; its parameters are {takes}")
         for row in self.operation.operands:
             array = named.get(row.name)
             a_number = () in row.forms and isinstance(array, (int, float))

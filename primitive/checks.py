@@ -215,12 +215,10 @@ def _check_dtype(name, kind, dtype, leading, leading_dtype) -> None:
             raise TypeError(f"{name} must be one of {', '.join(allowed)}, got {dtype.name}")
     if kind == "attention" and dtype != leading_dtype:
         raise TypeError(f"{name} must have {leading}'s dtype {leading_dtype.name}, got {dtype.name}")
-    if kind == "cache" and dtype.name in ATTENTION_DTYPES and dtype != leading_dtype:
-        unlike = name != KEY_CACHE.name  # the two caches, since key_cache has passed
-        cast = "" if unlike else f": cast {leading} with {leading}.astype({name}.dtype)"
+    if name == KEY_CACHE.name and dtype.name in ATTENTION_DTYPES and dtype != leading_dtype:
         raise TypeError(
             f"{name} must have {leading}'s dtype {leading_dtype.name} or a quantised one ({', '.join(QUANTISED_DTYPES)}), "
-            f"got {dtype.name}{cast}"
+            f"got {dtype.name}: cast {leading} with {leading}.astype({name}.dtype)"
         )
 
 

@@ -7,6 +7,7 @@ one more parameter, `num_kv_heads`: the query heads here attend to KV heads kv_h
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 
@@ -63,19 +64,14 @@ def parameters_of(
     )
 
 
-def _prefill_parameters(operands, *, hint=None, **given):
-    return parameters_of(operands, **given) | dict(hint=context.check_hint(hint))
-
-
-def _local_parameters(operands, *, num_kv_heads, **given):
-    return parameters_of(operands, **given) | dict(num_kv_heads=checks.check_num_kv_heads(num_kv_heads))
-
-
 # What `paged_prefill_p.bind` becomes where types tell the cut. Apart, since lowering then needs no devices, which jit
 # can be told of a primitive only: so a program for an AbstractMesh can be lowered and exported.
-typed_paged_prefill_p = OperationPrimitive(PREFILL, "paged_prefill", _prefill_parameters)
-paged_prefill_p = OperationPrimitive(PREFILL, "paged_prefill", _prefill_parameters, typed=typed_paged_prefill_p)
-local_paged_prefill_p = OperationPrimitive(LOCAL, "local_paged_prefill", _local_parameters)
+_bound = partial(OperationPrimitive, PREFILL, "paged_prefill", parameters_of, hint=context.check_hint)
+typed_paged_prefill_p = _bound()
+paged_prefill_p = _bound(typed=typed_paged_prefill_p)
+local_paged_prefill_p = OperationPrimitive(
+    LOCAL, "local_paged_prefill", parameters_of, num_kv_heads=checks.check_num_kv_heads
+)
 
 
 def _types(operation, specs_of):

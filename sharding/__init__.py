@@ -1,1 +1,1 @@
-"""Where the operation may be cut across devices: batch and heads; everything else is whole on each device."""
+"""Where the operation may be cut across devices: batch, heads and pages; everything else is whole on each device."""

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import append_to_pages, ragged_paged_prefill
+from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.primitive.quantised import largest_number
-from paged_prefill.tests import cases, compiling, poisoned
+from paged_prefill.tests import cases, compiling, oracle, poisoned
 from paged_prefill.tests.appends import CACHES, QUANTISED, assert_written, make_append
 
 
@@ -53,6 +54,23 @@ class WritesTest(parameterized.TestCase):
         for nothing in (dict(page_indices=np.full_like(call["page_indices"], -1)), no_tokens):
             for got, before in zip(jax.jit(append_to_pages)(**call | nothing), (call[name] for name in CACHES)):
                 np.testing.assert_array_equal(np.asarray(got).view(np.uint8), before.view(np.uint8))
+
+    @parameterized.product(cache_layout=tuple(LAYOUTS), nothing=("tokens", "num_pages"))
+    def test_nothing_to_write_in_any_layout(self, cache_layout, nothing):
+        """A pack without tokens, and a pool without pages; by scales of each head and layer."""
+        layout = LAYOUTS[cache_layout]
+        sizes = {"tokens": 5, "num_pages": 3, "kv_heads": 2, "2": 2, "2 * kv_heads": 4, "page_size": 4, "features": 8}
+        sizes[nothing] = 0
+        new = dict.fromkeys(("key", "value"), jnp.ones((sizes["tokens"], 2, 8)))
+        indices = dict(context_lens=[sizes["tokens"]], page_indices=[[0, 1]], query_offsets=[0, sizes["tokens"]])
+        indices = {name: np.array(values) for name, values in indices.items()}
+        for dtype in ("float32", "float8_e4m3fn"):
+            cache = jnp.ones((3, *(sizes[dim] for dim in layout.dims)), dtype)
+            scales = dict.fromkeys(("key_scale", "value_scale"), jnp.ones((3, 2))) if dtype in QUANTISED else {}
+            append = functools.partial(append_to_pages, cache_layout=cache_layout)
+            value_cache = None if layout.combined else cache
+            got, _ = jax.jit(append)(cache, value_cache, **new, **indices, **scales, layer=1)
+            np.testing.assert_array_equal(got, cache)
 
     def test_a_layer_that_does_not_exist_is_clamped(self):
         call = make_append(4, layers=3, batch=(2,), pools=1)
@@ -213,12 +231,12 @@ class ErrorTest(parameterized.TestCase):
         context_lens=np.int32([192]), page_indices=np.arange(12, dtype=np.int32)[None], query_offsets=np.int32([0, 192])
     )
 
-    @staticmethod
-    @jax.jit
-    def append_and_attend(query, key, value, cache, **scales):
-        written = append_to_pages(cache, cache, key, value, **ErrorTest.INDICES, **scales)
+    APPEND = staticmethod(jax.jit(append_to_pages))
+
+    def append_and_attend(self, query, key, value, cache, **scales):
+        written = self.APPEND(cache, cache, key, value, **self.INDICES, **scales)
         caches = dict(zip(CACHES, written)) | dict(zip(CACHES[2:], written[2:] or scales.values()))
-        return ragged_paged_prefill(query, **caches, **ErrorTest.INDICES, cfg=cases.ONE_HEIGHT)
+        return oracle.exact(dict(query=query, **caches, **self.INDICES))[0]
 
     @parameterized.parameters(*((*key, *errors) for key, errors in MEASURED.items()))
     def test_of_attention(self, dtype, granularity, *measured):
@@ -234,7 +252,7 @@ class ErrorTest(parameterized.TestCase):
             scales[name] = dict(tensor=largest.max(), head=largest, slot=np.zeros((heads, 12, 16)))[granularity]
         cache = np.zeros((heads, 12, 16, features), dtype)
         got, want = (
-            np.asarray(self.append_and_attend(query, key, value, cache, **scales))
+            self.append_and_attend(query, key, value, cache, **scales)
             for cache, scales in ((cache, scales), (np.float32(cache), {}))
         )
         size = lambda x: np.sqrt((x.reshape(tokens, heads, -1) ** 2).mean((0, 2)))

@@ -65,7 +65,7 @@ OPERAND_ERRORS = [
     ("value_cache_page_size", "value_cache", (2, 9, 4, 24), ValueError, r"value_cache must have shape \[kv_heads = 2"),
     ("value_cache_no_features", "value_cache", (2, 9, 8, 0), ValueError,
      r"value_cache must have at least one of value_dim, got \(2, 9, 8, 0\)"),
-    ("value_cache_dtype", "value_cache", "float16", TypeError, r"value_cache must have query's dtype float32 .*, got float16"),
+    ("value_cache_dtype", "value_cache", "float16", TypeError, r"value_cache must have key_cache's dtype float32, got float16"),
     ("context_lens_rank", "context_lens", (), ValueError, r"context_lens must have shape \[seqs\], got \(\)"),
     ("context_lens_2d", "context_lens", (3, 1), ValueError, r"context_lens must have shape \[seqs\], got \(3, 1\)"),
     ("page_indices_rank", "page_indices", (5,), ValueError, r"page_indices must have shape \[seqs = 3, pages_per_seq\], got \(5,\)"),
@@ -241,7 +241,7 @@ class OperandErrorsTest(parameterized.TestCase):
         jax.eval_shape(lambda query, *others: ragged_paged_prefill(query.astype(others[0].dtype), *others), *changed)
 
     def test_caches_of_two_float_dtypes_are_not_told_to_cast_the_query(self):
-        with self.assertRaisesRegex(TypeError, r"value_cache must have query's dtype float32 .*, got float16$"):
+        with self.assertRaisesRegex(TypeError, r"value_cache must have key_cache's dtype float32, got float16$"):
             jax.eval_shape(ragged_paged_prefill, *operands(value_cache="float16"))
 
     def test_wrong_calls_fail_before_anything_runs(self):
@@ -362,12 +362,15 @@ class ParameterErrorsTest(parameterized.TestCase):
             self.assertIs(type(getattr(params["attention"], name)), kind)
 
     @parameterized.parameters(
-        (paged_prefill_p, {}), (local_paged_prefill_p, dict(num_kv_heads=2)), (append_to_pages_p, {}), (local_append_to_pages_p, {})
+        (paged_prefill_p, "return_lse", "softmax_scale, .*, hint"),
+        (local_paged_prefill_p, "hint", "softmax_scale, .*, num_kv_heads"),
+        (append_to_pages_p, "platform", "cache_batch_dims, cache_layout, hint"),
+        (local_append_to_pages_p, "hint", "cache_batch_dims, cache_layout"),
     )
-    def test_bind_a_parameter_that_there_is_not(self, primitive, parameters):
-        needed = [row.name for row in primitive.operation.operands if not row.optional]
-        with self.assertRaisesRegex(TypeError, "unexpected keyword argument 'window'"):
-            primitive.bind(**dict.fromkeys(needed, jnp.zeros((1, 1, 1))), **parameters, window=3)
+    def test_bind_a_parameter_that_there_is_not(self, primitive, name, there_are):
+        message = f"^{primitive.name} has no operand or parameter {name}; its parameters are {there_are}$"
+        with self.assertRaisesRegex(TypeError, message):
+            primitive.bind(**{name: None})
 
     def test_bind_config(self):
         with self.assertRaisesRegex(TypeError, r"config must be a PrefillPageAttentionConfig or None, got 64"):

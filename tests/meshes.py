@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from paged_prefill.lowering.choose import XLA
 from paged_prefill.primitive.attention import normalised
 from paged_prefill.primitive.layout import CacheLayout
-from paged_prefill.primitive.reference import reference
 from paged_prefill.tests.packs import Pack
+
+XLA_ATTEND = XLA.attend  # which the dense kernel stands in for
 
 COLLECTIVE = re.compile(
     r"= (?P<type>.*?) (?P<op>all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
@@ -44,12 +46,6 @@ def batched_pack(seed=0, *, batch=(4,), pools=0, q_heads=8, kv_heads=8, tokens=5
         rng.integers(0, num_pages, (*batch, 2, pages_per_seq)).astype(np.int32),
         np.concatenate([0 * first, first, 0 * first + tokens], -1).astype(np.int32),
     )
-
-
-def expected(pack: Pack, **parameters):
-    """The unsharded reference, as numpy arrays (out, lse)."""
-    run = jax.jit(reference, static_argnames=tuple(parameters))  # one program for packs of the same shapes
-    return tuple(map(np.asarray, run(*pack, **parameters)))
 
 
 def put(over, pack, specs) -> Pack:
@@ -103,8 +99,9 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 def dense_kernel(call, config, device):
-    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys. Without trees and pools apart."""
-    assert not {"tree_mask", "pools_apart"} & {*call.problem.features}
+    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys. Trees and pools apart go to XLA's."""
+    if {"tree_mask", "pools_apart"} & {*call.problem.features}:
+        return XLA_ATTEND(call, config, device)
     problem, query, sequences, num_kv_heads = call.problem, call.query, call.sequences, call.problem.num_kv_heads
     softmax_scale, soft_cap = problem.attention.softmax_scale, problem.attention.attn_logits_soft_cap
     tokens, q_heads, head_dim = query.shape
@@ -137,17 +134,19 @@ def dense_kernel(call, config, device):
 
     key_pages, value_pages = in_order(call.key_pages, call.value_pages)
     key_scale, value_scale = in_order(call.key_scale, call.value_scale)
-    grouped = query.reshape(tokens, num_kv_heads, -1, head_dim)
-    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, gather(key_pages, key_scale))
+    grouped = query.reshape(tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)
+    keys = gather(key_pages, key_scale)
+    values = keys[..., : problem.value_dim] if value_pages is None else gather(value_pages, value_scale)
+    logits = softmax_scale * jnp.einsum("tkgd,tkjd->tkgj", grouped, keys)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     key = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     visible = (low[:, None] <= key) & (key < high[:, None])
     weights = jnp.where(visible[:, None, None], jnp.exp(logits), 0.0)
-    values = jnp.where(visible[:, None, :, None], gather(value_pages, value_scale), 0.0)
+    values = jnp.where(visible[:, None, :, None], values, 0.0)
     out = jnp.einsum("tkgj,tkjv->tkgv", weights, values)
     out, lse = normalised(out, weights.sum(-1), jnp.float32(0.0))
-    out, lse = out.reshape(tokens, q_heads, -1), lse.reshape(tokens, q_heads)
+    out, lse = out.reshape(tokens, q_heads, -1).astype(query.dtype), lse.reshape(tokens, q_heads)
     return call.with_sinks(out, lse)
 
 

@@ -9,18 +9,17 @@ import chex
 import jax
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 import numpy as np
 
-from paged_prefill import append_to_pages, compat
+from paged_prefill import append_to_pages
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_tpu.append import MosaicTpuWriter
 from paged_prefill.lowering.xla.append import XlaWriter
 from paged_prefill.primitive.operands import APPEND
 from paged_prefill.tests.appends import assert_written, make_append
-from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of
+from paged_prefill.tests.tpus import TOPOLOGIES, compiling_for, device_of, interpreted
 
 DEVICE = Device("tpu", "TPU v6e")
 
@@ -31,10 +30,7 @@ def run(call, *, cache_batch_dims=0):
     writer = MosaicTpuWriter()
     assert writer.supports(operands, DEVICE) is None
     write = functools.partial(writer.write, cache_batch_dims=cache_batch_dims, device=DEVICE)
-    interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
-    with pltpu.force_tpu_interpret_mode(interpreter):
-        written = jax.block_until_ready(jax.jit(write)(operands))
-    assert not compat.tpu_interpreter_found_races()
+    written = interpreted(jax.jit(write), operands)  # of operations that have no step of their own
     if call["value_cache"] is None:
         written.insert(1, None)
     return call, written

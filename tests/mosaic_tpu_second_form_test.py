@@ -5,17 +5,15 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
-import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, compat, lowering
+from paged_prefill import PrefillPageAttentionConfig, lowering
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_tpu import schedule
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.prefill import local_paged_prefill_p
-from paged_prefill.tests import layouts, oracle, poisoned
+from paged_prefill.tests import layouts, oracle, poisoned, tpus
 
 SIZES = dict(page_size=8, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
 # Longer than a tile and a block, of one token, without any, and one whose first rows see nothing.
@@ -48,11 +46,8 @@ def attend(
         config=SMALL, cache_batch_dims=pools, num_kv_heads=num_kv_heads or kv_heads, value_dim=value_dim,
         cache_layout=layout, attention=Attention(**{"softmax_scale": head_dim**-0.5} | parameters),
     )  # fmt: skip
-    interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
-    with pltpu.force_tpu_interpret_mode(interpreter), mock.patch.multiple(schedule, CHUNK=16, ROWS=32, DEPTH=8):
-        out, lse = jax.block_until_ready(jax.jit(run)(*(named[name] for name in present)))
-    assert not compat.tpu_interpreter_found_races()
-    return out, lse
+    with mock.patch.multiple(schedule, CHUNK=16, ROWS=32, DEPTH=8):
+        return tpus.interpreted(run, *(named[name] for name in present), cores=cores)
 
 
 class SecondFormTest(parameterized.TestCase):

@@ -66,20 +66,20 @@ class PeersBugsTest(parameterized.TestCase):
     def test_flashinfer_3130_vllm_50427_caches_of_more_than_2_31_elements(self):
         """A pool of 2**31 + elements: tokens are appended past that and read back. Values are one feature, to be small.
 
-        In float16, since jaxlib 0.10 would write bfloat16 in a float32 copy of 8 GiB.
+        In int8, the fewest bytes, and in small integers, which it holds exactly.
         """
         head_dim, page_size = 128, 16
         num_pages = 2**31 // (head_dim * page_size) + 5
         make = jax.jit(  # as users compile, since the loop over all elements is most of the time
-            lambda features: jnp.zeros((1, num_pages, page_size, features), jnp.float16), static_argnums=0,
+            lambda features: jnp.zeros((1, num_pages, page_size, features), jnp.int8), static_argnums=0,
             compiler_options=compiling.AS_USERS_DO,
         )
         keys, values = make(head_dim), make(1)
         self.assertGreater(keys.size, 2**31)
         rng = np.random.default_rng(0)
         tokens = 40
-        query, key = (jnp.asarray(rng.standard_normal((tokens, h, head_dim)), jnp.float16) for h in (2, 1))
-        value = jnp.asarray(rng.standard_normal((tokens, 1, 1)), jnp.float16)
+        query = jnp.asarray(rng.standard_normal((tokens, 2, head_dim)), jnp.float16)
+        key, value = (jnp.asarray(rng.integers(-3, 4, (tokens, 1, features)), jnp.float16) for features in (head_dim, 1))
         pages = jnp.asarray([[num_pages - 1, 1, num_pages - 2]], jnp.int32)
         indices = jnp.asarray([tokens]), pages, jnp.asarray([0, tokens])
         # 2**31 elements before the last pages are pages 0 to 4: a wrapped offset would write and read these.

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 import re
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
 from paged_prefill.lowering import tuning
-from paged_prefill.tests import cases
+from paged_prefill.lowering.choose import XLA
+from paged_prefill.tests import cases, meshes
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/operation.md", "docs/sharding.md", "docs/tuning.md", "docs/serving.md")
@@ -32,8 +34,9 @@ class PagesTest(parameterized.TestCase):
         found = examples(page)
         self.assertNotEmpty(found)
         self.assertLen(found, (ROOT / page).read_text().count("```python"))
-        if page != "docs/tuning.md":  # which says where sizes come from; here they only decide how long XLA compiles
+        if page != "docs/tuning.md":  # which says where sizes come from; else they and the kernel only cost time to compile
             self.enter_context(tuning.overlay(cases.ONE_HEIGHT))
+            self.enter_context(mock.patch.object(XLA, "attend", meshes.dense_kernel))
         names = {"__name__": page}  # one namespace a page
         for line, example in found:
             code = "\n" * line + example  # so that a traceback names the page's own line

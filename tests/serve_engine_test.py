@@ -171,7 +171,7 @@ class EngineTest(parameterized.TestCase):
 
     def test_on_several_devices(self):
         """Two replicas of four devices each say what one device says; no cache moves."""
-        sizes = dict(batch=2, heads=2, pages=2) if runner.PAGES_CAN_BE_CUT else dict(batch=2, heads=4)
+        sizes = dict(batch=2, heads=2, pages=2)
         engine = new_engine(mesh=runner.make_mesh(sizes), token_buckets=(32,), num_pages=64)
         requests = [engine.submit(*request) for request in random_requests(np.random.default_rng(3), 30)]
         while engine.busy:
@@ -185,15 +185,8 @@ class EngineTest(parameterized.TestCase):
         for op, shape in meshes.collectives(step):
             elements = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
             self.assertLess(max(elements), of_a_cache, f"{op} {shape}")
-        shards = 1, 2, 4 // sizes["heads"], 64 // sizes.get("pages", 1), 4, 8
+        shards = 1, 2, 4 // sizes["heads"], 64 // sizes["pages"], 4, 8
         self.assertEqual(run.caches["8"].key.addressable_shards[0].data.shape, shards)
-
-    @absltest.skipIf(runner.PAGES_CAN_BE_CUT, "they can")
-    def test_pages_that_cannot_be_cut_are_one_clear_error(self):
-        with self.assertRaisesRegex(
-            ValueError, "mesh axis 'pages': this version of paged_prefill cannot cut the pages"
-        ):
-            runner.make_mesh(dict(pages=8))
 
 
 if __name__ == "__main__":

@@ -168,8 +168,6 @@ class FamiliesTest(parameterized.TestCase):
 
     @parameterized.product(family=FAMILIES, mesh=sorted(MESHES))
     def test_on_several_devices(self, family, mesh):
-        if "pages" in MESHES[mesh] and not runner.PAGES_CAN_BE_CUT:
-            self.skipTest("this version cannot cut the pages of a cache")
         _, name, arguments = family
         theirs = saved(self.folder, name, arguments)
         want = [expected(theirs, prompt)[0] for prompt in prompts()]

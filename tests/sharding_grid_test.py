@@ -1,8 +1,9 @@
 """Every way of cutting the operation over a mesh, against the unsharded reference, and what devices exchange for it.
 
-One module computes all head configurations, which tell themselves apart by their sizes: so a collective names the
-configuration and the operand that moved. What is tested is what each device is given, so a kernel that compiles fast
-stands in for the product's; sharding_ways_test.py runs those.
+One module computes several head configurations, which tell themselves apart by their sizes: so a collective names the
+configuration and the operand that moved. They are every other one, as on a chessboard: each way has each of them with
+half of what is given and how it is cut, and the next way with the other half. What is tested is what each device is
+given, so a kernel that compiles fast stands in for the product's; sharding_ways_test.py runs those.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from paged_prefill import local_paged_prefill_p, ragged_paged_prefill
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.tests import cases, meshes
-from paged_prefill.tests.packs import Pack
+from paged_prefill.tests.packs import Pack, exact
 
 HEADS = ((8, 8), (16, 8), (8, 4), (8, 2), (8, 1), (12, 6))  # (query heads, KV heads)
 TOKENS, PAGES = (5, 7, 9, 11, 13, 17), (19, 23, 29, 31, 37, 41)  # of each, and no other size in a module
@@ -31,6 +32,8 @@ CUTS = {  # (axes of the batch, axes of the heads)
 }
 SIZES = {"data": 2, "model": 4}
 GIVEN = ("query", "caches", "out", "all")
+WAYS = ("automatic", "gspmd", "explicit", "hint")
+KINDS = ((AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, True))  # and whether shard_map checks types
 
 
 @functools.cache
@@ -41,7 +44,7 @@ def case(heads):
     pack = meshes.batched_pack(
         number, q_heads=q_heads, kv_heads=kv_heads, tokens=TOKENS[number], num_pages=PAGES[number]
     )
-    return pack, meshes.expected(pack)
+    return pack, exact(pack)
 
 
 def cache_axes(kv_heads, axes):
@@ -65,6 +68,12 @@ def heads_of(cut, given="all"):
 
 
 CASES = tuple((given, cut) for given in GIVEN for cut in CUTS if heads_of(cut, given))
+
+
+def turn(way, given, cut):
+    """The configurations of a module of one of the ways."""
+    start = WAYS.index(way) + GIVEN.index(given) + list(CUTS).index(cut) // 2
+    return [heads for heads in heads_of(cut, given) if (HEADS.index(heads) + start) % 2]
 
 
 def operand_specs(heads, cut, given):
@@ -103,9 +112,8 @@ class GridTest(parameterized.TestCase):
         super().setUp()
         self.enter_context(mock.patch.object(XLA, "attend", meshes.dense_kernel))
 
-    def check(self, call, over, cut, given, allowed=(), configurations=None):
-        """Compiles `call` for every head configuration in one module; compares the results and the collectives."""
-        configurations = configurations or heads_of(cut, given)
+    def check(self, call, over, cut, given, configurations, allowed=()):
+        """Compiles `call` for these head configurations in one module; compares the results and the collectives."""
         packs = [meshes.put(over, case(h)[0], operand_specs(h, cut, given)) for h in configurations]
         wanted = None
         if given == "out":
@@ -116,7 +124,7 @@ class GridTest(parameterized.TestCase):
         for heads, results in zip(configurations, compiled(packs), strict=True):
             with self.subTest(heads=heads):
                 meshes.assert_close(results, case(heads)[1])
-        self.assertEqual(moved(compiled), set(allowed))
+        self.assertEqual(moved(compiled), {what for what in allowed if what[0] in configurations})
 
     def misaligned_query(self, cut, given):
         """12 query heads in groups of 2 cannot be cut 4 ways: where they come so cut, they are gathered."""
@@ -138,21 +146,22 @@ class GridTest(parameterized.TestCase):
     def test_automatic_axes(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         allowed = self.misaligned_query(cut, given) | self.untied_result(cut, given)
-        self.check(call, meshes.mesh(), cut, given, allowed)
+        self.check(call, meshes.mesh(), cut, given, turn("automatic", given, cut), allowed)
 
     @parameterized.parameters(*CASES)
     def test_automatic_axes_under_gspmd(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         with meshes.partitioner(shardy=False):
-            self.check(call, meshes.mesh(), cut, given, self.misaligned_query(cut, given))
+            allowed = self.misaligned_query(cut, given)
+            self.check(call, meshes.mesh(), cut, given, turn("gspmd", given, cut), allowed)
 
     @parameterized.parameters(*(case for case in CASES if case[0] != "out"))  # results follow the operands' types
     def test_explicit_axes(self, given, cut):
         call = functools.partial(ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True)
         over = meshes.mesh(kind=AxisType.Explicit)
         refused = bool(self.misaligned_query(cut, given))
-        configurations = [heads for heads in heads_of(cut, given) if not (refused and heads == MISALIGNED)]
-        self.check(call, over, cut, given, configurations=configurations)
+        configurations = [heads for heads in turn("explicit", given, cut) if not (refused and heads == MISALIGNED)]
+        self.check(call, over, cut, given, configurations)
         if refused:  # types may not ask for a move that the program does not show
             pack = meshes.put(over, case(MISALIGNED)[0], operand_specs(MISALIGNED, cut, given))
             with self.assertRaisesRegex(ValueError, "query is cut as .*whole groups"):
@@ -164,17 +173,14 @@ class GridTest(parameterized.TestCase):
         call = functools.partial(
             ragged_paged_prefill, cfg=cases.ONE_HEIGHT, return_lse=True, batch_axis=batch, head_axis=axes
         )
-        configurations = [heads for heads in heads_of(cut, given) if axes is None or heads != MISALIGNED]
-        self.check(call, meshes.mesh(), cut, given, configurations=configurations)
+        configurations = [heads for heads in turn("hint", given, cut) if axes is None or heads != MISALIGNED]
+        self.check(call, meshes.mesh(), cut, given, configurations)
         if axes is not None:  # a hint that cannot be followed is not dropped in silence
             pack = meshes.put(meshes.mesh(), case(MISALIGNED)[0], meshes.specs())
             with self.assertRaisesRegex(ValueError, "head_axis=.* cuts into .* 12 query heads over 6 KV heads"):
                 jax.jit(call)(*pack)
 
-    @parameterized.product(
-        cut=tuple(CUTS),
-        kind_and_check_vma=((AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, True)),
-    )
+    @parameterized.product(cut=tuple(CUTS), kind_and_check_vma=KINDS)
     def test_inside_shard_map(self, cut, kind_and_check_vma):
         """The call is local. Where the caches are cut less than the query, the caller says which KV heads are meant."""
         batch, axes = CUTS[cut]
@@ -191,7 +197,8 @@ class GridTest(parameterized.TestCase):
             count = max(1, part // group)
             return tuple(local_paged_prefill_p.bind(*local, start, num_kv_heads=count, config=cases.ONE_HEIGHT))
 
-        configurations = [heads for heads in heads_of(cut) if heads != MISALIGNED]
+        start = (list(CUTS).index(cut) + KINDS.index(kind_and_check_vma)) % 2
+        configurations = [heads for heads in heads_of(cut) if heads != MISALIGNED][start::2]
         packs, mapped = [], []
         for heads in configurations:
             specs = operand_specs(heads, cut, "all")

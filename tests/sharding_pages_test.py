@@ -48,14 +48,15 @@ SIZES = dict(batch=(2,), q_heads=8, page_size=4, head_dim=8, value_dim=12, token
 KV_HEADS = (8, 2, 1)
 DECODE = ((1, 9), (1, 14), (0, 3), (1, 1), (1, 6))  # no more tokens than sequences, one of the tokens nobody's
 CHUNKS = ((5, 9), (3, 2), (1, 14))
-VARIANTS = {  # sequences, what else the operands have, parameters
+# Those that are cut in ways of their own.
+OPERANDS = dict(sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="head")
+VARIANTS = {  # sequences, what else the operands have, parameters; by turns, as modules have every second one
     "plain": (CHUNKS, {}, {}),
-    "decode": (DECODE, {}, {}),
     "window": (CHUNKS, dict(sliding_window=4), dict(sliding_window=4)),
+    "decode": (DECODE, {}, {}),
     "cap": (CHUNKS, {}, dict(attn_logits_soft_cap=2.0)),
-    "sinks": (DECODE, dict(sinks=True), {}),
-    "fp8": (CHUNKS, dict(cache_dtype="float8_e4m3fn", key_scale="slot", value_scale="head"), {}),
-    "layer": (DECODE, dict(layers=2), {}),
+    "operands": (CHUNKS, OPERANDS, {}),
+    "operands_of_decode": (DECODE, OPERANDS, {}),
 }
 
 
@@ -108,10 +109,10 @@ def sizes_of(compiled):
 
 
 class GridTest(parameterized.TestCase):
-    """All pairs of cuts, heads and variants; each way computes some variants of a cut in one module.
+    """All pairs of cuts, heads and variants; each way computes half the variants of a cut in one module.
 
-    Each way and each cut has every variant. Those with operands that are cut in ways of their own are in every module; of
-    the others, which tell devices only what rows see, two are in each.
+    Each way and each cut has every variant. In every module are operands that are cut in ways of their own, decode steps,
+    and two of the variants that tell devices only what rows see.
     """
 
     @parameterized.product(way=tuple(KINDS), cut=tuple(CUTS))
@@ -119,8 +120,7 @@ class GridTest(parameterized.TestCase):
         batch, heads, pages = CUTS[cut]
         mesh = meshes.mesh(kind=KINDS[way])
         turn = list(CUTS).index(cut)
-        of_rows = ("plain", "window", "decode", "cap")[(list(KINDS).index(way) + turn) % 2 :: 2]
-        variants = [name for name in VARIANTS if name in (*of_rows, "sinks", "fp8", "layer")]
+        variants = list(VARIANTS)[(list(KINDS).index(way) + turn) % 2 :: 2]
         cases = [case(variant, KV_HEADS[(list(VARIANTS).index(variant) + turn) % 3]) for variant in variants]
         calls = [meshes.put_call(mesh, call, specs_of(call, batch, heads, pages)) for call, _ in cases]
         jitted = jax.jit(

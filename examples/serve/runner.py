@@ -5,7 +5,6 @@ A step is one call for all replicas: the model under `vmap`, each replica with a
 
 import contextlib
 import functools
-import inspect
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,6 @@ from paged_prefill.examples.serve.config import Config
 from paged_prefill.lowering import tuning
 
 AXES = ("batch", "heads", "pages")
-PAGES_CAN_BE_CUT = "page_axis" in inspect.signature(paged_prefill.sharding_hints).parameters
 MOST_DRAFTS = 31  # a tree mask of one word, less the root
 
 # Which dimension of a weight is cut over the axis "heads", without that of the layers.
@@ -132,8 +130,6 @@ def make_mesh(sizes: dict[str, int]):
     """A mesh over the first devices, from axes of `AXES` and their sizes; None for no axes."""
     if unknown := sorted({*sizes} - {*AXES}):
         raise ValueError(f"mesh axes are {', '.join(AXES)}, got {', '.join(unknown)}")
-    if "pages" in sizes and not PAGES_CAN_BE_CUT:
-        raise ValueError("mesh axis 'pages': this version of paged_prefill cannot cut the pages of a cache yet")
     count = int(np.prod(list(sizes.values())))
     if count > len(jax.devices()):
         raise ValueError(f"mesh {sizes} needs {count} devices, there are {len(jax.devices())}")

@@ -1,1 +1,1 @@
-"""The TPU kernel, in Pallas Mosaic."""
+"""The TPU kernels, in Pallas Mosaic."""

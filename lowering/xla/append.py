@@ -87,7 +87,7 @@ def written_in_turn(stored: dict[str, Stored], layout: CacheLayout) -> dict[str,
         return {}
     into, all_new, (at, *_) = zip(*stored.values())
     *own, tokens, places = at.shape
-    if 0 in (*own, tokens):
+    if 0 in (*own, tokens, *into[0].shape):
         return dict(zip(stored, into))
     pool = [lax.broadcasted_iota(jnp.int32, (*own, tokens, 1), axis) for axis in range(len(own))]
     corners = jnp.concatenate([*pool, at], axis=-1).reshape(-1, len(own) + places)
@@ -153,7 +153,7 @@ def _given_scale(scale, at, layered):
     if scale is None:
         return jnp.ones((1, 1), jnp.float32)
     by_token = jnp.moveaxis(scale.at[at[0]].get(mode="clip"), 0, -1) if layered else scale[..., None]
-    return by_token.reshape(-1, by_token.shape[-1])
+    return jnp.atleast_2d(by_token)
 
 
 def _scatter(layout: CacheLayout, cache, new, at):
@@ -181,7 +181,7 @@ def _ordered(layout: CacheLayout, new, dims):
     """Tokens [kv_heads, (2,) tokens, ...] with these dimensions; "2 * kv_heads" are the first two as one."""
     own = ["kv_heads", *["2"] * layout.combined, "tokens", *["features"] * ("features" in dims)]
     if "2 * kv_heads" in dims:
-        new, own = new.reshape(-1, *new.shape[2:]), ["2 * kv_heads", *own[2:]]
+        new, own = lax.collapse(new, 0, 2), ["2 * kv_heads", *own[2:]]
     return new.transpose(*map(own.index, dims))
 
 
