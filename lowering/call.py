@@ -207,7 +207,7 @@ class Call:
             "latent": value_pages is None and not layout.combined,
             "pools_apart": bool(there & {"key_pool", "value_pool"}),
             "quantised": key_pages.dtype != query.dtype,
-            "slot_scales": any(optional[name].ndim > 2 for name in there & {"key_scale", "value_scale"}),
+            "slot_scales": "slot" in (granularity(optional.get(name)) for name in ("key_scale", "value_scale")),
             "tree_mask": "tree" in there,
             layout.name: layout.name != DEFAULT_LAYOUT,
         }
@@ -253,6 +253,11 @@ class Call:
         of_packs = (packs, tokens // jax.core.max_dim(packs, 1), q_heads)
         sinks = jnp.broadcast_to(self.sinks[:, None], of_packs).reshape(tokens, q_heads)
         return jnp.where(owned[:, None], sinks, -jnp.inf)
+
+
+def granularity(scale) -> str | None:
+    """What has one of a call's scales of its own, beside a pool: itself alone, a head or a slot. None for no scale."""
+    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
 
 
 def _within(token, start, length):

@@ -116,6 +116,10 @@ MLA_QUANTISED = {
 }
 
 
+FEW_ROWS = PrefillPageAttentionConfig(block_q=1, block_kv=64, num_warps=8, num_stages=2)
+WAYS = {kernel: (kernel, None) for kernel in DTYPES} | {"few_rows": ("mosaic_gpu", FEW_ROWS)}
+
+
 def takes(kernel, kind) -> bool:
     """Whether the kernel has the features and dims of such a call."""
     needed = {"latent": kind.get("latent"), "quantised": "cache_dtype" in kind, "key_ranges": "key_ranges" in kind}
@@ -262,9 +266,10 @@ class GpuSecondFormTest(parameterized.TestCase):
         for _ in range(5):
             chex.assert_trees_all_equal(run(call), first)
 
-    @parameterized.product(kernel=tuple(DTYPES), softmax_scale=(0.2, -0.1, 0.0), dtype=QUANTISED)
-    def test_scales_of_any_sign(self, kernel, softmax_scale, dtype):
+    @parameterized.product(way=tuple(WAYS), softmax_scale=(0.2, -0.1, 0.0), dtype=QUANTISED)
+    def test_scales_of_any_sign(self, way, softmax_scale, dtype):
         """Those of heads and of all; rows of the query from 1e-6 to 1e6, each its own softmax."""
+        kernel, cfg = WAYS[way]
         for scale in ("tensor", "head"):
             kind = dict(sequences=FEW, q_heads=4, kv_heads=4, head_dim=128, page_size=16, dtype="bfloat16")
             call = poisoned.make_call(7, **kind, cache_dtype=dtype, key_scale=scale, value_scale=scale)
@@ -273,11 +278,12 @@ class GpuSecondFormTest(parameterized.TestCase):
             magnitudes = 10.0 ** np.random.default_rng(0).integers(-6, 2, call["query"].shape[:2])
             call["query"] = (call["query"].astype(np.float32) * magnitudes[..., None]).astype("bfloat16")
             parameters = dict(softmax_scale=softmax_scale)
-            oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
+            oracle.assert_matches(call, *self.attend(call, kernel, cfg=cfg, **parameters), **parameters)
 
-    @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED, soft_cap=(None, 20.0))
-    def test_scales_of_slots_of_any_size(self, kernel, dtype, soft_cap):
+    @parameterized.product(way=tuple(WAYS), dtype=QUANTISED, soft_cap=(None, 20.0))
+    def test_scales_of_slots_of_any_size(self, way, dtype, soft_cap):
         """Six orders of magnitude, of either sign, growing with the keys or not; some are 0."""
+        kernel, cfg = WAYS[way]
         kind = dict(sequences=((40, 900), (1, 1500), (9, 4)), q_heads=4, kv_heads=2, head_dim=128, page_size=16)
         call = poisoned.make_call(15, **kind, dtype="bfloat16", cache_dtype=dtype, key_scale="slot", value_scale="slot")
         rng = np.random.default_rng(0)
@@ -288,12 +294,13 @@ class GpuSecondFormTest(parameterized.TestCase):
                 call[name] = (call[name] * factors).astype(np.float32)
         call["value_scale"][:, call["page_indices"][0, :30]] *= np.float32(1e-3)
         oracle.assert_matches(
-            call, *self.attend(call, kernel, attn_logits_soft_cap=soft_cap), attn_logits_soft_cap=soft_cap
+            call, *self.attend(call, kernel, cfg=cfg, attn_logits_soft_cap=soft_cap), attn_logits_soft_cap=soft_cap
         )
 
-    @parameterized.product(kernel=tuple(DTYPES), dtype=QUANTISED)
-    def test_many_small_weights_beside_a_large_one(self, kernel, dtype):
+    @parameterized.product(way=tuple(WAYS), dtype=QUANTISED)
+    def test_many_small_weights_beside_a_large_one(self, way, dtype):
         """The first key outweighs each other by 2^23, and its value is 0: the result is that of all the others."""
+        kernel, cfg = WAYS[way]
         kind = dict(sequences=((20, 2000), (1, 3000)), q_heads=2, kv_heads=2, head_dim=128, page_size=16)
         call = poisoned.make_call(8, **kind, dtype="bfloat16", cache_dtype=dtype, key_scale="head", value_scale="head")
         call["key_scale"], call["value_scale"] = np.full(2, 1 / 32, np.float32), np.full(2, 1 / 32, np.float32)
@@ -307,7 +314,7 @@ class GpuSecondFormTest(parameterized.TestCase):
             call["key_cache"][:, page, 0, 0] = 80
             call["value_cache"][:, page, 0] = 0
         parameters = dict(softmax_scale=0.8)
-        oracle.assert_matches(call, *self.attend(call, kernel, **parameters), **parameters)
+        oracle.assert_matches(call, *self.attend(call, kernel, cfg=cfg, **parameters), **parameters)
 
     def test_calls_as_serving_makes_them(self):
         rng = np.random.default_rng(0)
@@ -324,13 +331,13 @@ class GpuSecondFormTest(parameterized.TestCase):
         for _ in range(5):
             chex.assert_trees_all_equal(self.attend(call, kernel, cfg=cfg), first)
 
-    @parameterized.product(scale=poisoned.GRANULARITIES, sliding_window=(None, 70))
-    def test_what_no_row_sees_has_no_effect_on_any_bit(self, scale, sliding_window):
+    @parameterized.product(scale=poisoned.GRANULARITIES, sliding_window=(None, 70), cfg=(None, FEW_ROWS))
+    def test_what_no_row_sees_has_no_effect_on_any_bit(self, scale, sliding_window, cfg):
         kind = dict(sequences=SEQUENCES, q_heads=4, kv_heads=2, head_dim=128, page_size=16, dtype="bfloat16")
         call = poisoned.make_call(9, **kind, **quantised_by(scale), sliding_window=sliding_window)
         other = dict(call)
         poisoned.poison_unseen(np.random.default_rng(99), other, sliding_window)
-        run = functools.partial(self.attend, kernel="mosaic_gpu", sliding_window=sliding_window)
+        run = functools.partial(self.attend, kernel="mosaic_gpu", cfg=cfg, sliding_window=sliding_window)
         chex.assert_trees_all_equal(run(call), run(other))
 
     @parameterized.product(scale=("head", "slot"), dtype=QUANTISED)

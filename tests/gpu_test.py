@@ -275,7 +275,7 @@ class GpuTest(parameterized.TestCase):
         call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=128, page_size=16,
                                   dtype="bfloat16", key_ranges=kind == "ranges", tokens_before=2, tokens_after=3,
                                   **window, **quantised)
-        cfg = PrefillPageAttentionConfig(block_q=64, block_kv=block_kv, num_warps=12, num_splits=1)
+        cfg = PrefillPageAttentionConfig(block_q=64, block_kv=block_kv, num_warps=12, num_stages=3, num_splits=1)
         plan_of, results = host._plan, []
         for chains in (True, False):
             few = mock.patch.object(host, "_plan", lambda *args: replace(plan_of(*args), cores=cores))

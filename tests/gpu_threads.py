@@ -64,6 +64,15 @@ class Threads:
         self._claim(len(np.unique(places)) == places.size)
         self._words(matrix)[places] = np.stack([np.broadcast_to(word, where.shape)[where] for word in words])
 
+    def store_numbers(self, numbers, matrix, row, column, where):
+        where = np.broadcast_to(where, self.numbers.shape)
+        row, column = (np.broadcast_to(x, where.shape)[where] for x in (row, column))
+        self._claim(len(np.unique(row * matrix.shape[1] + column)) == len(row))
+        if (column % len(numbers)).any() or not ((0 <= row) & (row < len(matrix))).all():
+            raise IndexError(f"{row}, {column} of {matrix.shape}")
+        for i, number in enumerate(numbers):
+            matrix[row, column + i] = np.broadcast_to(number, where.shape)[where]
+
     def _words(self, matrix):
         return matrix.reshape(-1).view(np.float32 if matrix.dtype == np.float32 else np.int32)
 

@@ -46,6 +46,18 @@ class Memory:
         self.array[place] = numbers
 
 
+class Scales:
+    """Those of the blocks' slots, one block after another, in as many places as there are."""
+
+    def __init__(self, blocks, places):
+        self.blocks, self.places, self.at, self.step = blocks, places, self, 0
+
+    def __getitem__(self, place):
+        self.step += int(place) != self.step % self.places
+        assert int(place) == self.step % self.places
+        return {...: jnp.asarray(self.blocks[self.step])}
+
+
 @contextlib.contextmanager
 def numpy_for_a_warpgroup():
     """The loop's operations, in NumPy."""
@@ -77,6 +89,8 @@ def numpy_for_a_warpgroup():
         largest=lambda numbers, board, team: numbers.max(axis=0),
         meet=lambda team: None,
         turned=lambda acc, m, l, *_: [np.resize(x, (ROWS, *x.shape[1:])) for x in (acc.T, m, l.sum(axis=0))],
+        largest_of_query=lambda query, board, team: jnp.abs(query.array).max(axis=(0, 2)),
+        scale_query=lambda query, factor, board, dtype: np.multiply(query.array, factor[:, None], out=query.array),
     )
     with (
         mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
@@ -90,26 +104,35 @@ def numpy_for_a_warpgroup():
 
 
 class FewRowsTest(parameterized.TestCase):
-    def attend(self, plan, context, length, query, keys, values):
-        """(output, lse) of a tile's rows, by `length` tokens at the end of a context."""
+    def attend(self, plan, context, length, query, keys, values, scales=None):
+        """(output, lse) of a tile's rows, by `length` tokens at the end of a context.
+
+        `scales` are those of the keys and of the values: of all, or of each.
+        """
         position = context - length
         first_key, whole = (max(p - (plan.window or context) + 1, 0) for p in (position, context - 1))
         first, end = first_key // BLOCK, -(-context // BLOCK)
         tile = Tiles(start=0, length=length, position=position, first_new=position, first_block=first, end_block=end,
                      seq=0, first_key=first_key, end_key=context, owned=1, holes=0, part=0, parts=1,
                      slabs=Slabs(first_key, context, whole, position + 1))  # fmt: skip
-        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group)
+        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0)
         blocks = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(end - 1, first - 1, -1)]
-        scratch = dict(query_views=[[Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])]])
+        parts = Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])
+        scratch, sources = dict(query_views=[[None], [parts], [parts]]), []
         scratch |= {name: SimpleNamespace(at=[mock.Mock()]) for name in ("query_here", "query_free")}
         for name, numbers in dict(keys=keys, values=values).items():
-            ring, its_blocks = np.full((STAGES, BLOCK, numbers.shape[1]), np.nan), iter([numbers[b] for b in blocks])
-            places = SimpleNamespace(at=[Place(ring[slot], its_blocks) for slot in range(STAGES)])
+            ring, its_blocks = np.full((plan.slots, BLOCK, numbers.shape[1]), np.nan), iter([numbers[b] for b in blocks])
+            places = SimpleNamespace(at=[Place(ring[slot], its_blocks) for slot in range(plan.slots)])
             scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
+        for name, its_scales in zip(("keys", "values"), scales or ()):
+            kind = "head" if its_scales.size == 1 else "slot"
+            sources.append(SimpleNamespace(scale=kind, scales=its_scales))
+            if kind == "slot":
+                scratch[f"{name}_scales"] = Scales([its_scales[b] for b in blocks], plan.slots + 1)
         weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
         own = Memory(np.zeros((1, 1)))
         with numpy_for_a_warpgroup():
-            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, None, weights=weights, board=own, room=own, **scratch)
+            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, sources, weights=weights, board=own, room=own, **scratch)
             found = attention.run(*attention.rows.seen_steps())
         return [np.asarray(numbers)[: length * plan.heads] for numbers in found]
 
@@ -144,6 +167,39 @@ class FewRowsTest(parameterized.TestCase):
         total = weights.sum(axis=1)
         np.testing.assert_allclose(out, weights @ values[:context] / total[:, None], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(lse, np.log(total), rtol=1e-5, atol=1e-5)
+
+    @parameterized.named_parameters(
+        ("heads", dict(key_scale="head", value_scale="head")),
+        ("slots", dict(key_scale="slot", value_scale="slot")),
+        ("slots_window", dict(key_scale="slot", value_scale="slot", window=70)),
+        ("slots_soft_cap", dict(key_scale="slot", value_scale="slot", soft_cap=5.0)),
+        ("values_soft_cap", dict(key_scale="head", value_scale="slot", soft_cap=5.0)),
+    )
+    def test_quantised_caches_count_by_their_scales(self, changes):
+        plan = plans.plan(**(dict(soft_cap=None, group=8, rows=8, block_q=1, head_dim=128, value_dim=FEATURES, stages=STAGES,
+                                  block_kv=BLOCK, warpgroups=1, cache_dtype="int8", fp8_terms=0) | changes))  # fmt: skip
+        context, rng = 300, np.random.default_rng(1)
+        query, keys, values = self.operands(plan, context)
+        scales = []
+        for numbers, kind in ((keys, plan.key_scale), (values, plan.value_scale)):
+            size = len(numbers) if kind == "slot" else 1
+            scales.append(rng.choice([-1, 1], size) * np.exp(2 * rng.standard_normal(size)))
+            if numbers is values:  # they grow on the way, by more than float16 has room for
+                scales[-1] *= np.exp(np.linspace(30, 0, size))
+            numbers[context:] = np.nan
+            scales[-1][context:] = np.nan  # of a slot that nobody sees
+        out, lse = self.attend(plan, context, 1, query.copy(), keys, values, scales)
+        keys, values = (numbers * scale[:, None] for numbers, scale in zip((keys, values), scales))
+        logits = plan.softmax_scale * query @ keys[:context].T
+        if plan.soft_cap:
+            logits = plan.soft_cap * np.tanh(logits / plan.soft_cap)
+        logits[:, : context - (plan.window or context)] = -np.inf
+        largest = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - largest)
+        total = weights.sum(axis=1)
+        want, most = (weights @ numbers / total[:, None] for numbers in (values[:context], np.abs(values[:context])))
+        np.testing.assert_array_less(np.abs(out - want), 1e-3 * most)
+        np.testing.assert_allclose(lse, np.log(total) + largest[:, 0], rtol=1e-5, atol=1e-4)
 
     def test_a_row_has_its_bits_whatever_the_rows_beside_it(self):
         plan = plans.plan(soft_cap=None, group=8, rows=16, block_q=2, head_dim=128, value_dim=FEATURES, block_kv=BLOCK,

@@ -29,14 +29,13 @@ def table_of(rng, tiles, room):
 
 def merged_by_threads(launch, table, of_parts, results):
     """What the kernel writes, block by block."""
-    table, results = ([Shared(0, np.ravel(x)) for x in arrays] for arrays in ([table], results))
-    out, lse = of_parts
-    of_parts = out.reshape(-1, launch.value_dim), Shared(0, np.ravel(lse))
+    table = Shared(0, table)
+    of_parts, results = ((out.reshape(-1, launch.value_dim), Shared(0, np.ravel(lse))) for out, lse in (of_parts, results))
     with mock.patch.object(merge.lax, "fori_loop", counted):
         for block in range(launch.blocks):
             threads = Threads(merge.THREADS, [])
-            merge.merge_shares(launch, threads, lambda: jnp.int32(block), table[0], of_parts, results)
-    return [x.values for x in results]
+            merge.merge_shares(launch, threads, lambda: jnp.int32(block), table, of_parts, results)
+    return results[0], results[1].values
 
 
 class MergeTest(parameterized.TestCase):
@@ -52,8 +51,8 @@ class MergeTest(parameterized.TestCase):
         lse[:, 1, 2] = -np.inf
         lse[1, 2, 5] = np.nan
         out[np.isneginf(lse).swapaxes(1, 2)] = 0
-        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, splits, tokens, tokens_of_tile, heads, value_dim)
-        before = [np.full(out.shape[1:], 77, dtype), np.full(lse.shape[1:], 77, np.float32)]
+        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, tokens, tokens_of_tile, heads, value_dim)
+        before = np.full(out.shape[1:], 77, dtype), np.full(lse.shape[1:], 77, np.float32)
         want = [x.copy() for x in before]
         for start, length, parts in tiles:
             here = slice(start, start + length)

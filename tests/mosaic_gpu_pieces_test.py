@@ -1,6 +1,7 @@
 """What the Hopper kernel does between two pieces of work, where no GPU is needed: its first loads, and its results."""
 
 import contextlib
+from dataclasses import replace
 import functools
 from unittest import mock
 
@@ -15,6 +16,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper import compute, kernel, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
+
+
+FIRST, SECOND, THIRD = (mock.Mock(number=number) for number in range(3))  # pieces of a thread block
 
 
 class Launched(Exception):
@@ -69,7 +73,26 @@ class QueriesTest(parameterized.TestCase):
     def test_warpgroups_that_go_apart_have_queries_of_their_own(self, changes, groups):
         plan = plans.plan(**changes)
         places = [(team, row_group) for team in range(plan.teams) for row_group in range(plan.row_groups)]
-        self.assertEqual([plan.queries_of(*place) for place in places], groups)
+        self.assertEqual([plan.queries_of(FIRST, *place) for place in places], groups)
+
+    @parameterized.named_parameters(
+        ("chain", {}, 2),
+        ("any_block_may_be_masked", dict(has_ranges=True), 1),
+        ("two_places_for_blocks", dict(stages=2), 1),
+        ("small_blocks", dict(block_kv=64), 1),
+        ("one_piece_each", dict(tiles=3), 1),
+        ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), 1),
+        ("three_warpgroups", dict(warpgroups=3, block_q=192, block_kv=64), 1),
+    )
+    def test_a_chain_has_two_places_for_queries_in_that_of_a_block_of_values(self, changes, places):
+        plan = plans.plan(**(dict(tiles=67, soft_cap=None) | changes))
+        self.assertEqual(plan.query_places, places)
+        self.assertEqual(plan.copies_results, places > 1)
+        if not plan.quantised:
+            self.assertEqual((plan.key_slots, plan.slots), (plan.stages, plan.stages + 1 - places))
+        first, second, third = (plan.queries_of(piece, 0, 1) for piece in (FIRST, SECOND, THIRD))
+        self.assertEqual(first, third)
+        self.assertEqual(first != second, places > 1)
 
     @parameterized.named_parameters(
         ("prompt", {}, 2),
@@ -164,6 +187,14 @@ class ChainTest(parameterized.TestCase):
 
 
 class ResultsTest(parameterized.TestCase):
+    @parameterized.named_parameters(("chain", {}, 4), ("parts", dict(parts=Parts(5, 5)), 0), ("alone", dict(stages=2), 0))
+    def test_whole_tiles_leave_a_chain_by_copies(self, changes, copies):
+        """Two of 64 features for each of 32 tokens of a head."""
+        plan, arrays = launch_of(q_heads=32, kv_heads=8)
+        plan = replace(plan, **(dict(block_q=32, tiles=67) | changes))
+        program = str(jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays))
+        self.assertEqual(program.count("copy_smem_to_gmem"), copies)
+
     def test_each_of_four_threads_comes_to_hold_the_words_of_its_group(self):
         threads = np.arange(4)
         words = [10 * group + threads for group in range(4)]

@@ -15,7 +15,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering import tiles
 from paged_prefill.lowering.call import Call, Device, Sequences
-from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu import host, room
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening
 from paged_prefill.primitive.attention import Attention
@@ -264,9 +264,26 @@ class SupportsTest(parameterized.TestCase):
         self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
         if block_q < 8:
             self.assertEqual(config.num_warps, 8)
-            sizes = dict(q_heads=2 * (64 // block_q // 2), cache_dtype="int8", features=("quantised",))
+            sizes = dict(q_heads=2 * (64 // block_q // 2), cache_dtype="float8_e4m3fn", features=("quantised",))
             few = dataclasses.replace(given, **sizes)
-            self.assertIn("heads of a group", KERNEL.misfit(few, HOPPER, dataclasses.replace(config, block_kv=64)))
+            of_64_rows = dataclasses.replace(config, block_kv=64, fp8_terms=1)  # as products of 8 bits have
+            self.assertIn("heads of a group", KERNEL.misfit(few, HOPPER, of_64_rows))
+
+    @parameterized.product(cache_dtype=("float8_e4m3fn", "int8"), scales=((), ("slot_scales",)), head_dim=(64, 128, 256))
+    def test_single_tokens_over_quantised_caches_have_few_rows(self, cache_dtype, scales, head_dim):
+        dims = dict(head_dim=head_dim, value_dim=head_dim)
+        given = problem(seqs=7, tokens=7, **dims, cache_dtype=cache_dtype, features=("quantised", *scales))
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(room.few_rows(given, config), 8)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
+    def test_blocks_that_several_tiles_share_are_asked_for_before_they_are_copied(self):
+        sizes = dict(latent=True, num_kv_heads=1, head_dim=576, value_dim=512, block_kv=64, block_q=1, tokens=64, tiles=64)
+        asks = lambda **changes: plans.plan(**(sizes | dict(group=128) | changes)).asks_for_blocks
+        self.assertTrue(asks())
+        self.assertFalse(asks(group=64))
+        self.assertFalse(asks(cache_dtype="float8_e4m3fn"))
+        self.assertFalse(asks(tokens=2048))
 
     @parameterized.parameters(
         (dict(num_warps=16), "num_warps must be 12"), (dict(block_kv=128), "block_kv must be 64"),

@@ -124,9 +124,9 @@ class SecondFormTest(WithInterpreter):
 
     @parameterized.parameters((2, 5), (5, 64), (7, 300))
     def test_merge(self, splits, value_dim):
-        """By one row a program and by several; NaN of a row stays, and that of what nobody wrote is nobody's."""
-        for cores in (1, 132):
-            self.interpreter.submit(check_merge, splits, value_dim, cores).result()
+        """By one row a program and by several, all parts or some at once; NaN of a row stays, and of what is not written not."""
+        for cores, at_once in ((1, 16), (132, 16), (10, 2)):
+            self.interpreter.submit(check_merge, splits, value_dim, cores, at_once).result()
 
     def test_tree_sinks_window_latent_and_quantised(self):
         kind = dict(tree_words=2, sinks=True, layers=2, cache_dtype="float8_e4m3fn", key_scale="slot")
@@ -189,14 +189,14 @@ def check_alone_in_parts(parts):
                 np.testing.assert_array_equal(whole[rows], alone[rows])
 
 
-def check_merge(splits, value_dim, cores):
+def check_merge(splits, value_dim, cores, at_once):
     """In a process prepared by `interpret_triton`."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from paged_prefill.lowering.call import Device
-    from paged_prefill.lowering.triton import host
+    from paged_prefill.lowering.triton import merge
 
     rng, shape = np.random.default_rng(splits), (37, 3)
     out, lse = rng.normal(size=(splits, *shape, value_dim)), 3 * rng.normal(size=(splits, *shape))
@@ -211,8 +211,9 @@ def check_merge(splits, value_dim, cores):
         want = np.where(unseen[..., None], 0, want / np.where(unseen, 1, total)[..., None])
         want_lse = np.where(unseen, -np.inf, np.log(np.where(unseen, 1, total)))
         unwritten = np.where(np.isneginf(lse)[..., None], np.nan, out)
-        merge = jax.jit(lambda *x: host._merged(*x[:2], jnp.float32, *x[2:] or (None,), Device("cuda", core_count=cores)))
-        merged, merged_lse = merge(*(x.astype(np.float32) for x in (unwritten, lse, sinks) if x is not None))
+        run = jax.jit(lambda *x: merge.merge(*x[:2], jnp.float32, *x[2:] or (None,), Device("cuda", core_count=cores)))
+        with mock.patch.object(merge, "MERGED_AT_ONCE", at_once):
+            merged, merged_lse = run(*(x.astype(np.float32) for x in (unwritten, lse, sinks) if x is not None))
         np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(merged_lse, want_lse, rtol=1e-5, atol=1e-6)
 

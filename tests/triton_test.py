@@ -18,6 +18,7 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import choose
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
+from paged_prefill.lowering.triton.schedule import most_pieces
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
 
@@ -121,13 +122,19 @@ MLA = dict(head_dim=576, value_dim=512, q_heads=16, num_kv_heads=1, cache_kv_hea
 DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
 LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
 SHORT = dict(tokens=1024, seqs=16, pages_per_seq=32)
+FEW_HEADS = dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=2048)
 SLOTS = ("quantised", "slot_scales")
 CAPPED = dict(attn_logits_soft_cap=50.0)
 # What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
 # Hopper; of the others, which share tables, each size where there is least shared memory, and each target.
 COMPILED = {
     "sm_80": [(CAPPED, {})],
-    "sm_89": [(GEMMA_4, dict(ranges=True)), (CAPPED | dict(dtype="float32"), {})],
+    "sm_89": [
+        (GEMMA_4, dict(ranges=True)),
+        (CAPPED | dict(dtype="float32"), {}),
+        (WIDE | dict(dtype="float32"), {}),
+        (MLA | dict(q_heads=128, cache_dtype="int8", features=("latent", *SLOTS)), dict(scale="slot")),
+    ],
     "sm_90": [
         (dict(head_dim=64, value_dim=64, sliding_window=4096), {}),
         ({}, dict(ranges=True, sinks=True)),
@@ -139,7 +146,7 @@ COMPILED = {
     ],
     "sm_100": [(MLA, {})],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
-    "gfx942": [(CAPPED, {}), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
+    "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
 # By Triton 3.6, of a latent cache's tile on Hopper, outside its loops for the most part; by 3.9 none.
@@ -193,6 +200,7 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_are_prompts_of_up_to_1024_keys", dict(tokens=16, pages_per_seq=64), 1),
         ("but_beyond_that", dict(tokens=16, pages_per_seq=72), 9),
         ("and_those_of_wide_heads", dict(tokens=16, pages_per_seq=24) | WIDE, 3),
+        ("but_of_these_where_half_of_the_cores_are_idle", dict(tokens=105, pages_per_seq=56) | WIDE, 1),
         ("and_of_wider_ones", dict(tokens=16, pages_per_seq=24) | GEMMA_4, 3),
         ("few_tiles_of_8_bits_are_four_to_a_core", LONG_DECODE | dict(cache_dtype="int8", features=("quantised",)), 4),
         ("with_scales_of_slots_three", LONG_DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
@@ -208,8 +216,11 @@ class HeuristicTest(parameterized.TestCase):
         ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
         ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 4, 16)),
         ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
-        ("of_a_long_chunk_too", dict(tokens=128, pages_per_seq=2048), Parts(4, 4)),
+        ("of_a_long_chunk_as_many_as_have_keys", dict(tokens=128, pages_per_seq=2048), Parts(1, 4)),
+        ("of_mixed_packs_more", dict(tokens=700, seqs=32, q_heads=16, num_kv_heads=2, cache_kv_heads=2), Parts(1, 11, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
+        ("long_contexts_beside_a_chunk_have_more", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(1, 8, 9)),
+        ("but_not_prompts_that_fill_the_cores", dict(tokens=1106, seqs=2), Parts(1, 1)),
     )
     def test_parts(self, changes, parts):
         each = problem(**changes)
@@ -217,6 +228,19 @@ class HeuristicTest(parameterized.TestCase):
         self.assertEqual(host.parts_of_tiles(each, H200, config), parts)
         with policy("invariant"):
             self.assertEqual(host.parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
+
+    def test_a_launch_has_programs_for_any_pack_and_no_more_than_the_worst_needs(self):
+        rng, fill = np.random.default_rng(0), 0
+        for _ in range(3000):
+            seqs, tokens, group, rows, most = map(int, (*rng.integers(1, (6, 20, 40)), 2 ** rng.integers(8), rng.integers(1, 5)))
+            lengths = np.diff([0, *np.sort(rng.integers(0, tokens + 1, 2 * seqs)), tokens])
+            tiles = -(-lengths * group // rows)  # of a gap, of a sequence, and so on
+            for parts, of_gaps in ((Parts(1, most), 1), (Parts(most, most), most)):
+                pieces = tiles[1::2].sum() * most + tiles[::2].sum() * of_gaps
+                bound = most_pieces(seqs, tokens, group, rows, parts)
+                self.assertLessEqual(pieces, bound, (lengths, group, rows, parts))
+                fill = max(fill, pieces / bound)
+        self.assertEqual(fill, 1)
 
     @parameterized.parameters({}, WIDE, GEMMA_4, MLA)
     def test_invariant_sizes_do_not_follow_the_pack(self, **dims):
@@ -230,6 +254,12 @@ class HeuristicTest(parameterized.TestCase):
         for pack in ({}, DECODE):
             each = problem(**MLA | pack | dict(q_heads=q_heads))
             config = KERNEL.heuristic(each, H200)
+            in_8_bits = replace(each, cache_dtype="int8", features=("latent", "quantised", "slot_scales"))
+            for name in ("sm_80", "sm_89", "gfx942"):
+                device = TARGETS[name][1]
+                of_8_bits = KERNEL.heuristic(in_8_bits, device)
+                self.assertLessEqual(host.rows_of(in_8_bits, of_8_bits), 64)
+                self.assertIsNone(KERNEL.misfit(in_8_bits, device, of_8_bits))
             if q_heads >= 64 or not pack:
                 self.assertEqual((host.rows_of(each, config), config.block_kv), (64, 64))
 
@@ -249,6 +279,9 @@ class HeuristicTest(parameterized.TestCase):
         ("nor_longer_chunks", dict(tokens=4096, seqs=16), (128, 128, 8)),
         ("nor_groups_that_would_leave_rows_empty", SHORT | dict(q_heads=192), (128, 128, 8)),
         ("nor_wide_heads", SHORT | WIDE, (128, 64, 8)),
+        ("which_are_low_over_few_keys", dict(tokens=105, pages_per_seq=56) | WIDE, (16, 32, 4)),
+        ("or_a_little_taller_where_these_would_be_too_many", dict(tokens=256, pages_per_seq=56) | WIDE, (32, 64, 4)),
+        ("several_of_few_heads_that_leave_cores_idle", FEW_HEADS | dict(tokens=1106, seqs=2), (64, 64, 4)),
         ("nor_narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (128, 64, 8)),
     )  # fmt: skip
     def test_tiles_of_few_keys_are_two_to_a_core(self, changes, sizes):

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
@@ -24,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
-from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, granularity, scales_of, widened_call
+from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -38,6 +38,7 @@ CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack 
 # Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
+LAST_MERGES_BYTES = 2**16  # of a tile's parts, if all there may be are: with as many, one warpgroup takes longer than a kernel
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -218,9 +219,9 @@ class MosaicGpu(Kernel):
         optional = {name: array for name, array in optional.items() if array is not None}
         table, *schedule = schedule_of(call, plan)
         *final, out, lse = launch(plan, [table, *schedule], query, caches, optional)
-        if plan.parts.vary:
+        if final:
             out, lse = merge(_merging(problem, plan), table, (out, lse), *final)
-        splits = 1 if plan.parts.vary else plan.results
+        splits = 1 if plan.final_beside_parts else plan.results
         lse = lse.reshape(splits, problem.q_heads, problem.tokens)
         out = out.reshape(splits, problem.tokens, problem.q_heads, problem.value_dim)
         return merge_splits(out, lse, query.dtype, by_head=True) if splits > 1 else (out[0], lse[0].T)
@@ -231,7 +232,6 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         cores=plan.cores,
         rows=plan.rows_of_table,
         columns=plan.columns,
-        most_parts=plan.splits,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
@@ -274,6 +274,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
+        last_merges=not clusters and _last_merges(problem, config, parts),
         exchanges_in_blocks=clusters and not exchange_fits(problem, config, parts.most),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
@@ -312,6 +313,14 @@ def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAtten
 
 def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
     return not parts.vary and in_cluster(problem, device, config, parts.most)
+
+
+def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
+    tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
+    rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
+    columns = problem.value_dim // (2 if shares_rows(problem) else 1)
+    return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
 
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:

@@ -38,7 +38,7 @@ def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
     """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
-    if is_quantised(problem) or shares_rows(problem) or warpgroups_of(config) > 1:
+    if config.fp8_terms or shares_rows(problem) or warpgroups_of(config) > 1:
         return None
     rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
     return rows if rows <= MOST_FEW_ROWS else None
@@ -53,20 +53,20 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, problem.head_dim + (0 if is_latent(problem) else problem.value_dim)
     rows, blocks = rows_of(problem, config), config.num_stages * block * features
-    if few_rows(problem, config) is not None:
-        numbers = sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
-        return 2 * (rows * (problem.head_dim + block) + blocks) + 4 * numbers + RESERVED_BYTES
+    few = few_rows(problem, config) is not None
+    fixed = 2 * rows * (problem.head_dim + (block if few or shares_rows(problem) else 0)) + RESERVED_BYTES
+    if few:
+        fixed += 4 * sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
     if not is_quantised(problem):
-        weights = rows * block if shares_rows(problem) else 0
-        return 2 * (rows * problem.head_dim + blocks + weights) + RESERVED_BYTES
+        return fixed + 2 * blocks
     if config.fp8_terms:
         return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
-    slots, scales, weights = widened(block, features, shares_rows(problem)), 0, 0
+    slots, scales = widened(block, features, shares_rows(problem)), 0
     if "slot_scales" in problem.features:  # of keys, of values or of both
         scales = 2 * 4 * (slots + 1) * block
     if shares_rows(problem):  # keys and values in one place, and warpgroups that exchange their numbers
-        features, weights, scales = max(problem.head_dim, problem.value_dim), rows * block, scales + 1024
-    return 2 * (rows * problem.head_dim + slots * block * features + weights) + blocks + scales + RESERVED_BYTES
+        features, scales = max(problem.head_dim, problem.value_dim), scales + 1024
+    return fixed + 2 * slots * block * features + blocks + scales
 
 
 def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:

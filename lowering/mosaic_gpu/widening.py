@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from paged_prefill.lowering.call import Call, Problem
+from paged_prefill.lowering.call import Call, Problem, granularity
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.hopper.widen_pages import Kind, Launch, widen_pages
@@ -133,8 +133,3 @@ def scales_of(call: Call):
     """Those of the keys and of the values; of single slots, they may lie in one array, as the caches do."""
     together = call.problem.layout.combined and granularity(call.key_scale) == "slot"
     return call.key_scale, call.key_scale if together else call.value_scale
-
-
-def granularity(scale) -> str | None:
-    """What has one scale."""
-    return None if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")

@@ -1,8 +1,7 @@
 """The Triton lowering, through jax_triton: NVIDIA GPUs from compute capability 8.0, and AMD's.
 
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
-and what goes around it: the schedule of tiles before, in schedule.py, and the merge of their parts after, in
-merge_kernel.py.
+and what goes around it: the schedule of tiles before, in schedule.py, and the merge of their parts after, in merge.py.
 
 Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.splits import (
     LEAST_PART_BYTES,
@@ -29,8 +28,9 @@ from paged_prefill.lowering.splits import (
     parts_of,
 )
 from paged_prefill.lowering.tiles import Parts
-from paged_prefill.lowering.triton.launch import capability, launch, reason_against
-from paged_prefill.lowering.triton.schedule import PARTS_FIELD, POOL_FIELD, most_tiles, schedule_of
+from paged_prefill.lowering.triton.launch import capability, launch, power_of_2, reason_against
+from paged_prefill.lowering.triton.merge import merge
+from paged_prefill.lowering.triton.schedule import PARTS_FIELD, PIECES_FIELD, POOL_FIELD, most_pieces, schedule_of
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
@@ -59,7 +59,8 @@ SIZES = {
         _Sizes(128, 64, 8, 3), _Sizes(128, 64, 8, 3), _Sizes(64, 64, 8, 2), _Sizes(64, 32, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
     ),
     "ampere": (
-        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), *2 * [_Sizes(16, 32, 4, 2)]
+        _Sizes(128, 64, 8, 3), _Sizes(128, 32, 8, 3), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(16, 32, 4, 2),
+        _Sizes(16, 16, 4, 2),
     ),
     "cdna": (
         _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2),
@@ -72,6 +73,7 @@ DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 # Of dims up to 64, and up to 128 on Hopper, where each tile's keys are its own: fewer steps, each as long as one of half.
 LONG_DECODE = _Sizes(16, 64, 4, 4)
 LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
+SHORT_BLOCK = 16  # keys, where registers are short
 FEW_ROWS = 32  # of a tile that waits for memory
 SUMS_OF_WARP = 2**11  # of a tile, that the registers of one warp hold
 FEW_KEYS = 512  # of a table, over which warps that share out keys gain less than the sum over them costs
@@ -85,7 +87,7 @@ SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, w
 SHORT_KEYS = 768  # that are few, on average
 # Of dims of 129 to 256 on Hopper, over few keys: a step of the lowest takes half the time of one of 128 rows. So the
 # lowest are taken that no core has two of.
-LOW_TILES = (_Sizes(32, 64, 4, 3), _Sizes(64, 64, 4, 2))
+LOW_TILES = (_Sizes(16, 32, 4, 3), _Sizes(32, 64, 4, 3), _Sizes(64, 64, 4, 2))
 SHORT_TILES = 8  # of a sequence among others: their last ones are half empty
 MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
@@ -93,7 +95,6 @@ MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 EVEN_PARTS = 4 / 3  # times the parts that an estimate takes, for all cores to have as many
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
-MERGED_WIDTH, MERGED = 128, 2**11  # features and numbers of all parts that a warp merges
 MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
 PIECES_OF_SEQUENCE = 3  # a core: more of its parts would cost more than they even out
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
@@ -103,7 +104,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 8
+    version = 9
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -136,6 +137,12 @@ class Triton(Kernel):
         elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
             # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
             sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
+        elif device.platform == "rocm" and "key_ranges" in problem.features and width <= 128:
+            sizes = sizes._replace(num_warps=8)
+        elif _device_class(device) == "ampere" and problem.cache_dtype != problem.dtype and width > 64:
+            sizes = sizes._replace(rows=32 if width > 256 else 64)
+        elif _device_class(device) == "blackwell" and 128 < width <= 192:
+            sizes = sizes._replace(num_warps=4)
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
@@ -147,20 +154,22 @@ class Triton(Kernel):
             if problem.cache_dtype != problem.dtype and device.platform == "cuda":
                 if width > 128:
                     sizes = sizes._replace(num_warps=8)
-                elif "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn":
+                elif _device_class(device) != "ampere" and (
+                    "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn"
+                ):
                     # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
                     sizes = sizes._replace(block_kv=64, num_stages=3)
         elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and _device_class(device) == "hopper":
             if problem.cache_dtype == problem.dtype != "float32":
                 sizes = DECODE._replace(rows=FEW_ROWS)
-        elif 128 < width <= 256 and current_policy() != "invariant" and _is_short_prompt(problem, device):
+        elif current_policy() != "invariant" and _has_low_tiles(problem, device):
             fitting = [each for each in LOW_TILES if _tiles(problem, each.rows) <= device.cores]
             sizes = fitting[0] if fitting else sizes
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
             sizes = SHORT
-        rows = min(sizes.rows, _power_of_2(rows_per_seq))
+        rows = min(sizes.rows, power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, MOST_KEYS), num_warps=4)
         config = PrefillPageAttentionConfig(
@@ -220,7 +229,7 @@ class Triton(Kernel):
                 # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
                 # They are equally long, so that rounds tell.
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
-        slots = _slots(problem, device, config, warps)
+        slots = device.cores if _has_low_tiles(problem, device) else _slots(problem, device, config, warps)
         rows = problem.tokens * problem.q_heads
         best = best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
         # Parts of one long context are equally long: then cores that have one more than others are waited for.
@@ -237,11 +246,11 @@ class Triton(Kernel):
         from paged_prefill.lowering.triton.kernel import attend_tile
 
         problem, query = call.problem, call.query
-        rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
+        rows, block_kv = rows_of(problem, config), power_of_2(config.block_kv)
         parts = parts_of_tiles(problem, device, config)
         splits = parts.most
         schedule = schedule_of(call, rows, block_kv, parts, PIECES_OF_SEQUENCE * device.cores)
-        tiles = most_tiles(schedule.shape[1], problem.tokens, problem.group, rows)
+        pieces = most_pieces(problem.seqs, problem.tokens, problem.group, rows, parts)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
         # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
@@ -259,19 +268,19 @@ class Triton(Kernel):
                 jax.ShapeDtypeStruct(out_shape, query.dtype if splits == 1 else jnp.float32),
                 jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32),
             ),
-            grid=(tiles * problem.num_kv_heads * splits * widths.value_parts,),
+            grid=(pieces * problem.num_kv_heads * widths.value_parts,),
             name="paged_prefill",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             INTERVALS=schedule.shape[1],
-            INTERVALS_PADDED=_power_of_2(schedule.shape[1]),
+            INTERVALS_PADDED=power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
-            EDGE_KV=block_kv if all_masked else _power_of_2(block_kv // (2 if plain_masks else 4)),
+            EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks else 4)),
             ALL_MASKED=all_masked,
             KEY_SHARES=_key_shares(problem, config, rows) if all_masked else 1,
             NUM_SPLITS=splits,
-            SPLITS_PADDED=_power_of_2(splits),
+            SPLITS_PADDED=power_of_2(splits),
             PARTS_VARY=parts.vary,
             FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
@@ -301,44 +310,15 @@ class Triton(Kernel):
         )
         if splits == 1:
             return out[0], lse[0]
-        return _merged(out, lse, query.dtype, call.sinks_of_rows(), device)
-
-
-def _merged(out, lse, dtype, sinks, device: Device):
-    """The attention to all keys from those to parts of them, [splits, tokens, q_heads]: by a kernel of its own.
-
-    XLA's takes as long to run, and seconds of a compile for every one that merges many parts.
-    """
-    from paged_prefill.lowering.triton.merge_kernel import merge_parts
-
-    splits, *shape, value_dim = out.shape
-    all_rows, width = math.prod(shape), min(MERGED_WIDTH, _power_of_2(value_dim))
-    splits_padded, widths = _power_of_2(splits, least=2), -(-value_dim // width)
-    # As many programs as fill the cores, of no more than registers hold.
-    rows = max(1, min(MERGED // (splits_padded * width), _power_of_2(all_rows * widths // (8 * device.cores), least=1)))
-    return launch(
-        merge_parts,
-        [out, lse, lse if sinks is None else sinks],
-        (jax.ShapeDtypeStruct((*shape, value_dim), dtype), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)),
-        grid=(-(-all_rows // rows) * widths,),
-        name="paged_prefill_merge",
-        num_warps=1 if rows * splits_padded * width <= MERGED else 4,
-        num_stages=1,
-        ALL_ROWS=all_rows,
-        VALUE_DIM=value_dim,
-        SPLITS=splits,
-        SPLITS_PADDED=splits_padded,
-        ROWS=rows,
-        WIDTH=width,
-        WIDTHS=widths,
-        SINKS=sinks is not None,
-    )
+        return merge(out, lse, query.dtype, call.sinks_of_rows(), device)
 
 
 def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Rows of a tile: those of all heads of a group for block_q tokens, or in a wide latent cache a token's in part."""
-    rows = _power_of_2(config.block_q * problem.group)
-    return min(rows, LATENT.rows) if config.block_q == 1 and _is_wide_latent(problem) else rows
+    rows = power_of_2(config.block_q * problem.group)
+    # In 8 bits Hopper's registers hold more rows; where they do not, blocks are short too.
+    fewer = _is_wide_latent(problem) and (problem.cache_dtype == problem.dtype or config.block_kv <= SHORT_BLOCK)
+    return min(rows, LATENT.rows) if config.block_q == 1 and fewer else rows
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
@@ -351,10 +331,15 @@ def _tiles(problem: Problem, rows: int) -> int:
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
 
 
-def _is_short_prompt(problem: Problem, device: Device) -> bool:
-    """Whether all keys of a table are few, and none is in 8 bits; on Hopper, since it is measured nowhere else."""
+def _has_low_tiles(problem: Problem, device: Device) -> bool:
+    """Whether prompts of wide heads have all keys of a table few, and none in 8 bits.
+
+    On Hopper, since it is measured nowhere else. Then a merge costs more than most of the idle cores could save.
+    """
     of_16_bits = problem.cache_dtype == problem.dtype != "float32"
-    return _device_class(device) == "hopper" and of_16_bits and problem.capacity <= KEYS_OF_PROMPT
+    wide = 128 < max(problem.head_dim, problem.value_dim) <= 256
+    prompt = problem.tokens_per_seq * problem.group > FEW_ROWS and problem.capacity <= KEYS_OF_PROMPT
+    return _device_class(device) == "hopper" and of_16_bits and wide and prompt
 
 
 def _has_few_keys(problem: Problem, device: Device) -> bool:
@@ -367,8 +352,8 @@ def _has_few_keys(problem: Problem, device: Device) -> bool:
     if _device_class(device) != "hopper" or not 64 < max(problem.head_dim, problem.value_dim) <= 128:
         return False
     few_keys = mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS
-    short = min(problem.seqs, problem.tokens) > 1 and problem.tokens_per_seq * problem.group <= SHORT_TILES * SHORT.rows
-    return 4 * problem.group <= SHORT.rows and (few_keys or short)
+    short = problem.tokens_per_seq * problem.group <= SHORT_TILES * SHORT.rows or _tiles(problem, TALL_ROWS) <= device.cores
+    return 4 * problem.group <= SHORT.rows and (few_keys or (min(problem.seqs, problem.tokens) > 1 and short))
 
 
 def _has_long_blocks(problem: Problem, device: Device) -> bool:
@@ -427,13 +412,20 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         part_bytes=part_bytes,
         slower=slower,
     )
-    if min(problem.seqs, problem.tokens) == 1 or problem.tokens_per_seq >= SHORT_CALL or current_policy() == "invariant":
+    if current_policy() == "invariant":
         return parts
+    if min(problem.seqs, problem.tokens) == 1:  # a prompt far shorter than its table has no parts without keys
+        prompt = problem.tokens_per_seq * problem.group > DECODE.rows and parts.most > 1
+        return Parts(1, parts.most, -(-KEYS_PER_SPLIT // config.block_kv)) if prompt else parts
+    if problem.tokens_per_seq >= SHORT_CALL and parts.most == 1:
+        return parts  # prompts seldom fill a table; else what long contexts need is merged at no more cost
     blocks = -(-most_keys(problem, config.block_q) // config.block_kv)
     of_part = min(-(-part_bytes // (config.block_kv * _key_bytes(problem) * slower)), -(-blocks // parts.least))
     # What a part's result takes, written and read, beside its keys.
     result_bytes = 8 * min(rows, problem.tokens_per_seq * problem.group) * problem.value_dim
-    if share < 1 / 4 or result_bytes <= part_bytes * MERGED_SHARE:
+    # Packs of more tokens than drafts have are mixed: their long contexts are those of single tokens.
+    mixed = share <= 1 / 4 and problem.tokens_per_seq > DRAFTS
+    if share < 1 / 4 or mixed or result_bytes <= part_bytes * MERGED_SHARE:
         parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
     return Parts(1, parts.most, of_part) if parts.most > 1 else parts
 
@@ -449,19 +441,20 @@ def _share_columns(problem: Problem, device: Device, rows: int = 64, num_warps: 
 
     Then a tile's sums fit the registers of eight, and the first product is made once.
     """
-    return _is_wide_latent(problem) and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
+    of_16_bits = problem.cache_dtype == problem.dtype
+    return of_16_bits and _is_wide_latent(problem) and _device_class(device) == "hopper" and (rows, num_warps) == (64, 8)
 
 
 def _is_wide_latent(problem: Problem) -> bool:
-    latent = "latent" in problem.features and problem.cache_dtype == problem.dtype
-    return latent and problem.value_dim > MOST_VALUES
+    return "latent" in problem.features and problem.value_dim > MOST_VALUES
 
 
 def _key_shares(problem: Problem, config: PrefillPageAttentionConfig, rows: int) -> int:
     """How many warps share out a block's keys: all or one. Each needs registers for a tile's sums, and 16 keys."""
-    sums = rows * _power_of_2(max(problem.head_dim, problem.value_dim))
+    sums = rows * power_of_2(max(problem.head_dim, problem.value_dim))
     fits = sums <= SUMS_OF_WARP and problem.dtype != "float32" and config.block_kv >= 16 * config.num_warps
-    return config.num_warps if fits and problem.capacity > FEW_KEYS else 1
+    # A tanh of each share takes a warp longer than its share of all.
+    return config.num_warps if fits and problem.capacity > FEW_KEYS and problem.attention.attn_logits_soft_cap is None else 1
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
@@ -475,7 +468,7 @@ def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
-    rows, block_kv = rows_of(problem, config), _power_of_2(config.block_kv)
+    rows, block_kv = rows_of(problem, config), power_of_2(config.block_kv)
     widths = _Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
@@ -503,14 +496,14 @@ class _Widths(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, rows: int, share_columns: bool) -> "_Widths":
         latent = "latent" in problem.features
-        whole = _power_of_2(problem.head_dim)
-        main, other, rest = whole // 2, 0, _power_of_2(problem.head_dim - whole // 2)
+        whole = power_of_2(problem.head_dim)
+        main, other, rest = whole // 2, 0, power_of_2(problem.head_dim - whole // 2)
         # The values of a latent cache are the first part of its keys.
         if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
             main, rest = whole, 0
         if main == MAX_FLOAT32_DIM and problem.dtype == "float32" and not latent:
             main, other, rest = main // 2, main // 4, main // 4  # a product of all six parts at once would spill
-        value = main if latent else _power_of_2(problem.value_dim)
+        value = main if latent else power_of_2(problem.value_dim)
         most = value if rows <= DECODE.rows else MOST_VALUES * (2 if share_columns else 1)
         parts = max(1, value // most)
         if parts > 1 and latent:
@@ -526,6 +519,7 @@ def _constants(call: Call, widths: _Widths) -> dict:
         TOKENS=problem.tokens,
         SEQS=problem.seqs,
         PARTS_FIELD=PARTS_FIELD,
+        PIECES_FIELD=PIECES_FIELD,
         POOL_FIELD=POOL_FIELD,
         KEY_POOL_FIELD=POOL_FIELD if call.key_pool is None else POOL_FIELD + 1,
         VALUE_POOL_FIELD=POOL_FIELD if call.value_pool is None else POOL_FIELD + 2,
@@ -548,8 +542,8 @@ def _constants(call: Call, widths: _Widths) -> dict:
         VALUE_WIDTH=widths.value,
         VALUE_PARTS=widths.value_parts,
         LATENT=latent,
-        KEY_SCALE=_granularity(key_scale),
-        VALUE_SCALE=_granularity(value_scale),
+        KEY_SCALE=granularity(key_scale) or "one",
+        VALUE_SCALE=granularity(value_scale) or "one",
         RANGES=call.ranges is not None,
         TREE_WORDS=0 if call.tree is None else call.tree.shape[1],
         # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
@@ -566,15 +560,5 @@ def _constants(call: Call, widths: _Widths) -> dict:
 def _scales_of(call: Call):
     """The scales of keys and of values, which may be one array."""
     problem = call.problem
-    of_both = "latent" in problem.features or (problem.layout.combined and _granularity(call.key_scale) == "slot")
+    of_both = "latent" in problem.features or (problem.layout.combined and granularity(call.key_scale) == "slot")
     return call.key_scale, call.key_scale if of_both else call.value_scale
-
-
-def _granularity(scale) -> str:
-    """What one of a call's scales is for, beside a pool; "one" for no scale."""
-    return "one" if scale is None else {1: "tensor", 2: "head"}.get(scale.ndim, "slot")
-
-
-def _power_of_2(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and `least`: 16 is the smallest side of a matrix product."""
-    return max(least, 1 << max(n - 1, 0).bit_length())

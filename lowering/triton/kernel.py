@@ -286,6 +286,7 @@ def attend_tile(
     INTERVALS: tl.constexpr,
     INTERVALS_PADDED: tl.constexpr,
     PARTS_FIELD: tl.constexpr,
+    PIECES_FIELD: tl.constexpr,
     POOL_FIELD: tl.constexpr,
     KEY_POOL_FIELD: tl.constexpr,
     VALUE_POOL_FIELD: tl.constexpr,
@@ -336,22 +337,22 @@ def attend_tile(
     head = program % KV_HEADS
     piece = program // KV_HEADS
 
-    # The interval whose piece this is. A piece past the last finds none: it ends, or gets length 0, so that every loop
-    # is empty and every store masked.
+    # The interval whose piece this is. A piece past the last has none: it ends, or gets length 0, so that every loop is
+    # empty and every store masked.
     numbers = tl.arange(0, INTERVALS_PADDED)
     first_pieces = tl.load(schedule + numbers, mask=numbers < INTERVALS, other=2**31 - 1)
     lengths = tl.load(schedule + 2 * INTERVALS + numbers, mask=numbers < INTERVALS, other=0)
     parts_of_each = NUM_SPLITS
     if PARTS_VARY:
         parts_of_each = tl.load(schedule + PARTS_FIELD * INTERVALS + numbers, mask=numbers < INTERVALS, other=1)
+    if READ_AGAIN:  # where parts vary most may have none: each ends before it waits for its warps
+        if piece >= tl.load(schedule + PIECES_FIELD * INTERVALS):
+            return
     num_pieces = (lengths * GROUP + ROWS - 1) // ROWS * parts_of_each
     is_owner = (first_pieces <= piece) & (piece - first_pieces < num_pieces)
     interval = tl.min(tl.where(is_owner, numbers, INTERVALS), 0)
     field = schedule + interval
-    exists = interval < INTERVALS
-    if READ_AGAIN:
-        if not exists:
-            return
+    exists = (interval < INTERVALS) | READ_AGAIN
     parts = tl.load(field + PARTS_FIELD * INTERVALS, mask=exists, other=1) if PARTS_VARY else NUM_SPLITS
     split, first_row, rows, row_exists, token, length = _tile_of(
         field, exists, piece, parts, INTERVALS, GROUP, ROWS, False
@@ -416,6 +417,27 @@ def attend_tile(
     tile, tile_other, tile_rest = _load_heads(
         query, query_rows, first_feature if LATENT else 0, query.dtype.element_ty, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST
     )
+
+    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
+    # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key outside those that rows see
+    # is read as the nearest inside: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
+    # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loops
+    # must not ask for num_stages themselves: Triton then pipelines those fetches too, and no longer the keys and values.
+    # The first are fetched while the queries arrive, of which nothing is made before.
+    SHARES: tl.constexpr = (KEY_SHARES,) if KEY_SHARES > 1 else ()
+    EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
+    edge_low = tl.maximum(low_block * EDGES, seen_start // EDGE_KV)
+    edge_high = tl.minimum(high_block * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
+    unmasked = (full_high - full_low) * EDGES
+    last_key = seen_end - 1
+    edge_block = _masked_block(edge_low, edge_high, full_low * EDGES, unmasked)
+    if edge_low + unmasked < edge_high:
+        edge_rows = _pool_rows(
+            page_table, edge_block, seen_start, last_key, EDGE_KV, KEY_SHARES, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS
+        )
+    else:
+        edge_rows = tl.zeros(SHARES + (EDGE_KV // KEY_SHARES,), tl.int32)
+
     row_unit = None
     if FLOAT16_PRODUCTS:
         row_unit = _power_of_2_of(tile, tile_other, tile_rest)
@@ -429,7 +451,6 @@ def attend_tile(
     # Triton gives the warps a product's rows where another product follows, and what more warps there are than rows do
     # the same again. It does not follow a result out of a branch: behind one, they share the columns.
     always = seen_end > 0 if SHARE_COLUMNS else True
-    SHARES: tl.constexpr = (KEY_SHARES,) if KEY_SHARES > 1 else ()
     VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
     SUM_LAST: tl.constexpr = ALL_MASKED and KEY_SHARES == 1  # a sum over warps; that of a share is one warp's
@@ -437,24 +458,6 @@ def attend_tile(
     total = tl.zeros((ROWS, BLOCK_KV) if SUM_LAST else SHARES + (ROWS,), tl.float32)
     acc = tl.zeros(SHARES + (ROWS, VALUE_WIDTH), tl.float32)
     unit = 0.0  # what acc is counted in, where each slot has a scale and the dtype is float16
-
-    # The blocks that need a mask, on either side of those that do not; the order of blocks is free. They are shorter,
-    # of EDGE_KV keys: a mask takes registers, and fewer keys are computed for nothing. A key outside those that rows see
-    # is read as the nearest inside: its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN.
-    # Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival. The loops
-    # must not ask for num_stages themselves: Triton then pipelines those fetches too, and no longer the keys and values.
-    EDGES: tl.constexpr = BLOCK_KV // EDGE_KV
-    edge_low = tl.maximum(low_block * EDGES, seen_start // EDGE_KV)
-    edge_high = tl.minimum(high_block * EDGES, (seen_end + EDGE_KV - 1) // EDGE_KV)
-    unmasked = (full_high - full_low) * EDGES
-    last_key = seen_end - 1
-    edge_block = _masked_block(edge_low, edge_high, full_low * EDGES, unmasked)
-    if edge_low + unmasked < edge_high:
-        edge_rows = _pool_rows(
-            page_table, edge_block, seen_start, last_key, EDGE_KV, KEY_SHARES, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS
-        )
-    else:
-        edge_rows = tl.zeros(SHARES + (EDGE_KV // KEY_SHARES,), tl.int32)
     for step in tl.range(edge_low, edge_high - unmasked):
         next_edge = _masked_block(step + 1, edge_high, full_low * EDGES, unmasked)
         next_edge_rows = _pool_rows(

@@ -147,3 +147,8 @@ def capability(device: Device) -> int:
     """The compute capability, 90 for 9.0; where it is not known, that of the GPU whose sizes fit every other."""
     major, minor = (device.compute_capability or "8.0").split(".")
     return 10 * int(major) + int(minor)
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and `least`: 16 is the smallest side of a matrix product."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

@@ -18,12 +18,13 @@ def merge_parts(
     VALUE_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts whose values are on their way together: all, or as many as most rows have
     ROWS: tl.constexpr,  # of a program
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,  # that VALUE_DIM takes
     SINKS: tl.constexpr,
 ):
-    """One program merges some features of some rows, from all parts at once: so it waits for memory but twice."""
+    """One program merges some features of some rows, and goes no further than the last part that any of them has."""
     row = tl.program_id(0) // WIDTHS * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(0) % WIDTHS * WIDTH + tl.arange(0, WIDTH)
     part = tl.arange(0, SPLITS_PADDED)
@@ -35,15 +36,21 @@ def merge_parts(
         sink = tl.load(sinks + row, mask=exists, other=float("-inf"))
         largest = tl.maximum(largest, sink)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = tl.exp(lses - base[None, :])
-    total = tl.sum(weights, 0)
+    total = tl.sum(tl.exp(lses - base[None, :]), 0)
     if SINKS:
         total += tl.exp(sink - base)
-    # Nobody may have written the output of a part that saw nothing. NaN is the row's own, and stays.
-    written = (lses != float("-inf"))[:, :, None] & (feature < VALUE_DIM)[None, None, :]
-    values = tl.load(out_of_parts + place[:, :, None] * VALUE_DIM + feature[None, None, :], mask=written, other=0.0)
+    end = tl.max(tl.max(tl.where(lses != float("-inf"), part[:, None] + 1, 0), 0), 0)
+    merged = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in tl.range(0, end, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        at = some.to(tl.int64)[:, None] * ALL_ROWS + row[None, :]
+        lses_of_some = tl.load(lse_of_parts + at, mask=(some < SPLITS)[:, None] & exists[None, :], other=float("-inf"))
+        # Nobody may have written the output of a part that saw nothing. NaN is the row's own, and stays.
+        written = (lses_of_some != float("-inf"))[:, :, None] & (feature < VALUE_DIM)[None, None, :]
+        values = tl.load(out_of_parts + at[:, :, None] * VALUE_DIM + feature[None, None, :], mask=written, other=0.0)
+        merged += tl.sum(values * tl.exp(lses_of_some - base[None, :])[:, :, None], 0)
     unseen = total == 0
-    merged = tl.sum(values * weights[:, :, None], 0) / tl.where(unseen, 1.0, total)[:, None]
+    merged = merged / tl.where(unseen, 1.0, total)[:, None]
     places = row.to(tl.int64)[:, None] * VALUE_DIM + feature[None, :]
     tl.store(out + places, merged.to(out.dtype.element_ty), mask=exists[:, None] & (feature < VALUE_DIM)[None, :])
     tl.store(lse + row, tl.where(unseen, float("-inf"), base + tl.log(total)), mask=exists)

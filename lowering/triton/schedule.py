@@ -1,15 +1,19 @@
 """Which programs of the Triton kernel have which rows, and parts of their keys: an array that each looks itself up in."""
 
+import math
+
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Call
 from paged_prefill.lowering.tiles import Parts
 
-PARTS_FIELD, POOL_FIELD = 4, 5  # of the schedule; pools of the caches apart follow
+PARTS_FIELD, PIECES_FIELD, POOL_FIELD = 4, 5, 6  # of the schedule; pools of the caches apart follow
 
 
 def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts, pieces: int):
-    """int32 [6 or 8, 2 * seqs + 1]: first piece, start, length, context_len, parts and pool of sequences, then of gaps.
+    """int32 [7 or 9, 2 * seqs + 1]: of sequences, then of gaps, what a program looks up.
+
+    That is the first piece, start, length, context_len and parts, the number of all pieces, and the pool.
 
     A piece is a part of a tile, and the tiles of a sequence have the parts of its last: where these vary, so few that the
     sequence has at most so many `pieces`, or one a tile. Pieces are numbered longest first, so that the last programs to
@@ -45,10 +49,18 @@ def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts, pieces: int)
         size = (blocks + num_parts - 1) // num_parts
     longer = size[:, None] < size[None, :]
     before = longer | ((size[:, None] == size[None, :]) & (number[:, None] > number[None, :]))
-    first_piece = jnp.sum(jnp.where(before, (num_tiles * num_parts)[None, :], 0), axis=1, dtype=jnp.int32)
-    return jnp.stack([first_piece, start, length, context_len, num_parts, *pools])
+    pieces_of = num_tiles * num_parts
+    first_piece = jnp.sum(jnp.where(before, pieces_of[None, :], 0), axis=1, dtype=jnp.int32)
+    all_pieces = jnp.full_like(length, jnp.sum(pieces_of))
+    return jnp.stack([first_piece, start, length, context_len, num_parts, all_pieces, *pools])
 
 
-def most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
-    """An upper bound on the tiles of any partition of the tokens: each interval wastes less than one tile."""
-    return (tokens * group + min(intervals, tokens) * (rows - 1)) // rows
+def most_pieces(seqs: int, tokens: int, group: int, rows: int, parts: Parts) -> int:
+    """An upper bound on the pieces of any pack. Where parts vary, what no sequence owns has one a tile."""
+    tiles_of_seqs, tiles = (_most_tiles(intervals, tokens, group, rows) for intervals in (seqs, 2 * seqs + 1))
+    return tiles_of_seqs * parts.most + (tiles - tiles_of_seqs) * (1 if parts.vary else parts.most)
+
+
+def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
+    """Of any partition of the tokens: each interval wastes less than a tile, by what both kinds of rows are multiples of."""
+    return (tokens * group + min(intervals, tokens) * (rows - math.gcd(group, rows))) // rows

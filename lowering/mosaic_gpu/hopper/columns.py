@@ -129,6 +129,54 @@ def largest(numbers, board, team):
     return find(numbers, board, jnp.int32(team))
 
 
+def largest_of_query(query, board, team):
+    """The largest magnitude of each row of a loaded query [parts of 64 columns, rows, 64], for all threads, which meet."""
+    rows = query.shape[1]
+    its_type = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=OF_COLUMNS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def find(_, query, board, team):
+        found = []
+        for places in _places_of_query(query):
+            pairs = [_widened(place) for place in places]
+            numbers = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
+            number = functools.reduce(arith.maximumf, [arith.maximumf(x, arith.negf(x)) for x in numbers])
+            for distance in (1, 2, 4, 8, 16):
+                number = arith.maximumf(number, utils.shfl_bfly(number, distance))
+            found.append(number)
+        _meet(team)  # all have read what was there
+        warp, lane = _warp_and_lane()
+        for turn, number in enumerate(found):  # all lanes write the same
+            _store(number, board, warp, turn * WARPS)
+        _meet(team)
+        registers = np.empty(mgpu.WGMMA_LAYOUT.reduce((0,)).registers_shape(its_type.shape), dtype=object)
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        for group, place in enumerate(np.ndindex(registers.shape)):
+            registers[place] = _load(pair, board, _times(_rem(lane, 4), 2), group * GROUP)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT.reduce((0,)), _is_signed=None)
+
+    return find(query, board, jnp.int32(team))
+
+
+def scale_query(query, factor, board, dtype) -> None:
+    """Writes a loaded query's rows times their factors [rows] to where they are, in another dtype of 16 bits."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), OF_COLUMNS, plgpu.RefType()))
+    def scale(_, query, factor, board):
+        warp, _ = _warp_and_lane()
+        _post([*factor.registers.flat], board, 1)  # all warps write the same
+        nvvm.bar_warp_sync(_i32(-1))
+        columns, its_type = ir.MemRefType(board.type).shape[1], utils.dtype_to_ir_type(jnp.dtype(dtype))
+        for turn, places in enumerate(_places_of_query(query)):
+            number = _load(ir.F32Type.get(), board, warp, columns + turn * WARPS)
+            pair = ir.VectorType.get((2,), ir.F32Type.get())
+            for place in places:
+                product = arith.mulf(_widened(place), vector.broadcast(pair, number))
+                llvm.store(arith.truncf(ir.VectorType.get((2,), its_type), product), place[0])
+
+    scale(query, factor, board)
+
+
 def turned(acc, m, l, room, board, team):
     """acc [features, rows] as [64, features], m [rows] and the sums over the rows of l [64, rows] as [64], by rows.
 
@@ -208,6 +256,30 @@ def _load(its_type, board, place, offset: int):
 def _store(number, board, place, offset: int) -> None:
     start = utils.getelementptr(utils.memref_ptr(board), [place], ir.F32Type.get())
     llvm.store(number, utils.getelementptr(start, [offset], ir.F32Type.get()))
+
+
+def _places_of_query(query):
+    """Of each row of a query that a warp has, every fourth, a lane's pairs of numbers: (pointer, type of one).
+
+    Which they are of the row's numbers does not matter.
+    """
+    warp, lane = _warp_and_lane()
+    its_type = ir.MemRefType(query.type)
+    parts, rows = its_type.shape[0], its_type.shape[1] * GROUP
+    start = arith.addi(_times(warp, SWIZZLE_BYTES), _times(lane, 4))
+    start = utils.getelementptr(utils.memref_ptr(query), [start], ir.IntegerType.get_signless(8))
+
+    def place(row, part):
+        return utils.getelementptr(start, [(part * rows + row) * SWIZZLE_BYTES], ir.IntegerType.get_signless(8))
+
+    return [[(place(row, part), its_type.element_type) for part in range(parts)] for row in range(0, rows, WARPS)]
+
+
+def _widened(place):
+    """A pair of numbers of 16 bits, in 32."""
+    pointer, its_type = place
+    pair = llvm.load(ir.VectorType.get((2,), its_type), pointer)
+    return arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), pair)
 
 
 def _warp_and_lane():

@@ -80,18 +80,22 @@ def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results
         i, done, piece, _, first = carry
         attention = attention_of(piece, done)
         found, following, first = attention.run_on(first, functools.partial(piece_of, i + 1))
-        store_results(plan, piece, attention.rows, found, results)
+        copy_out = attention.copy_out if plan.copies_results else None
+        store_results(plan, piece, attention.rows, found, results, copy_out=copy_out)
         return i + 1, done + piece.steps, *following, first()
 
     piece, exists = piece_of(0)
     first = attention_of(piece, 0).first_logits(exists)
     lax.while_loop(lambda carry: carry[3], one, (jnp.int32(0), jnp.int32(0), piece, exists, first))
+    if plan.copies_results:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0):
+def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0, copy_out=None):
     """Writes a warpgroup's output, from that column on, and the lse of its rows.
 
-    Where the number of parts varies, there are results twice: those of tiles of one part are final.
+    Where there are final results beside those of parts, those of tiles of one part are final. `copy_out`, if given, writes
+    the output of a tile whose rows are all there.
     """
     acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
@@ -103,13 +107,21 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0)
             return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
         # Outputs lie token by token, and the lse head by head: so neighbouring rows of a tile are neighbours there.
-        column = first_column
-        for array in jax.tree.leaves(acc):
-            store_rows(array.astype(out.dtype), place_of(token * plan.q_heads + head), out, column)
-            column += array.shape[1]
+        def store_each():
+            column = first_column
+            for array in jax.tree.leaves(acc):
+                store_rows(array.astype(out.dtype), place_of(token * plan.q_heads + head), out, column)
+                column += array.shape[1]
+
+        if copy_out is None:
+            store_each()
+        else:
+            whole = (piece.tile.length == plan.block_q) & (piece.heads_left >= plan.heads)
+            pl.when(whole)(lambda: copy_out(acc.astype(out.dtype), out))
+            pl.when(~whole)(store_each)
         store_numbers(row_lse, place_of(head * plan.tokens + token), lse)
 
-    if not plan.parts.vary:
+    if not plan.final_beside_parts:
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
@@ -163,12 +175,11 @@ class _Attention:
     ):  # fmt: skip
         self.plan, self.piece, self.done, self.team, self.warpgroup = plan, piece, done, team, warpgroup
         self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
-        _, *views = query_views
-        self.loaded_query, query = (view.at[team * plan.row_groups + warpgroup] for [view] in views)
-        self.query = query.at[pl.ds(0, plan.query_terms * plan.query_parts)]
+        [self.query_slots], *self.views = query_views
+        self.loaded_query, self.query = self._query_of(piece)
         self.keys, self.values = keys, values
-        queries = plan.queries_of(team, warpgroup)
-        self.query_here, self.query_free = query_here.at[queries], query_free.at[queries]
+        self.queries_here, self.queries_free = query_here, query_free
+        self.query_free = query_free.at[plan.queries_of(piece, team, warpgroup)]
         self.keys_here, self.keys_free = keys_here, keys_free
         self.values_here, self.values_free = values_here, values_free
         self.turn, self.cleaned = turn, cleaned.at[team]
@@ -204,8 +215,12 @@ class _Attention:
         self.softmax, last = Softmax(self.plan, to_logits), self.piece.steps - 1
 
         def start(first):
-            pl.when(last == 0)(lambda: plgpu.barrier_arrive(self.query_free))
-            return self._begin(first, logits)
+            if not self.plan.copies_results:
+                pl.when(last == 0)(lambda: plgpu.barrier_arrive(self.query_free))
+            running = self._begin(first, logits)
+            if self.plan.copies_results:
+                pl.when(self.piece.number > 0)(self._let_go_of_last_results)
+            return running
 
         weights, acc, m, l = self._steps(0, last + 1, start)
         if not self.plan.masks_any_block:  # else it is clean
@@ -214,7 +229,7 @@ class _Attention:
         to_logits = None
         if self.plan.quantised:  # before its turn: so the other warpgroup's products run meanwhile
             following, more = find_following()
-            pl.when(more)(lambda: plgpu.barrier_wait(self.query_here))
+            pl.when(more)(lambda: self._wait_for_query(following))
             to_logits = self._scale_rows(following)
         self._take_turn()
         acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
@@ -224,11 +239,11 @@ class _Attention:
         @pl.when(more)
         def _():
             if not self.plan.quantised:
-                plgpu.barrier_wait(self.query_here)
+                self._wait_for_query(following)
             plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(last + 1)])
 
-        parts = [*range(self.plan.query_parts)]
-        logits = start_logits(self.query, self.keys.at[self._key_slot_of(last + 1)], jnp.int32(0), 1, parts)
+        parts, (_, query) = [*range(self.plan.query_parts)], self._query_of(following)
+        logits = start_logits(query, self.keys.at[self._key_slot_of(last + 1)], jnp.int32(0), 1, parts)
         self._pass_turn()
         acc = settled(acc, still_running=1)
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
@@ -246,7 +261,7 @@ class _Attention:
 
         @pl.when(exists)
         def _():
-            plgpu.barrier_wait(self.query_here)
+            self._wait_for_query(self.piece)
             plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(0)])
 
         to_logits = self._scale_rows(self.piece) if self.plan.quantised else None
@@ -268,7 +283,7 @@ class _Attention:
 
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
-        plgpu.barrier_wait(self.query_here)
+        self._wait_for_query(self.piece)
         self.softmax = Softmax(self.plan, self._scale_rows(self.piece) if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
@@ -294,7 +309,7 @@ class _Attention:
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
         plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
-        if self.plan.chains:
+        if self.plan.chains and not self.plan.copies_results:
             pl.when(i == self.piece.steps - 1)(lambda: plgpu.barrier_arrive(self.query_free))
         running = self._weigh(i, logits, output, m, l, seen)
         if seen and self.plan.masks_any_block:
@@ -434,6 +449,33 @@ class _Attention:
             store_query(plan, self.query, part, numbers * lax.broadcast_in_dim(factor, numbers.shape, [0]))
         plgpu.commit_smem()
         return to_logits
+
+    def copy_out(self, output, out):
+        """Starts to copy the output, of a tile whose rows are all there, to global memory from where the query was."""
+        plan, place = self.plan, self.plan.query_of(self.piece, self.team, self.warpgroup)
+        for part in range(plan.query_parts):
+            self.loaded_query.at[part][...] = output[:, part * COLUMNS : (part + 1) * COLUMNS]
+        plgpu.commit_smem()
+        for row in range(0, WARPGROUP_ROWS, plan.slab):
+            head, token = self.rows.head_and_token(row + self.warpgroup * WARPGROUP_ROWS)
+            tokens, head = pl.ds(self.piece.tile.start + token, plan.slab), self.piece.head + head
+            for part in range(plan.query_parts):
+                slots = self.query_slots.at[place, part, pl.ds(row, plan.slab)]
+                plgpu.copy_smem_to_gmem(slots, out.at[tokens, head, pl.ds(part * COLUMNS, COLUMNS)])
+
+    def _let_go_of_last_results(self):
+        """The place of the last piece's query is free once its results have left it."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        last = self.piece._replace(number=self.piece.number - 1)
+        plgpu.barrier_arrive(self.queries_free.at[self.plan.queries_of(last, self.team, self.warpgroup)])
+
+    def _query_of(self, piece):
+        """A piece's query, as it was loaded and as products take it."""
+        loaded, query = (view.at[self.plan.query_of(piece, self.team, self.warpgroup)] for [view] in self.views)
+        return loaded, query.at[pl.ds(0, self.plan.query_terms * self.plan.query_parts)]
+
+    def _wait_for_query(self, piece):
+        plgpu.barrier_wait(self.queries_here.at[self.plan.queries_of(piece, self.team, self.warpgroup)])
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)

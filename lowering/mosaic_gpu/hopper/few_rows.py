@@ -20,9 +20,10 @@ from paged_prefill.lowering.mosaic_gpu.hopper import columns
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED, WGMMA, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.softmax import LARGEST_SUM, Softmax
+from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
 def few_rows_scratch(plan: Plan) -> dict:
@@ -30,7 +31,7 @@ def few_rows_scratch(plan: Plan) -> dict:
     shapes = dict(board=columns.board_shape(plan.rows), room=columns.room_shape(plan.rows, plan.value_dim))
     found = {name: plgpu.SMEM((plan.teams, *shape), jnp.float32) for name, shape in shapes.items()}
     weights = (plan.teams, plan.rows, plan.block_kv)
-    return found | dict(weights=plgpu.SMEM(weights, jnp.dtype(plan.dtype), transforms=TILED))
+    return found | dict(weights=plgpu.SMEM(weights, jnp.dtype(plan.product_dtype), transforms=TILED))
 
 
 class FewRows:
@@ -38,16 +39,18 @@ class FewRows:
 
     def __init__(
         self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, query_here, query_free, keys,
-        values, keys_here, keys_free, values_here, values_free, weights, board, room, **_,
+        values, keys_here, keys_free, values_here, values_free, weights, board, room, keys_scales=None,
+        values_scales=None, **_,
     ):  # fmt: skip
-        self.plan, self.piece, self.done, self.team = plan, piece, done, team
+        self.plan, self.piece, self.done, self.team, self.sources = plan, piece, done, team, sources
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, optional) for kind in (Rows, Columns))
-        *_, [query] = query_views
-        self.query, self.query_here, self.query_free = query.at[team], query_here.at[team], query_free.at[team]
+        _, *views = query_views
+        self.loaded_query, self.query = (view.at[team] for [view] in views)
+        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
         self.values, self.values_here, self.values_free = values, values_here, values_free
         self.weights, self.board, self.room = (reference.at[team] for reference in (weights, board, room))
-        self.softmax = Softmax(plan, columns=plan.rows)
+        self.key_scales, self.value_scales = keys_scales, values_scales
         self.seen, self.owned = columns_of_tile.seen(), columns_of_tile.owns(columns_of_tile.rows())
 
     def pass_over(self, first, end):
@@ -57,14 +60,21 @@ class FewRows:
         """Output and lse of 64 rows, the first of which are the tile's."""
         edge, clear = self.rows.whole_steps(first, end)
         plgpu.barrier_wait(self.query_here)
+        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None, self.plan.rows)
         running = self._start()
         running = lax.fori_loop(first, edge, functools.partial(self._step, True), running)
         running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
         if self.plan.begins_late:
             running = lax.fori_loop(clear, end, functools.partial(self._step, True), running)
         plgpu.barrier_arrive(self.query_free)
-        acc, m, total = columns.turned(*running, self.room, self.board, self.team)
-        return Softmax(self.plan).result(acc, m, total, self.rows.sinks())
+        acc, m, l = running
+        scales = None
+        if self.plan.quantised:
+            scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
+        if self.softmax.has_units:  # behind this, all rows have the same
+            m *= self.softmax.to_logits
+        acc, m, total = columns.turned(acc, m, l, self.room, self.board, self.team)
+        return Softmax(self.plan, 1.0).result(acc, m, total, self.rows.sinks(), scales)
 
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows]."""
@@ -80,14 +90,18 @@ class FewRows:
         plgpu.barrier_wait(self.keys_here.at[key_slot])
         logits = settled(columns.start_logits(self.query, self.keys.at[key_slot]), still_running=0)
         plgpu.barrier_arrive(self.keys_free.at[key_slot])
-        logits = self.softmax.logits(logits)
+        key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
+        logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
             logits = jnp.where(self.seen(i), logits, -jnp.inf)
 
-        acc, m, l = self._follow(logits, *running)
+        counted = logits if value_scales is None else self.softmax.with_scales(logits, value_scales())
+        acc, m, l = self._follow(counted, *running)
         weights = self.softmax.weights(logits, jnp.where(m == -jnp.inf, 0.0, m))  # of a row that has seen no key
         l += functools.reduce(jnp.add, (weights[k : k + WARPGROUP_ROWS] for k in range(0, len(weights), WARPGROUP_ROWS)))
-        columns.store_weights(weights.astype(self.plan.dtype), self.weights)
+        if value_scales is not None:
+            weights = self.softmax.scaled(weights, logits, value_scales)
+        columns.store_weights(weights.astype(self.plan.product_dtype), self.weights)
 
         values = self.values.at[slot]
         plgpu.barrier_wait(self.values_here.at[slot])
@@ -105,15 +119,30 @@ class FewRows:
         The vote is also what weights wait for: behind it, all warps have read the last ones.
         """
         rows = lambda numbers, shape: lax.broadcast_in_dim(numbers, shape, [1])
-        bound = m + math.log2(LARGEST_SUM) / self.softmax.unit
+        bound = m + math.log2(self.softmax.largest_sum) / self.softmax.unit
         passed = ~(logits <= rows(bound, logits.shape)) & rows(self.owned, logits.shape)  # also where one is NaN
 
         def follow():
             # A row's bits do not depend on the other rows.
             largest = columns.largest(logits, self.board, self.team)
             own = ~(largest <= bound)
-            m_next = jnp.where(own, jnp.maximum(m, largest), m)
+            m_next = jnp.where(own, jnp.maximum(m, self.softmax.below(largest)), m)
             fade = jnp.where(own, jnp.exp2((m - m_next) * self.softmax.unit), 1.0)
             return acc * rows(fade, acc.shape), m_next, l * rows(fade, l.shape)
 
         return lax.cond(any_in_warpgroup(passed, self.team), follow, lambda: (acc, m, l))
+
+    def _scales_of(self, i, scales):
+        """Those of block i's slots, where each has its own; each use loads them."""
+        if scales is None:
+            return None
+        place = slot_of_scales(self.plan, self.done + i)
+        return lambda: plgpu.layout_cast(scales.at[place][...], ROWS)
+
+    def _scale_rows(self):
+        """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
+        largest = columns.largest_of_query(self.loaded_query, self.board, self.team)
+        factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
+        columns.scale_query(self.loaded_query, factor, self.board, self.plan.product_dtype)
+        plgpu.commit_smem()
+        return to_logits

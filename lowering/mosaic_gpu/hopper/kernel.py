@@ -17,14 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, gather, threads, wide
+from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
+
+
+MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
 
 
 def table_of(tiles: Tiles, number, parts_vary: bool):
@@ -46,13 +51,14 @@ def launch(plan: Plan, schedule, query, caches, optional):
     `caches` are as rows, one where it is latent; `optional` the other arrays of the call that there are, by name.
 
     Returns out [results * tokens * q_heads, value_dim], in float32 if there are several, and lse [results * q_heads *
-    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split.
+    tokens]. Where the number of parts varies, before them those of tiles of one part, as if nothing were split; of all
+    tiles, and nothing else, where the last part merges.
     """
     dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
     shape, result_types = jax.ShapeDtypeStruct, []
-    for results in [1, plan.results] if plan.parts.vary else [plan.results]:
-        rows = results * plan.tokens * plan.q_heads
-        result_types += [shape((rows, plan.value_dim), dtype if results == 1 else jnp.float32), shape((rows,), jnp.float32)]
+    for results in [1, plan.results] if plan.final_beside_parts else [plan.results]:
+        rows, out_dtype = results * plan.tokens, dtype if results == 1 else jnp.float32
+        result_types += [shape((rows, plan.q_heads, plan.value_dim), out_dtype), shape((rows * plan.q_heads,), jnp.float32)]
 
     tiled = tiling_of(product_dtype)
 
@@ -73,12 +79,12 @@ def launch(plan: Plan, schedule, query, caches, optional):
     parts, rows = plan.query_parts, plan.rows // plan.row_groups
     views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (plan.query_matrices, product_dtype, tiled)
     query_views = [
-        plgpu.SMEM((plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
+        plgpu.SMEM((plan.query_places * plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
         for number, its_dtype, transforms in views
     ]
     # Each copy of a block arrives, or each warp that widens it.
     arrivals = {False: copies_of(plan), True: plan.widening_warps}
-    queries, turns = plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
+    queries, turns = plan.query_places * plan.teams * plan.query_groups, plan.output_turns if plan.latent else 1
     copies_of_queries = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     scratch = dict(
         query_views=plgpu.RefUnion(*([view] for view in query_views)),
@@ -127,7 +133,13 @@ def launch(plan: Plan, schedule, query, caches, optional):
         ),
         kernel_name="paged_prefill",
     )
-    return kernel(*schedule, query, *caches, *(array.reshape(-1) for array in optional.values()))
+    operands = *schedule, query, *caches, *(array.reshape(-1) for array in optional.values())
+    if plan.last_merges:
+        counters = jax.new_ref(jnp.zeros(counters_shape(plan), jnp.int32))
+        found = compat.takes_references(kernel)(*operands, counters)[:2]
+    else:
+        found = kernel(*operands)
+    return [array.reshape(-1, plan.value_dim) if array.ndim > 1 else array for array in found]
 
 
 def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *others, **scratch):
@@ -135,20 +147,24 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    results_at = len(others) - (4 if plan.parts.vary else 2)
-    number = results_at - len(names)
+    results_at = len(others) - (4 if plan.final_beside_parts else 2)
+    number = results_at - len(names) - plan.last_merges
     caches, optional, results = others[:number], others[number:results_at], others[results_at:]
-    optional = dict(zip(names, optional))
+    counters, optional = optional[-1] if plan.last_merges else None, dict(zip(names, optional))
     blocks = min(plan.pieces, plan.cores)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
     part = lax.axis_index("part") if plan.clusters else None
 
-    def piece_of(i, team=0, pieces=plan.pieces):
-        """A team's i-th piece, and whether there is one: longest first, to and fro over the blocks' teams."""
+    def index_of(i, team=0):
+        """The number of a team's i-th piece: longest first, to and fro over the blocks' teams."""
         place, places = team * blocks + block, plan.teams * blocks
-        index = i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
-        piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)
+        return i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
+
+    def piece_of(i, team=0, pieces=plan.pieces):
+        """A team's i-th piece, and whether there is one."""
+        index = index_of(i, team)
+        piece = _piece(plan, table, pools, kv_head_start, jnp.minimum(index, plan.pieces - 1), slab)._replace(number=i)
         return piece, (index < pieces) & (piece.tile.length > 0)
 
     def each_piece(do, team=0):
@@ -184,25 +200,31 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
         [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
     sources = _sources(plan, caches, optional, **scratch)
 
-    @pl.when(warpgroup < plan.computing_warpgroups)
-    def _():
-        _set_registers(plan.registers.computes, "increase")
-        if plan.takes_turns:  # the first turn is the first warpgroup's
-            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-        shared = dict(optional=optional, sources=sources, results=results)
+    def attend_pieces(team, warpgroup):
+        shared = dict(optional=optional, sources=sources, results=results, warpgroup=warpgroup)
         if plan.alternates:
-            return each_piece(functools.partial(alternate.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+            return each_piece(functools.partial(alternate.compute, plan, **shared, **scratch))
         if plan.wide:
-            return each_piece(functools.partial(wide.compute, plan, warpgroup=warpgroup, **shared, **scratch))
+            return each_piece(functools.partial(wide.compute, plan, **shared, **scratch))
         if plan.chains:
-            return compute_chain(plan, piece_of, warpgroup=warpgroup, **shared, **scratch)
-        team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
-        shared |= dict(team=team, warpgroup=of_team)
+            return compute_chain(plan, piece_of, **shared, **scratch)
+        shared |= dict(team=team)
         if plan.few_rows:
             shared |= dict(way=few_rows.FewRows)
         if plan.looks_ahead:
             return compute_each(plan, piece_of, **shared, **scratch)
         each_piece(functools.partial(compute, plan, **shared, **scratch), team)
+
+    @pl.when(warpgroup < plan.computing_warpgroups)
+    def _():
+        _set_registers(plan.registers.computes, "increase")
+        if plan.takes_turns:  # the first turn is the first warpgroup's
+            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+        team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
+        attend_pieces(team, of_team)
+        if plan.last_merges:
+            of_pieces = functools.partial(index_of, team=team), lambda i: piece_of(i, team)[0]
+            merge_where_last(plan, table, *of_pieces, of_team, optional, results, counters)
 
     def start_barriers():
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
@@ -252,6 +274,7 @@ def _set_registers(number, action) -> None:
 class Piece(NamedTuple):
     """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
+    number: Int[Array, ""]  # of its team's pieces before it
     tile: Tiles  # all scalars too: of what slabs see, one slab's
     pool: Int[Array, ""]
     head_tile: Int[Array, ""]
@@ -285,6 +308,7 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
         tile = plan.parts.part(tile, part, jnp.where(alone, 1, plan.splits))
     steps = jnp.maximum(tile.end_block - tile.first_block, 1)
     return Piece(
+        number=jnp.int32(0),
         tile=tile,
         pool=pool,
         head_tile=head_tile,
@@ -307,6 +331,7 @@ class Source(NamedTuple):
     rows: jax.Array  # of whole slots, in global memory
     beside: int  # rows from those of keys to these
     features: int
+    stages: int
     blocks: jax.Array
     here: jax.Array
     free: jax.Array
@@ -346,7 +371,8 @@ def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
             if name == "keys":
                 groups, turns = plan.key_groups, plan.turns_before_keys
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
-        found.append(Source(rows, *of_rows, *raw, scale, optional.get(names[i]), *wide))
+        stages = plan.slots if name == "values" and not plan.quantised else plan.stages
+        found.append(Source(rows, *of_rows, stages, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -365,25 +391,26 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
             plgpu.async_prefetch(query.at[*place, pl.ds(part * COLUMNS, COLUMNS)])
 
     def copy_query(team, piece, done):
+        occupied = done > 0 if plan.query_places == 1 else piece.number >= plan.query_places
         if plan.asks_ahead:
-            pl.when(done > 0)(functools.partial(ask_for_query, piece))
+            pl.when(occupied)(functools.partial(ask_for_query, piece))
         for row in range(0, plan.rows, plan.slab):
-            queries = plan.queries_of(team, row // WARPGROUP_ROWS)
+            queries = plan.queries_of(piece, team, row // WARPGROUP_ROWS)
             if row % (plan.rows // plan.query_groups) == 0:
-                pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
+                pl.when(occupied)(functools.partial(plgpu.barrier_wait, query_free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
-                slots = query_slots.at[team * plan.row_groups + row // WARPGROUP_ROWS, part, its_rows]
+                slots = query_slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
                 plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
         ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
         late = plan.stages - 1 if plan.gathers else 0  # blocks under way while a place for another is waited for
-        last_queries = plan.queries_of(team, plan.row_groups - 1)
+        besides = {source.beside for source in sources}
 
         def row_of(piece, key, beside):
             if plan.gathers:  # each lane its own
@@ -393,30 +420,37 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 
         def announce(i, done, sources):
             """That block i of a piece has come."""
-            slot = team * plan.stages + lax.rem(done + i, plan.stages)
             for source, _ in itertools.product(sources, offsets):
+                slot = team * source.stages + lax.rem(done + i, source.stages)
                 plgpu.barrier_arrive(source.here.at[slot])
 
         def copy_piece(piece, done):
+            last_queries = plan.queries_of(piece, team, plan.row_groups - 1)
             if before is not None:
                 now = done == 0 if plan.values_before_query else True
                 pl.when(now)(functools.partial(before, team, piece, done))
 
+            def rows_of(i):
+                first = (piece.last - i) * plan.block_kv
+                return {beside: [row_of(piece, first + offset, beside) for offset in offsets] for beside in besides}
+
+            def ask_for_block(i):
+                rows = rows_of(i)
+                for source in sources:
+                    _ask_for_runs(plan, piece, source, rows[source.beside])
+
             def step(i, _):
-                slot = team * plan.stages + lax.rem(done + i, plan.stages)
-                rows = {
-                    beside: [row_of(piece, (piece.last - i) * plan.block_kv + offset, beside) for offset in offsets]
-                    for beside in {source.beside for source in sources}
-                }
+                rows = rows_of(i)
                 if plan.query_comes_first:
                     pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
                 if plan.gathers and late:  # what has come meanwhile, before a place is waited for
                     pl.when(i >= late)(lambda: threads.wait_for_groups(late - 1))
                     pl.when(i >= late)(functools.partial(announce, i - late, done, sources))
                 for source in sources:
+                    slot = team * source.stages + lax.rem(done + i, source.stages)
 
-                    @pl.when(done + i >= plan.stages)
-                    def _(source=source):
+                    @pl.when(done + i >= source.stages)
+                    def _(source=source, slot=slot):
                         plgpu.barrier_wait(source.free.at[slot])
 
                     _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
@@ -425,6 +459,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 if plan.gathers and not late:
                     threads.wait_for_groups(0)
                     announce(i, done, sources)
+                if plan.asks_for_blocks:
+                    pl.when(i + 1 < piece.steps)(functools.partial(ask_for_block, i + 1))
                 if before is not None and plan.values_before_query:
                     pl.when((done > 0) & (i == 0))(functools.partial(before, team, piece, done))
 
@@ -450,6 +486,15 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
     return 1 if plan.loading_warpgroups == 1 else -(-copies_of(plan) // copies_of_a_warp(plan))
+
+
+def _ask_for_runs(plan: Plan, piece, source: Source, rows) -> None:
+    """Brings runs of keys or values from these rows of the cache on into the second cache, from where they are copied soon."""
+    column = plan.in_slot(piece, source.beside) * source.features
+    width = next(width for width in range(MOST_ASKED_COLUMNS, 0, -COLUMNS) if source.features % width == 0)
+    for row in rows:
+        for first in range(0, source.features, width):
+            plgpu.async_prefetch(source.rows.at[pl.ds(row, plan.run), pl.ds(column + first, width)])
 
 
 def _copy_runs(plan: Plan, piece, source: Source, slot, offsets, rows) -> None:

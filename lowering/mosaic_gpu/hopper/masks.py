@@ -45,6 +45,13 @@ class Rows:
         head, token = self.head_and_token(row)
         return (token < self.tile.length) & (head < self.piece.heads_left)
 
+    def there(self):
+        """((first head, heads), (first token, tokens)) of the tile whose rows these are, of those that are there."""
+        first_head, first_token = self.head_and_token(self.first_row)
+        rows, tokens = min(self.plan.rows, WARPGROUP_ROWS), min(self.plan.block_q, WARPGROUP_ROWS)
+        heads = jnp.clip(self.piece.heads_left - first_head, 0, max(rows // tokens, 1))
+        return (first_head, heads), (first_token, jnp.clip(self.tile.length - first_token, 0, tokens))
+
     def sinks(self):
         """The logit of each row's sink, or None: -inf where no sequence owns the tokens, or another part has it."""
         if self.all_sinks is None:

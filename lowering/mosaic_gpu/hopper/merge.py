@@ -1,7 +1,8 @@
 """The kernel that merges tiles of several parts, where the number of parts varies.
 
 A tile of one part has its results already. Of the others, rows of the schedule's table, thread blocks have a share of a
-token's numbers each, and a thread has few: it waits for memory, twice for a few parts, and reads none that there is not.
+token's numbers each, and a thread has few: it waits for memory, once for a few parts, and reads none that there is not.
+Where tiles have few numbers in all, no kernel is launched for them (last_part.py).
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from paged_prefill.primitive.attention import factor_and_lse
 THREADS = 128
 BLOCKS = 16  # of a core, side by side
 NUMBERS = 4  # neighbours of a row that a thread merges
-UNROLLED = (8, 16)  # parts that are read without waiting for one another, of tiles with few and with many
+UNROLLED = 8  # parts that are read without waiting for one another
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Launch:
     cores: int
     rows: int  # that the table has room for; behind them is how many there are
     columns: int  # of a row
-    most_parts: int  # of a tile
     tokens: int
     tokens_of_tile: int  # of most: they are merged side by side, and others after them
     q_heads: int
@@ -40,11 +40,6 @@ class Launch:
     def numbers(self) -> int:
         """Of a token's output."""
         return self.q_heads * self.value_dim
-
-    @property
-    def unrolled(self) -> int:
-        few, many = UNROLLED
-        return few if self.most_parts <= few else many
 
     @property
     def shares(self) -> int:
@@ -77,10 +72,8 @@ def merge(launch: Launch, table, of_parts, out, lse):
         ),
         kernel_name="paged_prefill_merge",
     )
-    run, (out_of, lse_of), shape = compat.takes_references(kernel), of_parts, out.shape
-    of_parts = [out_of.reshape(-1, launch.value_dim), lse_of.reshape(-1)]
-    out, lse = pl.run_state(lambda results: run(table, of_parts, results))((out.reshape(-1), lse))
-    return out.reshape(shape), lse
+    run = compat.takes_references(kernel)
+    return pl.run_state(lambda results: run(table, of_parts, results))((out, lse))
 
 
 def merge_shares(launch: Launch, threads, block, table, of_parts, results):
@@ -108,35 +101,53 @@ def merge_shares(launch: Launch, threads, block, table, of_parts, results):
 
 
 def _merge_numbers(launch: Launch, threads, parts, token, first, of_parts, results):
-    """Numbers of a token from `first` on, if there are so many, and the lse of their row: softmaxes add up by exp(lse)."""
-    (out_of, lse_of), (out, lse), rows = of_parts, results, launch.tokens * launch.q_heads
+    """Numbers of a token from `first` on, if there are so many, and the lse of their row."""
+    (out, lse), rows = results, launch.tokens * launch.q_heads
     here, first = first < launch.numbers, jnp.minimum(first, launch.numbers - NUMBERS)
     head, column = lax.div(first, launch.value_dim), lax.rem(first, launch.value_dim)
-    row = head * launch.tokens + token
+    row, of_lse = token * launch.q_heads + head, head * launch.tokens + token
+    [(numbers, merged)] = merged_numbers(threads, parts, of_parts, rows, [(row, of_lse, column)], UNROLLED)
+    threads.store_numbers(numbers, out, row, column, here)
+    threads.store(lse, of_lse, merged, here & (column == 0))
 
-    def some(i):
-        """Some parts, and the lse of each; the last part stands for those that are not, and has no weight there."""
-        numbers = [i * launch.unrolled + j for j in range(launch.unrolled)]
-        places = [jnp.minimum(part, parts - 1) for part in numbers]
-        loaded = [threads.load(lse_of, place * rows + row) for place in places]
-        return places, [jnp.where(part < parts, x, -jnp.inf) for part, x in zip(numbers, loaded)]
+
+def merged_numbers(threads, parts, of_parts, rows: int, places, together: int):
+    """([an output's numbers, NUMBERS of them], its row's lse) of each of these places, from those of so many parts.
+
+    `of_parts` are the outputs, a matrix, and the lse, a vector: each part has so many `rows`. A place is a row of the
+    outputs, its number among the lse, and a column. Of all places, parts are read `together`, so many at a time, and
+    added up in their order: softmaxes add up by exp(lse).
+    """
+    out, lse = of_parts
 
     def add(i, sums):
-        total, *summed = sums
-        for place, its_lse in zip(*some(i)):
-            weight = jnp.exp(its_lse - base)
-            its_numbers = threads.load_words(out_of, place * rows + token * launch.q_heads + head, column, NUMBERS)
-            total += weight
-            summed = [x + weight * number for x, number in zip(summed, its_numbers)]
-        return total, *summed
+        """Some parts; the last part stands for those that are not, and has no weight there."""
+        numbers = [i * together + j for j in range(together)]
+        firsts = [jnp.minimum(part, parts - 1) * rows for part in numbers]
+        found = [[threads.load(lse, first + of_lse) for first in firsts] for _, of_lse, _ in places]
+        outputs = [
+            [threads.load_words(out, first + row, column, NUMBERS) for first in firsts] for row, _, column in places
+        ]
+        found = [[jnp.where(part < parts, x, -jnp.inf) for part, x in zip(numbers, each)] for each in found]
+        return tuple(map(_added, sums, found, outputs))
 
-    largest = lambda i: functools.reduce(jnp.maximum, some(i)[1])
-    turns = lax.div(parts + (launch.unrolled - 1), launch.unrolled)
-    most = lax.fori_loop(1, turns, lambda i, most: jnp.maximum(most, largest(i)), largest(0))
-    base = jnp.where(most == -jnp.inf, 0.0, most)
-    total, *summed = lax.fori_loop(0, turns, add, (jnp.zeros_like(most),) * (1 + NUMBERS))
-    factor, merged = factor_and_lse(total, most)
-    for i, number in enumerate(summed):
-        place = token * launch.numbers + first + i
-        threads.store(out, place, jnp.where(total == 0, 0.0, number * factor), here)
-    threads.store(lse, row, merged, here & (column == 0))
+    nothing = jnp.float32(-jnp.inf), *(jnp.float32(0),) * (1 + NUMBERS)
+    turns = lax.div(parts + (together - 1), together)
+    merged = []
+    for largest, total, *summed in lax.fori_loop(0, turns, add, (nothing,) * len(places)):
+        factor, merged_lse = factor_and_lse(total, largest)
+        merged.append(([jnp.where(total == 0, 0.0, number * factor) for number in summed], merged_lse))
+    return merged
+
+
+def _added(sums, found, outputs):
+    """(largest lse, sum of weights, *weighted sums of a row's numbers) with those of some more parts."""
+    most, *sums = sums
+    largest = functools.reduce(jnp.maximum, found, most)
+    base = jnp.where(largest == -jnp.inf, 0.0, largest)
+    fade = jnp.exp(most - base)
+    total, *summed = [fade * x for x in sums]
+    for its_lse, output in zip(found, outputs):
+        weight = jnp.exp(its_lse - base)
+        total, summed = total + weight, [x + weight * number for x, number in zip(summed, output)]
+    return largest, total, *summed

@@ -499,15 +499,15 @@ def gathered(source, indices, layout):
 
 
 def store_rows(array, rows, out, first_column=0) -> None:
-    """Writes row i of an array to row rows[i] of a matrix in global memory, unless that is negative.
+    """Writes row i of an array to row rows[i] of an array in global memory, unless that is negative.
 
-    The array's columns are the matrix's from `first_column` on.
+    Its last dimension is a row: the array's columns are its from `first_column` on.
     """
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, plgpu.Layout.WG_SPLAT, plgpu.RefType()))
     def store(_, array, rows, column, out):
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
-        features, start = ir.MemRefType(out.type).shape[1], utils.memref_ptr(out)
+        features, start = ir.MemRefType(out.type).shape[-1], utils.memref_ptr(out)
 
         # Of every 8 columns a thread holds two that are neighbours, of two rows that lie 8 apart.
         pairs = array.registers.reshape(-1, 2)

@@ -99,6 +99,7 @@ class Plan:
     stages: int
     parts: Parts  # of a tile's keys
     clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
+    last_merges: bool  # whether a tile's parts are merged where the last of them ends (last_part.py)
     exchanges_in_blocks: bool  # where keys and values were, since there is no room beside them
     softmax_scale: float
     soft_cap: float | None
@@ -121,14 +122,14 @@ class Plan:
     def slots(self) -> int:
         """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
         if not self.quantised:
-            return self.stages
+            return self.stages - (self.query_places - 1)
         if self.fp8_terms:
             return FP8_SLOTS
         return widened(self.block_kv, self.head_dim + self.value_dim, self.wide)
 
     @property
     def key_slots(self) -> int:
-        return self.stages if self.fp8_terms else self.slots
+        return self.stages if self.fp8_terms or not self.quantised else self.slots
 
     @property
     def query_terms(self) -> int:
@@ -242,6 +243,16 @@ class Plan:
         return self.query_comes_first and self.pieces > self.cores and self.window is None
 
     @property
+    def asks_for_blocks(self) -> bool:
+        """Whether a block of keys is brought into the second cache while the one before it is copied.
+
+        Of latent caches two have room in a thread block, and their way from memory would be waited for where several
+        tiles share them, and so products bind. Where memory does, as with one tile, or in 8 bits, it is 2 to 6% slower.
+        """
+        in_runs = not (self.quantised or self.gathers)
+        return self.latent and in_runs and self.head_tiles_per_group > 1 and not self.query_comes_first
+
+    @property
     def values_before_query(self) -> bool:
         """Whether a piece's first values are asked for before its query, but those of a block's first piece.
 
@@ -257,6 +268,19 @@ class Plan:
         thread of three has a register left for it.
         """
         return self.warpgroups if self.chains or (self.warpgroups > 2 and not self.masks_any_block) else 1
+
+    @property
+    def query_places(self) -> int:
+        """Queries of a warpgroup that there is room for. In a chain a second one, in the place of a block of values, is
+        there before the last logits of the first. Where any block may be masked, nothing is gained.
+        """
+        takes = self.chains and not (self.quantised or self.masks_any_block)
+        return 2 if takes and self.stages > 2 and self.rows <= self.block_kv else 1
+
+    @property
+    def copies_results(self) -> bool:
+        """Whether a whole tile's output leaves by copies, from where its query was, while the next one has another place."""
+        return self.query_places > 1 and self.value_dim == self.head_dim and self.results == 1 and not self.by_token
 
     @property
     def row_groups(self) -> int:
@@ -300,6 +324,11 @@ class Plan:
     def results(self) -> int:
         """Of each tile, in global memory."""
         return 1 if self.clusters else self.splits
+
+    @property
+    def final_beside_parts(self) -> bool:
+        """Whether there are results of whole tiles, beside those of each part."""
+        return self.parts.vary or self.last_merges
 
     @property
     def rows_of_table(self) -> int:
@@ -356,8 +385,11 @@ class Plan:
 
     @property
     def waits_first(self) -> bool:
-        """Whether a warpgroup waits for its output before it weighs the next block: four have no registers for more."""
-        return self.warpgroups > 3
+        """Whether a warpgroup waits for its output before it weighs the next block: four have no registers for more.
+
+        Of wide heads with a window, short pieces are faster with what two spill less by it; longer ones are not.
+        """
+        return self.warpgroups > 3 or (self.value_dim > 2 * WARPGROUP_ROWS and self.window is not None)
 
     @property
     def fixed_maximum(self) -> float | None:
@@ -397,9 +429,18 @@ class Plan:
         """Likewise its keys, which may have more places."""
         return team * self.key_slots + lax.rem(step, self.key_slots)
 
-    def queries_of(self, team, row_group):
-        """Which of all teams' groups of queries those of 64 rows are in."""
-        return team if self.query_groups == 1 else team * self.query_groups + row_group
+    def queries_of(self, piece, team, row_group):
+        """Which of all teams' groups of queries a piece's 64 rows are in."""
+        group = team if self.query_groups == 1 else team * self.query_groups + row_group
+        return group + self._place_of_query(piece) * (self.teams * self.query_groups)
+
+    def query_of(self, piece, team, row_group):
+        """Where a piece's query of 64 rows lies."""
+        group = team * self.row_groups + row_group
+        return group + self._place_of_query(piece) * (self.teams * self.row_groups)
+
+    def _place_of_query(self, piece):
+        return 0 if self.query_places == 1 else lax.rem(piece.number, self.query_places)
 
     def page_of(self, piece, key):
         """Where in the page table a key's page stands."""

@@ -156,8 +156,11 @@ class Softmax:
 
     def largest(self, logits, value_scales=None):
         """What a maximum of rows with these logits would be; with scales that `value_scales` loads, of both."""
-        counted = logits if value_scales is None else self._with_scales(logits, value_scales())
-        largest = fold(jnp.maximum, counted).max(axis=1)
+        counted = logits if value_scales is None else self.with_scales(logits, value_scales())
+        return self.below(fold(jnp.maximum, counted).max(axis=1))
+
+    def below(self, largest):
+        """The maximum that weights are taken by where these are the largest logits."""
         if not self.plan.quantised:
             return largest
         unit = lax.optimization_barrier(self.unit) if self.has_units else self.unit  # so that it is worked out here
@@ -176,7 +179,7 @@ class Softmax:
 
         acc, l = self._faded(passed, shift, acc, m, l)
         if value_scales is not None:
-            weights = self._scaled(weights, logits, value_scales)
+            weights = self.scaled(weights, logits, value_scales)
         return weights, acc, m_next, l + sums
 
     def by_maximum(self, m_next, acc, m, l):
@@ -233,7 +236,7 @@ class Softmax:
 
     def _of_keys(self, keys):
         """Numbers of keys, for each of their logits."""
-        return lax.broadcast_in_dim(keys, self.shape, [1])
+        return lax.broadcast_in_dim(keys, self.shape, [1 - self.axis])
 
     def _faded(self, passed, shift, acc, m, l):
         """The output and l by `shift`, which is m but for rows that have `passed` theirs."""
@@ -257,14 +260,14 @@ class Softmax:
         fade = jnp.exp2((m - shift) * self.unit)
         acc, l = (array * lax.broadcast_in_dim(fade, array.shape, [0]) for array in (acc, l))
         if value_scales is not None:
-            weights = self._scaled(weights, logits, value_scales)
+            weights = self.scaled(weights, logits, value_scales)
         return weights, acc, m_next, l + sums
 
-    def _scaled(self, weights, logits, value_scales):
+    def scaled(self, weights, logits, value_scales):
         """Weights times their values' scales: one that nobody may look at may be NaN."""
         return jnp.where(logits == -jnp.inf, 0.0, weights * self._of_keys(value_scales()))
 
-    def _with_scales(self, logits, value_scales):
+    def with_scales(self, logits, value_scales):
         """Logits of weights times their values' scales."""
         unit = self.unit
         if self.has_units:

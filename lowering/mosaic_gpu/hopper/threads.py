@@ -86,6 +86,11 @@ def store_words(words, matrix, row, column, where) -> None:
     write(matrix, row, column, jnp.where(where, jnp.int32(1), jnp.int32(0)), *words)
 
 
+def store_numbers(numbers, matrix, row, column, where) -> None:
+    """Writes them to matrix[row] in its dtype, from that column on, a multiple of their number, if `where`."""
+    store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
+
+
 def of_lane(value, lane):
     """The value that this lane of the warp has, of int32."""
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
@@ -128,12 +133,12 @@ def _do(text: str, constraints: str = "", *operands) -> None:
 def _place(matrix, row, column):
     """A pointer to matrix[row, column]; what lies before it may be more than 32 bits count.
 
-    In bytes, since LLVM has no numbers of 8 bits but integers.
+    A row is what the last dimension has. In bytes, since LLVM has no numbers of 8 bits but integers.
     """
     i8, i64 = (ir.IntegerType.get_signless(width) for width in (8, 64))
     its_type = ir.MemRefType(matrix.type)
     row, column = (arith.extsi(i64, number.registers.item()) for number in (row, column))
-    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[1])), column)
+    offset = arith.addi(arith.muli(row, arith.constant(i64, its_type.shape[-1])), column)
     offset = arith.muli(offset, arith.constant(i64, utils.bytewidth(its_type.element_type)))
     return utils.getelementptr(utils.memref_ptr(matrix), [offset], i8)
 
