@@ -120,6 +120,7 @@ class ChoiceTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("drafts", (6, 14784), dict(tokens=4), 2**20),
+        ("drafts_with_a_window", (21, 20992, 8, 4), dict(tokens=5, sliding_window=4096, attn_logits_soft_cap=50.0), 2**20),
         ("a_few_steps", (9, 12000, 40, 10), {}, 2**20),
         ("more_tiles_than_cores", (20, 4096), {}, 2**19),
         ("a_prompt_beside_steps", (3, 10800, 24, 2), dict(tokens=96), 2**21),

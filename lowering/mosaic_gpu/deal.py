@@ -23,7 +23,8 @@ SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
 LAUNCH_BYTES = 75 * 2**10  # of a launch, whatever there is to do
 PIECE_BYTES = 5 * 2**10  # to begin and to end a part
-STEP_BYTES, WIDE_STEP_BYTES = 12.5 * 2**10, 20 * 2**10  # of a block, were memory endless; of 64 rows and 128 keys
+# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap.
+STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 47 * 2**10, 2**10  # to launch the merge, and for each part of the tile with the most
 # Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
 OF_EQUAL = 6.0
@@ -49,6 +50,8 @@ class Launch(NamedTuple):
 def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
     """That of so many tiles, were the tokens spread evenly over the sequences."""
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    wide = few_rows(problem, config) is None and config.block_kv > 64
+    long_steps = wide or problem.attention.attn_logits_soft_cap is not None
     return Launch(
         seqs=seqs,
         tiles_of_seq=-(-unsplit // seqs),
@@ -60,7 +63,7 @@ def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, 
         slots=slots,
         cores=device.cores,
         smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
-        step_bytes=WIDE_STEP_BYTES if few_rows(problem, config) is None and config.block_kv > 64 else STEP_BYTES,
+        step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
     )
 
 
