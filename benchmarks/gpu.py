@@ -351,7 +351,7 @@ def measure_append(name, page_size) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join([*CASES, *IN_8_BITS, *APPENDS]))
     parser.add_argument("--pages", default="16,128")
     parser.add_argument("--platforms", default="cuda", help="this project's kernels, by commas: cuda, triton, xla")

@@ -104,7 +104,7 @@ def _distance(results, others) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--pages", default="16,64,128")
     parser.add_argument("--layouts", default="pskd,pksd,ps(k2)d")

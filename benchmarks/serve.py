@@ -216,7 +216,7 @@ def measure(contenders: dict[str, Contender], case: dict, times: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts, to see that it runs")
     parser.add_argument("--cases", choices=("all", "decode", "prefill"), default="all")

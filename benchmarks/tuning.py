@@ -193,7 +193,7 @@ def between(*arguments) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="mosaic_gpu,triton")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the table goes")
     parser.add_argument("--seconds", type=float, default=500, help="for all of it; what is not reached is left out")

@@ -146,16 +146,24 @@ class CostTest(parameterized.TestCase):
         )
         self.assertNotIn("stablehlo.while", jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).as_text())
 
+    def entry(self, tokens, pages_per_seq) -> tuple[str, str]:
+        """The optimised program of one prompt, and its part outside of loops."""
+        query, cache = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4, 64), (2, 9, 16, 64)))
+        indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1,), (1, pages_per_seq), (2,))]
+        text = jax.jit(ragged_paged_prefill).lower(query, cache, cache, *indices).compile().as_text()
+        return text, text[text.index("ENTRY") :]
+
     def test_nothing_is_fetched_ahead_of_a_loop(self):
         """Of a short prompt no row walks alone: keys fetched for its lanes ahead of their loop are fetched in vain."""
-        shapes = dict(query=(12, 4, 64), caches=(2, 9, 16, 64), context_lens=(1,), table=(1, 2), offsets=(2,))
-        query, cache, *rest = (
-            jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
-        )
-        text = jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).compile().as_text()
+        text, entry = self.entry(12, 2)
         block = "f32[1,2,32,64]"
         self.assertIn(block, text)
-        self.assertNotIn(block, text[text.index("ENTRY") :])
+        self.assertNotIn(block, entry)
+
+    def test_what_a_tile_is_is_computed_in_its_loop(self):
+        """Ahead of it, each of a tile's numbers would be a kernel of its own to compile: 34 of them."""
+        _, entry = self.entry(40, 64)
+        self.assertLess(entry.count(" fusion("), 15)
 
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):

@@ -186,6 +186,17 @@ class ChainTest(parameterized.TestCase):
         self.assertIn(order, " ".join(said))
 
 
+class StepsTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("four_warpgroups", dict(warpgroups=4, block_q=256, head_dim=64, value_dim=64), True),
+        ("wide_heads_with_a_window", dict(head_dim=256, value_dim=256, block_kv=64, window=100), True),
+        ("wide_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
+        ("window", dict(window=100), False),
+    )
+    def test_the_output_is_waited_for_before_the_next_weights_where_registers_are_few(self, changes, waits_first):
+        self.assertEqual(plans.plan(**changes).waits_first, waits_first)
+
+
 class ResultsTest(parameterized.TestCase):
     @parameterized.named_parameters(("chain", {}, 4), ("parts", dict(parts=Parts(5, 5)), 0), ("alone", dict(stages=2), 0))
     def test_whole_tiles_leave_a_chain_by_copies(self, changes, copies):

@@ -139,7 +139,8 @@ class EngineTest(parameterized.TestCase):
     @parameterized.parameters(
         (([], 3), "the prompt must have 1 to 45 tokens with max_new_tokens=3, got 0"),
         (([1] * 46, 3), "the prompt must have 1 to 45 tokens with max_new_tokens=3, got 46"),
-        (([1], 0), "max_new_tokens must be at least 1, got 0"),
+        (([1], 0), "max_new_tokens must be 1 to 47, got 0"),
+        (([1], 48), "max_new_tokens must be 1 to 47, got 48"),
         (([1, -1], 3), "tokens must be integers from 0 to 11, got -1"),
         (([1, 2.0], 3), "tokens must be integers from 0 to 11, got 2.0"),
     )

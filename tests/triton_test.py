@@ -216,10 +216,10 @@ class HeuristicTest(parameterized.TestCase):
         ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
         ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 4, 16)),
         ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
-        ("of_a_long_chunk_as_many_as_have_keys", dict(tokens=128, pages_per_seq=2048), Parts(1, 4)),
+        ("of_a_long_chunk_too", dict(tokens=128, pages_per_seq=2048), Parts(4, 4)),
         ("of_mixed_packs_more", dict(tokens=700, seqs=32, q_heads=16, num_kv_heads=2, cache_kv_heads=2), Parts(1, 11, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
-        ("long_contexts_beside_a_chunk_have_more", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(1, 8, 9)),
+        ("long_contexts_beside_a_chunk_have_more", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(3, 8, 9)),
         ("but_not_prompts_that_fill_the_cores", dict(tokens=1106, seqs=2), Parts(1, 1)),
     )
     def test_parts(self, changes, parts):

@@ -195,8 +195,8 @@ class Engine:
 
     def _reason_against(self, request: Request) -> str | None:
         count, new, vocabulary = len(request.prompt), request.max_new_tokens, self.config.vocabulary
-        if new < 1:
-            return f"max_new_tokens must be at least 1, got {new}"
+        if not 1 <= new < self.max_len:
+            return f"max_new_tokens must be 1 to {self.max_len - 1}, got {new}"
         if not 1 <= count <= self.max_len - new:
             return f"the prompt must have 1 to {self.max_len - new} tokens with max_new_tokens={new}, got {count}"
         bad = [x for x in request.prompt if not isinstance(x, (int, np.integer)) or not 0 <= x < vocabulary]

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.triton.launch import launch, reason_against
+from paged_prefill.lowering.triton.launch import launch, power_of_2, reason_against
 from paged_prefill.lowering.writer import MANY_TOKENS, Writer, places_of
 from paged_prefill.primitive.layout import OWN_LAYOUT
 from paged_prefill.primitive.packing import MAX_CONTEXT
@@ -63,8 +63,8 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
     (tokens, kv_heads, head_dim), places = key.shape[-3:], places_of(operands, cache_batch_dims, layout)
     packs = places.pop("packs")
     value_dim = None if value is None else value.shape[-1]
-    wide = max(_power_of_2(head_dim), _power_of_2(value_dim or 1))
-    block = max(1, min(BLOCK, _power_of_2(tokens), ELEMENTS // wide))
+    wide = max(power_of_2(head_dim, least=1), power_of_2(value_dim or 1, least=1))
+    block = max(1, min(BLOCK, power_of_2(tokens, least=1), ELEMENTS // wide))
 
     # What is absent is never looked at: another array stands in for it, and a result of one element.
     absent, nothing = operands["context_lens"], jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -94,19 +94,14 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
         num_stages=1,
         **{name.upper(): number for name, number in places.items()},
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=_power_of_2(head_dim),
+        HEAD_DIM_PADDED=power_of_2(head_dim, least=1),
         VALUE_DIM=value_dim,
-        VALUE_DIM_PADDED=_power_of_2(value_dim or 1),
+        VALUE_DIM_PADDED=power_of_2(value_dim or 1, least=1),
         KEY_SCALE=granularity["key"],
         VALUE_SCALE=granularity["value"],
         LARGEST=largest_number(key_cache.dtype) if key_cache.dtype.itemsize == 1 else None,
         MAX_CONTEXT=MAX_CONTEXT,
         BLOCK=block,
-        OFFSETS=min(OFFSETS, _power_of_2(places["seqs"] + 1)),
+        OFFSETS=min(OFFSETS, power_of_2(places["seqs"] + 1, least=1)),
     )
     return dict(zip(results, written))
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

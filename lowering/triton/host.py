@@ -96,7 +96,7 @@ SHORT_BYTES, SHORT_SPLITS = 2**19, 32
 EVEN_PARTS = 4 / 3  # times the parts that an estimate takes, for all cores to have as many
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
 MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
-PIECES_OF_SEQUENCE = 3  # a core: more of its parts would cost more than they even out
+PIECES_OF_SEQUENCE = 2  # a core: more of its parts would cost more than they even out
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
@@ -163,7 +163,8 @@ class Triton(Kernel):
             if problem.cache_dtype == problem.dtype != "float32":
                 sizes = DECODE._replace(rows=FEW_ROWS)
         elif current_policy() != "invariant" and _has_low_tiles(problem, device):
-            fitting = [each for each in LOW_TILES if _tiles(problem, each.rows) <= device.cores]
+            lowest = device.cores / 2 <= _tiles(problem, LOW_TILES[0].rows)  # else it would be split, and have few keys
+            fitting = [each for each in LOW_TILES[not lowest :] if _tiles(problem, each.rows) <= device.cores]
             sizes = fitting[0] if fitting else sizes
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
@@ -412,11 +413,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         part_bytes=part_bytes,
         slower=slower,
     )
-    if current_policy() == "invariant":
+    if min(problem.seqs, problem.tokens) == 1 or current_policy() == "invariant":
         return parts
-    if min(problem.seqs, problem.tokens) == 1:  # a prompt far shorter than its table has no parts without keys
-        prompt = problem.tokens_per_seq * problem.group > DECODE.rows and parts.most > 1
-        return Parts(1, parts.most, -(-KEYS_PER_SPLIT // config.block_kv)) if prompt else parts
     if problem.tokens_per_seq >= SHORT_CALL and parts.most == 1:
         return parts  # prompts seldom fill a table; else what long contexts need is merged at no more cost
     blocks = -(-most_keys(problem, config.block_q) // config.block_kv)
@@ -427,7 +425,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     mixed = share <= 1 / 4 and problem.tokens_per_seq > DRAFTS
     if share < 1 / 4 or mixed or result_bytes <= part_bytes * MERGED_SHARE:
         parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
-    return Parts(1, parts.most, of_part) if parts.most > 1 else parts
+    least = parts.least if problem.tokens_per_seq >= SHORT_CALL else 1
+    return Parts(least, parts.most, of_part) if parts.most > 1 else parts
 
 
 def _device_class(device: Device) -> str:

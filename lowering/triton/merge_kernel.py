@@ -8,6 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _weighted(out_of_parts, place, feature, lses, weights, VALUE_DIM: tl.constexpr):
+    """The weighted sum of some parts' outputs.
+
+    Nobody may have written the output of a part that saw nothing. NaN is the row's own, and stays.
+    """
+    written = (lses != float("-inf"))[:, :, None] & (feature < VALUE_DIM)[None, None, :]
+    values = tl.load(out_of_parts + place[:, :, None] * VALUE_DIM + feature[None, None, :], mask=written, other=0.0)
+    return tl.sum(values * weights[:, :, None], 0)
+
+
+@triton.jit
 def merge_parts(
     out_of_parts,  # float32 [SPLITS, ALL_ROWS, VALUE_DIM]
     lse_of_parts,  # [SPLITS, ALL_ROWS]; what is written of -inf is not looked at
@@ -36,19 +47,20 @@ def merge_parts(
         sink = tl.load(sinks + row, mask=exists, other=float("-inf"))
         largest = tl.maximum(largest, sink)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp(lses - base[None, :]), 0)
+    weights = tl.exp(lses - base[None, :])
+    total = tl.sum(weights, 0)
     if SINKS:
         total += tl.exp(sink - base)
-    end = tl.max(tl.max(tl.where(lses != float("-inf"), part[:, None] + 1, 0), 0), 0)
-    merged = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in tl.range(0, end, AT_ONCE):
-        some = first + tl.arange(0, AT_ONCE)
-        at = some.to(tl.int64)[:, None] * ALL_ROWS + row[None, :]
-        lses_of_some = tl.load(lse_of_parts + at, mask=(some < SPLITS)[:, None] & exists[None, :], other=float("-inf"))
-        # Nobody may have written the output of a part that saw nothing. NaN is the row's own, and stays.
-        written = (lses_of_some != float("-inf"))[:, :, None] & (feature < VALUE_DIM)[None, None, :]
-        values = tl.load(out_of_parts + at[:, :, None] * VALUE_DIM + feature[None, None, :], mask=written, other=0.0)
-        merged += tl.sum(values * tl.exp(lses_of_some - base[None, :])[:, :, None], 0)
+    if AT_ONCE == SPLITS_PADDED:
+        merged = _weighted(out_of_parts, place, feature, lses, weights, VALUE_DIM)
+    else:
+        merged = tl.zeros((ROWS, WIDTH), tl.float32)
+        end = tl.max(tl.max(tl.where(lses != float("-inf"), part[:, None] + 1, 0), 0), 0)
+        for first in tl.range(0, end, AT_ONCE):
+            some = first + tl.arange(0, AT_ONCE)
+            at = some.to(tl.int64)[:, None] * ALL_ROWS + row[None, :]
+            of_some = tl.load(lse_of_parts + at, mask=(some < SPLITS)[:, None] & exists[None, :], other=float("-inf"))
+            merged += _weighted(out_of_parts, at, feature, of_some, tl.exp(of_some - base[None, :]), VALUE_DIM)
     unseen = total == 0
     merged = merged / tl.where(unseen, 1.0, total)[:, None]
     places = row.to(tl.int64)[:, None] * VALUE_DIM + feature[None, :]

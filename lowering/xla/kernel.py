@@ -29,10 +29,25 @@ def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns:
     problem, heights = call.problem, heights_of(config.block_q, turns.part_heights)
     out = _bits(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
-    for walk in walks(problem, config, turns):
-        results = Walker(call, walk, heights, product_dtype).attend(results)
+    walkers = [Walker(call, walk, heights, product_dtype) for walk in walks(problem, config, turns)]
+    for some in (walkers[:-1], walkers[-1:]):  # tiles of more rows, and single rows: many calls have only one kind
+        results = _attend(some, results)
     out, lse = results
     return _floats(out, call.query.dtype), lse
+
+
+def _attend(walkers: "list[Walker]", results):
+    """Adds the results of all tiles of these heights, if there are any."""
+
+    def attend_all(results):
+        for walker in walkers:
+            results = walker.attend(results)
+        return results
+
+    if not any(walker.walk.skips for walker in walkers):
+        return attend_all(results)
+    tiles = sum(walker.tiles()[0] for walker in walkers)
+    return lax.cond(jnp.any(tiles > 0), attend_all, lambda results: results, results)
 
 
 PARTNERS = {"keys": "values", "key_scale": "value_scale"}  # what lies beside what in one array
@@ -67,15 +82,12 @@ class Walker:
         at = 1 + self.problem.layout.apart.index("page_size")
         return pages.reshape(*pages.shape[:at], self.runs_per_page, self.walk.run, *pages.shape[at + 1 :])
 
-    def attend(self, results):
-        """Adds the results of all tiles of this height."""
-        if not self.walk.skips:
-            return self._attend_tiles(results)
-        tiles, _ = tiles_of(self.call.sequences.length, self.walk.height, self.heights)
-        return lax.cond(jnp.any(tiles > 0), self._attend_tiles, lambda results: results, results)
+    def tiles(self):
+        """How many tiles each sequence has, and its first row that is in one."""
+        return tiles_of(self.call.sequences.length, self.walk.height, self.heights)
 
-    def _attend_tiles(self, results):
-        """The same group by group."""
+    def attend(self, results):
+        """Adds the results of all tiles of this height, group by group."""
         groups, tiles_of_group = self._groups()
         head_blocks = self.problem.num_kv_heads // self.walk.heads
         shapes = [x.shape for x in results]
@@ -101,39 +113,46 @@ class Walker:
         if self.walk.at_once and lanes == self.problem.seqs:  # no loop, and so nothing to take together
             return 1, lambda group: (sequences, jnp.zeros(lanes, jnp.int32))
         # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
-        numbers = jnp.stack(sequences, axis=1)
+        all_numbers = _packed(sequences)
+
+        def numbers_in_loop(group):
+            # What does not follow the loop's counter is computed ahead of the loop, even if that has no turn.
+            group, numbers = _kept_in_loop(group, all_numbers)
+            return group * lanes + jnp.arange(lanes, dtype=jnp.int32), numbers
+
         if self.lane_of_each:
 
             def lane_of_each(group):
-                # What does not follow the loop's counter is computed ahead of the loop, even if that has no turn.
-                seq = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
+                seq, numbers = numbers_in_loop(group)
                 sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
                 return sequence, (seq >= self.problem.seqs).astype(jnp.int32)
 
             # A token alone is such a tile, or is in none.
             return 1 if self.problem.tokens == 1 else jnp.max(sequences.tiles, initial=0), lane_of_each
-        end = sequences.first_tile + sequences.tiles
 
         def tiles_of_group(group):
-            number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
-            own = (sequences.first_tile[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
-            seq = jnp.sum(jnp.where(own, sequences.seq[None, :], 0), axis=1, dtype=jnp.int32)
-            sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
+            number, numbers = numbers_in_loop(group)
+            first, tiles = (numbers[None, :, _Sequence._fields.index(name)] for name in ("first_tile", "tiles"))
+            own = (first <= number[:, None]) & (number[:, None] < first + tiles)
+            # As a sum of all numbers, what is found is computed once for all that needs it.
+            found = jnp.sum(jnp.where(own[:, :, None], numbers[None], 0), axis=1, dtype=jnp.int32)
+            sequence = _Sequence(*jnp.unstack(found, axis=1))
             return sequence, number - sequence.first_tile
 
-        return _divided(jnp.max(end, initial=0) + (lanes - 1), lanes), tiles_of_group
+        return _divided(jnp.sum(sequences.tiles, dtype=jnp.int32) + (lanes - 1), lanes), tiles_of_group
 
     def _sequences(self) -> "_Sequence":
         """The sequences, how many tiles of this height each has, and in which order these are taken."""
         call, seqs = self.call, self.call.sequences
         pools = [seqs.pool if x is None else x for x in (call.key_pool, call.value_pool)]
-        tiles, first_row = tiles_of(seqs.length, self.walk.height, self.heights)
+        tiles, first_row = self.tiles()
         seq = jnp.arange(seqs.length.shape[0], dtype=jnp.int32)
-        sequences = _Sequence(seq, *seqs[:4], *pools, first_row, tiles, jnp.zeros_like(tiles), jnp.ones_like(tiles))
+        none, one, height = (jnp.full_like(tiles, x) for x in (0, 1, self.walk.height))
+        sequences = _Sequence(seq, *seqs[:4], *pools, first_row, tiles, none, one, height)
         before = seq[:, None] < seq[None, :]
         if self.walk.lanes > 1 and self.walk.most_blocks != 1:
             ranges = None if call.ranges is None else _taken(call.ranges, seqs.start + first_row)[:, None]
-            tile, _, _ = self._tile(sequences, jnp.zeros_like(tiles), tiles, ranges)
+            tile, _, _ = self._tile(sequences, none, tiles, ranges)
             blocks = jnp.where(tiles > 0, self._blocks(tile), 0)
             splits = jnp.where(shared(blocks, self.walk.splits), self.walk.splits, 1)
             if call.sinks is None:  # else a row that sees no key has a result too
@@ -153,8 +172,9 @@ class Walker:
         live = number < sequence.tiles
         if walk.splits > 1:  # lanes of one sequence have its one tile of this height
             number, split = split, number
-        first = sequence.first_row + number * height
-        rows = jnp.where(live, jnp.minimum(height, sequence.length - first), 0)
+        # Which tile is computed from the height as a number like others: then XLA compiles it once for all heights.
+        first = sequence.first_row + number * sequence.height
+        rows = jnp.where(live, jnp.minimum(sequence.height, sequence.length - first), 0)
         row = jnp.arange(height, dtype=jnp.int32)[None, :]
         exists = row < rows[:, None]
         token = jnp.where(exists, (sequence.start + first)[:, None] + row, problem.tokens)
@@ -235,7 +255,7 @@ class Walker:
         row = jnp.arange(self.walk.height, dtype=jnp.int32)[None, :]
         end = jnp.minimum(sequence.context_len, self.problem.capacity)
         first_new = sequence.context_len - sequence.length
-        position = first_new + sequence.first_row + number * self.walk.height
+        position = first_new + sequence.first_row + number * sequence.height
         if ranges is None:
             low, high = self.attention.visible_keys(position[:, None] + row)
             start_key, _ = self.attention.visible_keys(position)
@@ -361,6 +381,7 @@ class _Sequence(NamedTuple):
     tiles: Int[Array, " seqs"]  # of this height; a tile in several lanes counts as many
     first_tile: Int[Array, " seqs"]  # its number among those of all sequences
     splits: Int[Array, " seqs"]  # lanes that share a tile
+    height: Int[Array, " seqs"]
 
 
 class _Tile(NamedTuple):
@@ -401,6 +422,15 @@ class _Seen(NamedTuple):
 def _taken(array, *indices):
     """array[indices], for indices that are not negative; those too large count as the largest."""
     return array.at[indices].get(mode="clip", wrap_negative_indices=False)
+
+
+def _packed(columns):
+    """Vectors of integers as the columns of one array, by choices: XLA's CPU compiler fuses those, and no `stack`."""
+    at = jnp.arange(len(columns), dtype=jnp.int32)[None, :]
+    packed = columns[0][:, None]
+    for i, column in enumerate(columns[1:], 1):
+        packed = jnp.where(at < i, packed, column[:, None])
+    return packed
 
 
 def _divided(number, by):
