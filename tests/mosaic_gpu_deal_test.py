@@ -1,5 +1,6 @@
 """How small parts of tiles are where contexts may differ: the estimate, and what it chooses."""
 
+import math
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -11,6 +12,7 @@ from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import problems
 
 KERNEL, HOPPER = host.MosaicGpu(), Device("cuda", "NVIDIA H200", "9.0")
+BYTES_A_US = 22800  # of an H100's memory, a core
 
 
 def launch(**changes):
@@ -27,7 +29,7 @@ def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
 class EstimateTest(parameterized.TestCase):
     @parameterized.parameters(Parts(), Parts(1, 7, 4), Parts(3, 5, 16))
     def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts):
-        """Event by event: cores with work left share the memory, and none loads faster than one alone."""
+        """Event by event: cores with work left share the memory, and each goes through its own steps."""
         shape, contexts = launch(), np.random.default_rng(0).integers(1, 12000, 9)
         pieces = []
         for context in contexts:
@@ -38,14 +40,40 @@ class EstimateTest(parameterized.TestCase):
         for i, blocks in enumerate(sorted(pieces, reverse=True)):
             turn, place = divmod(i, 132)
             left[131 - place if turn % 2 else place] += blocks * 2**16 + deal.PIECE_BYTES
-        time = 0.0
+        time = deal.LAUNCH_BYTES
         while left := [work for work in left if work > 1e-3]:
-            rate, least = min(132 / len(left), deal.ALONE), min(left)
-            left, time = [work - least for work in left], time + least / rate
+            least = min(left)
+            longer = math.sqrt((len(left) / 132) ** 2 + (deal.STEP_BYTES / 2**16) ** 2)
+            left, time = [work - least for work in left], time + least * longer
         if parts.most > 1:
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
             time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + 2 * 2**18 / 132 * len(pieces) / 90
         self.assertAlmostEqual(deal._time(shape, parts, contexts) / time, 1)
+
+    @parameterized.named_parameters(
+        ("teams", launch(seqs=64, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+                         result_bytes=2**20, slots=264), {"1/1": (709.2, 94.8, 80.7), "4/32": (721.3, 97.7, 48.0)}),
+        ("wide", launch(seqs=16, tiles_of_seq=8, capacity=4096, most_keys=4096, block_kv=64, result_bytes=2**18),
+         {"1/1": (179.0, 26.9, 47.1), "4/16": (184.0, 28.7, 25.6)}),
+        ("one_group", launch(seqs=64, tiles_of_seq=1, capacity=4096, most_keys=4096, result_bytes=2**18),
+         {"1/1": (49.0, None, 24.7), "4/8": (52.8, None, 10.6)}),
+        ("drafts", launch(seqs=32, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+                          result_bytes=2**21, slots=264), {"1/1": (359.0, 50.5, 83.5), "2/64": (366.4, 53.7, 52.3)}),
+    )  # fmt: skip
+    def test_so_long_launches_took(self, shape, taken):
+        """Microseconds on an H100, of contexts as long as the table, of an eighth, and of one among others of a 32nd.
+
+        Those that lie in the second cache from the last launch are shorter, and left out."""
+        seqs, errors = shape.seqs, []
+        contexts = [np.full(seqs, 1.0), np.full(seqs, 1 / 8), np.where(np.arange(seqs) == seqs // 2, 1, 1 / 32)]
+        for parts, times in taken.items():
+            most, blocks = map(int, parts.split("/"))
+            for share, time in zip(contexts, times):
+                if time is not None:
+                    estimate = deal._time(shape, Parts(1, most, blocks), share * shape.capacity)
+                    errors.append(math.log(estimate / BYTES_A_US / time))
+        self.assertLess(np.abs(errors).max(), 0.18)
+        self.assertLess(np.sqrt(np.mean(np.square(errors))), 0.08)
 
     @parameterized.product(parts=(Parts(), Parts(1, 4, 32), Parts(2, 2)), smallest=(2**17, 2**20))
     def test_no_parts_are_larger_than_they_were_or_too_small(self, parts, smallest):
@@ -79,7 +107,7 @@ class ChoiceTest(parameterized.TestCase):
         self.assertGreater(len(paid), 80)
         self.assertLess(max(paid), 1.15)
         self.assertLess(np.mean(np.log(paid)), 0.01)
-        self.assertGreater(np.mean(gained), 0.01)
+        self.assertGreater(np.mean(gained), 0.005)
 
     @parameterized.named_parameters(
         ("tiles_fill_the_chip", (64, 4096), {}),
@@ -91,6 +119,7 @@ class ChoiceTest(parameterized.TestCase):
         self.assertFalse(parts_of(*call, **changes).vary)
 
     @parameterized.named_parameters(
+        ("drafts", (6, 14784), dict(tokens=4), 2**20),
         ("drafts_with_a_window", (21, 20992, 8, 4), dict(tokens=5, sliding_window=4096, attn_logits_soft_cap=50.0), 2**20),
         ("a_few_steps", (9, 12000, 40, 10), {}, 2**20),
         ("more_tiles_than_cores", (20, 4096), {}, 2**19),

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_rows, masks, softmax
+from paged_prefill.lowering.mosaic_gpu.room import rows_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
-from paged_prefill.tests import plans
+from paged_prefill.tests import plans, problems
 
 ROWS, BLOCK, FEATURES, STAGES = 64, 64, 64, 2
 
@@ -213,6 +216,15 @@ class FewRowsTest(parameterized.TestCase):
         for one, other in zip(found, others):
             np.testing.assert_array_equal(one[3::4], other[3::4])
             self.assertTrue(np.isnan(other[1::4]).all())
+
+
+class ChoiceTest(parameterized.TestCase):
+    @parameterized.parameters((1, 32, 32), (1, 3, 8), (5, 1, 8), (8, 2, 16), (13, 1, 16), (4, 4, 64), (13, 2, 64), (17, 1, 64))
+    def test_few_tokens_of_few_heads_are_columns_of_the_products(self, tokens, group, rows):
+        """Of 32 rows, those of several tokens are slower so."""
+        given = problems.problem(tokens=9 * tokens, seqs=9, q_heads=2 * group, num_kv_heads=2, cache_kv_heads=2)
+        config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
+        self.assertEqual(rows_of(given, config), rows)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.mosaic_gpu.room import few_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
-# In bytes of keys and values that a core loads meanwhile, with all others at work (25 to 32 KB a us).
-PIECE_BYTES = 24 * 2**10  # to begin and to end a part
-MERGE_BYTES, MERGED_PART_BYTES = 2**16, 2**11  # to launch the merge, and for each part of the tile with the most
-ALONE = 1.5  # times as much a core, or each of its teams, loads alone: 1.25 on an H200, 1.6 on an H100
+# What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
+# H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
+LAUNCH_BYTES = 75 * 2**10  # of a launch, whatever there is to do
+PIECE_BYTES = 5 * 2**10  # to begin and to end a part
+# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap.
+STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
+MERGE_BYTES, MERGED_PART_BYTES = 47 * 2**10, 2**10  # to launch the merge, and for each part of the tile with the most
 # Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
-OF_EQUAL = 8.0
+OF_EQUAL = 6.0
 OF_WIDE = 0.25  # likewise those of a table eight times as wide
 
 
@@ -40,11 +44,14 @@ class Launch(NamedTuple):
     slots: int  # tiles at a time
     cores: int
     smallest: int  # part that may be, in bytes of keys and values
+    step_bytes: float = STEP_BYTES
 
 
 def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
     """That of so many tiles, were the tokens spread evenly over the sequences."""
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    wide = few_rows(problem, config) is None and config.block_kv > 64
+    long_steps = wide or problem.attention.attn_logits_soft_cap is not None
     return Launch(
         seqs=seqs,
         tiles_of_seq=-(-unsplit // seqs),
@@ -56,6 +63,7 @@ def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, 
         slots=slots,
         cores=device.cores,
         smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
+        step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
     )
 
 
@@ -91,7 +99,10 @@ def _kinds(launch: Launch) -> list:
 
 
 def _time(launch: Launch, parts: Parts, contexts) -> float:
-    """When a launch ends, in bytes that a core loads meanwhile; longest parts first, to and fro."""
+    """When a launch ends, in bytes that a core loads meanwhile; longest parts first, to and fro.
+
+    Those at work wait for memory, which they share, and for their own steps: of a few times one, of many the other.
+    """
     blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
     share = np.ceil(blocks / np.clip(np.ceil(blocks / parts.blocks), parts.least, parts.most))
     number = np.ceil(blocks / share).astype(int)
@@ -101,7 +112,7 @@ def _time(launch: Launch, parts: Parts, contexts) -> float:
     rounds[1::2] = rounds[1::2, ::-1]
     ends = np.sort(rounds.sum(axis=0))
     at_work = np.arange(launch.slots, 0, -1)  # until each of them
-    time = np.diff(ends, prepend=0) @ np.maximum(at_work / launch.cores, 1 / ALONE)
+    time = LAUNCH_BYTES + np.diff(ends, prepend=0) @ np.hypot(at_work / launch.cores, launch.step_bytes / launch.block_bytes)
     if parts.most == 1:
         return time
     results = 2 * launch.result_bytes / launch.cores * number.mean()  # written and read
