@@ -96,6 +96,19 @@ WIDE = dict(
 )
 
 
+# Keys that are gathered one by one, where pages are no runs of a block's rows.
+GATHERED = dict(
+    page_1=dict(page_size=1),
+    page_4_d64=dict(page_size=4, head_dim=64, key_ranges=True, tree_words=1),
+    page_24_d256=dict(page_size=24, head_dim=256, sinks=True, layers=2),
+    page_101_group_of_16=dict(page_size=101, q_heads=16, kv_heads=1),
+    page_5_d192=dict(page_size=5, head_dim=192, value_dim=128, key_ranges=True),
+    page_3_d512=dict(page_size=3, head_dim=512, value_dim=512, q_heads=4),
+    page_1_mla=dict(MLA, page_size=1, tree_words=1),
+    page_7_mla_of_128=dict(MLA, page_size=7, q_heads=128),
+)
+
+
 def quantised_by(scale, dtype="float8_e4m3fn", latent=False):
     """Arguments of `poisoned.make_call` for caches with such scales, or none."""
     if scale is None:
@@ -162,7 +175,7 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         named(ALONE, QUANTISED_KINDS, COMBINED)
-        + named(HOPPER, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
+        + named(HOPPER, GATHERED, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
         + named({name: WIDE[name] for name in ("mla_of_24", "mla_of_128")}, kernels=("triton",))
     )
     def test_matches_the_oracle(self, kernel, kind, dtype):
@@ -170,13 +183,13 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         named(COMBINED, QUANTISED_KINDS, ALONE)
-        + named(HOPPER, WIDE, WIDE_QUANTISED, GROUPS, kernels=("mosaic_gpu",))
+        + named(HOPPER, GATHERED, WIDE, WIDE_QUANTISED, GROUPS, kernels=("mosaic_gpu",))
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
     @parameterized.named_parameters(
-        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
+        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, GATHERED, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
     )
     def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
         """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""

@@ -32,10 +32,9 @@ def fitted(case: cases.Case, platform: str) -> cases.Case:
     case = replace(case, cfg=None)
     if platform == "triton":
         return case
-    page_size = max(8, 1 << (case.page_size - 1).bit_length())
     dims = dict(head_dim=case.head_dim, value_dim=case.value_dim)
     wide = {name: size and -(-size // 64) * 64 for name, size in dims.items()}
-    return replace(case, page_size=page_size, dtype="bfloat16" if case.dtype == "float32" else case.dtype, **wide)
+    return replace(case, dtype="bfloat16" if case.dtype == "float32" else case.dtype, **wide)
 
 
 def on_each_platform(table):
