@@ -78,6 +78,7 @@ class QueriesTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("chain", {}, 2),
         ("any_block_may_be_masked", dict(has_ranges=True), 1),
+        ("gathered", dict(page_size=5), 1),
         ("two_places_for_blocks", dict(stages=2), 1),
         ("small_blocks", dict(block_kv=64), 1),
         ("one_piece_each", dict(tiles=3), 1),

@@ -409,7 +409,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""
         ahead = 1 if any(source is keys for source in sources) else 0  # blocks that the first query takes along
-        late = plan.stages - 1 if plan.gathers else 0  # blocks under way while a place for another is waited for
+        # Blocks under way while a place for another is waited for: with one more, none is there for those who would free it.
+        late = min(source.stages for source in sources) - 1 if plan.gathers else 0
         besides = {source.beside for source in sources}
 
         def row_of(piece, key, beside):

@@ -272,9 +272,10 @@ class Plan:
     @property
     def query_places(self) -> int:
         """Queries of a warpgroup that there is room for. In a chain a second one, in the place of a block of values, is
-        there before the last logits of the first. Where any block may be masked, nothing is gained.
+        there before the last logits of the first. Where any block may be masked, nothing is gained; keys that are gathered
+        are on their way for longer, and want all places.
         """
-        takes = self.chains and not (self.quantised or self.masks_any_block)
+        takes = self.chains and not (self.quantised or self.masks_any_block or self.gathers)
         return 2 if takes and self.stages > 2 and self.rows <= self.block_kv else 1
 
     @property
