@@ -105,7 +105,7 @@ class MosaicGpu(Kernel):
         problem = behind_widening(problem, not widens)
         if current_policy() == "invariant":
             return _for_any_pack(problem)
-        more, config = _with_more_warpgroups(problem), _with_at_most_two(problem)
+        more, config = _with_more_warpgroups(problem), _with_at_most_two(problem, widens)
         teams = _with_teams(problem, config)
         small = _with_one_warpgroup(problem, device) if _has_short_prompts(problem) else None
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
@@ -347,13 +347,14 @@ def _block_kv(problem: Problem) -> int | None:
     return max(fits, default=None if is_quantised(problem) else largest)
 
 
-def _with_at_most_two(problem: Problem) -> PrefillPageAttentionConfig:
+def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConfig:
+    """Few rows take no 8-bit products (`widens` as in `_heuristic`)."""
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if shares_rows(problem):
         return _for_wide(problem)
     together = 1 if tokens_per_seq == 1 else max(8, pl.next_power_of_2(tokens_per_seq))
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
-    if rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
+    if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
         return few
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
