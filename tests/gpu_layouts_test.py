@@ -28,7 +28,7 @@ class GpuLayoutsTest(parameterized.TestCase):
         )
         oracle.assert_matches(call, *jax.jit(lambda call: run(**call))(layouts.lay(call, name)), **parameters)
 
-    @parameterized.product(name=layouts.NAMES, page_size=(8, 64, 192), dtype=("bfloat16",))
+    @parameterized.product(name=layouts.NAMES, page_size=(5, 8, 64, 192), dtype=("bfloat16",))
     def test_hopper(self, name, page_size, dtype):
         self.check("cuda", name, dict(EVERYTHING, dtype=dtype, page_size=page_size))
 
