@@ -259,6 +259,7 @@ class HeuristicTest(parameterized.TestCase):
                 of_8_bits = KERNEL.heuristic(in_8_bits, device)
                 self.assertLessEqual(host.rows_of(in_8_bits, of_8_bits), 64)
                 self.assertIsNone(KERNEL.misfit(in_8_bits, device, of_8_bits))
+            self.assertGreaterEqual(host.rows_of(in_8_bits, KERNEL.heuristic(in_8_bits, H200)), q_heads)
             if q_heads >= 64 or not pack:
                 self.assertEqual((host.rows_of(each, config), config.block_kv), (64, 64))
 

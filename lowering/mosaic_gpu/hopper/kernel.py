@@ -419,7 +419,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 return plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
 
-        def announce(i, done, sources):
+        def announce(i, done):
             """That block i of a piece has come."""
             for source, _ in itertools.product(sources, offsets):
                 slot = team * source.stages + lax.rem(done + i, source.stages)
@@ -444,9 +444,9 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                 rows = rows_of(i)
                 if plan.query_comes_first:
                     pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(query_here.at[last_queries]))
-                if plan.gathers and late:  # what has come meanwhile, before a place is waited for
+                if late:  # what has come meanwhile, before a place is waited for
                     pl.when(i >= late)(lambda: threads.wait_for_groups(late - 1))
-                    pl.when(i >= late)(functools.partial(announce, i - late, done, sources))
+                    pl.when(i >= late)(functools.partial(announce, i - late, done))
                 for source in sources:
                     slot = team * source.stages + lax.rem(done + i, source.stages)
 
@@ -457,9 +457,9 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
                     _copy_runs(plan, piece, source, slot, offsets, rows[source.beside])
                 if plan.gathers:
                     threads.close_group()
-                if plan.gathers and not late:
-                    threads.wait_for_groups(0)
-                    announce(i, done, sources)
+                    if not late:
+                        threads.wait_for_groups(0)
+                        announce(i, done)
                 if plan.asks_for_blocks:
                     pl.when(i + 1 < piece.steps)(functools.partial(ask_for_block, i + 1))
                 if before is not None and plan.values_before_query:
@@ -468,7 +468,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
             lax.fori_loop(0, piece.steps, step, None)
             for left in range(late, 0, -1):
                 pl.when(piece.steps >= left)(functools.partial(threads.wait_for_groups, left - 1))
-                pl.when(piece.steps >= left)(functools.partial(announce, piece.steps - left, done, sources))
+                pl.when(piece.steps >= left)(functools.partial(announce, piece.steps - left, done))
 
         each_piece(copy_piece, team)
 

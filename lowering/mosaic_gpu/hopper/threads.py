@@ -110,22 +110,22 @@ def copy_later(matrix, row, column, shared, byte) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN))
     def start(_, matrix, row, column, shared, byte):
         there = utils.getelementptr(utils.memref_ptr(shared), [byte.registers.item()], ir.IntegerType.get_signless(8))
-        _do("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", there, _place(matrix, row, column))
+        _instruct("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", there, _place(matrix, row, column))
 
     start(matrix, row, column, shared, byte)
 
 
 def close_group() -> None:
     """What this thread has started to copy since the last group is one."""
-    plgpu.inline_mgpu()(lambda _: _do("cp.async.commit_group;"))()
+    plgpu.inline_mgpu()(lambda _: _instruct("cp.async.commit_group;"))()
 
 
 def wait_for_groups(left: int) -> None:
     """Until all of this thread's groups but the last so many have come, and products may read them."""
-    plgpu.inline_mgpu()(lambda _: _do(f"cp.async.wait_group {left}; fence.proxy.async.shared::cta;"))()
+    plgpu.inline_mgpu()(lambda _: _instruct(f"cp.async.wait_group {left}; fence.proxy.async.shared::cta;"))()
 
 
-def _do(text: str, constraints: str = "", *operands) -> None:
+def _instruct(text: str, constraints: str = "", *operands) -> None:
     constraints = ",".join(filter(None, [constraints, "~{memory}"]))
     llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
 
