@@ -23,6 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WAR
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
@@ -54,8 +55,8 @@ FASTER = {3: 1.04, 4: 1.15}
 # Of value_dim / 2 + block_kv: a thread holds its share of the output, a block's logits, and weights of half their size.
 MOST_REGISTERS = {3: 128, 4: 96}
 MOST_EMPTY = 1.02  # times as many rows, of tiles of one wide head as of two, say: the others are nobody's
-# Keys that tiles see on average, from which on three are considered where the pieces of two are a chain, and one wide head.
-LONG = 4096
+# Keys that tiles see on average, from which on three are considered where the pieces of two are a chain; and one wide head.
+MANY, LONG = 2048, 4096
 
 
 class MosaicGpu(Kernel):
@@ -527,12 +528,15 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
         return False
     if number == 4 and (problem.attention.attn_logits_soft_cap is not None or programs(problem, two) < device.cores):
         return False
+    fewest, most = _keys_of_tiles(problem, more.block_q)
+    if number == 3 and not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None:  # two are a chain
+        if "key_ranges" in problem.features or fewest + most < 2 * MANY or programs(problem, more) < 2 * device.cores:
+            return False  # ranges may make pieces short, and few pieces may be cut into parts
+        sizes = (more, THREE_WARPGROUPS), (two, CHAIN)
+        three, chain = (cycles(problem, *size, programs(problem, size[0]), device.cores) for size in sizes)
+        return three < chain
     if number == 3 and programs(problem, more) < ROUNDS * device.cores:
         return False
-    fewest, most = _keys_of_tiles(problem, more.block_q)
-    chains = number == 3 and not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
-    if chains and ("key_ranges" in problem.features or fewest + most < 2 * LONG):
-        return False  # ranges may make them short
 
     def time(config):
         rounds = programs(problem, config) / device.cores
