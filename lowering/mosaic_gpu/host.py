@@ -1,7 +1,7 @@
 """The Hopper kernel, in Pallas Mosaic GPU: pages by TMA, wgmma, and warpgroups that take turns on the tensor cores.
 
 One launch serves the whole pack; what a thread block does is in hopper/kernel.py. Here is what the rest of lowering/
-calls: which problems it supports, the sizes it runs with, and the call itself.
+calls: which problems it supports, the sizes it runs with, and the call itself. The words are those of hopper/__init__.py.
 """
 
 from dataclasses import replace

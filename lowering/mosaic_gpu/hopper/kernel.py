@@ -4,6 +4,7 @@ The block takes a *tile*: some tokens of one sequence, for some of the query hea
 and a token) to each compute warpgroup (compute.py). One more warpgroup only loads: its warps copy keys and values page
 by page, from where they lie into the rows of a swizzled tile in shared memory, and the query rows of the next tile.
 Where tiles have few keys, two of one warpgroup each go on side by side: *teams*, with blocks and barriers of their own.
+These and all other words of this folder are in its docstring (__init__.py).
 """
 
 import functools
