@@ -19,8 +19,8 @@ from paged_prefill.primitive.operands import POOLS, Operation, Shapes
 class OperationPrimitive(Primitive):
     """A primitive of one operation, whose `bind` takes operands by position or name, and fills in and checks the rest.
 
-    In a jaxpr the operands that are there stand in the table's order, and the parameter `present` lists their names;
-    so does whoever binds again what stands in a jaxpr.
+    In a jaxpr the operands that are there stand in the table's order, and the parameter `present` lists their names.
+    Who binds an equation of a jaxpr again gives both in that form, and `bind` passes them on as they are.
     """
 
     multiple_results = True
