@@ -26,7 +26,7 @@ UNROLLED = 8  # parts that are read without waiting for one another
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything static about it."""
+    """Everything static about a launch of the merge."""
 
     cores: int
     rows: int  # that the table has room for; behind them is how many there are
@@ -38,12 +38,12 @@ class Launch:
 
     @property
     def numbers(self) -> int:
-        """Of a token's output."""
+        """Numbers of a token's output."""
         return self.q_heads * self.value_dim
 
     @property
     def shares(self) -> int:
-        """Of a tile's numbers: of a token, as many as all threads of a block merge at a time."""
+        """Shares of a tile's numbers: each is what the threads of a block merge at a time, of one token."""
         return self.tokens_of_tile * self.shares_of_token
 
     @property
