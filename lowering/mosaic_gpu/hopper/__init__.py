@@ -22,7 +22,8 @@ The work, from large to small:
     tile        some tokens of one sequence (`block_q`) for some query heads that share a KV head (`heads`)
     part        a share of the blocks of keys that a tile sees, where they are split (split-K). All tiles have as many, or
                 their number varies with their keys (`parts.vary`)
-    piece       one part of one tile: the unit of work. All pieces of a pack are numbered, those of most work first
+    piece       one part of one tile: the unit of work. All pieces of a pack are numbered, those of most work first where
+                there are more of them than thread blocks
     deal        how pieces go to thread blocks: each takes one a round, and every second round runs backwards ("to and
                 fro"), so that who had the longest piece gets the shortest next
     block       of keys: `block_kv` of them, and the step of a loop. A thread block (CTA) is always called that, or a
@@ -37,7 +38,7 @@ Who does it:
     team        the warpgroups that compute one tile. Usually one team a thread block; where tiles are small there are two,
                 of one warpgroup each, with a tile each and rings and barriers of their own
     turns       two warpgroups issue their products alternately (FlashAttention-3's ping-pong): one's softmax runs beside
-                the other's products
+                the other's products. (A turn of a loop is one pass of its body)
     chain       the next piece's first logits are issued beside the last product of this one, so that no piece begins cold
     cluster     the thread blocks that have the parts of one tile, and merge them in shared memory
     widen       convert the 8-bit numbers of a quantised cache to 16 bits, without their scales
