@@ -84,6 +84,7 @@ class Parts:
 
     @property
     def vary(self) -> bool:
+        """Whether tiles may have different numbers of parts."""
         return self.most > self.least
 
     def share(self, blocks):
@@ -127,6 +128,7 @@ class Tiling:
 
     @property
     def tiles(self) -> int:
+        """The most tiles that a pack can need."""
         return tiles_at_most(self.tokens, self.seqs, self.block_q)
 
     @property

@@ -36,6 +36,7 @@ class OperationPrimitive(Primitive):
         self._takes = [*list(inspect.signature(parameters).parameters)[1:], *own_parameters]
 
     def bind(self, *operands, **given):
+        """Binds a call: operands by position or by name, and parameters by name; or as they stand in a jaxpr, with `present`."""
         if "present" not in given:
             named, given = self._by_name(operands, given)
             own = {name: check(given.pop(name, None)) for name, check in self._own_parameters.items()}

@@ -15,14 +15,17 @@ RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 
 
 def is_quantised(problem: Problem) -> bool:
+    """Whether the caches hold 8 bits a number."""
     return "quantised" in problem.features
 
 
 def is_latent(problem: Problem) -> bool:
+    """Whether values are the first features of the keys."""
     return "latent" in problem.features
 
 
 def shares_rows(problem: Problem) -> bool:
+    """Whether two warpgroups share the rows of a tile, each with half of the output's columns (`plan.is_wide`)."""
     return is_wide(problem.head_dim, problem.value_dim, is_latent(problem))
 
 

@@ -40,6 +40,7 @@ class RowTiles(NamedTuple):
 
     @classmethod
     def of(cls, kv_heads: int, group: int) -> "RowTiles":
+        """The tiles of so many KV heads, each of which `group` query heads share."""
         heads = kv_heads * group
         rows = round_up(min(heads, group), SUBLANES) if kv_heads == 1 else max(schedule.power_of_2_up_to(group), SUBLANES)
         tiles = -(-heads // rows)

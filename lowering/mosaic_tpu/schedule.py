@@ -40,18 +40,22 @@ class Sizes(NamedTuple):
 
     @property
     def block_q(self) -> int:
+        """Tokens of a tile."""
         return self.part * self.parts
 
     @property
     def chunk(self) -> int:
+        """Keys of one matrix product."""
         return self.run * self.runs_per_chunk
 
     @property
     def block_kv(self) -> int:
+        """Keys of a block."""
         return self.chunk * self.chunks_per_block
 
     @property
     def runs_per_block(self) -> int:
+        """Runs of a block."""
         return self.runs_per_chunk * self.chunks_per_block
 
     def slots_of_run(self, run):
@@ -117,6 +121,7 @@ def sublanes(dtype) -> int:
 
 
 def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least x."""
     return -(-x // multiple) * multiple
 
 

@@ -96,6 +96,7 @@ class Product(NamedTuple):
 
     @property
     def num_keys(self) -> int:
+        """How many keys it takes."""
         return self.keys.stop - self.keys.start
 
 

@@ -52,6 +52,7 @@ class Launch:
 
     @property
     def blocks(self) -> int:
+        """Thread blocks of the launch."""
         return min(self.rows * self.shares, BLOCKS * self.cores)
 
 

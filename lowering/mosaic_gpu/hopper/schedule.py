@@ -58,6 +58,7 @@ class Launch:
 
 
 def fits(tiling: Tiling) -> bool:
+    """Whether one kernel can write the table of a pack: it has a thread for each sequence, and room for each tile."""
     return tiling.seqs <= MOST_SEQUENCES and tiling.tiles * (1 + tiling.parts.vary) <= MOST_TILES
 
 
