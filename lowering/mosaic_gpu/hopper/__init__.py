@@ -13,10 +13,10 @@ which the plan chooses:
 All of them use masks.py (who sees what), softmax.py (the online softmax), soft_cap.py (its tanh as a polynomial) and
 operations.py (wgmma that runs on beside other work, and more that Pallas has no words for). Quantised caches are
 converted by widen.py, or transposed for products in 8 bits by transpose.py. Parts are merged by cluster.py, last_part.py
-or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy are gathered by gather.py. Kernels of their own are schedule.py, merge.py,
-widen_pages.py and append.py; they are written for single threads, in the words of threads.py.
+or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy are gathered by gather.py. Kernels of their own are
+schedule.py, merge.py, widen_pages.py and append.py; they are written for single threads, in the words of threads.py.
 
-The work, from large to small:
+The work:
 
     row         a token for one query head; a wgmma has 64
     tile        some tokens of one sequence (`block_q`) for some query heads that share a KV head (`heads`)
