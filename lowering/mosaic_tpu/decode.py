@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, LoadedBlock, Pages, Scales
 from paged_prefill.lowering.mosaic_tpu.masks import hide_outside, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
@@ -132,7 +132,7 @@ class _Item:
         slot, first_key = self.fetcher.turn(), block * block_kv
         following, exists = self.fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
-        arrays = Arrays(
+        loaded = LoadedBlock(
             query_ref=self.query_ref,
             keys_ref=keys_ref,
             values_ref=keys_ref if static.held.latent else buffers.values.at[slot],
@@ -143,10 +143,10 @@ class _Item:
         )
         seen_whole = (self.key_start <= first_key) & (first_key + block_kv <= self.key_end)
         hot = seen_whole & exists & self.fetcher.whole(following)
-        pl.when(hot)(lambda: self._unmasked(arrays, block, slot, following))
-        pl.when(jnp.logical_not(hot))(lambda: self._masked(arrays, block, first_key, slot, following, exists))
+        pl.when(hot)(lambda: self._unmasked(loaded, block, slot, following))
+        pl.when(jnp.logical_not(hot))(lambda: self._masked(loaded, block, first_key, slot, following, exists))
 
-    def _unmasked(self, arrays: "Arrays", block, slot, following):
+    def _unmasked(self, loaded: LoadedBlock, block, slot, following):
         """Every key of the block is seen, and every run of the next one is needed."""
         sizes, at_once, chunks_at_once, steps = self.sizes, self.at_once, self.chunks_at_once, self.steps
         self.fetcher.wait(block, slot)
@@ -164,13 +164,13 @@ class _Item:
 
             @pl.loop(0, steps_with_copies)
             def _(part):
-                Step(arrays, chunks, part * at_once, at_once, beside=copies(part)).attend()
+                _Step(loaded, chunks, part * at_once, at_once, beside=copies(part)).attend()
 
             @pl.loop(steps_with_copies, steps)
             def _(part):
-                Step(arrays, chunks, part * at_once, at_once).attend()
+                _Step(loaded, chunks, part * at_once, at_once).attend()
 
-    def _masked(self, arrays: "Arrays", block, first_key, slot, following, exists):
+    def _masked(self, loaded: LoadedBlock, block, first_key, slot, following, exists):
         """The chunks of the block that hold a key that is seen."""
         sizes = self.sizes
         pl.when(exists)(lambda: self.fetcher.start(following, 1 - slot))
@@ -182,11 +182,11 @@ class _Item:
         @pl.loop(low, high)
         def _(chunk):
             interval = start - chunk * sizes.chunk, end - chunk * sizes.chunk
-            zero_outside(arrays.values_ref, chunk, interval, sizes)
+            zero_outside(loaded.values_ref, chunk, interval, sizes)
 
             @pl.loop(0, self.steps)
             def _(part):
-                Step(arrays, [chunk], part * self.at_once, self.at_once, interval).attend()
+                _Step(loaded, [chunk], part * self.at_once, self.at_once, interval).attend()
 
 
 def _at_once(row_tiles: RowTiles, sizes: Sizes) -> tuple[int, int]:
@@ -197,23 +197,7 @@ def _at_once(row_tiles: RowTiles, sizes: Sizes) -> tuple[int, int]:
     return periods, schedule.largest_divisor(sizes.chunks_per_block, most // periods)
 
 
-class Arrays(NamedTuple):
-    """What steps over a block of keys work on.
-
-    `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there
-    are none.
-    """
-
-    query_ref: object
-    keys_ref: object
-    values_ref: object
-    scratch: Scratch
-    static: Static
-    scale_of: object
-    slot_scales_of: object
-
-
-class Step:
+class _Step:
     """Chunks of keys, folded into the running values of some periods of tiles.
 
     All logits come first: the matrix unit computes those of later chunks while the softmax of the first ones runs.
@@ -222,9 +206,9 @@ class Step:
     them runs at the same time.
     """
 
-    def __init__(self, arrays: Arrays, chunks, first_period, periods: int, interval=None, beside=()):
-        self.arrays, self.chunks, self.first_period, self.interval = arrays, chunks, first_period, interval
-        static, self.scratch = arrays.static, arrays.scratch
+    def __init__(self, loaded: LoadedBlock, chunks, first_period, periods: int, interval=None, beside=()):
+        self.loaded, self.chunks, self.first_period, self.interval = loaded, chunks, first_period, interval
+        static, self.scratch = loaded.static, loaded.scratch
         self.sizes, self.row_tiles = static.sizes, static.row_tiles
         self.tiles = range(periods * self.row_tiles.period)
         # Products are in pieces, for copies to lie between them.
@@ -235,7 +219,7 @@ class Step:
         self.row = lax.broadcasted_iota(jnp.int32, (self.row_tiles.rows, 1), 0)
 
     def attend(self):
-        """All of it."""
+        """Folds the chunks in, one after the other."""
         acc = self.scratch.acc
         logits_of_chunks = [[self._logits(chunk, tile) for tile in self.tiles] for chunk in self.chunks]
         for chunk, logits_of_tiles in zip(self.chunks, logits_of_chunks):
@@ -255,12 +239,12 @@ class Step:
 
     def _logits(self, chunk, tile: int):
         """Logits [rows, keys] of a tile, scales included."""
-        query = self.arrays.query_ref[self._number_of(tile)]
+        query = self.loaded.query_ref[self._number_of(tile)]
 
         def of_head(head):
-            keys_of = functools.partial(self._of_keys, self.arrays.keys_ref, head, chunk)
+            keys_of = functools.partial(self._of_keys, self.loaded.keys_ref, head, chunk)
             here = jnp.concatenate([self._product(query, keys_of(keys), 1) for keys in self.pieces], axis=1)
-            for scale in (self.arrays.scale_of("key", head), self.arrays.slot_scales_of("key", head, chunk)):
+            for scale in (self.loaded.scale_of("key", head), self.loaded.slot_scales_of("key", head, chunk)):
                 here = here if scale is None else here * scale
             return here
 
@@ -268,7 +252,7 @@ class Step:
 
     def _softmax(self, tile: int, s):
         """Weights of logits, and by what the running values fade, of which the maximum and the sum move on."""
-        scratch, static, at = self.scratch, self.arrays.static, self._number_of(tile)
+        scratch, static, at = self.scratch, self.loaded.static, self._number_of(tile)
         to_exponent = (static.softmax_scale if static.soft_cap is None else static.soft_cap) * math.log2(math.e)
         if static.soft_cap is not None:
             s = jnp.tanh(s * (static.softmax_scale / static.soft_cap))
@@ -290,20 +274,20 @@ class Step:
         def of_head(head):
             weights, parts = self._weights(p, head, chunk), []
             for keys in self.pieces:
-                values = self._of_keys(self.arrays.values_ref, head, chunk, keys)[:, : self.arrays.static.value_dim]
+                values = self._of_keys(self.loaded.values_ref, head, chunk, keys)[:, : self.loaded.static.value_dim]
                 parts.append(self._product(weights[:, keys], values, 0))
                 for start in next(self.shares):
                     start()
-            here, scale = sum(parts), self.arrays.scale_of("value", head)
+            here, scale = sum(parts), self.loaded.scale_of("value", head)
             return here if scale is None else here * scale
 
         return self._of_each_head(tile, of_head)
 
     def _weights(self, p, head, chunk):
         """Weights times the scales of their slots' values, as they come to be multiplied."""
-        if (scales := self.arrays.slot_scales_of("value", head, chunk)) is not None:
+        if (scales := self.loaded.slot_scales_of("value", head, chunk)) is not None:
             p = p * (scales if self.interval is None else zero_scales_outside(scales, self.interval))  # 0 * NaN is NaN
-        return p.astype(self.arrays.query_ref.dtype)
+        return p.astype(self.loaded.query_ref.dtype)
 
     def _of_each_head(self, tile: int, of_head):
         """For each row of a tile, what `of_head` gives for its KV head."""
@@ -318,11 +302,11 @@ class Step:
     def _of_keys(self, ref, head, chunk, keys: slice):
         """What some of a chunk's keys have in `ref`, [keys, features]."""
         at = self.sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)
-        return ref[head, at].astype(self.arrays.query_ref.dtype)
+        return ref[head, at].astype(self.loaded.query_ref.dtype)
 
     def _product(self, x, y, contract: int):
         """x times y, whose dimension `contract` is summed over."""
-        precision = lax.Precision.HIGHEST if self.arrays.query_ref.dtype == jnp.float32 else None
+        precision = lax.Precision.HIGHEST if self.loaded.query_ref.dtype == jnp.float32 else None
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
