@@ -27,7 +27,9 @@ def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
 
 
 class EstimateTest(parameterized.TestCase):
-    @parameterized.product(parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)), most=(500, 12000), in_cluster=(False, True))
+    @parameterized.product(
+        parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)), most=(500, 12000), in_cluster=(False, True)
+    )
     def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster):
         """Event by event: cores with work left share the memory, or the second cache, and each goes through its own steps."""
         shape, contexts = launch(in_cluster=in_cluster), np.random.default_rng(0).integers(1, most, 9)
