@@ -26,7 +26,8 @@ from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, mean_keys, merge_splits, most_keys
+from paged_prefill.lowering.splits import parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -62,7 +63,7 @@ MOST_REGISTERS = {3: 128, 4: 96}
 MOST_EMPTY = 1.02  # how many times the rows other tiles may have, empty ones counted, to be preferred
 # Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain;
 # and tiles of one wide head in place of two.
-MANY, LONG = 2048, 4096
+MANY, LONG = 1100, 4096
 
 
 class MosaicGpu(Kernel):
@@ -489,7 +490,7 @@ def _has_short_prompts(problem: Problem) -> bool:
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
     tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
-    return problem.tokens_per_seq >= tokens and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+    return problem.tokens_per_seq >= tokens and mean_keys(problem, WARPGROUP_ROWS) <= SHORT
 
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -542,7 +543,8 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
     fewest, most = _keys_of_tiles(problem, more.block_q)
     plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
     if number == 3 and plain and two.block_kv > more.block_kv:  # the pieces of two are a chain
-        if "key_ranges" in problem.features or fewest + most < 2 * MANY or programs(problem, more) < 2 * device.cores:
+        many = mean_keys(problem, more.block_q) >= MANY and 2 * programs(problem, more) >= 3 * device.cores
+        if "key_ranges" in problem.features or not many:
             return False  # ranges may make pieces short, and few pieces may be cut into parts
         sizes = (more, THREE_WARPGROUPS), (two, CHAIN)
         three, chain = (cycles(problem, *size, programs(problem, size[0]), device.cores) for size in sizes)
