@@ -81,7 +81,7 @@ def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **pa
 
 
 def _settings(operation) -> dict:
-    """The caller's settings that matter where the compiler calls back, from a thread that lacks them."""
+    """The caller's settings that lowering depends on: the compiler may call back from a thread that lacks them."""
     if operation is not PREFILL:
         return {}
     return dict(matmul_precision=jax.config.jax_default_matmul_precision, policy=current_policy())

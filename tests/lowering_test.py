@@ -6,12 +6,11 @@ import re
 from unittest import mock
 
 from absl.testing import absltest, parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits

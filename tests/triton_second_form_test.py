@@ -12,7 +12,7 @@ from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import poisoned, triton_stand_ins
 from paged_prefill.tests.append_test import QUANTISED
-from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter, process
+from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter
 
 # Tiles of 16 rows, 8 tokens of 2 heads: chunks are several of them, and contexts several blocks, each two edges.
 SMALL_TILES = PrefillPageAttentionConfig(block_q=8, block_kv=32, num_splits=1)

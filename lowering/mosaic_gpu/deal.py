@@ -1,8 +1,9 @@
-"""How small the parts of tiles are where contexts may differ, which no static shape says.
+"""How small the parts of tiles are where contexts may differ, which no static shape says: `finer`.
 
-Tiles of few tokens wait for memory, and a launch ends with its longest part. So it is estimated, over contexts of some
-kinds, when a launch with parts of some sizes ends, and the size is taken that is best over all kinds. A part's size
-follows what is static, and the tile's own context.
+Tiles of few tokens wait for memory, and a launch ends with its longest part. So `_time` estimates when a launch ends whose
+pieces are dealt to thread blocks as the kernel deals them, for parts of several sizes and contexts of several kinds
+(`_kinds`), and the size is taken that is best over all kinds. A part's size follows what is static, and the tile's own
+context.
 """
 
 import functools
@@ -26,13 +27,14 @@ PIECE_BYTES = 5 * 2**10  # to begin and to end a part
 # Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap.
 STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 47 * 2**10, 2**10  # to launch the merge, and for each part of the tile with the most
-# Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
+# What each kind of contexts counts: of those as long as the table, which most engines measure; of those in a table eight
+# times as wide; 1 for all others.
 OF_EQUAL = 6.0
-OF_WIDE = 0.25  # likewise those of a table eight times as wide
+OF_WIDE = 0.25
 
 
 class Launch(NamedTuple):
-    """What is static about it."""
+    """What is static about a launch, as far as the estimate needs it."""
 
     seqs: int
     tiles_of_seq: int  # of all heads
@@ -48,7 +50,10 @@ class Launch(NamedTuple):
 
 
 def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
-    """That of so many tiles, were the tokens spread evenly over the sequences."""
+    """The launch of a problem, as if its tokens were spread evenly over the sequences.
+
+    `unsplit` are its tiles of all heads, and `slots` the pieces that are at work at the same time.
+    """
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
@@ -69,7 +74,7 @@ def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, 
 
 @functools.lru_cache
 def finer(parts: Parts, launch: Launch) -> Parts:
-    """These, or smaller ones that end sooner over all kinds of contexts; those of a single sequence are left."""
+    """`parts`, or smaller ones with which a launch of several sequences ends sooner over all kinds of contexts."""
     if launch.seqs == 1:
         return parts
     blocks = -(-launch.most_keys // launch.block_kv)
@@ -89,8 +94,8 @@ def finer(parts: Parts, launch: Launch) -> Parts:
 
 
 def _kinds(launch: Launch) -> list:
-    """Contexts of all sequences, and how much they count: all alike, evenly from none to all, and each a little longer than
-    the one before, so that most are short.
+    """Contexts of all sequences, in keys, and how much each kind counts: all equal; spread evenly from short to long; and
+    spread exponentially, so that most are short. Each again in a table eight times as wide.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
     kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), 1.0)]
@@ -99,9 +104,10 @@ def _kinds(launch: Launch) -> list:
 
 
 def _time(launch: Launch, parts: Parts, contexts) -> float:
-    """When a launch ends, in bytes that a core loads meanwhile; longest parts first, to and fro.
+    """When a launch ends, in bytes that a core loads meanwhile, with its pieces dealt longest first, to and fro.
 
-    Those at work wait for memory, which they share, and for their own steps: of a few times one, of many the other.
+    Pieces at work wait for memory, which they share, and for their own steps: where few are at work, mostly for their
+    steps, where many are, mostly for memory.
     """
     blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
     share = np.ceil(blocks / np.clip(np.ceil(blocks / parts.blocks), parts.least, parts.most))

@@ -3,7 +3,7 @@
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
 and what goes around it: the schedule of tiles before, in schedule.py, and the merge of their parts after, in merge.py.
 
-Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
+Tokens that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
 """
 

@@ -1,4 +1,4 @@
-"""Everything static about a launch of the Hopper kernel, and what follows from it."""
+"""Everything static about a launch of the Hopper kernel, and what follows from it. Its words are in __init__.py."""
 
 from dataclasses import dataclass
 import functools
