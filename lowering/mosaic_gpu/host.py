@@ -19,7 +19,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
@@ -68,7 +68,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 20
+    version = 21
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -123,6 +123,7 @@ class MosaicGpu(Kernel):
         else:
             config = _with_one_head(problem, device, config) or config
         few = STAGES_OF_A_PART * (2 if is_quantised(problem) else 1)
+        few += are_gathered(problem.page_size, config.block_kv)  # one is waited for before the next is asked for
         of_parts = replace(config, num_stages=min(config.num_stages, few))
         of_parts = replace(of_parts, num_splits=self.num_splits(problem, device, of_parts))
         if of_parts.num_splits == 1:
@@ -306,10 +307,11 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    if of_prompts or current_policy() == "invariant" or (not parts.vary and in_cluster(problem, device, config, least)):
+    if of_prompts or current_policy() == "invariant":
         return parts
-    slots = device.cores * _teams(problem, config)
-    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots))
+    clusters = not parts.vary and in_cluster(problem, device, config, least)
+    slots = device.cores * (1 if clusters else _teams(problem, config))
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -358,6 +360,8 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if shares_rows(problem):
         return _for_wide(problem)
+    if problem.capacity <= 64:  # a larger block would be half empty
+        block_kv = 64
     together = 1 if tokens_per_seq == 1 else max(8, pl.next_power_of_2(tokens_per_seq))
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
     if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
@@ -483,7 +487,8 @@ def _has_short_prompts(problem: Problem) -> bool:
 
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
-    return problem.tokens_per_seq >= FEW_TOKENS and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+    tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
+    return problem.tokens_per_seq >= tokens and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
 
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:

@@ -417,7 +417,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         def row_of(piece, key, beside):
             if plan.gathers:  # each lane its own
                 key += gather.lane(threads)
-                return plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
+                row = plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
+                return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
 
         def announce(i, done):

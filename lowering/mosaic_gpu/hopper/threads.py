@@ -106,14 +106,17 @@ def of_lane(value, lane):
 
 
 def copy_later(matrix, row, column, shared, byte) -> None:
-    """Starts to copy 16 bytes of matrix[row], from that column on, to that byte of shared memory as products read it."""
+    """Starts to copy 16 bytes of matrix[row], from that column on, to that byte of shared memory as products read it.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN))
-    def start(_, matrix, row, column, shared, byte):
+    Where the row is negative they are zeros, and nothing is read."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN, OWN))
+    def start(_, matrix, row, column, shared, byte, number):
         there = utils.getelementptr(utils.memref_ptr(shared), [byte.registers.item()], ir.IntegerType.get_signless(8))
-        _instruct("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", there, _place(matrix, row, column))
+        operands = there, _place(matrix, row, column), number.registers.item()
+        _instruct("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", *operands)
 
-    start(matrix, row, column, shared, byte)
+    start(matrix, jnp.maximum(row, 0), column, shared, byte, jnp.where(row < 0, jnp.int32(0), jnp.int32(16)))
 
 
 def close_group() -> None:
