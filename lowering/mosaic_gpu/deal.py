@@ -20,6 +20,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
+SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
@@ -66,6 +67,7 @@ def dealt(
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
+    smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
         tiles_of_seq=-(-unsplit // seqs),
@@ -76,7 +78,7 @@ def dealt(
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=slots,
         cores=device.cores,
-        smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
+        smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
         step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
         in_cluster=in_cluster,
     )
