@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA, as_word
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA, anew, as_word
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
 
@@ -30,8 +30,8 @@ def board_shape(rows: int) -> tuple[int, int]:
 
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
-    """Of an output while it is turned."""
-    return rows, features + PAD
+    """Of an output while it is turned, so many features at a time."""
+    return rows, min(features, WARPGROUP_COLUMNS) + PAD
 
 
 def start_logits(query, keys):
@@ -43,8 +43,10 @@ def start_logits(query, keys):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=its_type)
     def start(_, query, keys):
-        logits = mgpu.WGMMAAccumulator.zero(*its_type.shape)
-        for part in range(ir.MemRefType(query.type).shape[0]):
+        logits, parts = mgpu.WGMMAAccumulator.zero(*its_type.shape), ir.MemRefType(query.type).shape[0]
+        if parts * COLUMNS > WARPGROUP_COLUMNS:
+            query, keys = _anew(query), _anew(keys)
+        for part in range(parts):
             columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
             rows = mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))
             logits = mgpu.wgmma(logits, columns, rows, swizzle=SWIZZLE_BYTES)
@@ -57,15 +59,24 @@ def start_output(acc, weights, values):
     """Starts acc + values.T @ weights.T, to be `settled`.
 
     `acc` [features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features] are tiled references.
+    Values may have other features behind these.
     """
     tiled, its_type = plgpu.RefType(TILED), plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled), return_type=its_type)
     def start(_, acc, weights, values):
+        values = mgpu.memref_slice(values, (slice(None), slice(0, acc.shape[0] // COLUMNS)))
+        if acc.shape[0] > WARPGROUP_COLUMNS:
+            values = _anew(values)
         values, weights = (mgpu.memref_transpose(matrix, (1, 0, 3, 2)) for matrix in (values, weights))
         return _started(mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), values, weights, swizzle=SWIZZLE_BYTES))
 
     return start(acc, weights, values)
+
+
+def _anew(reference):
+    """The same reference, whose descriptors are worked out each time (operations.anew): wide ones have too many."""
+    return mgpu.memref_slice(reference, mgpu.ds(anew(_i32(0)), ir.MemRefType(reference.type).shape[0]))
 
 
 def _started(product):
@@ -177,49 +188,61 @@ def scale_query(query, factor, board, dtype) -> None:
     scale(query, factor, board)
 
 
-def turned(acc, m, l, room, board, team):
-    """acc [features, rows] as [64, features], m [rows] and the sums over the rows of l [64, rows] as [64], by rows.
-
-    Others than the first rows come to have any numbers.
-    """
+def turned(acc, room, team):
+    """acc [features, rows] as [64, features]. Others than the first rows come to have any numbers."""
     features, rows = acc.shape
-    types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)]
-    types += [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
-    references = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
+    its_type = plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, OF_COLUMNS, WGMMA, *references), return_type=types)
-    def turn(_, acc, m, l, room, board, team):
-        warp, lane = _warp_and_lane()
-        quarter, eighth, width = _rem(lane, 4), arith.divui(lane, _i32(4)), features + PAD
-        own = arith.addi(_times(warp, 16), eighth)  # of two rows of 64, the first
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def turn(_, acc, room, team):
+        quarter, own = _quarter_and_row()
+        width = ir.MemRefType(room.type).shape[1]
         start = arith.addi(_times(quarter, 2 * width), own)
+        _meet(team)  # all have read what was there
         for (part, group, half), pair in np.ndenumerate(acc.registers.reshape(features // WARPGROUP_ROWS, -1, 2)):
             for i in range(2):
                 offset = (group * GROUP + i) * width + part * WARPGROUP_ROWS + half * 8
                 _store(vector.extract(pair, [], [i]), room, start, offset)
-        _post(_of_warp(l, arith.addf), board)
-        _post([*m.registers.flat], board, WARPS)  # all warps write the same
         _meet(team)
-
-        pair, single = (ir.VectorType.get((size,), ir.F32Type.get()) for size in (2, 1))
-        matrix, of_rows = mgpu.WGMMA_LAYOUT, mgpu.WGMMA_LAYOUT.reduce((1,))
-        registers = np.empty(matrix.registers_shape((WARPGROUP_ROWS, features)), dtype=object)
-        others = [np.empty(of_rows.registers_shape((WARPGROUP_ROWS,)), dtype=object) for _ in range(2)]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((WARPGROUP_ROWS, features)), dtype=object)
         for half in range(2):
             row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
             place = arith.addi(_times(row, width), _times(quarter, 2))
             for group, of_group in enumerate(registers.reshape(-1, 2)):
                 of_group[half] = _load(pair, room, place, group * GROUP)
-            numbers = [_load(ir.F32Type.get(), board, row, warp * rows) for warp in range(WARPS + 1)]
-            for found, number in zip(others, (numbers[WARPS], functools.reduce(arith.addf, numbers[:WARPS]))):
-                found.reshape(-1)[half] = vector.broadcast(single, number)
-        layouts = (matrix, of_rows, of_rows)
-        return [
-            mgpu.FragmentedArray(_registers=found, _layout=layout, _is_signed=None)
-            for found, layout in zip((registers, *others), layouts)
-        ]
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return turn(acc, m, l, room, board, jnp.int32(team))
+    return turn(acc, room, jnp.int32(team))
+
+
+def turned_numbers(m, l, board, team):
+    """m [rows] and the sums over the rows of l [64, rows], both as [64], by rows; of others than the first any numbers."""
+    types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
+
+    @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=types)
+    def turn(_, m, l, board, team):
+        _, own = _quarter_and_row()
+        _post(_of_warp(l, arith.addf), board)
+        _post([*m.registers.flat], board, WARPS)  # all warps write the same
+        _meet(team)
+        layout, rows = mgpu.WGMMA_LAYOUT.reduce((1,)), l.shape[1]
+        found = [np.empty(layout.registers_shape((WARPGROUP_ROWS,)), dtype=object) for _ in types]
+        single = ir.VectorType.get((1,), ir.F32Type.get())
+        for half in range(2):
+            row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
+            numbers = [_load(ir.F32Type.get(), board, row, warp * rows) for warp in range(WARPS + 1)]
+            for registers, number in zip(found, (numbers[WARPS], functools.reduce(arith.addf, numbers[:WARPS]))):
+                registers.reshape(-1)[half] = vector.broadcast(single, number)
+        return [mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None) for registers in found]
+
+    return turn(m, l, board, jnp.int32(team))
+
+
+def _quarter_and_row():
+    """Which of a row's threads this is, and the first of its two rows of 64."""
+    warp, lane = _warp_and_lane()
+    return _rem(lane, 4), arith.addi(_times(warp, 16), arith.divui(lane, _i32(4)))
 
 
 def _of_warp(numbers, combine):

@@ -125,7 +125,7 @@ class Plan:
             return self.stages - (self.query_places - 1)
         if self.fp8_terms:
             return FP8_SLOTS
-        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide)
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide or self.latent)
 
     @property
     def key_slots(self) -> int:
@@ -187,7 +187,7 @@ class Plan:
 
     @property
     def wide(self) -> bool:
-        return is_wide(self.head_dim, self.value_dim, self.latent)
+        return is_wide(self.head_dim, self.value_dim, self.latent) and not self.few_rows
 
     @property
     def alternates(self) -> bool:
