@@ -7,7 +7,7 @@ take as long as if all were there.
 import functools
 
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters.mlir import ir
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vecto
 
 OF_COLUMNS = KEYS  # the layout of a number for each column
 WARPS, GROUP = 4, 8  # of a warpgroup; columns of which a thread has two, of two rows that lie 8 apart
+SUMS = 3  # of products whose sum logits of wide heads are: steps of one would wait for one another
 PAD = 4  # numbers behind a row of a turned output, so that threads that write a column meet other banks
 
 
@@ -35,22 +36,32 @@ def room_shape(rows: int, features: int) -> tuple[int, int]:
 
 
 def start_logits(query, keys):
-    """Starts keys @ query.T, to be `settled`: [block_kv, rows].
+    """Starts keys @ query.T, to be `settled`: arrays [block_kv, rows] whose sum it is.
 
     `query` [parts of 64 columns, rows, 64] and `keys` [block_kv, features] are tiled references to shared memory.
     """
+    sums = SUMS if query.shape[0] * COLUMNS > WARPGROUP_COLUMNS else 1
     its_type = plgpu.ShapeDtypeStruct((keys.shape[0], query.shape[1]), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=[its_type] * sums)
     def start(_, query, keys):
-        logits, parts = mgpu.WGMMAAccumulator.zero(*its_type.shape), ir.MemRefType(query.type).shape[0]
-        if parts * COLUMNS > WARPGROUP_COLUMNS:
+        parts = [*range(ir.MemRefType(query.type).shape[0])]
+        if sums > 1:
             query, keys = _anew(query), _anew(keys)
-        for part in range(parts):
+        logits = [mgpu.WGMMAAccumulator.zero(*its_type.shape).value for _ in range(sums)]
+        factors = []
+        for part in parts:
             columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
-            rows = mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, columns, rows, swizzle=SWIZZLE_BYTES)
-        return _started(logits)
+            factors.append((columns, mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))))
+        if sums > 1:
+            for first in range(0, len(parts), sums):
+                some = factors[first : first + sums]
+                logits[: len(some)] = _multiply_in_turns(logits[: len(some)], some)
+        else:
+            for matrices in factors:
+                logits = [_multiply(*logits, *matrices)]
+        _start()
+        return logits
 
     return start(query, keys)
 
@@ -65,23 +76,73 @@ def start_output(acc, weights, values):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled), return_type=its_type)
     def start(_, acc, weights, values):
-        values = mgpu.memref_slice(values, (slice(None), slice(0, acc.shape[0] // COLUMNS)))
-        if acc.shape[0] > WARPGROUP_COLUMNS:
+        parts = acc.shape[0] // COLUMNS
+        values = mgpu.memref_slice(values, (slice(None), slice(0, parts)))
+        is_wide = acc.shape[0] > WARPGROUP_COLUMNS
+        if is_wide:
             values = _anew(values)
         values, weights = (mgpu.memref_transpose(matrix, (1, 0, 3, 2)) for matrix in (values, weights))
-        return _started(mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), values, weights, swizzle=SWIZZLE_BYTES))
+        if is_wide:
+            sums = [acc[row : row + COLUMNS] for row in range(0, acc.shape[0], COLUMNS)]
+            sums = _multiply_in_turns(sums, [(mgpu.memref_slice(values, slice(i, i + 1)), weights) for i in range(parts)])
+            registers = np.concatenate([some.registers for some in sums])
+            acc = mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+        else:
+            acc = _multiply(acc, values, weights)
+        _start()
+        return acc
 
     return start(acc, weights, values)
+
+
+def _multiply_in_turns(sums, factors):
+    """Each of these sums, of 64 rows, plus a product, as mgpu.wgmma has them, but step by step in turns: none waits for
+    what the step before it adds.
+    """
+    sizes, depth_of_step = dict(swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS)), 16
+    found = [mgpu.WGMMAAccumulator.from_registers(array)._value for array in sums]
+    layout, found, i64 = found[0].layout, [array.registers for array in found], ir.IntegerType.get_signless(64)
+    described = []
+    for a, b in factors:
+        (depth, width), element_type = mma_utils.tiled_memref_shape(b)
+        described.append((
+            mma_utils.create_descriptor(a, group_size=(COLUMNS, COLUMNS), logical_k_major=False, **sizes),
+            mma_utils.create_descriptor(b, group_size=(COLUMNS, width), logical_k_major=True, **sizes),
+        ))
+    for part, step in np.ndindex(depth // COLUMNS, COLUMNS // depth_of_step):
+        for i, matrices in enumerate(described):
+            places, steps, transposes = [], [], []
+            for (start, (_, (step_bytes, *_))), (_, part_bytes), fastest in matrices:
+                offset = arith.constant(i64, mma_utils.encode_addr(part * part_bytes + step * step_bytes))
+                places.append(llvm.add(start, offset, overflow_flags=llvm.IntegerOverflowFlags.none))
+                steps.append(step_bytes)
+                transposes.append(fastest != mma_utils.Dim.K)
+            found[i] = compat.wgmma_m64(
+                found[i],
+                *places,
+                a_transpose=transposes[0],
+                b_transpose=transposes[1],
+                a_k_stride=steps[0],
+                b_k_stride=steps[1],
+                n=width,
+                swizzle=2 * depth_of_step,  # so many bytes at a time
+                element_type=element_type,
+            )
+    arrays = [mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None) for registers in found]
+    return [array.to_layout(mgpu.WGMMA_LAYOUT) for array in arrays]
+
+
+def _multiply(acc, a, b):
+    return mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), a, b, swizzle=SWIZZLE_BYTES).value
+
+
+def _start():
+    _asm("wgmma.commit_group.sync.aligned;")
 
 
 def _anew(reference):
     """The same reference, whose descriptors are worked out each time (operations.anew): wide ones have too many."""
     return mgpu.memref_slice(reference, mgpu.ds(anew(_i32(0)), ir.MemRefType(reference.type).shape[0]))
-
-
-def _started(product):
-    _asm("wgmma.commit_group.sync.aligned;")
-    return product.value
 
 
 def store_weights(weights, target) -> None:

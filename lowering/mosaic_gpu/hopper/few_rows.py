@@ -104,7 +104,8 @@ class FewRows:
         """Block i: its logits, weights and output; unless it is masked, all rows see it."""
         key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
         plgpu.barrier_wait(self.keys_here.at[key_slot])
-        logits = settled(columns.start_logits(self.query, self.keys.at[key_slot]), still_running=0)
+        sums = columns.start_logits(self.query, self.keys.at[key_slot])
+        logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
         if not self.plan.latent:  # whose keys are still to be values
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
         key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
