@@ -8,12 +8,11 @@ follows what is static, and the tile's own context.
 import functools
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.room import few_rows
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -49,7 +48,7 @@ class Launch(NamedTuple):
 
 def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
     """That of so many tiles, were the tokens spread evenly over the sequences."""
-    seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
     return Launch(
@@ -58,7 +57,7 @@ def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, 
         capacity=problem.capacity,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
-        block_bytes=config.block_kv * (problem.head_dim + problem.value_dim) * itemsize,
+        block_bytes=config.block_kv * bytes_of_key(problem),
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=slots,
         cores=device.cores,
