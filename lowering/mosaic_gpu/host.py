@@ -21,8 +21,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, me
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import MOST_FEW_ROWS, RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows
+from paged_prefill.lowering.mosaic_gpu.room import fewest_stages, is_latent, is_quantised, rows_of, shared_bytes, shares_rows
+from paged_prefill.lowering.mosaic_gpu.room import warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
@@ -43,7 +44,8 @@ STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in fli
 ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
-# Few rows, as columns of products, of several tokens: they are 1 to 30% faster, and 32 are up to 10% slower.
+# Few rows, as columns of products, of several tokens or of a latent cache: they are 1 to 30% faster, and 32 are up to
+# 10% slower. Over latent caches in 8 bits any are.
 MOST_ROWS_OF_TOKENS = 16
 FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
 SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
@@ -62,7 +64,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 20
+    version = 21
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -319,9 +321,9 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
     """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
-    columns = problem.value_dim // (2 if shares_rows(problem) else 1)
     if shares_rows(problem) and few_rows(problem, config) is not None:
-        return False
+        return False  # nor has it registers for their results
+    columns = problem.value_dim // (2 if shares_rows(problem) else 1)
     return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
 
 
@@ -351,12 +353,13 @@ def _block_kv(problem: Problem) -> int | None:
 
 def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConfig:
     """Few rows take no 8-bit products (`widens` as in `_heuristic`)."""
-    tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
+    tokens_per_seq, block_kv = problem.tokens_per_seq, 64 if shares_rows(problem) else _block_kv(problem)
     together = pl.next_power_of_2(tokens_per_seq)
     if together > 1 and not is_latent(problem):
         together = max(8, together)
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
-    if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS or is_latent(problem)):
+    most = MOST_ROWS_OF_TOKENS if together > 1 or is_latent(problem) else MOST_FEW_ROWS
+    if widens and rows is not None and rows <= most and not (is_latent(problem) and is_quantised(problem)):
         return few
     if shares_rows(problem):
         return _for_wide(problem)

@@ -116,7 +116,7 @@ class Rows:
             origin, last, before = known or limits()
             start = self.first_key_of(i) + self.first_column
             key = plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.axis, layout=WGMMA)
-            up_to = _columns_up_to if plan.wide else lambda numbers, _: key <= self.of_rows(numbers)
+            up_to = columns_up_to if plan.wide else lambda numbers, _: key <= self.of_rows(numbers)
             seen = up_to(last - (start - origin), self.shape)
             if before is not None:
                 seen &= ~up_to(before - (start - origin), self.shape)
@@ -205,7 +205,7 @@ class Rows:
         return low, jnp.minimum(position + 1, tile.end_key - start)
 
 
-def _columns_up_to(numbers, shape):
+def columns_up_to(numbers, shape):
     """Whether each of a warpgroup's columns has a number of at most the row's, where columns themselves need no registers."""
 
     @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bool_, layout=WGMMA))
