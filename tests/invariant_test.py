@@ -103,7 +103,7 @@ class ShortTablesTest(parameterized.TestCase):
         super().setUp()
         rng = np.random.default_rng(0)
         pages = (2, self.NUM_PAGES, 16, 64)
-        self.arrays = [rng.standard_normal(shape, np.float32) for shape in ((self.MOST, 8, 64), pages, pages)]
+        self.arrays = [rng.standard_normal(shape, np.float32) for shape in ((self.MOST, 16, 64), pages, pages)]
         self.context_lens = rng.integers(1, 16 * self.WIDTH + 1, self.MOST).astype(np.int32)
         self.table = rng.integers(0, self.NUM_PAGES, (self.MOST, self.WIDTH)).astype(np.int32)
 
@@ -118,7 +118,11 @@ class ShortTablesTest(parameterized.TestCase):
         return query, *caches, *rest
 
     @parameterized.parameters(
-        ("cache", "bfloat16", 8), ("cache", "float32", 2), ("cache", "float32", 6), ("invariant", "float32", 8)
+        ("cache", "bfloat16", 8),
+        ("cache", "float32", 2),
+        ("cache", "float32", 14),
+        ("cache", "float32", 16),
+        ("invariant", "float32", 8),
     )
     def test_bits_are_the_same_alone_and_in_any_pack(self, name, dtype, heads):
         self.enter_context(policy(name))

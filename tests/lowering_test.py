@@ -1,16 +1,16 @@
 """What a call costs: memory of the order of a tile, work that follows context and window; and the kernel contract."""
 
 import dataclasses
+import functools
 import re
 from unittest import mock
 
 from absl.testing import absltest, parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_prefill import PrefillPageAttentionConfig, prefill_page_attention, ragged_paged_prefill
+from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
@@ -61,10 +61,10 @@ class CostTest(parameterized.TestCase):
 
     CONFIG = PrefillPageAttentionConfig(block_q=32, block_kv=64)
 
-    def blocks(self, sequences, pages_per_seq, turns=walks.ACCELERATOR_TURNS, **parameters) -> int:
-        """Of sequences (new tokens, context), with a table of so many pages of 16 for each."""
+    def blocks(self, sequences, pages_per_seq, turns=walks.ACCELERATOR_TURNS, tokens=None, **parameters) -> int:
+        """Of sequences (new tokens, context), with a table of so many pages of 16 for each, in a pack of `tokens`."""
         lengths, context_lens = zip(*sequences)
-        tokens, seqs = sum(lengths), len(sequences)
+        tokens, seqs = tokens or sum(lengths), len(sequences)
         cache = np.zeros((2, 64, 16, 8), np.float32)
         operands = dict(
             query=np.zeros((tokens, 4, 8), np.float32),
@@ -75,23 +75,30 @@ class CostTest(parameterized.TestCase):
             query_offsets=np.cumsum([0, *lengths], dtype=np.int32),
             kv_head_start=np.int32(0),
         )
-        attention = Attention(1.0, **parameters)
-        fetched = []
+        attend, fetched = self.counting(turns, tuple(parameters.items()))
+        fetched.clear()
+        jax.block_until_ready(attend(operands))
+        jax.effects_barrier()
+        return sum(fetched)
+
+    @classmethod
+    @functools.cache
+    def counting(cls, turns, parameters):
+        """A jitted kernel, which calls of the same shapes share, and the lanes of each fetch of the last call."""
+        fetched, attention = [], Attention(1.0, **dict(parameters))
 
         class Counting(kernel.Walker):
             def _fetch(self, *arguments):
                 jax.debug.callback(lambda: fetched.append(self.walk.lanes))
                 return super()._fetch(*arguments)
 
+        @jax.jit
         def attend(operands):
             call = flatten(operands, cache_batch_dims=0, num_kv_heads=2, attention=attention)
-            return kernel.attend(call, self.CONFIG, jnp.float32, turns)
+            with mock.patch.object(kernel, "Walker", Counting), mock.patch.multiple(walks, LANE_KEYS=16, ONLY_BLOCK=16):
+                return kernel.attend(call, cls.CONFIG, jnp.float32, turns)
 
-        lane_keys = mock.patch.multiple(walks, LANE_KEYS=16, ONLY_BLOCK=16)
-        with mock.patch.object(kernel, "Walker", Counting), lane_keys:
-            jax.block_until_ready(jax.jit(attend)(operands))
-        jax.effects_barrier()
-        return sum(fetched)
+        return attend, fetched
 
     def test_follows_the_context_and_not_the_table(self):
         self.assertEqual(self.blocks([(16, 1024)], 64), 16)
@@ -109,7 +116,7 @@ class CostTest(parameterized.TestCase):
     def test_a_pack_costs_what_its_sequences_cost(self):
         alone = self.blocks([(64, 1024)], 64)
         self.assertLessEqual(self.blocks([(64, 1024)] + [(1, 16)] * 63, 64), alone + 64)
-        self.assertEqual(self.blocks([(64, 1024)] + [(0, 16)] * 63, 64), alone)
+        self.assertEqual(self.blocks([(64, 1024)] + [(0, 16)] * 63, 64, tokens=64 + 63), alone)
 
     def test_of_a_ragged_pack_follows_each_context(self):
         """Blocks of 16 keys and four lanes: the long sequence has all of them, the others one each, as it is right."""
@@ -136,11 +143,11 @@ class CostTest(parameterized.TestCase):
     def test_lanes_of_short_tables_walk_only_where_there_are_single_rows(self):
         """A table of one block: as many sequences as there are lanes, of which each has one, or none walks."""
         self.assertEqual(self.blocks([(16, 16)] * 8, 1), 8)
-        self.assertEqual(self.blocks([(16, 16)] * 7 + [(1, 16)], 1), 7 + walks.ACCELERATOR_TURNS.lanes)
+        self.assertEqual(self.blocks([(16, 16)] * 7 + [(1, 16)], 1, tokens=128), 7 + walks.ACCELERATOR_TURNS.lanes)
 
     def test_a_token_with_a_short_table_is_no_loop(self):
         """Loops, and tiles that cannot be, are compiled too."""
-        shapes = dict(query=(1, 8, 64), caches=(2, 9, 16, 64), context_lens=(1,), table=(1, 6), offsets=(2,))
+        shapes = dict(query=(1, 16, 64), caches=(2, 9, 16, 64), context_lens=(1,), table=(1, 6), offsets=(2,))
         query, cache, *rest = (
             jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for shape in shapes.values()
         )
@@ -164,6 +171,17 @@ class CostTest(parameterized.TestCase):
         """Ahead of it, each of a tile's numbers would be a kernel of its own to compile: 34 of them."""
         _, entry = self.entry(40, 64)
         self.assertLess(entry.count(" fusion("), 15)
+
+    @parameterized.parameters(("float32", 6), ("bfloat16", 6), ("bfloat16", 64))
+    def test_queries_are_scaled_ahead_of_products_in_place(self, dtype, pages_per_seq):
+        """Once, and not for every key: in one kernel with the products, that took two to three times as long."""
+        query, cache = (jax.ShapeDtypeStruct(s, dtype) for s in ((8, 4, 64), (2, 99, 16, 64)))
+        indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), (8, pages_per_seq), (9,))]
+        call = jax.jit(lambda *operands: ragged_paged_prefill(*operands, softmax_scale=0.75))
+        text = call.lower(query, cache, cache, *indices).compile().as_text()
+        products = [x for x in re.split(r"\n}\n", text) if " gather(" in x and re.search(r" reduce\(.*, .*, ", x)]
+        self.assertNotEmpty(products)
+        self.assertFalse([x for x in products if "constant(0.75)" in x])
 
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):
@@ -263,26 +281,27 @@ class XlaTest(parameterized.TestCase):
         counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 
-    @parameterized.product(group=(1, 3, 4, 5), dtype=("float32", "bfloat16", "float16"))
+    @parameterized.product(group=(1, 3, 7, 8), dtype=("float32", "bfloat16", "float16"))
     def test_few_rows_are_multiplied_where_keys_and_values_lie(self, group, dtype):
         """No block is copied for them; and no NaN of a slot that no row sees gets into a sum."""
         sequences = ((1, 700), (1, 1), (1, 260), (1, 399))
         case = cases.Case("in_place", sequences, 2 * group, 2, 48, 40, page_size=16, dtype=dtype, sliding_window=300)
         rows = problem(seqs=4, tokens=4, q_heads=2 * group, num_kv_heads=2)
-        self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 4)
+        self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 7)
         float8 = dataclasses.replace(rows, cache_dtype="float8_e4m3fn")
         self.assertFalse(walks.walks(float8, self.CONFIG, walks.CPU_TURNS)[-1].in_place)
         with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
             cases.check(case)
 
-    @parameterized.parameters(2**22, 2**13)
-    def test_single_rows_of_short_tables_walk_at_once(self, turn_bytes):
+    @parameterized.product(turn_bytes=(2**22, 2**13), in_place=(False, True))
+    def test_single_rows_of_short_tables_walk_at_once(self, turn_bytes, in_place):
         """All of a pack, or as many as a turn may hold; beside longer sequences, and some without a token."""
         sequences = ((1, 30), (0, 20), (1, 1), (3, 17), (1, 48), (0, 0), (1, 33), (40, 41), (1, 5))
         rows = problem(seqs=9, tokens=48, q_heads=4, num_kv_heads=2, head_dim=16, page_size=8, pages_per_seq=6)
-        with mock.patch.object(walks, "ONLY_TURN_BYTES", turn_bytes):
+        least = 1 if in_place else walks.LEAST_BYTES_IN_PLACE
+        with mock.patch.multiple(walks, ONLY_TURN_BYTES=turn_bytes, LEAST_BYTES_IN_PLACE=least):
             wide = walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1]
-            self.assertEqual(wide.lanes, 9 if turn_bytes == 2**22 else 1)
+            self.assertEqual((wide.lanes, wide.in_place), (9 if turn_bytes == 2**22 else 1, in_place))
             cases.check(cases.Case("at_once", sequences, 4, 2, 16, page_size=8, attn_logits_soft_cap=3.0))
 
     @parameterized.parameters(None, 20)

@@ -190,7 +190,11 @@ class Walker:
         if queries.shape[2] == 1:  # XLA multiplies by a single row one number after the other
             queries = jnp.broadcast_to(queries, (lanes, walk.heads, 2, problem.head_dim))
         queries, scale = queries.astype(self.product_dtype), softmax_scale
-        if self.product_dtype == jnp.float32:
+        if walk.in_place and walk.most_blocks == 1:
+            # In a loop, as longer tables have one: else XLA scales and converts them anew for every key.
+            queries, scale = queries.astype(jnp.float32), 1.0
+            queries = softmax.where_needed(jnp.any(live), lambda x: x * softmax_scale, queries)
+        elif self.product_dtype == jnp.float32:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         first_head = self.call.kv_head_start + head_block * walk.heads
 

@@ -4,6 +4,7 @@ What is running of a tile is the largest logit m, the sum l of the weights exp(l
 divided by that sum.
 """
 
+import itertools
 from typing import NamedTuple
 
 from jax import lax
@@ -156,15 +157,17 @@ def _weighed_in_place(weights, values):
 def _sums(arrays, axis):
     """Each array's sum over an axis.
 
-    XLA's CPU compiler hands the sum of one array to a library, which wants it in memory. With the sums of several at
-    once it fuses all that the arrays are made of, up to the gather from the pages.
+    XLA's CPU compiler hands the sum of one array to a library, which wants it in memory and adds in an order that follows
+    the number of lanes. With the sums of several at once it fuses all that the arrays are made of, up to the gather from
+    the pages. So no array is left alone.
     """
 
     def added(sums, terms):
         return tuple(map(jnp.add, sums, terms))
 
     at_once = max(2, WRITTEN_OUT // arrays[0].shape[axis])
-    parts = (arrays[first : first + at_once] for first in range(0, len(arrays), at_once))
+    ends = [*range(0, len(arrays) - 1, at_once), len(arrays)]
+    parts = (arrays[first:end] for first, end in itertools.pairwise(ends))
     return [x for part in parts for x in lax.reduce(tuple(part), (jnp.float32(0),) * len(part), added, (axis,))]
 
 

@@ -23,8 +23,8 @@ ONLY_TURN_BYTES = 2**22
 # Tiles of so many rows keep a processor as busy as taller ones.
 TALL = 256
 # The same for what is multiplied in place, of which a quarter is ever made, and the fewest numbers for which that pays:
-# it is done by two threads, and a thread must be woken.
-IN_PLACE_BYTES, LEAST_IN_PLACE = 2**23, 2**16
+# it is done by two threads, and a thread must be woken. Where lanes follow the pack, the fewest bytes of a lane's keys.
+IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
@@ -57,7 +57,7 @@ ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_plac
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one, so
 # that a sequence alone should leave few.
-CPU_TURNS = Turns((256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=4, skips=True)
+CPU_TURNS = Turns((256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True)
 
 
 class Walk(NamedTuple):
@@ -135,7 +135,10 @@ def _walk(problem, config, turns, height) -> Walk:
             lanes = min(turns.lanes or turns.splits[0], most_lanes)
     # Floats of 8 bits are converted number by number where they are multiplied, once for every row.
     vectors = problem.head_dim % 8 == 0 and not problem.cache_dtype.startswith("float8")
-    in_place = alone and most_blocks != 1 and vectors and problem.group <= turns.rows_in_place
+    in_place = alone and vectors and problem.group <= turns.rows_in_place
+    if at_once:
+        bytes_of_number = jnp.dtype(problem.cache_dtype).itemsize
+        in_place &= bytes_of_number * problem.num_kv_heads * block_kv * problem.head_dim >= LEAST_BYTES_IN_PLACE
     if in_place:
         limit = IN_PLACE_BYTES
     if invariant:
@@ -143,7 +146,7 @@ def _walk(problem, config, turns, height) -> Walk:
     else:
         bytes_of_head = 4 * block_kv * lanes * max(problem.head_dim, height * problem.group)
         heads = largest_divisor(problem.num_kv_heads, max(1, limit // bytes_of_head))
-    in_place &= lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
+    in_place &= at_once or lanes * heads * block_kv * problem.head_dim >= LEAST_IN_PLACE
     needed = height == 1 and problem.tokens == problem.seqs  # to be sure, as far as shapes say
     skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
