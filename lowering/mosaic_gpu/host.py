@@ -21,9 +21,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, me
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.mosaic_gpu.room import MOST_FEW_ROWS, RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows
-from paged_prefill.lowering.mosaic_gpu.room import fewest_stages, is_latent, is_quantised, rows_of, shared_bytes, shares_rows
-from paged_prefill.lowering.mosaic_gpu.room import warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
+from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
@@ -46,8 +45,8 @@ STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in fli
 ROUNDS = 4  # of tiles over the cores: from so many on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
-# The most rows of a tile of several tokens, or of a latent cache, whose products are transposed (hopper/few_rows.py): so they
-# are 1 to 30% faster, and with 32 rows up to 10% slower. Over latent caches in 8 bits tiles of any rows are slower so.
+# The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
+# and with 32 rows up to 10% slower.
 MOST_ROWS_OF_TOKENS = 16
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
@@ -367,8 +366,7 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
     if together > 1 and not is_latent(problem):
         together = max(8, together)
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
-    most = MOST_ROWS_OF_TOKENS if together > 1 or is_latent(problem) else MOST_FEW_ROWS
-    if widens and rows is not None and rows <= most and not (is_latent(problem) and is_quantised(problem)):
+    if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
         return few
     if shares_rows(problem):
         return _for_wide(problem)
