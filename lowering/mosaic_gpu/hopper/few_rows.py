@@ -2,7 +2,7 @@
 
 Its products have their operands changed: keys, and features of values, are rows of a wgmma, and the tile's rows columns.
 So all that is computed is as little as there are rows, and a short call, which waits for each step, is shorter. The
-steps of a block follow one another: other blocks come meanwhile.
+steps of a block follow one another: other blocks come meanwhile. A latent cache's keys are its values too.
 
 A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys: they
 vote on whether any has, and only then tell each other their largest.

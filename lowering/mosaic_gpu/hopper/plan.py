@@ -27,7 +27,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns.
 
-    They share blocks of keys too (wide.py), or take them by turns (alternate.py).
+    They share blocks of keys too (wide.py), or take them by turns (alternate.py). Few rows of a latent cache are one's.
     """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
