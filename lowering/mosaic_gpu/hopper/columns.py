@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA, anew, as_word
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import anew, as_word
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
@@ -31,7 +32,7 @@ def board_shape(rows: int) -> tuple[int, int]:
 
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
-    """The shape of so many features of an output in shared memory, through which they are transposed, together or in turns."""
+    """The shape of an output in shared memory, through which it is transposed, so many features at a time."""
     return rows, min(features, WARPGROUP_COLUMNS) + PAD
 
 

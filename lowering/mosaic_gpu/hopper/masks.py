@@ -206,7 +206,7 @@ class Rows:
 
 
 def columns_up_to(numbers, shape):
-    """Whether each of a warpgroup's columns has a number of at most the row's, where columns themselves need no registers."""
+    """Whether each of a warpgroup's columns has a number of at most the row's: columns need no registers so."""
 
     @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bool_, layout=WGMMA))
     def find(_, numbers):
