@@ -9,12 +9,11 @@ context.
 import functools
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.room import few_rows
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -64,7 +63,7 @@ def dealt(
 
     `unsplit` are its tiles of all heads, and `slots` the pieces that are at work at the same time.
     """
-    seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
@@ -74,7 +73,7 @@ def dealt(
         capacity=problem.capacity,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
-        block_bytes=config.block_kv * (problem.head_dim + problem.value_dim) * itemsize,
+        block_bytes=config.block_kv * bytes_of_key(problem),
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=slots,
         cores=device.cores,
