@@ -165,13 +165,16 @@ class SupportsTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("many_tiles", dict(tokens=8192), 16),
-        ("few_tiles", dict(tokens=2048), 12),
+        ("few_tiles", dict(tokens=1024), 12),
         ("empty_rows", dict(tokens=200 * 64, seqs=64), 12),
         ("other_dims", dict(tokens=8192, head_dim=64), 12),
         ("a_last_round_nearly_full", dict(tokens=4096, q_heads=64, pages_per_seq=2048), 16),  # 10.7 of 11
         ("a_last_round_hardly_begun", dict(tokens=4096, num_kv_heads=4, pages_per_seq=2048), 12),  # 5.3 of 6
         ("the_same_beside_short_tiles", dict(tokens=4096, num_kv_heads=4, pages_per_seq=256, attn_logits_soft_cap=50.0), 16),
-        ("tiles_of_few_keys", dict(tokens=4096, pages_per_seq=256), 12),
+        ("tiles_of_few_keys", dict(tokens=2048, q_heads=64, pages_per_seq=128), 12),
+        ("three_rounds_for_five", dict(tokens=3000, q_heads=24, pages_per_seq=313), 16),  # 2.9, and of two 4.4
+        ("four_rounds_for_three", dict(tokens=2048, pages_per_seq=1024), 12),  # but of more rows: 3.9, and of three 2.7
+        ("a_long_prompt_with_a_window", dict(tokens=8192, sliding_window=1024), 16),
         ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):

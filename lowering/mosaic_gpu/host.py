@@ -24,9 +24,11 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows
 from paged_prefill.lowering.mosaic_gpu.room import warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, merge_splits, most_keys, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, mean_keys, merge_splits, most_keys
+from paged_prefill.lowering.splits import parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -60,9 +62,9 @@ FASTER = {3: 1.04, 4: 1.15}
 # half their size.
 MOST_REGISTERS = {3: 128, 4: 96}
 MOST_EMPTY = 1.02  # how many times the rows other tiles may have, empty ones counted, to be preferred
-# Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain,
+# Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain;
 # and tiles of one wide head in place of two.
-LONG = 4096
+MANY, LONG = 1100, 4096
 
 
 class MosaicGpu(Kernel):
@@ -492,7 +494,7 @@ def _has_short_prompts(problem: Problem) -> bool:
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
     tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
-    return problem.tokens_per_seq >= tokens and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+    return problem.tokens_per_seq >= tokens and mean_keys(problem, WARPGROUP_ROWS) <= SHORT
 
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -542,12 +544,17 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
         return False
     if number == 4 and (problem.attention.attn_logits_soft_cap is not None or programs(problem, two) < device.cores):
         return False
+    fewest, most = _keys_of_tiles(problem, more.block_q)
+    plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
+    if number == 3 and plain and two.block_kv > more.block_kv:  # the pieces of two are a chain
+        many = mean_keys(problem, more.block_q) >= MANY and 2 * programs(problem, more) >= 3 * device.cores
+        if "key_ranges" in problem.features or not many:
+            return False  # ranges may make pieces short, and few pieces may be cut into parts
+        sizes = (more, THREE_WARPGROUPS), (two, CHAIN)
+        three, chain = (cycles(problem, *size, programs(problem, size[0]), device.cores) for size in sizes)
+        return three < chain
     if number == 3 and programs(problem, more) < ROUNDS * device.cores:
         return False
-    fewest, most = _keys_of_tiles(problem, more.block_q)
-    chains = number == 3 and not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
-    if chains and ("key_ranges" in problem.features or fewest + most < 2 * LONG):
-        return False  # ranges may make them short
 
     def time(config):
         rounds = programs(problem, config) / device.cores
