@@ -264,6 +264,7 @@ def read_prompt(parser, path: Path, tokens: int) -> np.ndarray:
 
 
 def say(name: str, what: str) -> None:
+    """Prints a line of the report."""
     print(f"{name:<12}{what}", flush=True)
 
 

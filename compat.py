@@ -35,7 +35,9 @@ def tpu_interpreter_by_steps():
     JAX 0.10 to 0.12 compile a program of each, whose thousand operations take seconds whatever the kernel's sizes are.
     Operations alone are small programs, and kernels share them. Kernels on several cores are compiled all the same.
     """
-    from jax._src.pallas import pallas_call  # for tests only, so not loaded before
+    from jax._src import dispatch  # for tests only, so not loaded before
+    from jax._src.pallas import pallas_call
+    from jax._src.pallas.mosaic import primitives
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
     primitive = pallas_call.pallas_call_p
@@ -59,11 +61,19 @@ def tpu_interpreter_by_steps():
             interpreter.lax, interpreter.callback = lax, callback
         return [jax.numpy.asarray(x) for x in results]
 
+    dispatch.simple_impl(primitives.bitcast_p)  # JAX has it in programs only
     primitive.def_impl(by_steps)
     try:
         yield
     finally:
         primitive.def_impl(compiled)
+
+
+def stage_primitive():
+    """The primitive that makes a JAX array of a number or NumPy array, which JAX 0.10 to 0.12 do not export."""
+    from jax._src.core import stage_p  # for tests only, so not loaded before
+
+    return stage_p
 
 
 def mlir_dialects(*names):

@@ -101,9 +101,23 @@ def _problems(arguments):
 
 
 def problem_of_shape(
-    seqs, tokens, context, q_heads, kv_heads, head_dim, window, soft_cap, *, value_dim=None, page_size, dtype="bfloat16"
+    seqs: int,
+    tokens: int,
+    context: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    *,
+    value_dim: int | None = None,
+    page_size: int,
+    dtype: str = "bfloat16",
 ) -> Problem:
-    """The problem of a pack: `seqs` sequences of `tokens` new tokens each, whose contexts are `context` tokens long."""
+    """The problem of a pack: `seqs` sequences of `tokens` new tokens each, whose contexts are `context` tokens long.
+
+    `value_dim` is head_dim where it is None; `dtype` is that of the query and of the caches.
+    """
     pages_per_seq = -(-context // page_size)
     return Problem(
         tokens=tokens * seqs,

@@ -1,4 +1,4 @@
-"""The one form in which every kernel is given its work, and the way there from the operands of the primitive.
+"""The one form in which kernels are given their work (`Call`), and the way there from the primitive's operands (`flatten`).
 
 Sequence s owns rows start[s] : start[s] + length[s] of the query; no two share a row, and start ascends. Its row i
 stands at position p = context_len[s] - length[s] + i and sees key j when 0 <= j <= p, with a window W also j > p - W,
@@ -48,13 +48,13 @@ class Sequences(NamedTuple):
 class Indices(NamedTuple):
     """The index arrays of a call as they were given, for a kernel that makes them harmless itself.
 
-    What is computed from them before a kernel is one more small kernel.
+    That spares a launch: whatever XLA computes from them before the kernel is one more small kernel.
     """
 
     query_offsets: Int[Array, "packs seqs_of_pack_plus_1"]
     context_lens: Int[Array, " seqs"]
     page_indices: Int[Array, "seqs pages_per_seq"]
-    pools: Int[Array, " packs"]  # of which one pack may give one that does not exist
+    pools: Int[Array, " packs"]  # may hold a pool that does not exist where there is one pack
 
 
 class Device(NamedTuple):
@@ -111,7 +111,7 @@ class Problem:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows of features lie from one index of a cache's dimension to the next, by name; "pool" too."""
+        """The strides of the caches' dimensions by name, in rows of features; "pool" is the size of a whole pool."""
         sizes = dict(kv_heads=self.cache_kv_heads, num_pages=self.num_pages, page_size=self.page_size)
         return self.layout.rows(sizes)
 
@@ -277,80 +277,106 @@ def flatten(
 
     `operands` are those of `local_paged_prefill_p` by name. Runs on one device, where folding costs nothing.
     """
-    query, key_cache, value_cache = (operands.get(name) for name in ("query", "key_cache", "value_cache"))
-    lead, (tokens, q_heads, head_dim) = query.shape[:-3], query.shape[-3:]
-    layout, packs = LAYOUTS[cache_layout], math.prod(lead)
-    sizes = layout.sizes(key_cache.shape)
-    seqs = operands["page_indices"].shape[-2]
-    own, layered = lead[:cache_batch_dims], "layer" in operands
-
-    def per_sequence(name):
-        return operands[name].reshape(packs * seqs, *operands[name].shape[len(lead) + 1 :])
-
-    def per_token(name):
-        return None if name not in operands else operands[name].reshape(packs * tokens, operands[name].shape[-1])
-
-    def pages(cache):
-        if cache is None:
-            return None
-        lead = layout.lead(cache.shape)
-        return layout.split(cache.reshape(math.prod(lead), *cache.shape[len(lead) :]), 1)
-
-    def scale(name):  # one of each pool, and of what else it has
-        if name not in operands:
-            return None
-        rest = operands[name].shape[cache_batch_dims:]
-        folded = jnp.broadcast_to(operands[name], (*own, *rest))
-        folded = folded.reshape(math.prod(folded.shape[: len(own) + layered]), *rest[layered:])
-        return layout.split(folded, 1) if folded.ndim > 2 else folded
-
-    def pools_among(sizes):
-        """The pool of each pack; see `pool_of_packs`."""
-        return pool_of_packs(operands, lead, sizes).reshape(packs)
-
-    def pool_among(sizes):
-        """The same of each sequence."""
-        return jnp.broadcast_to(pools_among(sizes)[:, None], (packs, seqs)).reshape(-1)
-
-    def pool_apart(cache):
-        """The same for a cache that has fewer pools than the call, or None."""
-        return None if cache is None or cache.shape[: len(own)] == own else pool_among(cache.shape[: len(own)])
-
+    folded = _Folded(operands, cache_batch_dims, LAYOUTS[cache_layout])
+    layout, query, packs, seqs = folded.layout, operands["query"], folded.packs, folded.seqs
+    tokens, q_heads, head_dim = query.shape[-3:]
+    sizes = layout.sizes(operands["key_cache"].shape)
+    key_cache, value_cache = (operands.get(name) for name in ("key_cache", "value_cache"))
     offsets = harmless_offsets(operands["query_offsets"], tokens)
     pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
     sequences = Sequences(
         start=(offsets[..., :-1].reshape(packs, seqs) + pack * tokens).reshape(-1),
         length=jnp.diff(offsets).reshape(-1),
-        context_len=harmless_contexts(per_sequence("context_lens")),
-        pool=pool_among(own),
-        page_indices=jnp.clip(per_sequence("page_indices"), 0, jax.core.max_dim(last_index(sizes["num_pages"]), 0)),
+        context_len=harmless_contexts(folded.per_sequence("context_lens")),
+        pool=folded.pool_among(folded.own),
+        page_indices=jnp.clip(folded.per_sequence("page_indices"), 0, jax.core.max_dim(last_index(sizes["num_pages"]), 0)),
     )
     if attention.sliding_window is not None and attention.sliding_window >= MAX_CONTEXT:
         attention = dataclasses.replace(attention, sliding_window=None)  # wider than any context
     return Call.of(
         query.reshape(packs * tokens, q_heads, head_dim),
-        pages(key_cache),
-        pages(value_cache),
+        folded.pages(key_cache),
+        folded.pages(value_cache),
         sequences,
         jnp.clip(operands["kv_head_start"], 0, sizes["kv_heads"] - num_kv_heads),
         num_kv_heads=num_kv_heads,
         attention=attention,
         value_dim=head_dim if layout.combined else value_dim,
         layout=layout,
-        ranges=per_token("key_ranges"),
-        tree=per_token("tree_mask"),
+        ranges=folded.per_token("key_ranges"),
+        tree=folded.per_token("tree_mask"),
         sinks=None if "sinks" not in operands else operands["sinks"].reshape(packs, q_heads),
-        key_scale=scale("key_scale"),
-        value_scale=scale("value_scale"),
-        key_pool=pool_apart(key_cache),
-        value_pool=pool_apart(value_cache),
-        indices=Indices(
-            operands["query_offsets"].reshape(packs, seqs + 1),
-            per_sequence("context_lens"),
-            per_sequence("page_indices"),
-            operands["layer"].reshape(1) if layered and isinstance(packs, int) and packs == 1 else pools_among(own),
-        ),
+        key_scale=folded.scale("key_scale"),
+        value_scale=folded.scale("value_scale"),
+        key_pool=folded.pool_apart(key_cache),
+        value_pool=folded.pool_apart(value_cache),
+        indices=folded.indices(),
     )
+
+
+class _Folded:
+    """The operands of a call with leading dimensions folded: one dimension each of packs, sequences, tokens and pools.
+
+    Attributes:
+      packs, seqs: the packs of a call, and the sequences of each.
+      own: the leading dimensions *C, for whose elements caches may have pools of their own.
+    """
+
+    def __init__(self, operands: Mapping[str, jax.Array], cache_batch_dims: int, layout: CacheLayout):
+        self.operands, self.layout = operands, layout
+        self.lead, self.tokens = operands["query"].shape[:-3], operands["query"].shape[-3]
+        self.packs, self.seqs = math.prod(self.lead), operands["page_indices"].shape[-2]
+        self.own, self.layered = self.lead[:cache_batch_dims], "layer" in operands
+
+    def per_sequence(self, name: str) -> jax.Array:
+        """An operand that each sequence has its own of."""
+        array = self.operands[name]
+        return array.reshape(self.packs * self.seqs, *array.shape[len(self.lead) + 1 :])
+
+    def per_token(self, name: str) -> jax.Array | None:
+        """An operand that each token has its own of, if it is there."""
+        array = self.operands.get(name)
+        return None if array is None else array.reshape(self.packs * self.tokens, array.shape[-1])
+
+    def pages(self, cache: jax.Array | None) -> jax.Array | None:
+        """A cache, with its pools in front."""
+        if cache is None:
+            return None
+        lead = self.layout.lead(cache.shape)
+        return self.layout.split(cache.reshape(math.prod(lead), *cache.shape[len(lead) :]), 1)
+
+    def scale(self, name: str) -> jax.Array | None:
+        """A scale of each pool, and of what else it has, if it is there."""
+        if name not in self.operands:
+            return None
+        scale = self.operands[name]
+        rest = scale.shape[len(self.own) :]
+        folded = jnp.broadcast_to(scale, (*self.own, *rest))
+        folded = folded.reshape(math.prod(folded.shape[: len(self.own) + self.layered]), *rest[self.layered :])
+        return self.layout.split(folded, 1) if folded.ndim > 2 else folded
+
+    def pools_among(self, sizes) -> jax.Array:
+        """The pool of each pack; see `pool_of_packs`."""
+        return pool_of_packs(self.operands, self.lead, sizes).reshape(self.packs)
+
+    def pool_among(self, sizes) -> jax.Array:
+        """The pool of each sequence."""
+        return jnp.broadcast_to(self.pools_among(sizes)[:, None], (self.packs, self.seqs)).reshape(-1)
+
+    def pool_apart(self, cache: jax.Array | None) -> jax.Array | None:
+        """The pool of each sequence in a cache that has fewer pools than the call, or None."""
+        own = self.own
+        return None if cache is None or cache.shape[: len(own)] == own else self.pool_among(cache.shape[: len(own)])
+
+    def indices(self) -> Indices:
+        """The index arrays as they were given."""
+        one_layer = self.layered and isinstance(self.packs, int) and self.packs == 1
+        return Indices(
+            self.operands["query_offsets"].reshape(self.packs, self.seqs + 1),
+            self.per_sequence("context_lens"),
+            self.per_sequence("page_indices"),
+            self.operands["layer"].reshape(1) if one_layer else self.pools_among(self.own),
+        )
 
 
 def pool_of_packs(operands: Mapping[str, jax.Array], lead, sizes):

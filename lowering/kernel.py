@@ -1,4 +1,10 @@
-"""What every kernel is: the one face by which the rest of lowering/ knows them."""
+"""What every kernel is: the one interface by which the rest of lowering/ knows them.
+
+Words that all kernels share: a *row* is a new token for one query head; the rows of a pack are cut into *tiles*, each of
+one sequence; a tile goes over the keys that it sees in *blocks*; where there are too few tiles to fill a chip, the blocks
+of each are cut into *parts* ("splits"; split-K elsewhere), whose results are merged by their lse. What a kernel's own
+files call the rest is in the docstring of its folder.
+"""
 
 import abc
 from typing import ClassVar
@@ -49,7 +55,10 @@ class Kernel(abc.ABC):
         """A configuration with every size that the kernel uses."""
 
     def complete(self, problem: Problem, device: Device, chosen: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig:
-        """`chosen` with the heuristic's sizes where it leaves them open. What else it chooses may call for other sizes."""
+        """`chosen` with the heuristic's sizes where it leaves them open.
+
+        A kernel overrides it where something that was chosen calls for other sizes than the heuristic's.
+        """
         return chosen.over(self.heuristic(problem, device))
 
     @abc.abstractmethod
@@ -57,7 +66,7 @@ class Kernel(abc.ABC):
         """The configurations worth timing, the heuristic one first."""
 
     def choices(self, problem: Problem, device: Device) -> dict[str, tuple[int, ...]]:
-        """What sizes may be, by name, of those that do not go with all others: for a caller who chose one alone."""
+        """Values to try, by name, for sizes that a caller left open, where the heuristic's do not fit those given."""
         return {}
 
     @abc.abstractmethod
@@ -72,7 +81,7 @@ class Kernel(abc.ABC):
         return None
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
-        """How many thread blocks have work, parts of keys counted; None from a kernel whose grid fills no cores."""
+        """How many thread blocks have work, parts of keys counted; None where that does not tell how many cores idle."""
         return None
 
     @abc.abstractmethod

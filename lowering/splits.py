@@ -1,4 +1,7 @@
-"""What kernels have in common that split the keys of a tile: into how many parts, and the merge of these."""
+"""What kernels share that split the keys of a tile (split-K): into how many parts, and the merge of their results.
+
+Times are estimated in bytes: those of keys and values that one core loads meanwhile.
+"""
 
 import functools
 
@@ -12,31 +15,31 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 MAX_SPLITS = 64
-# What splitting costs, in bytes of keys and values that a core could have loaded meanwhile (an H100's: 25 KB a us).
-PIECE_BYTES = 2**16  # to begin and to end one tile's share of the keys
+# What splitting costs, in such bytes (25 KB are a us of an H100).
+PIECE_BYTES = 2**16  # to begin and to end one piece: a part of a tile
 MERGE_BYTES = 3 * 2**14  # to launch the merge
 CLUSTER_BYTES = 2**14  # to merge within the launch instead
 SPLIT_BYTES = 2**11  # to wait for one more result in the sums of the merge
-ALONE = 1.25  # how much faster than with all others at work a core is alone, since memory is shared
-NEARLY = 1.03  # times within this are the same: then fewer splits need less memory
-# What parts of long tiles cost, beside those of short ones.
+ALONE = 1.25  # how much faster a core loads alone than with all others at work, since memory is shared
+NEARLY = 1.03  # times within this factor count as the same: then fewer splits are better, which need less memory
+# For `parts_of`, which gives long tiles more parts than short ones.
 SHORT_CALL = 64  # tokens a sequence: longer prompts have many tiles, and do not wait for memory
-LEAST_PART_BYTES = 2**21  # of a part's keys and values: with fewer it costs more than 1% of its time
-NEXT_PIECE_BYTES = 2**14  # to go from one piece to the next, of which loads run ahead
-OF_HALF = 1.6  # how much faster each of half of the cores loads than one of all
-EVENLY = 1.04  # times the least that contexts of equal length may take, for the sake of others
-MOST_PARTS = 32  # all of which the merge looks at
-RESULT_BYTES = 2**26  # of all parts
+LEAST_PART_BYTES = 2**21  # of a part's keys and values: below, what a part costs is more than 1% of its time
+NEXT_PIECE_BYTES = 2**14  # to go from one piece to the next, whose loads run ahead
+OF_HALF = 1.6  # how much faster each core loads with half of the cores at work than with all
+EVENLY = 1.04  # how many times their least time contexts of equal length may take, so that uneven ones gain
+MOST_PARTS = 32  # of a tile; the merge looks at all of them
+RESULT_BYTES = 2**26  # of the results of all parts together, at most
 
 
 def most_keys(problem: Problem, tokens: int) -> int:
-    """The most keys that so many neighbouring tokens of a sequence see together."""
+    """The most keys that `tokens` neighbouring tokens of a sequence can see together."""
     window = problem.attention.sliding_window
     return problem.capacity if window is None else min(problem.capacity, window + tokens)
 
 
 def mean_keys(problem: Problem, tokens: int) -> float:
-    """The keys that so many neighbouring tokens see on average, where the new ones are the last of a full table."""
+    """The keys that `tokens` neighbouring tokens see on average, if the new ones are the last of a full page table."""
     keys = most_keys(problem, tokens)
     return max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
 
@@ -53,12 +56,19 @@ def best_splits(
     enough: float = 0.5,
     in_cluster: frozenset[int] = frozenset(),
 ) -> int:
-    """The fewest parts, up to `most`, by which a launch takes nearly the least time, by an estimate; or those `in_cluster`.
+    """Into how many parts all tiles are cut: the fewest by which a launch takes nearly the least time, by an estimate.
 
-    Pieces, `unsplit` times the splits, go in rounds over `slots`, so many at a time. A launch ends with its last round,
-    with its longest piece, or when memory has delivered all keys; the merge follows, of as many `rows` from each split.
-    Where `enough` of the slots, half of them, have work as it is, the merge costs more than the others would save.
-    Parts of the numbers `in_cluster` are merged by those who have them, and leave no results in memory.
+    Pieces, `unsplit` times the splits, go in rounds over the slots. A launch ends with its last round, with its longest
+    piece, or when memory has delivered all keys; the merge follows.
+
+    Args:
+      config: its block_q and block_kv are used.
+      unsplit: tiles of all heads, each a piece where nothing is split.
+      slots: pieces that are at work at the same time.
+      rows: rows of the results that each split leaves for the merge.
+      most: the most parts to consider; 1 is returned where that is less than 2.
+      enough: the share of the slots from which on, if they have work unsplit, a merge costs more than it saves.
+      in_cluster: numbers of parts that the thread blocks of a cluster merge, without results in memory; preferred.
     """
     if most < 2 or unsplit >= slots * enough:
         return 1
@@ -92,13 +102,18 @@ def parts_of(
     part_bytes: int = LEAST_PART_BYTES,
     slower: int = 1,
 ) -> Parts:
-    """The parts of a tile: `num_splits` of any, and of one with many keys as many as spread a long context over cores.
+    """The parts of each tile: at least `config.num_splits`, and more of tiles of many keys, so that cores share long contexts.
 
-    Long tiles have more in short calls alone, and never under the policy "invariant". No static shape says how long
-    the contexts in a table are. So it takes the number by which two launches together end soonest, one of contexts as
-    long as the table and one of a single such context; the first of them nearly as soon as without more parts. `slots`
-    pieces are at work at a time. A tile has up to `most`, of at least `part_bytes` of keys and values, or fewer where
-    it goes so many times `slower` through them than memory brings them.
+    No static shape says how long the contexts in a page table are. So this takes the number by which two launches
+    together end soonest, one whose contexts are all as long as the table and one with a single such context; the first
+    may take EVENLY times its least time. Tiles have the same number of parts in calls of long prompts, and under the
+    policy "invariant".
+
+    Args:
+      unsplit, slots: as in `best_splits`.
+      most: the most parts of a tile.
+      part_bytes: the fewest bytes of keys and values that are worth a part.
+      slower: how many times longer a tile computes with keys than memory takes to bring them; 1 where memory binds.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
     key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize

@@ -15,7 +15,9 @@ from paged_prefill.primitive.packing import FEW_SEQUENCES
 
 
 class Slabs(NamedTuple):
-    """What the rows of slabs see: a tile's tokens are cut into slabs of equal size, some of which may be empty."""
+    """What the rows of slabs see. A tile's tokens are cut into slabs of equal size, some of which may be empty: on Hopper,
+    the tokens that one warpgroup has rows of.
+    """
 
     seen_start: Int[Array, "tiles slabs"]  # no row sees keys but seen_start : seen_end
     seen_end: Int[Array, "tiles slabs"]
@@ -63,11 +65,16 @@ def tiles_at_most(tokens: int, seqs: int, block_q: int) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """How many parts the keys of a tile are cut into: `least` to `most`, of `blocks` blocks where there are enough.
+    """Into how many parts the keys of a tile are cut. It follows the tile's own keys and what is static: no bit of a tile
+    depends on the rest of the pack.
 
-    They follow the tile's own keys and what is static, so that its bits do not depend on the rest of the pack. Where
-    they vary, each is an entry of the schedule; else a kernel cuts its tiles itself, and the last of them are empty where
-    parts of the `fewest` blocks suffice.
+    Where the number varies, each part is an entry of the schedule; else a kernel cuts its tiles itself, and the last
+    parts of a tile may be empty.
+
+    Attributes:
+      least, most: the fewest and the most parts of a tile.
+      blocks: how many blocks of keys a part has, as far as `least` and `most` allow.
+      fewest: the fewest blocks of a part.
     """
 
     least: int = 1
@@ -77,20 +84,21 @@ class Parts:
 
     @property
     def vary(self) -> bool:
+        """Whether tiles may have different numbers of parts."""
         return self.most > self.least
 
     def share(self, blocks):
-        """The blocks of each part but the last, of a tile of so many blocks."""
+        """How many blocks each part but the last has, of a tile of `blocks` blocks."""
         parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), self.least, self.most)
         return jnp.maximum(lax.div(blocks + (parts - 1), parts), self.fewest)
 
     def number(self, blocks):
-        """The parts that have a block, of a tile of so many; at least one, so that there is always a result."""
+        """How many parts of a tile of `blocks` blocks have any; at least 1, so that there is always a result."""
         share = self.share(blocks)
         return jnp.maximum(lax.div(blocks + (share - 1), share), 1)
 
     def part(self, tile: Tiles, part, number) -> Tiles:
-        """One of so many parts of a tile."""
+        """Part `part` of the `number` parts of a tile."""
         share = self.share(tile.end_block - tile.first_block)
         first_block = tile.first_block + part * share
         end_block = jnp.minimum(tile.end_block, first_block + share)
@@ -99,10 +107,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a pack is cut into tiles: `ordered`, those of most work first; those that do not exist are last.
+    """How a pack is cut into tiles, and in which order these stand in the schedule; entries that do not exist are last.
 
-    A tile's work is the blocks of keys that its slabs of `slab` tokens see. Where the number of parts varies, these
-    stand in the tile's place, those of most blocks first, and there is nothing behind the last.
+    Attributes:
+      capacity: keys that a row of the page table holds.
+      slab: tokens of a slab. A tile's work is the number of blocks of keys that its slabs see.
+      ordered: whether tiles of most work come first; else they are in the order of the pack.
+      parts: where their number varies, the parts of a tile are the entries, those of most blocks first.
     """
 
     tokens: int
@@ -117,6 +128,7 @@ class Tiling:
 
     @property
     def tiles(self) -> int:
+        """The most tiles that a pack can need."""
         return tiles_at_most(self.tokens, self.seqs, self.block_q)
 
     @property
@@ -133,7 +145,7 @@ class Tiling:
         return jnp.where(tile < tiles, tiles - 1 - tile, tile)
 
     def tile(self, stretch: Stretch, within) -> Tiles:
-        """The tile from that token of its stretch on: empty at its end and behind. `slabs` is a list, one a slab."""
+        """The tile that begins at token `within` of its stretch; empty from its end on. `slabs` is a list of Slabs."""
         context_len = jnp.where(stretch.owned, stretch.context_len, 0)
         length = jnp.clip(stretch.size - within, 0, self.block_q)
         first_new = context_len - stretch.size
@@ -141,7 +153,7 @@ class Tiling:
         end_key = jnp.minimum(context_len, self.capacity)
 
         def slab(token):
-            """What slabs see whose first tokens stand so far behind the tile's."""
+            """What the slab sees that begins at that token of the tile."""
             first, rows = position + token, jnp.clip(length - token, 0, self.slab)
             seen_start, whole_end = self.attention.visible_keys(first)
             whole_start, seen_end = self.attention.visible_keys(first + (rows - 1))
@@ -176,7 +188,7 @@ class Tiling:
         return first, jnp.maximum(lax.div(seen_end + (self.block_kv - 1), jnp.int32(self.block_kv)), first)
 
     def work(self, length, slabs):
-        """By which tiles are ordered; `slabs` one by one."""
+        """The work of tiles, by which they are ordered; -1 for empty ones. `slabs` is a list, one a slab."""
         ends = [self.blocks(slab.seen_start, slab.seen_end) for slab in slabs]
         return jnp.where(length > 0, sum(end - first for first, end in ends), -1)
 

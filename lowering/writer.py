@@ -11,7 +11,7 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.primitive.layout import OWN_LAYOUT, CacheLayout
 
 
-MANY_TOKENS = 128  # of an append, from which on kernels of many tokens to a program are asked
+MANY_TOKENS = 128  # of an append: with fewer, kernels for few tokens are asked, and with as many those for many
 
 
 class Writer(abc.ABC):
@@ -57,10 +57,10 @@ class Writer(abc.ABC):
 
 
 def places_of(operands: Mapping, cache_batch_dims: int, layout: CacheLayout) -> dict[str, int | None]:
-    """Where new tokens and their slots are, by name, with leading dimensions folded and caches as rows of features.
+    """Sizes and strides of an append, by name, with leading dimensions folded and caches as matrices of rows of features.
 
-    A `*_rows` is those from one such thing to the next; `layers` of each pool, None without the operand `layer`;
-    `value_rows` from a key to its value, None where they have arrays of their own.
+    `*_rows` are strides in such rows: from one pool to the next, and so on; `value_rows` from a key to its value, None
+    where they have arrays of their own. `layers` are those of each pool, None without the operand `layer`.
     """
     key, cache = operands["key"], operands["key_cache"]
     lead, (tokens, kv_heads, _) = key.shape[:-3], key.shape[-3:]

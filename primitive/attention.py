@@ -65,10 +65,13 @@ def normalised(
 
 
 def with_logit(total, largest, logit):
-    """A softmax's sum and maximum with a logit that has no value, such as a sink's; and by what the weights fade.
+    """Adds a logit without a value, such as a sink's, to the sum and maximum of a softmax.
 
-    The sum is of exp(logit - largest), 0 where nothing was seen yet; where nothing is seen at all, the maximum is 0 too.
-    Of logits, -inf is none, and +inf makes the row NaN as NaN does.
+    `total` is the sum of exp(logit - largest) so far, 0 where no key was seen. A `logit` of -inf adds nothing; one of +inf
+    makes the row NaN, as NaN does.
+
+    Returns (total, largest, fade): the new sum and maximum, both 0 where nothing was seen at all, and the factor that
+    turns weights by the old maximum into weights by the new one.
     """
     largest = jnp.where(total == 0, -jnp.inf, largest)
     together = jnp.maximum(largest, logit)
@@ -78,6 +81,6 @@ def with_logit(total, largest, logit):
 
 
 def factor_and_lse(total, largest):
-    """The same for kernels, which hold rows in layouts of their own: what to multiply an output with, and the lse."""
+    """As `normalised`, for kernels that hold rows in layouts of their own: the factor of the output, and the lse."""
     unseen = total == 0
     return jnp.where(unseen, 0.0, 1.0 / total), jnp.where(unseen, -jnp.inf, largest + jnp.log(total))

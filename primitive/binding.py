@@ -19,8 +19,8 @@ from paged_prefill.primitive.operands import POOLS, Operation, Shapes
 class OperationPrimitive(Primitive):
     """A primitive of one operation, whose `bind` takes operands by position or name, and fills in and checks the rest.
 
-    In a jaxpr the operands that are there stand in the table's order, and the parameter `present` lists their names;
-    so does whoever binds again what stands in a jaxpr.
+    In a jaxpr the operands that are there stand in the table's order, and the parameter `present` lists their names.
+    Who binds an equation of a jaxpr again gives both in that form, and `bind` passes them on as they are.
     """
 
     multiple_results = True
@@ -36,6 +36,7 @@ class OperationPrimitive(Primitive):
         self._takes = [*list(inspect.signature(parameters).parameters)[1:], *own_parameters]
 
     def bind(self, *operands, **given):
+        """Binds a call: operands by position or by name, and parameters by name; or as they stand in a jaxpr, with `present`."""
         if "present" not in given:
             named, given = self._by_name(operands, given)
             own = {name: check(given.pop(name, None)) for name, check in self._own_parameters.items()}

@@ -25,11 +25,11 @@ class PrefillPageAttentionConfig:
       num_warps: warps of one thread block (GPU kernels).
       num_stages: key blocks in flight.
       block_q: query tokens of one tile.
-      num_splits: parts that the keys of one query tile are cut into (GPU kernels). Of short calls they cut
-        tiles of many keys into more, but for the policy "invariant".
-      fp8_terms: where `mosaic_gpu` multiplies keys and values of float8_e4m3fn caches as they are, with weights of that
-        dtype, numbers of that dtype whose sum a query is: 1, or 2 for less error (docs/tuning.md#products-in-8-bits).
-        With 0, as with None, it widens them to 16 bits.
+      num_splits: parts that the keys of one query tile are cut into (GPU kernels). In short calls tiles of many keys
+        may get more parts than that, but not under the policy "invariant".
+      fp8_terms: for products in 8 bits over float8_e4m3fn caches (`mosaic_gpu`; docs/tuning.md#products-in-8-bits): a
+        query becomes a sum of so many float8_e4m3fn numbers, 1, or 2 for less error, and weights are rounded to that
+        dtype. With 0, as with None, keys and values are converted to 16 bits first.
 
     Raises:
       ValueError: a size is no positive integer, or a name is unknown; names the field, what it got and what it takes.

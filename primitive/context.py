@@ -108,7 +108,11 @@ def _with_defaults(**given):
 
 @contextlib.contextmanager
 def overlay(config: PrefillPageAttentionConfig):
-    """Calls traced inside run with `config`, unless their own `cfg=` says otherwise, field by field."""
+    """Calls traced inside run with `config`, unless their own `cfg=` says otherwise, field by field.
+
+    Raises:
+      TypeError: `config` is no PrefillPageAttentionConfig. What the sizes do not fit is an error of the call.
+    """
     if not isinstance(config, PrefillPageAttentionConfig):
         raise TypeError(f"overlay takes a PrefillPageAttentionConfig, got {checks.shown(config)}")
     with _overlay(config):
@@ -116,7 +120,7 @@ def overlay(config: PrefillPageAttentionConfig):
 
 
 def with_overlay(config: PrefillPageAttentionConfig | None, platform: str) -> PrefillPageAttentionConfig | None:
-    """A call's configuration, completed by the overlay around it. A kernel that the call asks for stands."""
+    """A call's configuration, completed by the overlay around it, which does not change what kernel a call asks for."""
     around = _overlay.value
     if around is None:
         return config
@@ -127,7 +131,11 @@ def with_overlay(config: PrefillPageAttentionConfig | None, platform: str) -> Pr
 
 @contextlib.contextmanager
 def policy(name: str):
-    """Sets the policy of choice (see `POLICIES`) for all that is traced inside."""
+    """Sets the policy for all that is traced inside: "off", "cache", "on" or "invariant" (lowering/tuning/resolve.py).
+
+    Raises:
+      ValueError: there is no policy of that name.
+    """
     with _policy(_checked_policy(name, "policy")):
         yield
 

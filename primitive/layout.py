@@ -76,7 +76,7 @@ class CacheLayout:
         return array.reshape(*array.shape[:at], array.shape[at] // 2, 2, *array.shape[at + 1 :])
 
     def rows(self, sizes) -> dict[str, int]:
-        """How many rows of features lie from one index of a dimension to the next, by name; "pool" for a whole pool.
+        """The strides of a cache's dimensions by name, in rows of features; "pool" is the size of a whole pool.
 
         `sizes` are those of kv_heads, num_pages and page_size.
         """

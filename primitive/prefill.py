@@ -100,8 +100,9 @@ def features_of_values(key_cache, value_cache, value_dim) -> int:
     return (key_cache if value_cache is None else value_cache).shape[-1]
 
 
-# Each says, as a text, what the code that `local_paged_prefill_p` becomes depends on beside the code of this package: what
-# lowering/ reads when it runs. Here, since sharding/ needs it for caches of compiled code and knows no lowering.
+# Functions that return, as text, what compiled code depends on beside the code of this package, such as the user's tables.
+# lowering/ adds its own; sharding/ writes what they return into modules, for the key of JAX's persistent compilation cache.
+# The list is here since neither of the two imports the other.
 lowering_reads: list[Callable[[], str]] = []
 
 define(local_paged_prefill_p, _types(LOCAL, specs_of_one_device))

@@ -58,7 +58,7 @@ def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **pa
     where = ctx.module_context.axis_context
     mesh = mesh_of(*ctx.avals_in)
     if mesh.empty:  # automatic axes do not show in types
-        mesh = getattr(where, "abstract_mesh", None) or mesh
+        mesh = getattr(where, "abstract_mesh", None) or _mesh_entered(where)
     if hint is not None and {*hint.pages} & {*mesh.manual_axes}:
         raise ValueError(
             f"page_axis={entry(hint.pages)!r} inside a shard_map, where {operation.name} is local to a device: there, "
@@ -74,14 +74,32 @@ def _lower(operation, ctx, *operands, present, cache_batch_dims, hint=None, **pa
     else:
         _refuse_where_it_cannot_be_asked(operation.name, ctx)
         run = lambda *arrays: _automatic(len(present))(*_constrained(mesh, hint, call, arrays), call)
-        results = mlir.lower_fun(run)(ctx, *operands)
+        results = mlir.lower_fun(run)(_told_of(mesh, ctx), *operands)
         _sign(results, call)
         return results
     return mlir.lower_fun(run)(ctx, *operands)
 
 
+def _mesh_entered(where):
+    """The mesh of jax.set_mesh, where it has the computation's devices; else an empty one.
+
+    No sharding of a computation's arguments and results speaks of a mesh where these are NumPy's, say.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.size == getattr(where, "num_devices", mesh.size) else AbstractMesh((), ())
+
+
+def _told_of(mesh, ctx):
+    """The context with this mesh, by which JAX tells the compiler's callback how arrays are cut."""
+    where = ctx.module_context.axis_context
+    if mesh.empty or where.abstract_mesh is not None:
+        return ctx
+    where = dataclasses.replace(where, abstract_mesh=mesh)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=where))
+
+
 def _settings(operation) -> dict:
-    """The caller's settings that matter where the compiler calls back, from a thread that lacks them."""
+    """The caller's settings that lowering depends on: the compiler may call back from a thread that lacks them."""
     if operation is not PREFILL:
         return {}
     return dict(matmul_precision=jax.config.jax_default_matmul_precision, policy=current_policy())

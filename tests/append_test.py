@@ -1,7 +1,6 @@
-"""append_to_pages in its second form: layers, quantised and latent caches, in place; and what quantising costs."""
+"""append_to_pages with all its operands: layers, quantised and latent caches, in place; and what quantising costs."""
 
 import functools
-import re
 
 from absl.testing import absltest, parameterized
 import chex

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +21,7 @@ class Shared:
         """What all threads look at together, which none may have written."""
         if not 0 <= index < len(self.values):
             raise IndexError(f"{index} of {len(self.values)}")
-        return jnp.asarray(self.values[index])
+        return jax.device_put(self.values[index])
 
     def synchronise(self):
         size = len(self.values)
@@ -42,7 +43,7 @@ class Threads:
         self._claim(((array.writer[index] == NOBODY) | (array.writer[index] == thread)).all())
         np.minimum.at(array.first_reader, index, thread)
         np.maximum.at(array.last_reader, index, thread)
-        return jnp.asarray(array.values[index])
+        return jax.device_put(array.values[index])
 
     def store(self, array, index, value, where=True):
         where = np.broadcast_to(where, self.numbers.shape)
@@ -55,7 +56,7 @@ class Threads:
 
     def load_words(self, matrix, row, column, number):
         """Of a matrix that none writes: a numpy array, as those that `store_words` writes."""
-        return [jnp.asarray(word) for word in self._words(matrix)[self._places(matrix, row, column, number)]]
+        return [jax.device_put(word) for word in self._words(matrix)[self._places(matrix, row, column, number)]]
 
     def store_words(self, words, matrix, row, column, where):
         where = np.broadcast_to(where, self.numbers.shape)

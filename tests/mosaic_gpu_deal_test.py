@@ -27,10 +27,13 @@ def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
 
 
 class EstimateTest(parameterized.TestCase):
-    @parameterized.parameters(Parts(), Parts(1, 7, 4), Parts(3, 5, 16))
-    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts):
-        """Event by event: cores with work left share the memory, and each goes through its own steps."""
-        shape, contexts = launch(), np.random.default_rng(0).integers(1, 12000, 9)
+    @parameterized.product(
+        parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)), most=(500, 12000), in_cluster=(False, True)
+    )
+    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster):
+        """Event by event: cores with work left share the memory, or the second cache, and each goes through its own steps."""
+        shape, contexts = launch(in_cluster=in_cluster), np.random.default_rng(0).integers(1, most, 9)
+        shared = deal.OF_HELD if most == 500 else 1
         pieces = []
         for context in contexts:
             blocks = -(-context // 128)
@@ -43,11 +46,11 @@ class EstimateTest(parameterized.TestCase):
         time = deal.LAUNCH_BYTES
         while left := [work for work in left if work > 1e-3]:
             least = min(left)
-            longer = math.sqrt((len(left) / 132) ** 2 + (deal.STEP_BYTES / 2**16) ** 2)
+            longer = math.sqrt((len(left) / 132 * shared) ** 2 + (deal.STEP_BYTES / 2**16) ** 2)
             left, time = [work - least for work in left], time + least * longer
-        if parts.most > 1:
+        if parts.vary or (parts.most > 1 and not in_cluster):
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
-            time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + 2 * 2**18 / 132 * len(pieces) / 90
+            time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + deal.RESULTS * 2**18 / 132 * len(pieces) / 90
         self.assertAlmostEqual(deal._time(shape, parts, contexts) / time, 1)
 
     @parameterized.named_parameters(
@@ -90,14 +93,14 @@ class EstimateTest(parameterized.TestCase):
 
 class ChoiceTest(parameterized.TestCase):
     def test_contexts_as_long_as_the_table_pay_little(self):
-        """For the sake of others, which gain: by the estimate, over random decode steps."""
+        """For the sake of others, of which one gains most: by the estimate, over random decode steps."""
         rng, kept, paid, gained = np.random.default_rng(0), deal.finer, [], []
 
         def recorded(parts, launch):
             found = kept(parts, launch)
             before, after = (np.array([deal._time(launch, x, c) for c, _ in deal._kinds(launch)]) for x in (parts, found))
             paid.append(after[0] / before[0])
-            gained.append(np.log(before / after).mean())
+            gained.append(np.log(before / after).max())
             return found
 
         with mock.patch.object(host, "finer", recorded):
@@ -106,8 +109,8 @@ class ChoiceTest(parameterized.TestCase):
                 parts_of(int(seqs), int(2 ** rng.uniform(8, 16)), int(group * kv_heads), int(kv_heads))
         self.assertGreater(len(paid), 80)
         self.assertLess(max(paid), 1.15)
-        self.assertLess(np.mean(np.log(paid)), 0.01)
-        self.assertGreater(np.mean(gained), 0.005)
+        self.assertLess(np.mean(np.log(paid)), 0.015)
+        self.assertGreater(np.mean(gained), 0.05)
 
     @parameterized.named_parameters(
         ("tiles_fill_the_chip", (64, 4096), {}),
@@ -122,7 +125,10 @@ class ChoiceTest(parameterized.TestCase):
         ("drafts", (6, 14784), dict(tokens=4), 2**20),
         ("drafts_with_a_window", (21, 20992, 8, 4), dict(tokens=5, sliding_window=4096, attn_logits_soft_cap=50.0), 2**20),
         ("a_few_steps", (9, 12000, 40, 10), {}, 2**20),
-        ("more_tiles_than_cores", (20, 4096), {}, 2**19),
+        ("more_tiles_than_cores", (20, 4096), {}, 3 * 2**18),
+        ("few_tiles", (17, 30336, 8, 1), {}, 2**18),
+        ("those_of_a_cluster", (16, 11776, 4, 4), dict(tokens=5, head_dim=64, value_dim=64), 2**20),
+        ("a_window", (38, 28161, 4, 1), dict(sliding_window=4096), 2**19),
         ("a_prompt_beside_steps", (3, 10800, 24, 2), dict(tokens=96), 2**21),
     )
     def test_parts_are_small_where(self, call, changes, most_bytes):

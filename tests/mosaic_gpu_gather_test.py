@@ -21,25 +21,30 @@ class Lanes(Threads):
 
     def copy_later(self, matrix, row, column, shared, byte):
         places = np.asarray(byte)[:, None] + np.arange(gather.COPY_BYTES)
-        words = np.stack(self.load_words(matrix, row, column, gather.COPY_BYTES // 4), axis=-1)
-        self.copied[places] = words.view(np.uint8)
+        words = np.stack(self.load_words(matrix, jnp.maximum(row, 0), column, gather.COPY_BYTES // 4), axis=-1)
+        self.copied[places] = np.where(np.asarray(row)[:, None] < 0, 0, words.view(np.uint8))
         self.written[places] += 1
 
 
 class GatherTest(parameterized.TestCase):
     @parameterized.product(features=(64, 192, 256), column=(0, 128))
     def test_each_row_lies_as_products_read_it(self, features, column):
-        """Tiles of 8 rows of 64 numbers: of a row, 16 bytes lie where their place and the row's differ in their bits."""
+        """Tiles of 8 rows of 64 numbers: of a row, 16 bytes lie where their place and the row's differ in their bits.
+
+        Rows that are not there are zeros.
+        """
         rng = np.random.default_rng(features + column)
         source = rng.integers(0, 2**16, (300, 512), dtype=np.uint16)
         rows = rng.permutation(len(source))[:WARP_LANES]
+        rows[rng.permutation(WARP_LANES)[:9]] = -1
         threads = Lanes(WARP_LANES * features * 2)
         gather.start(threads, source, jnp.asarray(rows, jnp.int32), jnp.int32(column), features, None)
         self.assertTrue((threads.written == 1).all())
         tiles = threads.copied.view(np.uint16).reshape(WARP_LANES // 8, features // 64, 8, 8, 8)
         for lane, row in enumerate(rows):
             copies = tiles[lane // 8, :, lane % 8, np.arange(8) ^ lane % 8].swapaxes(0, 1)
-            np.testing.assert_array_equal(copies.reshape(-1), source[row, column : column + features])
+            expected = source[row, column : column + features] if row >= 0 else np.zeros(features)
+            np.testing.assert_array_equal(copies.reshape(-1), expected)
 
 
 if __name__ == "__main__":

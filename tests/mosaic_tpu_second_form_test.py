@@ -1,4 +1,4 @@
-"""The TPU kernels with the operands of the second form, in TPU interpret mode with races looked for."""
+"""The TPU kernels with the optional operands, in TPU interpret mode with races looked for."""
 
 import functools
 from unittest import mock

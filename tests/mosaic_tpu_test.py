@@ -18,7 +18,7 @@ from paged_prefill.lowering.mosaic_tpu import decode, host, kernel, schedule
 from paged_prefill.lowering.mosaic_tpu.schedule import max_items, owners, work_items
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
-from paged_prefill.tests import cases, oracle, packs, tpus
+from paged_prefill.tests import cases, oracle, packs, stepping, tpus
 
 SMALL = dict(block_q=16, block_kv=16)
 
@@ -33,16 +33,21 @@ def run(
     As one program where `compiled`, which takes seconds once.
     """
     optional = {} if sinks is None else dict(sinks=sinks)
-    call = flatten(
-        pack._asdict() | dict(kv_head_start=jnp.int32(kv_head_start)) | optional,
-        cache_batch_dims=cache_batch_dims,
-        num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
-        attention=Attention(**{"softmax_scale": pack.query.shape[-1] ** -0.5, **parameters}),
-    )
+    operands = pack._asdict() | dict(kv_head_start=np.int32(kv_head_start)) | optional
     config = PrefillPageAttentionConfig(block_q=block_q, block_kv=block_kv)
     device = Device("tpu", "TPU v4", core_count=cores)
     attend = _attend if compiled else _attend.__wrapped__
-    out, lse = tpus.interpreted(lambda call: attend(call, config, device, only), call, cores=cores)
+
+    def of_pack(operands):
+        call = flatten(
+            operands,
+            cache_batch_dims=cache_batch_dims,
+            num_kv_heads=num_kv_heads or pack.key_cache.shape[-4],
+            attention=Attention(**{"softmax_scale": pack.query.shape[-1] ** -0.5, **parameters}),
+        )
+        return attend(call, config, device, only)
+
+    out, lse = tpus.interpreted(of_pack, operands, cores=cores)
     return unflatten(np.asarray(out), np.asarray(lse), pack.query.shape)
 
 
@@ -330,18 +335,18 @@ class ScheduleTest(chex.TestCase):
     @parameterized.parameters(range(8))
     def test_every_owned_row_is_in_one_item(self, seed):
         rng = np.random.default_rng(seed)
-        tokens, seqs = ((53, 8), (9, 1))[seed % 2]  # few shapes, since each compiles all that runs on them
+        tokens, seqs = ((53, 8), (9, 1))[seed % 2]
         block_q = int(rng.integers(1, 20))
         offsets = np.sort(rng.integers(0, tokens + 1, seqs + 1)).astype(np.int32)
-        start, length = jnp.asarray(offsets[:-1]), jnp.asarray(np.diff(offsets))
-        contexts = jnp.asarray(rng.integers(0, 99, seqs), jnp.int32)
-        sequences = Sequences(start, length, contexts, start * 0, jnp.zeros((seqs, 10), jnp.int32))
-        query, pages = jnp.zeros((tokens, 1, 1)), jnp.zeros((1, 1, 10, 8, 1))
+        start, length = offsets[:-1], np.diff(offsets)
+        contexts = rng.integers(0, 99, seqs).astype(np.int32)
+        sequences = Sequences(start, length, contexts, start * 0, np.zeros((seqs, 10), np.int32))
+        query, pages = np.zeros((tokens, 1, 1), np.float32), np.zeros((1, 1, 10, 8, 1), np.float32)
         attention = Attention(1.0, sliding_window=7)
         call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=attention)
-        before = int(schedule.first_row(call, block_q))
+        before = int(stepping.run(lambda call: schedule.first_row(call, block_q), call))
         self.assertEqual(before % 8, 0)
-        items, count = work_items(call, block_q, before)
+        items, count = stepping.run(lambda call: work_items(call, block_q, before), call)
         self.assertLessEqual(int(count), max_items(tokens, seqs, block_q))
         items = [np.asarray(x) for x in items]
         owner = np.full(tokens, -1)
@@ -363,20 +368,20 @@ class ScheduleTest(chex.TestCase):
         want = np.full(tokens, -1)
         for seq in range(seqs):
             want[offsets[seq] : offsets[seq + 1]] = seq
-        seq, owned = (np.asarray(x) for x in owners(sequences, tokens))
+        seq, owned = stepping.run(lambda sequences: owners(sequences, tokens), sequences)
         np.testing.assert_array_equal(np.where(owned, seq, -1), want)
         alone = np.array([seq >= 0 and length[seq] == 1 for seq in want])  # decode.py's
         np.testing.assert_array_equal(owner, np.where(alone, -1, want))
 
     def test_a_chunk_behind_sequences_of_one_token_takes_no_more_tiles_than_alone(self):
         def tiles(lengths):
-            start = jnp.asarray(np.cumsum([0, *lengths[:-1]]), jnp.int32)
-            table = jnp.zeros((len(lengths), 10), jnp.int32)
-            sequences = Sequences(start, jnp.array(lengths), start * 0 + 99, start * 0, table)
-            pages = jnp.zeros((1, 1, 10, 16, 1), jnp.bfloat16)
-            query = jnp.zeros((sum(lengths), 1, 1), jnp.bfloat16)
+            start = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
+            table = np.zeros((len(lengths), 10), np.int32)
+            sequences = Sequences(start, np.asarray(lengths, np.int32), start * 0 + 99, start * 0, table)
+            pages = np.zeros((1, 1, 10, 16, 1), jnp.bfloat16)
+            query = np.zeros((sum(lengths), 1, 1), jnp.bfloat16)
             call = Call.of(query, pages, pages, sequences, 0, num_kv_heads=1, attention=Attention(1.0))
-            return int(work_items(call, 64, schedule.first_row(call, 64))[1])
+            return int(stepping.run(lambda call: work_items(call, 64, schedule.first_row(call, 64))[1], call))
 
         self.assertEqual(tiles([1] * 48 + [128, 1, 1]), tiles([128]))
         self.assertEqual(tiles([1] * 80 + [64]), 1)

@@ -70,9 +70,9 @@ def make_pack(
     tokens = tokens_before + sum(lengths) + tokens_after
     query = rng.standard_normal((tokens, q_heads, head_dim))
     # NumPy converts, for JAX would compile a program for each shape.
-    floats = (jnp.asarray(x.astype(np.float32).astype(dtype)) for x in (query, key_cache, value_cache))
+    floats = (jax.device_put(x.astype(np.float32).astype(dtype)) for x in (query, key_cache, value_cache))
     lens = np.asarray(context_lens, np.int32).reshape(len(lengths))
-    return Pack(*floats, *(jnp.asarray(x) for x in (lens, page_indices, offsets.astype(np.int32))))
+    return Pack(*floats, *(jax.device_put(x) for x in (lens, page_indices, offsets.astype(np.int32))))
 
 
 def exact(pack: Pack, **parameters):

@@ -11,7 +11,7 @@ from paged_prefill.lowering.choose import XLA
 from paged_prefill.tests import cases, meshes
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/operation.md", "docs/sharding.md", "docs/tuning.md", "docs/serving.md")
+PAGES = ("README.md", "docs/operation.md", "docs/sharding.md", "docs/tuning.md", "docs/serving.md", "docs/development.md")
 
 
 def examples(page: str) -> list[tuple[int, str]]:
@@ -42,7 +42,7 @@ class PagesTest(parameterized.TestCase):
             code = "\n" * line + example  # so that a traceback names the page's own line
             exec(compile(code, str(ROOT / page), "exec"), names)  # noqa: S102
 
-    @parameterized.parameters(*PAGES, "CHANGELOG.md", "examples/serve/README.md")
+    @parameterized.parameters(*PAGES, "CHANGELOG.md", "examples/serve/README.md", "benchmarks/results/README.md")
     def test_links_lead_somewhere(self, page):
         for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", (ROOT / page).read_text()):
             if target.startswith("https://"):

@@ -1,4 +1,4 @@
-"""Errors of the second form's operands: each names the operand, what it got, and what it takes."""
+"""Errors of the optional operands: each names the operand, what it got, and what it takes."""
 
 from absl.testing import absltest, parameterized
 import jax

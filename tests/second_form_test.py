@@ -1,4 +1,4 @@
-"""The operands of the second form, alone and combined, against the oracle: what they mean, and what does not count."""
+"""The optional operands, alone and combined, against the oracle: what they mean, and what does not count."""
 
 import functools
 

@@ -8,7 +8,7 @@ import tempfile
 from absl.testing import absltest, parameterized
 
 from paged_prefill.sharding import partition
-from paged_prefill.tests import cases, meshes
+from paged_prefill.tests import meshes
 
 TWO_PROCESSES = """
 import functools, itertools, sys

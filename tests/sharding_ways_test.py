@@ -452,6 +452,32 @@ class TracingTest(DenseTest):
         meshes.assert_close(results, exact(self.PACK))
         self.assertEqual(results[0].sharding.spec[:3], ("data", None, "model"))
 
+    @parameterized.product(kind=(AxisType.Auto, AxisType.Explicit), jit=(True, False))
+    def test_arrays_that_know_no_mesh(self, kind, jit):
+        """NumPy's, say, under jax.set_mesh; and some that do beside them, as `prefill_page_attention` makes offsets."""
+        query, *caches = self.PACK[:3]
+        pack = [x[0] for x in self.PACK[3:]]
+        new = [np.ones((query.shape[1], cache.shape[0], cache.shape[-1]), cache.dtype) for cache in caches]
+
+        def run():
+            one = prefill_page_attention(query[0], *caches, pack[0][:1], pack[1][0])
+            return [*(jax.jit(attend) if jit else attend)(*self.PACK), one, *append_to_pages(*caches, *new, *pack)]
+
+        with jax.set_mesh(meshes.mesh(kind=kind)):
+            results = run()
+        chex.assert_trees_all_equal(results, run())
+
+    def test_a_mesh_that_constraints_alone_speak_of(self):
+        """By their specs, under jax.set_mesh: no argument has a mesh, and nothing is gathered."""
+
+        def model(*operands):
+            return attend(*(lax.with_sharding_constraint(x, spec) for x, spec in zip(operands, CUT, strict=True)))
+
+        with jax.set_mesh(meshes.mesh()):
+            compiled = jax.jit(model).lower(*self.PACK).compile()
+            meshes.assert_close(compiled(*self.PACK), exact(self.PACK))
+        self.assertEmpty(meshes.collectives(compiled))
+
     @parameterized.parameters(*WAYS)
     def test_inside_control_flow(self, way):
         def model(*operands):

@@ -5,10 +5,10 @@ import functools
 import jax
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from paged_prefill import compat
+from paged_prefill.tests import stepping
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
@@ -28,14 +28,14 @@ def compiling_for(device):
 def interpreted(function, *arguments, cores=1):
     """What `function` gives on a TPU, on CPU: copies run as late as waits allow, and races are looked for.
 
-    It is traced whole, as under `jax.jit`, and run operation by operation, which costs less than to compile a kernel's
-    interpreter. What is jitted inside of it is compiled, for a program that many calls share; and so are several cores.
+    It is run operation by operation, which costs less than to compile a kernel's interpreter: see `stepping.run`. What
+    several cores run is compiled.
     """
-    if cores > 1:
-        function = jax.jit(function)
     interpreter = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", num_cores_or_threads=cores)
     with pltpu.force_tpu_interpret_mode(interpreter), compat.tpu_interpreter_by_steps():
-        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        results = jax.block_until_ready(jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arguments)))
+        if cores > 1:
+            results = jax.block_until_ready(jax.jit(function)(*arguments))
+        else:
+            results = stepping.run(function, *arguments)
     assert not compat.tpu_interpreter_found_races()
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    return results

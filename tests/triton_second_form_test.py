@@ -12,7 +12,7 @@ from paged_prefill import PrefillPageAttentionConfig
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import poisoned, triton_stand_ins
 from paged_prefill.tests.append_test import QUANTISED
-from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter, process
+from paged_prefill.tests.triton_test import HAS_TRITON, WithInterpreter
 
 # Tiles of 16 rows, 8 tokens of 2 heads: chunks are several of them, and contexts several blocks, each two edges.
 SMALL_TILES = PrefillPageAttentionConfig(block_q=8, block_kv=32, num_splits=1)
@@ -73,6 +73,11 @@ class SecondFormTest(WithInterpreter):
 
     def test_latent_caches_as_others_lay_them(self):
         self.check(10, dict(LATENT, kv_heads=1, sequences=((9, 40), (1, 33))), cache_layout="pskd")
+
+    @parameterized.parameters(("int8", "bfloat16", "head"), ("float8_e4m3fn", "bfloat16", "slot"))
+    def test_values_whose_features_warps_take_by_turns(self, dtype, query, granularity):
+        scales = dict(key_scale=granularity, value_scale=granularity)
+        self.check(11, dict(dtype=query, cache_dtype=dtype, value_dim=64, sequences=((1, 90), (2, 40)), **scales))
 
     def test_small_values_in_float16(self):
         """A weight times a small scale is no normal number of float16."""

@@ -22,6 +22,7 @@ IN_FLOAT32 = ("sinks", "router_correction")
 
 
 class Model(NamedTuple):
+    """A decoder and its weights, which model.py names."""
     config: Config
     weights: dict
 

@@ -57,10 +57,12 @@ class Request:
 
     @property
     def output(self) -> list[int]:
+        """What it has said so far."""
         return self.tokens[len(self.prompt) :]
 
     @property
     def decoding(self) -> bool:
+        """Whether all but its last token is in the cache."""
         return len(self.tokens) - self.cached == 1
 
     @property
@@ -164,6 +166,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether a request waits or runs."""
         return bool(self.waiting) or any(replica.running for replica in self.replicas)
 
     def step(self) -> list[Request]:

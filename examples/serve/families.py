@@ -80,6 +80,7 @@ def decoder(read: Reader, *, layers=None, head_dim=None, activation="hidden_act"
 
 
 def activation_of(read: Reader, name: str) -> str:
+    """The activation that the field of that name asks for, by its name in model.py."""
     known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     value = read.values.get(name)
     read.only(name, *known)
@@ -118,17 +119,20 @@ def all_but_every(period: int, read: Reader) -> None:
 
 
 def llama(read: Reader) -> Config:
+    """Llama 3: what most families have, and nothing else."""
     read.only("mlp_bias", False)
     return decoder(read)
 
 
 def qwen3(read: Reader) -> Config:
+    """Qwen 3: its window counts only where `use_sliding_window` says so."""
     if not read("use_sliding_window", False):
         read("sliding_window", None)
     return decoder(read)
 
 
 def gemma2(read: Reader) -> Config:
+    """Gemma 2: windows in every second layer, and soft caps."""
     all_but_every(2, read)
     return gemma(
         read, softmax_scale=read("query_pre_attn_scalar") ** -0.5, soft_cap=read("attn_logit_softcapping", None)
@@ -136,6 +140,7 @@ def gemma2(read: Reader) -> Config:
 
 
 def gemma3(read: Reader) -> Config:
+    """Gemma 3: windows in all layers but every sixth, and a rotary embedding of their own there."""
     all_but_every(read("sliding_window_pattern", 6), read)
     if local := read("rope_local_base_freq", None):  # the form before rope_parameters
         read.values["rope_parameters"] = dict(full_attention=read.rope(), sliding_attention=dict(rope_theta=local))
@@ -153,6 +158,7 @@ def gemma(read: Reader, **fields) -> Config:
 
 
 def gpt_oss(read: Reader) -> Config:
+    """gpt-oss: windows in every second layer, sinks, and experts."""
     all_but_every(2, read)
     read("num_local_experts", None)
     experts = Experts(
@@ -189,6 +195,7 @@ def gemma4(read: Reader) -> Config:
 
 
 def gemma4_layers(read: Reader, head_dim: int) -> tuple[Layer, ...]:
+    """Layers without a window have heads of another size."""
     own = read("per_layer_config", {})
     full = dict(head_dim=read("global_head_dim", 512), num_key_value_heads=read("num_global_key_value_heads", None))
     rope = read.values.setdefault("rope_parameters", GEMMA4_ROPE)
@@ -225,6 +232,7 @@ def llama4(read: Reader) -> Config:
 
 
 def llama4_layers(read: Reader, head_dim: int) -> tuple[Layer, ...]:
+    """Layers with a rotary embedding see their chunk of positions; the others see all keys."""
     count, kv_heads = read("num_hidden_layers"), read("num_key_value_heads")
     interval, chunk = read("no_rope_layer_interval", 4), read("attention_chunk_size", None)
     rotated = read("no_rope_layers", None) or [int((number + 1) % interval != 0) for number in range(count)]
@@ -264,6 +272,7 @@ def pairs_apart(matrix, head_dim: int):
 
 
 def deepseek_v3(read: Reader) -> Config:
+    """DeepSeek V3: latent caches, and experts in groups."""
     for name in ("num_key_value_heads", "moe_intermediate_size", "n_shared_experts", "n_routed_experts", "q_lora_rank"):
         read(name, None)  # the tensors say it, or it says nothing of latents
     for name in ("first_k_dense_replace", "num_mtp_layers"):

@@ -62,6 +62,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> OneLineParser:
+    """The parser of the command line."""
     made = OneLineParser(prog="main.py", description=__doc__.splitlines()[0])
     made.add_argument(
         "--model", type=Path, metavar="DIR", help="a Hugging Face folder (a tiny model with random weights)"

@@ -32,6 +32,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
+        """How many pages `allocate` can still give."""
         return len(self.free) + len(self.idle)
 
     def allocate(self) -> int | None:

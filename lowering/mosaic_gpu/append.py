@@ -18,6 +18,7 @@ class MosaicGpuWriter(Writer):
     platforms = ("cuda",)
 
     def is_for(self, device):
+        """Whether the device is a Hopper GPU."""
         return super().is_for(device) and device.compute_capability == "9.0"
 
     def _reason_against(self, operands, device, layout):

@@ -1,8 +1,9 @@
-"""How small the parts of tiles are where contexts may differ, which no static shape says.
+"""How small the parts of tiles are where contexts may differ, which no static shape says: `finer`.
 
-Tiles of few tokens wait for memory, and a launch ends with its longest part. So it is estimated, over contexts of some
-kinds, when a launch with parts of some sizes ends, and the size is taken that is best over all kinds. A part's size
-follows what is static, and the tile's own context.
+Tiles of few tokens wait for memory, and a launch ends with its longest part. So `_time` estimates when a launch ends whose
+pieces are dealt to thread blocks as the kernel deals them, for parts of several sizes and contexts of several kinds
+(`_kinds`), and the size is taken that is best over all kinds. A part's size follows what is static, and the tile's own
+context.
 """
 
 import functools
@@ -17,7 +18,8 @@ from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, 
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
-SIZES = tuple(2**power for power in range(17, 22))  # of parts, in bytes of keys and values
+# Of parts, in bytes of keys and values.
+SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
@@ -25,14 +27,20 @@ LAUNCH_BYTES = 75 * 2**10  # of a launch, whatever there is to do
 PIECE_BYTES = 5 * 2**10  # to begin and to end a part
 # Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap.
 STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
-MERGE_BYTES, MERGED_PART_BYTES = 47 * 2**10, 2**10  # to launch the merge, and for each part of the tile with the most
-# Contexts as long as the table count as much as so many other kinds: that is what most engines measure.
-OF_EQUAL = 6.0
-OF_WIDE = 0.25  # likewise those of a table eight times as wide
+MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
+RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
+# If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
+HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
+# What each kind of contexts counts: of those as long as the table, which most engines measure, and of those of which most
+# are short; of those in a table eight times as wide, with few tiles and with many; 1 for all others.
+OF_EQUAL, OF_SHORT = 3.0, 3.0
+OF_WIDE, OF_WIDE_OF_MANY = 0.25, 0.1
+FEW = 0.25  # tiles for each core, at most
+FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
 
 class Launch(NamedTuple):
-    """What is static about it."""
+    """What is static about a launch, as far as the estimate needs it."""
 
     seqs: int
     tiles_of_seq: int  # of all heads
@@ -45,10 +53,16 @@ class Launch(NamedTuple):
     cores: int
     smallest: int  # part that may be, in bytes of keys and values
     step_bytes: float = STEP_BYTES
+    in_cluster: bool = False  # whether parts that do not vary are merged there
 
 
-def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int) -> Launch:
-    """That of so many tiles, were the tokens spread evenly over the sequences."""
+def dealt(
+    problem: Problem, device: Device, config: PrefillPageAttentionConfig, *, unsplit: int, slots: int, in_cluster=False
+) -> Launch:
+    """The launch of a problem, as if its tokens were spread evenly over the sequences.
+
+    `unsplit` are its tiles of all heads, and `slots` the pieces that are at work at the same time.
+    """
     seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
@@ -64,12 +78,13 @@ def dealt(problem: Problem, device: Device, config: PrefillPageAttentionConfig, 
         cores=device.cores,
         smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
         step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
+        in_cluster=in_cluster,
     )
 
 
 @functools.lru_cache
 def finer(parts: Parts, launch: Launch) -> Parts:
-    """These, or smaller ones that end sooner over all kinds of contexts; those of a single sequence are left."""
+    """`parts`, or others with which a launch of several sequences ends sooner over all kinds of contexts."""
     if launch.seqs == 1:
         return parts
     blocks = -(-launch.most_keys // launch.block_kv)
@@ -78,30 +93,35 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     for size in SIZES:
         of_part = -(-size // launch.block_bytes)
         smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
-        if size >= launch.smallest and smaller.vary and (of_part < parts.blocks or not parts.vary):
+        if size >= launch.smallest and smaller.vary:
             found.append(smaller)
     if found == [parts]:
         return parts
     kinds = _kinds(launch)
     times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])
-    weights = np.array([weight for _, weight in kinds])
-    return found[int(np.argmin(np.log(times / times.min(axis=0)) @ weights))]
+    weights, power = np.array([weight for _, weight in kinds]), 2
+    if launch.seqs * launch.tiles_of_seq >= launch.cores:
+        weights[0], power = FULL * weights[0], 1
+    # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
+    return found[int(np.argmin(np.log(times / times.min(axis=0)) ** power @ weights))]
 
 
 def _kinds(launch: Launch) -> list:
-    """Contexts of all sequences, and how much they count: all alike, evenly from none to all, and each a little longer than
-    the one before, so that most are short.
+    """Contexts of all sequences, in keys, and how much each kind counts: all equal; spread evenly from short to long; and
+    spread exponentially, so that most are short. Each again in a table eight times as wide.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
-    kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), 1.0)]
-    kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
+    kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
+    few = launch.seqs * launch.tiles_of_seq <= FEW * launch.cores
+    kinds += [(share / 8, OF_WIDE if few else OF_WIDE_OF_MANY) for share, _ in kinds]
     return [(np.maximum(np.ones(launch.seqs) * share * launch.capacity, 1), weight) for share, weight in kinds]
 
 
 def _time(launch: Launch, parts: Parts, contexts) -> float:
-    """When a launch ends, in bytes that a core loads meanwhile; longest parts first, to and fro.
+    """When a launch ends, in bytes that a core loads meanwhile, with its pieces dealt longest first, to and fro.
 
-    Those at work wait for memory, which they share, and for their own steps: of a few times one, of many the other.
+    Pieces at work wait for memory, which they share, and for their own steps: where few are at work, mostly for their
+    steps, where many are, mostly for memory.
     """
     blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
     share = np.ceil(blocks / np.clip(np.ceil(blocks / parts.blocks), parts.least, parts.most))
@@ -112,8 +132,10 @@ def _time(launch: Launch, parts: Parts, contexts) -> float:
     rounds[1::2] = rounds[1::2, ::-1]
     ends = np.sort(rounds.sum(axis=0))
     at_work = np.arange(launch.slots, 0, -1)  # until each of them
-    time = LAUNCH_BYTES + np.diff(ends, prepend=0) @ np.hypot(at_work / launch.cores, launch.step_bytes / launch.block_bytes)
-    if parts.most == 1:
+    loaded = blocks.sum() * launch.tiles_of_seq * launch.block_bytes
+    memory = at_work / launch.cores * (OF_HELD if loaded <= HELD_BYTES else 1)
+    time = LAUNCH_BYTES + np.diff(ends, prepend=0) @ np.hypot(memory, launch.step_bytes / launch.block_bytes)
+    if parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
-    results = 2 * launch.result_bytes / launch.cores * number.mean()  # written and read
+    results = RESULTS * launch.result_bytes / launch.cores * number.mean()
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

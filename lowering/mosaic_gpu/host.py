@@ -1,7 +1,7 @@
 """The Hopper kernel, in Pallas Mosaic GPU: pages by TMA, wgmma, and warpgroups that take turns on the tensor cores.
 
 One launch serves the whole pack; what a thread block does is in hopper/kernel.py. Here is what the rest of lowering/
-calls: which problems it supports, the sizes it runs with, and the call itself.
+calls: which problems it supports, the sizes it runs with, and the call itself. The words are those of hopper/__init__.py.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
@@ -34,27 +34,33 @@ from paged_prefill.primitive.layout import LAYOUTS
 EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5, 4: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
-CORE_GROUP = 16  # cores of which some are a cluster's (a GPC): a chip may lack so many of its last group
-# Blocks of a cluster, on any Hopper GPU; and on those with groups so large: an H20's groups have ten cores.
+CORE_GROUP = 16  # cores that a cluster's blocks must share (a GPC); the last group of a chip may lack some of them
+# The most thread blocks of a cluster: on any Hopper GPU, and on those of at least CORES_OF_LARGE_GROUPS cores, whose groups
+# have room for more (an H20's have ten cores).
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
-MERGED_BYTES = 2**16  # of a part that a cluster merges, in 16 bits: with fewer, a block alone takes no longer
-LAST_MERGES_BYTES = 2**16  # of a tile's parts, if all there may be are: with as many, one warpgroup takes longer than a kernel
+MERGED_BYTES = 2**16  # the fewest of a part that a cluster merges, in 16 bits: a single block takes no longer with fewer
+# Results of a tile with the most parts it may have: from so many on, a kernel merges them sooner than one warpgroup.
+LAST_MERGES_BYTES = 2**16
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
-ROUNDS = 4  # of tiles over the cores, from which on three warpgroups are considered
+ROUNDS = 4  # of tiles over the cores: from so many on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
-# Few rows, as columns of products, of several tokens: they are 1 to 30% faster, and 32 are up to 10% slower.
+# The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
+# and with 32 rows up to 10% slower.
 MOST_ROWS_OF_TOKENS = 16
-FEW_TOKENS = 16  # of each sequence: with fewer they are no prompts
-SHORT = 768  # keys that tiles of short prompts see on average, at most: with as many, two teams gain 1%
-MOST_CORES = 1.5  # times the cores, in tiles of decode steps, from which on two teams each are considered
+FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
+SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
+MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
-# Times as many rows a second as two warpgroups, where all tiles have work: 1.02 to 1.06 and 1.13 to 1.16 were measured.
+# How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
+# and 1.13 to 1.16 were measured.
 FASTER = {3: 1.04, 4: 1.15}
-# Of value_dim / 2 + block_kv: a thread holds its share of the output, a block's logits, and weights of half their size.
+# Bounds of value_dim / 2 + block_kv, by warpgroups: a thread holds its share of the output, a block's logits, and weights of
+# half their size.
 MOST_REGISTERS = {3: 128, 4: 96}
-MOST_EMPTY = 1.02  # times as many rows, of tiles of one wide head as of two, say: the others are nobody's
-# Keys that tiles see on average, from which on three are considered where the pieces of two are a chain, and one wide head.
+MOST_EMPTY = 1.02  # how many times the rows other tiles may have, empty ones counted, to be preferred
+# Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain,
+# and tiles of one wide head in place of two.
 LONG = 4096
 
 
@@ -62,7 +68,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 20
+    version = 21
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -117,6 +123,7 @@ class MosaicGpu(Kernel):
         else:
             config = _with_one_head(problem, device, config) or config
         few = STAGES_OF_A_PART * (2 if is_quantised(problem) else 1)
+        few += are_gathered(problem.page_size, config.block_kv)  # one is waited for before the next is asked for
         of_parts = replace(config, num_stages=min(config.num_stages, few))
         of_parts = replace(of_parts, num_splits=self.num_splits(problem, device, of_parts))
         if of_parts.num_splits == 1:
@@ -300,10 +307,11 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    if of_prompts or current_policy() == "invariant" or (not parts.vary and in_cluster(problem, device, config, least)):
+    if of_prompts or current_policy() == "invariant":
         return parts
-    slots = device.cores * _teams(problem, config)
-    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots))
+    clusters = not parts.vary and in_cluster(problem, device, config, least)
+    slots = device.cores * (1 if clusters else _teams(problem, config))
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -352,6 +360,8 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
     if shares_rows(problem):
         return _for_wide(problem)
+    if problem.capacity <= 64:  # a larger block would be half empty
+        block_kv = 64
     together = 1 if tokens_per_seq == 1 else max(8, pl.next_power_of_2(tokens_per_seq))
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
     if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
@@ -477,7 +487,8 @@ def _has_short_prompts(problem: Problem) -> bool:
 
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
-    return problem.tokens_per_seq >= FEW_TOKENS and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
+    tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
+    return problem.tokens_per_seq >= tokens and sum(_keys_of_tiles(problem, WARPGROUP_ROWS)) / 2 <= SHORT
 
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:

@@ -15,19 +15,22 @@ RESERVED_BYTES = 3072  # for barriers, and for what the compiler reserves
 
 
 def is_quantised(problem: Problem) -> bool:
+    """Whether the caches hold 8 bits a number."""
     return "quantised" in problem.features
 
 
 def is_latent(problem: Problem) -> bool:
+    """Whether values are the first features of the keys."""
     return "latent" in problem.features
 
 
 def shares_rows(problem: Problem) -> bool:
+    """Whether two warpgroups share the rows of a tile, each with half of the output's columns (`plan.is_wide`)."""
     return is_wide(problem.head_dim, problem.value_dim, is_latent(problem))
 
 
 def warpgroups_of(config: PrefillPageAttentionConfig) -> int:
-    """Those that compute: quantised caches have warps of their own beside, which no size counts."""
+    """The warpgroups that compute. Of `num_warps`, 4 load; the warps that widen quantised caches are not counted in it."""
     return config.num_warps // 4 - 1
 
 
@@ -37,7 +40,7 @@ def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 
 def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
-    """Those of a tile that one warpgroup computes as columns of its products: so many that copies bring 8 at a time."""
+    """The rows of a tile whose products are transposed (hopper/few_rows.py): at least 8, which a copy brings; else None."""
     if config.fp8_terms or shares_rows(problem) or warpgroups_of(config) > 1:
         return None
     rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
@@ -45,7 +48,11 @@ def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None
 
 
 def fewest_stages(problem: Problem) -> int:
-    """Blocks of a quantised cache, once widened, have others to lie in; wide values and keys wait for one another."""
+    """The fewest stages with which loads can run beside products: 2, or 1 where a stage is free before its products end.
+
+    So it is over quantised caches, whose blocks are widened into other buffers; and wide keys and values have a stage
+    each, and wait for one another.
+    """
     return 1 if is_quantised(problem) or (shares_rows(problem) and not is_latent(problem)) else 2
 
 

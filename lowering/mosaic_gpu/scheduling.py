@@ -1,4 +1,4 @@
-"""What the Hopper kernel reads of a pack, made by one launch where one can."""
+"""The integer arrays that the Hopper kernel reads of a pack; its table of tiles is made by one launch where one can."""
 
 import jax.numpy as jnp
 
@@ -10,9 +10,9 @@ from paged_prefill.lowering.tiles import Tiling, schedule
 
 
 def schedule_of(call: Call, plan: Plan):
-    """What the kernel reads of the pack: the table of its tiles, the page table, pools, the first KV head.
+    """(table of tiles, page table, pools, first KV head): what the kernel reads of the pack.
 
-    Of the table, layers that differ in their pool alone share one.
+    The table does not depend on pools: so XLA makes one for all layers of a model.
     """
     problem, indices = call.problem, call.indices
     tiling = Tiling(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from paged_prefill.lowering.call import Call, Problem
 from paged_prefill.lowering.mosaic_tpu import fetching, schedule
-from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, Pages, Scales
+from paged_prefill.lowering.mosaic_tpu.fetching import Fetcher, LoadedBlock, Pages, Scales
 from paged_prefill.lowering.mosaic_tpu.masks import hide_outside, zero_outside, zero_scales_outside
 from paged_prefill.lowering.mosaic_tpu.registers import lane_sums, widen
 from paged_prefill.lowering.mosaic_tpu.schedule import LANES, SUBLANES, Sizes, round_up
@@ -40,8 +40,9 @@ class RowTiles(NamedTuple):
 
     @classmethod
     def of(cls, kv_heads: int, group: int) -> "RowTiles":
+        """The tiles of so many KV heads, each of which `group` query heads share."""
         heads = kv_heads * group
-        rows = round_up(min(heads, group), SUBLANES) if kv_heads == 1 else max(schedule.power_of_2(group), SUBLANES)
+        rows = round_up(min(heads, group), SUBLANES) if kv_heads == 1 else max(schedule.power_of_2_up_to(group), SUBLANES)
         tiles = -(-heads // rows)
         period = math.lcm(rows, group) // rows
         return cls(tiles, rows, period if tiles % period == 0 and heads % rows == 0 else tiles, kv_heads, group)
@@ -89,88 +90,103 @@ class Scratch(NamedTuple):
     l: object  # VMEM [tiles, rows, LANES] float32, to be summed over the lanes
 
 
-def kernel(head_start_ref, *refs, static: Static):
-    """One grid step: one item, and the KV heads of one core."""
-    sizes, row_tiles = static.sizes, static.row_tiles
-    refs = iter(refs)
-    items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.held)
-    query_ref, pages = next(refs), Pages.of(refs, static.held)
-    out_ref, lse_ref, buffers, scratch = refs
-    first_head = head_start_ref[0] + pl.program_id(0) * row_tiles.kv_heads
-    item = pl.program_id(1)
-    kv_heads = row_tiles.kv_heads
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
-    key_start, key_end, block_kv = items.key_start[item], items.key_end[item], sizes.block_kv
-    at_once, chunks_at_once = _at_once(row_tiles, sizes)
-    steps = row_tiles.tiles // row_tiles.period // at_once
+def kernel(*refs, static: Static):
+    """One grid step, given the references of `attend`'s pallas_call."""
+    _Item(*refs, static=static).run()
 
-    scratch.m[...] = jnp.full(scratch.m.shape, -jnp.inf, jnp.float32)
-    scratch.l[...] = jnp.zeros(scratch.l.shape, jnp.float32)
-    scratch.acc[...] = jnp.zeros(scratch.acc.shape, jnp.float32)
-    fetcher.begin()
 
-    @pl.loop(fetcher.first_block, fetcher.last_block + 1)
-    def _(block):
-        slot, first_key = fetcher.turn(), block * block_kv
-        following, exists = fetcher.following(block)
+class _Item:
+    """An item, for the KV heads of one core."""
+
+    def __init__(self, head_start_ref, *refs, static: Static):
+        self.static, self.sizes, self.row_tiles = static, static.sizes, static.row_tiles
+        refs = iter(refs)
+        self.items = items = Items(*itertools.islice(refs, len(Items._fields)))
+        self.scales = Scales.of(refs, static.held)
+        self.query_ref, pages = next(refs), Pages.of(refs, static.held)
+        self.out_ref, self.lse_ref, self.buffers, self.scratch = refs
+        kv_heads = self.row_tiles.kv_heads
+        self.first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
+        self.number = item = pl.program_id(1)
+        self.fetcher = Fetcher(
+            items, item, pl.num_programs(1), pages, static.held, self.buffers, self.first_head, kv_heads, self.sizes
+        )
+        self.key_start, self.key_end = items.key_start[item], items.key_end[item]
+        self.at_once, self.chunks_at_once = _at_once(self.row_tiles, self.sizes)
+        self.steps = self.row_tiles.tiles // self.row_tiles.period // self.at_once
+
+    def run(self):
+        """Attends to all keys that the token sees."""
+        scratch, static = self.scratch, self.static
+        scratch.m[...] = jnp.full(scratch.m.shape, -jnp.inf, jnp.float32)
+        scratch.l[...] = jnp.zeros(scratch.l.shape, jnp.float32)
+        scratch.acc[...] = jnp.zeros(scratch.acc.shape, jnp.float32)
+        self.fetcher.begin()
+        pl.loop(self.fetcher.first_block, self.fetcher.last_block + 1)(self._attend_block)
+        scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
+        _write(self.out_ref, self.lse_ref, scratch, scale)
+
+    def _attend_block(self, block):
+        """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
+        static, buffers, block_kv = self.static, self.buffers, self.sizes.block_kv
+        slot, first_key = self.fetcher.turn(), block * block_kv
+        following, exists = self.fetcher.following(block)
         keys_ref = buffers.keys.at[slot]
-        values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
-        step = functools.partial(
-            _attend_step,
-            query_ref=query_ref,
+        loaded = LoadedBlock(
+            query_ref=self.query_ref,
             keys_ref=keys_ref,
-            values_ref=values_ref,
-            scratch=scratch,
+            values_ref=keys_ref if static.held.latent else buffers.values.at[slot],
+            scratch=self.scratch,
             static=static,
-            scale_of=functools.partial(scales.of_head, items.pool[item], first_head),
+            scale_of=functools.partial(self.scales.of_head, self.items.pool[self.number], self.first_head),
             slot_scales_of=functools.partial(buffers.scales_of_slots, static.held, slot),
         )
-        seen_whole = (key_start <= first_key) & (first_key + block_kv <= key_end)
-        hot = seen_whole & exists & fetcher.whole(following)
+        seen_whole = (self.key_start <= first_key) & (first_key + block_kv <= self.key_end)
+        hot = seen_whole & exists & self.fetcher.whole(following)
+        pl.when(hot)(lambda: self._unmasked(loaded, block, slot, following))
+        pl.when(jnp.logical_not(hot))(lambda: self._masked(loaded, block, first_key, slot, following, exists))
 
-        @pl.when(hot)
-        def unmasked():
-            """Every key of the block is seen, and every run of the next one is needed."""
-            fetcher.wait(block, slot)
-            copy = fetcher.copier(following, 1 - slot)
-            runs = chunks_at_once * sizes.runs_per_chunk
-            steps_with_copies = schedule.largest_divisor(runs, steps)
-            share = runs // steps_with_copies
+    def _unmasked(self, loaded: LoadedBlock, block, slot, following):
+        """Every key of the block is seen, and every run of the next one is needed."""
+        sizes, at_once, chunks_at_once, steps = self.sizes, self.at_once, self.chunks_at_once, self.steps
+        self.fetcher.wait(block, slot)
+        copy = self.fetcher.copier(following, 1 - slot)
+        runs = chunks_at_once * sizes.runs_per_chunk
+        steps_with_copies = schedule.largest_divisor(runs, steps)
+        share = runs // steps_with_copies
 
-            @pl.loop(0, sizes.chunks_per_block // chunks_at_once)
-            def _(i):
-                chunks = [i * chunks_at_once + chunk for chunk in range(chunks_at_once)]
+        @pl.loop(0, sizes.chunks_per_block // chunks_at_once)
+        def _(i):
+            chunks = [i * chunks_at_once + chunk for chunk in range(chunks_at_once)]
 
-                def copies(part):
-                    return [functools.partial(copy, i * runs + part * share, run) for run in range(share)]
+            def copies(part):
+                return [functools.partial(copy, i * runs + part * share, run) for run in range(share)]
 
-                @pl.loop(0, steps_with_copies)
-                def _(part):
-                    step(chunks, part * at_once, at_once, beside=copies(part))
+            @pl.loop(0, steps_with_copies)
+            def _(part):
+                _Step(loaded, chunks, part * at_once, at_once, beside=copies(part)).attend()
 
-                @pl.loop(steps_with_copies, steps)
-                def _(part):
-                    step(chunks, part * at_once, at_once)
+            @pl.loop(steps_with_copies, steps)
+            def _(part):
+                _Step(loaded, chunks, part * at_once, at_once).attend()
 
-        @pl.when(jnp.logical_not(hot))
-        def masked():
-            pl.when(exists)(lambda: fetcher.start(following, 1 - slot))
-            fetcher.wait(block, slot)
-            start, end = key_start - first_key, key_end - first_key
-            low = lax.div(jnp.maximum(start, 0), sizes.chunk)
-            high = jnp.minimum(pl.cdiv(end, sizes.chunk), sizes.chunks_per_block)
+    def _masked(self, loaded: LoadedBlock, block, first_key, slot, following, exists):
+        """The chunks of the block that hold a key that is seen."""
+        sizes = self.sizes
+        pl.when(exists)(lambda: self.fetcher.start(following, 1 - slot))
+        self.fetcher.wait(block, slot)
+        start, end = self.key_start - first_key, self.key_end - first_key
+        low = lax.div(jnp.maximum(start, 0), sizes.chunk)
+        high = jnp.minimum(pl.cdiv(end, sizes.chunk), sizes.chunks_per_block)
 
-            @pl.loop(low, high)
-            def _(chunk):
-                interval = start - chunk * sizes.chunk, end - chunk * sizes.chunk
-                zero_outside(values_ref, chunk, interval, sizes)
+        @pl.loop(low, high)
+        def _(chunk):
+            interval = start - chunk * sizes.chunk, end - chunk * sizes.chunk
+            zero_outside(loaded.values_ref, chunk, interval, sizes)
 
-                @pl.loop(0, steps)
-                def _(part):
-                    step([chunk], part * at_once, at_once, interval)
-
-    _write(out_ref, lse_ref, scratch, static.softmax_scale if static.soft_cap is None else static.soft_cap)
+            @pl.loop(0, self.steps)
+            def _(part):
+                _Step(loaded, [chunk], part * self.at_once, self.at_once, interval).attend()
 
 
 def _at_once(row_tiles: RowTiles, sizes: Sizes) -> tuple[int, int]:
@@ -181,83 +197,118 @@ def _at_once(row_tiles: RowTiles, sizes: Sizes) -> tuple[int, int]:
     return periods, schedule.largest_divisor(sizes.chunks_per_block, most // periods)
 
 
-def _attend_step(
-    chunks, first_period, periods, interval=None, beside=(), *, query_ref, keys_ref, values_ref, scratch: Scratch,
-    static: Static, scale_of, slot_scales_of,
-):  # fmt: skip
-    """Folds chunks of keys into the running values of some periods of tiles; `interval` is what is seen of each chunk.
+class _Step:
+    """Chunks of keys, folded into the running values of some periods of tiles.
 
     All logits come first: the matrix unit computes those of later chunks while the softmax of the first ones runs.
-    `beside` are functions that start copies, spread evenly over the products with values: the compiler keeps loads and
-    copies in the order of the program, and only what lies between them runs at the same time. `scale_of` is the scale of
-    "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there are none.
+    `interval` is what is seen of each chunk, None for all. `beside` are functions that start copies, spread evenly over
+    the products with values: the compiler keeps loads and copies in the order of the program, and only what lies between
+    them runs at the same time.
     """
-    sizes, row_tiles, softmax_scale, soft_cap = static.sizes, static.row_tiles, static.softmax_scale, static.soft_cap
-    rows, period = row_tiles.rows, row_tiles.period
-    tiles = range(periods * period)
-    products = len(chunks) * sum(len(row_tiles.kv_heads_of(tile % period)) for tile in tiles)
-    # Products are in pieces, for copies to lie between them.
-    pieces = [slice(first, min(first + schedule.DEPTH, sizes.chunk)) for first in range(0, sizes.chunk, schedule.DEPTH)]
-    shares = _shares(beside, products * len(pieces))
-    precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
-    to_exponent = (softmax_scale if soft_cap is None else soft_cap) * math.log2(math.e)
-    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
 
-    def product(x, y, contract):
-        dimensions = (((1,), (contract,)), ((), ()))
-        return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    def __init__(self, loaded: LoadedBlock, chunks, first_period, periods: int, interval=None, beside=()):
+        self.loaded, self.chunks, self.first_period, self.interval = loaded, chunks, first_period, interval
+        static, self.scratch = loaded.static, loaded.scratch
+        self.sizes, self.row_tiles = static.sizes, static.row_tiles
+        self.tiles = range(periods * self.row_tiles.period)
+        # Products are in pieces, for copies to lie between them.
+        chunk, depth = self.sizes.chunk, schedule.DEPTH
+        self.pieces = [slice(first, min(first + depth, chunk)) for first in range(0, chunk, depth)]
+        products = len(chunks) * sum(len(self._kv_heads_of(tile)) for tile in self.tiles)
+        self.shares = _shares(beside, products * len(self.pieces))
+        self.row = lax.broadcasted_iota(jnp.int32, (self.row_tiles.rows, 1), 0)
 
-    def weighted(p, head, chunk):
-        """Weights [rows, keys] times the scales of values, as they come to be multiplied."""
-        if (scales := slot_scales_of("value", head, chunk)) is not None:
-            p = p * (scales if interval is None else zero_scales_outside(scales, interval))  # 0 * NaN is NaN
-        return p.astype(query_ref.dtype)
+    def attend(self):
+        """Folds the chunks in, one after the other."""
+        acc = self.scratch.acc
+        logits_of_chunks = [[self._logits(chunk, tile) for tile in self.tiles] for chunk in self.chunks]
+        for chunk, logits_of_tiles in zip(self.chunks, logits_of_chunks):
+            weights = [self._softmax(tile, s) for tile, s in zip(self.tiles, logits_of_tiles)]
+            for tile, (p, fade) in zip(self.tiles, weights):
+                at = self._number_of(tile)
+                added = self._weighted_values(chunk, tile, p)
+                acc[at] = acc[at] * widen(fade, added.shape[1]) + added
 
-    def of_each_head(chunk, tile, x, ref, contract, name):
-        """The product of each row with what its KV head has in `ref`, times the scales."""
-        result = None
-        for head in row_tiles.kv_heads_of(tile % period):
-            place = (first_period + tile // period) * (period * rows // row_tiles.group) + head
-            rows_of_x, here = weighted(x, place, chunk) if contract == 0 else x, []
-            for keys in pieces:
-                y = ref[place, sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)].astype(query_ref.dtype)
-                y = y[:, : static.value_dim] if contract == 0 else y
-                here.append(product(rows_of_x[:, keys] if contract == 0 else x, y, contract))
-                for start in next(shares) if contract == 0 else ():
-                    start()
-            here = sum(here) if contract == 0 else jnp.concatenate(here, axis=1)
-            for scale in (scale_of(name, place), slot_scales_of(name, place, chunk) if contract == 1 else None):
+    def _number_of(self, tile: int):
+        """The number of one of the step's tiles, among all."""
+        return self.first_period * self.row_tiles.period + tile
+
+    def _kv_heads_of(self, tile: int) -> range:
+        """The KV heads of a tile's rows, counted from the first of its period."""
+        return self.row_tiles.kv_heads_of(tile % self.row_tiles.period)
+
+    def _logits(self, chunk, tile: int):
+        """Logits [rows, keys] of a tile, scales included."""
+        query = self.loaded.query_ref[self._number_of(tile)]
+
+        def of_head(head):
+            keys_of = functools.partial(self._of_keys, self.loaded.keys_ref, head, chunk)
+            here = jnp.concatenate([self._product(query, keys_of(keys), 1) for keys in self.pieces], axis=1)
+            for scale in (self.loaded.scale_of("key", head), self.loaded.slot_scales_of("key", head, chunk)):
                 here = here if scale is None else here * scale
-            first_row = head * row_tiles.group - tile % period * rows
-            result = here if result is None else jnp.where(row >= first_row, here, result)
-        return result
+            return here
 
-    def softmax(tile, s):
-        at = first_period * period + tile
-        if soft_cap is not None:
-            s = jnp.tanh(s * (softmax_scale / soft_cap))
-        if interval is not None:
-            s = hide_outside(s, interval)
+        return self._of_each_head(tile, of_head)
+
+    def _softmax(self, tile: int, s):
+        """Weights of logits, and by what the running values fade, of which the maximum and the sum move on."""
+        scratch, static, at = self.scratch, self.loaded.static, self._number_of(tile)
+        to_exponent = (static.softmax_scale if static.soft_cap is None else static.soft_cap) * math.log2(math.e)
+        if static.soft_cap is not None:
+            s = jnp.tanh(s * (static.softmax_scale / static.soft_cap))
+        if self.interval is not None:
+            s = hide_outside(s, self.interval)
         m = scratch.m[at]
         # No chunk is without a key that is seen, so the maximum is above -inf unless a logit is.
         m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
         shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
-        p = jnp.exp2((s - widen(shift, sizes.chunk)) * to_exponent)
+        p = jnp.exp2((s - widen(shift, self.sizes.chunk)) * to_exponent)
         fade = jnp.exp2((m - shift) * to_exponent)
         scratch.m[at] = m_next
         scratch.l[at] = scratch.l[at] * fade + lane_sums(p)
         return p, fade
 
-    def logits(chunk, tile):
-        return of_each_head(chunk, tile, query_ref[first_period * period + tile], keys_ref, 1, "key")
+    def _weighted_values(self, chunk, tile: int, p):
+        """Weights [rows, keys] times values, scales included; some copies are started beside each product."""
 
-    logits_of_chunks = [[logits(chunk, tile) for tile in tiles] for chunk in chunks]
-    for chunk, logits_of_tiles in zip(chunks, logits_of_chunks):
-        weights = [softmax(tile, s) for tile, s in zip(tiles, logits_of_tiles)]
-        for tile, (p, fade) in zip(tiles, weights):
-            at = first_period * period + tile
-            added = of_each_head(chunk, tile, p, values_ref, 0, "value")
-            scratch.acc[at] = scratch.acc[at] * widen(fade, added.shape[1]) + added
+        def of_head(head):
+            weights, parts = self._weights(p, head, chunk), []
+            for keys in self.pieces:
+                values = self._of_keys(self.loaded.values_ref, head, chunk, keys)[:, : self.loaded.static.value_dim]
+                parts.append(self._product(weights[:, keys], values, 0))
+                for start in next(self.shares):
+                    start()
+            here, scale = sum(parts), self.loaded.scale_of("value", head)
+            return here if scale is None else here * scale
+
+        return self._of_each_head(tile, of_head)
+
+    def _weights(self, p, head, chunk):
+        """Weights times the scales of their slots' values, as they come to be multiplied."""
+        if (scales := self.loaded.slot_scales_of("value", head, chunk)) is not None:
+            p = p * (scales if self.interval is None else zero_scales_outside(scales, self.interval))  # 0 * NaN is NaN
+        return p.astype(self.loaded.query_ref.dtype)
+
+    def _of_each_head(self, tile: int, of_head):
+        """For each row of a tile, what `of_head` gives for its KV head."""
+        period, rows, group = self.row_tiles.period, self.row_tiles.rows, self.row_tiles.group
+        result = None
+        for head in self._kv_heads_of(tile):
+            here = of_head((self.first_period + tile // period) * (period * rows // group) + head)
+            first_row = head * group - tile % period * rows
+            result = here if result is None else jnp.where(self.row >= first_row, here, result)
+        return result
+
+    def _of_keys(self, ref, head, chunk, keys: slice):
+        """What some of a chunk's keys have in `ref`, [keys, features]."""
+        at = self.sizes.keys_of_chunk(chunk, keys.start, keys.stop - keys.start)
+        return ref[head, at].astype(self.loaded.query_ref.dtype)
+
+    def _product(self, x, y, contract: int):
+        """x times y, whose dimension `contract` is summed over."""
+        precision = lax.Precision.HIGHEST if self.loaded.query_ref.dtype == jnp.float32 else None
+        dimensions = (((1,), (contract,)), ((), ()))
+        return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _shares(sequence, count):

@@ -110,7 +110,6 @@ class Buffers(NamedTuple):
     page_sems: object  # DMA [2]
     table_sems: object  # DMA [2]
 
-
     def scales_of_slots(self, held: Held, slot, name: str, head, chunk):
         """The scales of "key" or "value" of each slot of a chunk, [1, chunk], or None."""
         ref = self.key_scales if name == "key" or held.latent else self.value_scales
@@ -122,6 +121,25 @@ class Block(NamedTuple):
 
     item: object
     number: object
+
+
+class LoadedBlock(NamedTuple):
+    """A block in VMEM, and what attends to it.
+
+    Attributes:
+      query_ref, keys_ref, values_ref: VMEM; the values may be the keys.
+      scratch, static: the kernel's own.
+      scale_of: a function of "key" or "value" and a KV head that gives its scale, None where there is none.
+      slot_scales_of: the same of a chunk too, that gives the scales of its slots [1, chunk].
+    """
+
+    query_ref: object
+    keys_ref: object
+    values_ref: object
+    scratch: object
+    static: object
+    scale_of: object
+    slot_scales_of: object
 
 
 class Fetcher:

@@ -15,7 +15,7 @@ from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, nothing
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.mosaic_tpu import decode, fetching, kernel, schedule
 from paged_prefill.lowering.mosaic_tpu.chips import SMEM_BYTES, kind_reason, vmem_budget
-from paged_prefill.lowering.mosaic_tpu.schedule import LANES, power_of_2, round_up, sublanes
+from paged_prefill.lowering.mosaic_tpu.schedule import LANES, power_of_2_up_to, round_up, sublanes
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
@@ -60,11 +60,11 @@ class MosaicTpu(Kernel):
         calls for which it is too large are another kernel's.
         """
         packing = sublanes(problem.dtype)
-        block_q = 2 * max(power_of_2(schedule.ROWS // problem.group), packing)
+        block_q = 2 * max(power_of_2_up_to(schedule.ROWS // problem.group), packing)
         block_q = min(block_q, round_up(problem.tokens, packing))
         itemsize = jnp.dtype(problem.cache_dtype).itemsize
         bytes_per_key = problem.num_kv_heads * (problem.head_dim + problem.value_dim) * itemsize
-        block_kv = min(max(power_of_2(BYTES_IN_FLIGHT // bytes_per_key), schedule.CHUNK), 4 * schedule.CHUNK)
+        block_kv = min(max(power_of_2_up_to(BYTES_IN_FLIGHT // bytes_per_key), schedule.CHUNK), 4 * schedule.CHUNK)
         block_kv = min(block_kv, round_up(problem.capacity, LANES))
         if invariant := current_policy() == "invariant":
             block_kv = schedule.CHUNK

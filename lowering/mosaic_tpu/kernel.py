@@ -32,227 +32,285 @@ from paged_prefill.lowering.mosaic_tpu.step import Product, Scratch, Static, Ste
 from paged_prefill.primitive.attention import factor_and_lse
 
 
-def kernel(head_start_ref, *refs, static: Static):
-    """One grid step: one item, and the KV heads of one core."""
-    sizes = static.sizes
-    refs = iter(refs)
-    items = Items(*itertools.islice(refs, len(Items._fields)))
-    scales = Scales.of(refs, static.held)
-    query_ref = next(refs)
-    seen_refs = (next(refs), next(refs)) if static.by_row else None
-    pages = Pages.of(refs, static.held)
-    out_ref, lse_ref, buffers, scratch = refs
-    kv_heads, group = query_ref.shape[:2]
-    first_head = head_start_ref[0] + pl.program_id(0) * kv_heads
-    item = pl.program_id(1)
-    fetcher = Fetcher(items, item, pl.num_programs(1), pages, static.held, buffers, first_head, kv_heads, sizes)
-    block_kv, position = sizes.block_kv, items.position[item]
-    row_start, row_end = items.row_start[item], items.row_end[item]
-    key_start, key_end = items.key_start[item], items.key_end[item]
-    scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
+def kernel(*refs, static: Static):
+    """One grid step, given the references of `attend`'s pallas_call."""
+    _Item(*refs, static=static).run()
 
-    def mask_of(first_key, rows, first, causal=True, window=static.window):
-        """Of the keys from the first-th on of a chunk that starts at `first_key`."""
-        if static.by_row:
-            first_new = items.first_new[item] if static.tree else None
-            return MaskByRow(*seen_refs, rows, first_key + first, row_start, row_end, first_new)
-        return Mask(scratch.ends, rows, first_key + first, key_start, key_end, causal, window)
 
-    def seen_whole(first_key, keys):
+class _Item:
+    """An item, for the KV heads of one core: which rows attend, and which of its keys need a mask."""
+
+    def __init__(self, head_start_ref, *refs, static: Static):
+        self.static, self.sizes = static, static.sizes
+        refs = iter(refs)
+        self.items = items = Items(*itertools.islice(refs, len(Items._fields)))
+        scales = Scales.of(refs, static.held)
+        self.query_ref = next(refs)
+        self.seen_refs = (next(refs), next(refs)) if static.by_row else None
+        pages = Pages.of(refs, static.held)
+        self.out_ref, self.lse_ref, self.buffers, self.scratch = refs
+        self.kv_heads, self.group = self.query_ref.shape[:2]
+        first_head = head_start_ref[0] + pl.program_id(0) * self.kv_heads
+        self.number = item = pl.program_id(1)
+        self.fetcher = Fetcher(
+            items, item, pl.num_programs(1), pages, static.held, self.buffers, first_head, self.kv_heads, self.sizes
+        )
+        self.position = items.position[item]
+        self.row_start, self.row_end = items.row_start[item], items.row_end[item]
+        self.key_start, self.key_end = items.key_start[item], items.key_end[item]
+        self.scale_of = functools.partial(scales.of_head, items.pool[item], first_head)
+        # In no chunk do keys both start for some rows and end for others, unless the window is shorter.
+        window = static.window
+        self.one_edge = not static.by_row and self.sizes.chunk_is_cut and window is not None and window >= self.sizes.chunk
+
+    def run(self):
+        """Attends all rows of the item."""
+        self.fetcher.begin()
+        few = sublanes(self.query_ref.dtype)
+        if self.sizes.block_q > few:
+            is_few = self.row_end - lax.div(self.row_start, few) * few <= few
+            pl.when(is_few)(lambda: self._attend_few_rows(few))
+            pl.when(jnp.logical_not(is_few))(self._attend_tile)
+        else:
+            self._attend_tile()
+
+    def mask_of(self, first_key, rows, first, causal=True, windowed=True):
+        """What hides keys from rows, of those from the first-th on of a chunk that starts at `first_key`.
+
+        Rows that follow causality and a window may be asked about one of the two alone.
+        """
+        if self.static.by_row:
+            first_new = self.items.first_new[self.number] if self.static.tree else None
+            return MaskByRow(*self.seen_refs, rows, first_key + first, self.row_start, self.row_end, first_new)
+        window = self.static.window if windowed else None
+        return Mask(self.scratch.ends, rows, first_key + first, self.key_start, self.key_end, causal, window)
+
+    def seen_whole(self, first_key, keys):
+        """Whether every row sees so many keys from the first on."""
+        items, item = self.items, self.number
         return (items.whole_start[item] <= first_key) & (first_key + keys <= items.whole_end[item])
 
-    # In no chunk do keys both start for some rows and end for others, unless the window is shorter.
-    one_edge = not static.by_row and sizes.chunk_is_cut and static.window is not None and static.window >= sizes.chunk
-
-    def windows_start_in(first_key):
+    def windows_start_in(self, first_key):
         """Whether the window of the tile's first row starts in a chunk, and no row's keys end before it does."""
-        if not one_edge:
+        if not self.one_edge:
             return False
-        return (first_key <= position + 1 - static.window) & (first_key + sizes.chunk <= key_end)
+        start = self.position + 1 - self.static.window
+        return (first_key <= start) & (first_key + self.sizes.chunk <= self.key_end)
 
-    def attend_block(block, parts, all_parts, fresh, rows_of):
-        """Waits for a block, starts the copies of the one after it, and folds it into the running values."""
-        slot, first_key = fetcher.turn(), block * block_kv
-        following, exists = fetcher.following(block)
-        keys_ref = buffers.keys.at[slot]
-        values_ref = keys_ref if static.held.latent else buffers.values.at[slot]
-        slot_scales_of = functools.partial(buffers.scales_of_slots, static.held, slot)
-        step = Step(query_ref, keys_ref, values_ref, scratch, static, scale_of, slot_scales_of)
+    def part_rows(self, part):
+        """The rows of a part of the tile."""
+        size = self.sizes.part
+        first = pl.multiple_of(part * size, size)
+        return Rows(first, size, pl.ds(pl.multiple_of(part * self.group * size, size), self.group * size))
 
-        def tile_chunk(chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
-            """All parts of the tile side by side; `copy` starts to copy a run of the next block."""
-            keys_of_parts = keys_of_parts or [sizes.whole_chunk] * sizes.parts
-            at_once = sizes.heads_at_once(kv_heads)
-            steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
-            share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
-            for run in range(0 if share or copy is None else sizes.runs_per_chunk):
-                copy(first_run, run)
-
-            @pl.loop(0, steps)
-            def _(heads):
-                first = first_run + heads * share
-                copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
-
-                def product(number, head, part, keys):
-                    return Product(number & 1, heads * at_once + head, part_rows(part), keys)
-
-                of_heads = enumerate(keys_of_parts * at_once)
-                products = [product(number, *divmod(number, sizes.parts), keys) for number, keys in of_heads]
-                if mask_of is not None or fresh:
-                    return step.attend(chunk, products, mask_of, fresh, copies)
-                passed = step.attend_by_old_maximum(chunk, products, copies)
-
-                def attend_passed(head, part):
-                    number = head * sizes.parts + part
-                    step.attend_passed(chunk, number, product(number, head, part, sizes.whole_chunk))
-
-                @pl.when(passed)
-                def _():
-                    pl.loop(0, at_once)(lambda head: pl.loop(0, sizes.parts)(lambda part: attend_passed(head, part)))
-
-        def part_chunk(chunk, part, mask_of, keys):
-            """One part of the tile."""
-            at_once = 1 if all_parts is not None else largest_divisor(kv_heads, schedule.PRODUCTS_AT_ONCE)
-
-            @pl.loop(0, kv_heads // at_once)
-            def _(heads):
-                # If every buffer's number were known when compiling, the compiler would keep the buffers in
-                # registers, of which there are too few, and spill.
-                rows, head = rows_of(part), heads * at_once
-                products = [Product(lax.rem(part + i, 2), head + i, rows, keys) for i in range(at_once)]
-                step.attend(chunk, products, mask_of)
-
-        def first_chunk_of_windows(chunk):
-            """Where rows' windows start: later parts see fewer of its keys."""
-            first = first_key + chunk * sizes.chunk
-            zero_outside(values_ref, chunk, (key_start - first, key_end - first), sizes)
-            tile_chunk(chunk, functools.partial(mask_of, first, causal=False), sizes.keys_in_window(), fresh=True)
-
-        def masked_chunk(chunk):
-            first = first_key + chunk * sizes.chunk
-            mask_of_rows = functools.partial(mask_of, first)
-            if not static.by_row:
-                zero_outside(values_ref, chunk, (key_start - first, key_end - first), sizes)
-
-            def of_keys(attend, end):
-                """What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes."""
-                if not sizes.chunk_is_cut:
-                    return attend(sizes.whole_chunk)
-                ends_early = end - first <= schedule.DEPTH
-                pl.when(ends_early)(lambda: attend(slice(0, schedule.DEPTH)))
-                pl.when(jnp.logical_not(ends_early))(lambda: attend(sizes.whole_chunk))
-
-            def tile():
-                """Parts before the last see fewer keys, if the last does not see past the chunk."""
-
-                def attend(keys):
-                    tile_chunk(chunk, mask_of_rows, [keys] * sizes.parts)
-
-                def attend_staggered(keys):
-                    window = None if one_edge else static.window
-                    tile_chunk(chunk, functools.partial(mask_of_rows, window=window), sizes.keys_up_to(keys.stop))
-
-                if static.by_row or not sizes.chunk_is_cut or sizes.part * (sizes.parts - 1) < LANES:
-                    return of_keys(attend, key_end)
-                end = position + sizes.block_q
-                ends_within = end - first <= sizes.chunk
-                pl.when(ends_within)(lambda: of_keys(attend_staggered, end))
-                pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.whole_chunk))
-
-            def part_by_part():
-                @pl.loop(*parts)
-                def _(part):
-                    rows = rows_of(part)
-                    end = key_end if static.by_row else jnp.minimum(key_end, position + rows.first + rows.count)
-                    of_keys(functools.partial(part_chunk, chunk, part, mask_of_rows), end)
-
-            if all_parts is None:
-                return part_by_part()
-            pl.when(all_parts)(tile)
-            pl.when(jnp.logical_not(all_parts))(part_by_part)
-
-        def whole_block():
-            """No chunk needs a mask, and every run of the next block is needed."""
-            fetcher.wait(block, slot)
-            copy = fetcher.copier(following, 1 - slot)
-            pl.loop(0, sizes.chunks_per_block)(lambda chunk: tile_chunk(chunk, copy=copy))
-
-        def any_block():
-            pl.when(exists)(lambda: fetcher.start(following, 1 - slot))
-            fetcher.wait(block, slot)
-            low = lax.div(jnp.maximum(key_start - first_key, 0), sizes.chunk)
-            high = jnp.minimum(pl.cdiv(key_end - first_key, sizes.chunk), sizes.chunks_per_block)
-
-            @pl.loop(low, high)
-            def _(chunk):
-                if all_parts is None:
-                    return masked_chunk(chunk)
-                whole = all_parts & seen_whole(first_key + chunk * sizes.chunk, sizes.chunk)
-                is_fresh = fresh & (block == fetcher.first_block) & (chunk == low)
-                pl.when(is_fresh & whole)(lambda: tile_chunk(chunk, fresh=True))
-                if one_edge:
-                    pl.when(is_fresh & jnp.logical_not(whole))(lambda: first_chunk_of_windows(chunk))
-                pl.when(whole & jnp.logical_not(is_fresh))(lambda: tile_chunk(chunk))
-                pl.when(jnp.logical_not(whole | is_fresh))(lambda: masked_chunk(chunk))
-
-        if all_parts is None:
-            return any_block()
-        hot = all_parts & (block > fetcher.first_block) & seen_whole(first_key, block_kv)
-        hot &= exists & fetcher.whole(following)
-        pl.when(hot)(whole_block)
-        pl.when(jnp.logical_not(hot))(any_block)
-
-    def part_rows(part):
-        first = pl.multiple_of(part * sizes.part, sizes.part)
-        return Rows(first, sizes.part, pl.ds(pl.multiple_of(part * group * sizes.part, sizes.part), group * sizes.part))
-
-    def attend_tile():
+    def _attend_tile(self):
         """The parts of the tile that hold the item's rows."""
-        parts = lax.div(row_start, sizes.part), pl.cdiv(row_end, sizes.part)
-        attend_rows(parts, (parts[0] == 0) & (parts[1] == sizes.parts), part_rows)
+        sizes = self.sizes
+        parts = lax.div(self.row_start, sizes.part), pl.cdiv(self.row_end, sizes.part)
+        self._attend_rows(parts, (parts[0] == 0) & (parts[1] == sizes.parts), self.part_rows)
 
-    def attend_few_rows():
+    def _attend_few_rows(self, few: int):
         """Only the slice of the tile that holds the item's rows."""
-        rows = Rows(pl.multiple_of(lax.div(row_start, few) * few, few), few, pl.ds(0, group * few))
-        attend_rows((0, 1), None, lambda _: rows)
+        first = pl.multiple_of(lax.div(self.row_start, few) * few, few)
+        rows = Rows(first, few, pl.ds(0, self.group * few))
+        self._attend_rows((0, 1), None, lambda _: rows)
 
-    def attend_rows(parts, all_parts, rows_of):
+    def _attend_rows(self, parts, all_parts, rows_of):
         """Attends the rows rows_of(part) for every part in [start, end).
 
         `all_parts` says whether those are all parts of the tile, None that it takes other slices of it.
         """
-
+        static, scratch = self.static, self.scratch
         if not static.by_row:
-            pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), group, position))
+            pl.loop(*parts)(lambda part: Mask.fill(scratch.ends, rows_of(part), self.group, self.position))
 
         def clear():
-            pl.loop(*parts)(lambda part: pl.loop(0, kv_heads)(lambda head: scratch.clear(head, rows_of(part).at)))
+            pl.loop(*parts)(lambda part: pl.loop(0, self.kv_heads)(lambda head: scratch.clear(head, rows_of(part).at)))
 
         # A chunk of which all parts are attended together needs no running values before it.
         fresh = None
         if all_parts is not None:
-            first_key = lax.div(key_start, sizes.chunk) * sizes.chunk
-            fresh = all_parts & (key_start < key_end)
-            fresh &= seen_whole(first_key, sizes.chunk) | windows_start_in(first_key)
+            first_key = lax.div(self.key_start, self.sizes.chunk) * self.sizes.chunk
+            fresh = all_parts & (self.key_start < self.key_end)
+            fresh &= self.seen_whole(first_key, self.sizes.chunk) | self.windows_start_in(first_key)
         clear() if fresh is None else pl.when(jnp.logical_not(fresh))(clear)
 
-        @pl.loop(fetcher.first_block, fetcher.last_block + 1)
+        @pl.loop(self.fetcher.first_block, self.fetcher.last_block + 1)
         def _(block):
-            attend_block(block, parts, all_parts, fresh, rows_of)
+            _Block(self, block, parts, all_parts, fresh, rows_of).run()
 
         @pl.loop(*parts)
         def _(part):
             scale = static.softmax_scale if static.soft_cap is None else static.soft_cap
-            _write(out_ref, lse_ref, scratch, rows_of(part), row_start, row_end, scale, scale_of)
+            rows = self.row_start, self.row_end
+            _write(self.out_ref, self.lse_ref, scratch, rows_of(part), *rows, scale, self.scale_of)
 
-    fetcher.begin()
-    few = sublanes(query_ref.dtype)
-    if sizes.block_q > few:
-        is_few = row_end - lax.div(row_start, few) * few <= few
-        pl.when(is_few)(attend_few_rows)
-        pl.when(jnp.logical_not(is_few))(attend_tile)
-    else:
-        attend_tile()
+
+class _Block:
+    """A block of keys of an item, for the rows that `_Item._attend_rows` gives.
+
+    `run` waits for it, starts the copies of the one after it, and folds it into the running values.
+    """
+
+    def __init__(self, item: _Item, block, parts, all_parts, fresh, rows_of):
+        self.item, self.sizes, self.scratch = item, item.sizes, item.scratch
+        self.number, self.parts, self.all_parts, self.fresh, self.rows_of = block, parts, all_parts, fresh, rows_of
+        static, buffers, self.fetcher = item.static, item.buffers, item.fetcher
+        self.slot, self.first_key = self.fetcher.turn(), block * self.sizes.block_kv
+        self.following, self.exists = self.fetcher.following(block)
+        keys_ref = buffers.keys.at[self.slot]
+        self.values_ref = keys_ref if static.held.latent else buffers.values.at[self.slot]
+        slot_scales_of = functools.partial(buffers.scales_of_slots, static.held, self.slot)
+        self.step = Step(
+            item.query_ref, keys_ref, self.values_ref, self.scratch, static, item.scale_of, slot_scales_of
+        )
+
+    def run(self):
+        """The whole block unmasked where that is right, or else chunk by chunk."""
+        if self.all_parts is None:
+            return self._by_chunks()
+        hot = self.all_parts & (self.number > self.fetcher.first_block)
+        hot &= self.item.seen_whole(self.first_key, self.sizes.block_kv)
+        hot &= self.exists & self.fetcher.whole(self.following)
+        pl.when(hot)(self._whole)
+        pl.when(jnp.logical_not(hot))(self._by_chunks)
+
+    def _whole(self):
+        """No chunk needs a mask, and every run of the next block is needed."""
+        self.fetcher.wait(self.number, self.slot)
+        copy = self.fetcher.copier(self.following, 1 - self.slot)
+        pl.loop(0, self.sizes.chunks_per_block)(lambda chunk: self._tile_chunk(chunk, copy=copy))
+
+    def _by_chunks(self):
+        """Each chunk that some row sees, masked where it has to be."""
+        item, sizes = self.item, self.sizes
+        pl.when(self.exists)(lambda: self.fetcher.start(self.following, 1 - self.slot))
+        self.fetcher.wait(self.number, self.slot)
+        low = lax.div(jnp.maximum(item.key_start - self.first_key, 0), sizes.chunk)
+        high = jnp.minimum(pl.cdiv(item.key_end - self.first_key, sizes.chunk), sizes.chunks_per_block)
+
+        @pl.loop(low, high)
+        def _(chunk):
+            if self.all_parts is None:
+                return self._masked_chunk(chunk)
+            whole = self.all_parts & item.seen_whole(self.first_key + chunk * sizes.chunk, sizes.chunk)
+            is_fresh = self.fresh & (self.number == self.fetcher.first_block) & (chunk == low)
+            pl.when(is_fresh & whole)(lambda: self._tile_chunk(chunk, fresh=True))
+            if item.one_edge:
+                pl.when(is_fresh & jnp.logical_not(whole))(lambda: self._first_chunk_of_windows(chunk))
+            pl.when(whole & jnp.logical_not(is_fresh))(lambda: self._tile_chunk(chunk))
+            pl.when(jnp.logical_not(whole | is_fresh))(lambda: self._masked_chunk(chunk))
+
+    def _tile_chunk(self, chunk, mask_of=None, keys_of_parts=None, copy=None, fresh=False):
+        """A chunk for all parts of the tile side by side; `copy` starts to copy a run of the next block."""
+        sizes, step, kv_heads = self.sizes, self.step, self.item.kv_heads
+        keys_of_parts = keys_of_parts or [sizes.whole_chunk] * sizes.parts
+        at_once = sizes.heads_at_once(kv_heads)
+        steps, first_run = kv_heads // at_once, chunk * sizes.runs_per_chunk
+        share = sizes.runs_per_chunk // steps if sizes.runs_per_chunk % steps == 0 else 0
+        for run in range(0 if share or copy is None else sizes.runs_per_chunk):
+            copy(first_run, run)
+
+        @pl.loop(0, steps)
+        def _(heads):
+            first = first_run + heads * share
+            copies = [functools.partial(copy, first, run) for run in range(share if copy else 0)]
+
+            def product(number, head, part, keys):
+                return Product(number & 1, heads * at_once + head, self.item.part_rows(part), keys)
+
+            of_heads = enumerate(keys_of_parts * at_once)
+            products = [product(number, *divmod(number, sizes.parts), keys) for number, keys in of_heads]
+            if mask_of is not None or fresh:
+                return step.attend(chunk, products, mask_of, fresh, copies)
+            passed = step.attend_by_old_maximum(chunk, products, copies)
+
+            def attend_passed(head, part):
+                number = head * sizes.parts + part
+                step.attend_passed(chunk, number, product(number, head, part, sizes.whole_chunk))
+
+            @pl.when(passed)
+            def _():
+                pl.loop(0, at_once)(lambda head: pl.loop(0, sizes.parts)(lambda part: attend_passed(head, part)))
+
+    def _part_chunk(self, chunk, part, mask_of, keys):
+        """A chunk for one part of the tile."""
+        kv_heads = self.item.kv_heads
+        at_once = 1 if self.all_parts is not None else largest_divisor(kv_heads, schedule.PRODUCTS_AT_ONCE)
+
+        @pl.loop(0, kv_heads // at_once)
+        def _(heads):
+            # If every buffer's number were known when compiling, the compiler would keep the buffers in
+            # registers, of which there are too few, and spill.
+            rows, head = self.rows_of(part), heads * at_once
+            products = [Product(lax.rem(part + i, 2), head + i, rows, keys) for i in range(at_once)]
+            self.step.attend(chunk, products, mask_of)
+
+    def _first_chunk_of_windows(self, chunk):
+        """Where rows' windows start: later parts see fewer of its keys."""
+        first = self._zero_outside(chunk)
+        mask_of = functools.partial(self.item.mask_of, first, causal=False)
+        self._tile_chunk(chunk, mask_of, self.sizes.keys_in_window(), fresh=True)
+
+    def _masked_chunk(self, chunk):
+        """A chunk of which some rows do not see all keys."""
+        if self.item.static.by_row:
+            first = self.first_key + chunk * self.sizes.chunk
+        else:
+            first = self._zero_outside(chunk)
+        tile, part_by_part = (functools.partial(f, chunk, first) for f in (self._masked_tile, self._masked_parts))
+        if self.all_parts is None:
+            return part_by_part()
+        pl.when(self.all_parts)(tile)
+        pl.when(jnp.logical_not(self.all_parts))(part_by_part)
+
+    def _masked_tile(self, chunk, first):
+        """All parts of the tile. Those before the last see fewer keys, if the last does not see past the chunk."""
+        item, sizes = self.item, self.sizes
+        mask_of = functools.partial(item.mask_of, first)
+
+        def attend(keys):
+            self._tile_chunk(chunk, mask_of, [keys] * sizes.parts)
+
+        def attend_staggered(keys):
+            of_parts = functools.partial(mask_of, windowed=not item.one_edge)
+            self._tile_chunk(chunk, of_parts, sizes.keys_up_to(keys.stop))
+
+        if item.static.by_row or not sizes.chunk_is_cut or sizes.part * (sizes.parts - 1) < LANES:
+            return self._up_to(item.key_end, first, attend)
+        end = item.position + sizes.block_q
+        ends_within = end - first <= sizes.chunk
+        pl.when(ends_within)(lambda: self._up_to(end, first, attend_staggered))
+        pl.when(jnp.logical_not(ends_within))(lambda: attend(sizes.whole_chunk))
+
+    def _masked_parts(self, chunk, first):
+        """The parts of the tile one by one."""
+        item, mask_of = self.item, functools.partial(self.item.mask_of, first)
+
+        @pl.loop(*self.parts)
+        def _(part):
+            rows = self.rows_of(part)
+            end = item.key_end
+            if not item.static.by_row:
+                end = jnp.minimum(end, item.position + rows.first + rows.count)
+            self._up_to(end, first, functools.partial(self._part_chunk, chunk, part, mask_of))
+
+    def _up_to(self, end, first, attend):
+        """Calls attend(keys) for those of a chunk's keys that may be seen, where rows' keys end at `end`.
+
+        What lies behind the last key that rows see adds zeros, which change no bit of sums by lanes.
+        """
+        if not self.sizes.chunk_is_cut:
+            return attend(self.sizes.whole_chunk)
+        ends_early = end - first <= schedule.DEPTH
+        pl.when(ends_early)(lambda: attend(slice(0, schedule.DEPTH)))
+        pl.when(jnp.logical_not(ends_early))(lambda: attend(self.sizes.whole_chunk))
+
+    def _zero_outside(self, chunk):
+        """Zeroes a chunk's values that no row of the item sees; the chunk's first key."""
+        first = self.first_key + chunk * self.sizes.chunk
+        zero_outside(self.values_ref, chunk, (self.item.key_start - first, self.item.key_end - first), self.sizes)
+        return first
 
 
 def _write(out_ref, lse_ref, scratch: Scratch, rows: Rows, row_start, row_end, scale, scale_of):

@@ -20,6 +20,7 @@ class Rows(NamedTuple):
 
     @property
     def slice(self):
+        """The rows, as tokens of the tile."""
         return pl.ds(self.first, self.count)
 
 

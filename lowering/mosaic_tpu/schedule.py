@@ -1,4 +1,4 @@
-"""How the TPU kernel cuts the work of a pack: the sizes of its pieces, and the list of items the grid walks over.
+"""How the TPU kernel cuts the work of a pack: its sizes, and the list of items that the grid walks over.
 
 The tokens of a pack are cut into tiles of `block_q`, wherever its sequences start and end, so that every tile is
 aligned and the kernel's grid can fetch it as a block. An item is the part of one sequence inside one tile. Items are in
@@ -40,18 +40,22 @@ class Sizes(NamedTuple):
 
     @property
     def block_q(self) -> int:
+        """Tokens of a tile."""
         return self.part * self.parts
 
     @property
     def chunk(self) -> int:
+        """Keys of one matrix product."""
         return self.run * self.runs_per_chunk
 
     @property
     def block_kv(self) -> int:
+        """Keys of a block."""
         return self.chunk * self.chunks_per_block
 
     @property
     def runs_per_block(self) -> int:
+        """Runs of a block."""
         return self.runs_per_chunk * self.chunks_per_block
 
     def slots_of_run(self, run):
@@ -96,7 +100,7 @@ def sizes_of(config: PrefillPageAttentionConfig, problem: Problem) -> Sizes:
     Runs fill native tiles of the caches, or several fill one.
     """
     packing, tile, page_size = sublanes(problem.dtype), sublanes(problem.cache_dtype), problem.page_size
-    part = min(round_up(config.block_q, packing), max(power_of_2(ROWS // problem.group), packing))
+    part = min(round_up(config.block_q, packing), max(power_of_2_up_to(ROWS // problem.group), packing))
     chunk = max(packing, round_up(min(CHUNK, config.block_kv), tile))
     runs = [r for r in range(packing, page_size + 1, packing) if page_size % r == 0 and (r % tile == 0 or tile % r == 0)]
     run = max(r for r in runs if r <= chunk)
@@ -117,10 +121,11 @@ def sublanes(dtype) -> int:
 
 
 def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least x."""
     return -(-x // multiple) * multiple
 
 
-def power_of_2(x: int) -> int:
+def power_of_2_up_to(x: int) -> int:
     """The largest power of 2 that is at most x, and at least 1."""
     return 1 << (max(x, 1).bit_length() - 1)
 

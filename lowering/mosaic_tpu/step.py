@@ -96,23 +96,12 @@ class Product(NamedTuple):
 
     @property
     def num_keys(self) -> int:
+        """How many keys it takes."""
         return self.keys.stop - self.keys.start
 
 
-class Step(NamedTuple):
-    """Folds chunks of a block of keys into the running values.
-
-    `scale_of` is the scale of "key" or "value" of a KV head, `slot_scales_of` those of a chunk's slots; None where there
-    are none.
-    """
-
-    query_ref: object
-    keys_ref: object
-    values_ref: object
-    scratch: Scratch
-    static: Static
-    scale_of: object
-    slot_scales_of: object
+class Step(fetching.LoadedBlock):
+    """Folds chunks of a block of keys into the running values."""
 
     def attend(self, chunk, products, mask_of=None, fresh=False, beside=()):
         """Products of which neighbours have different buffers.

@@ -3,7 +3,7 @@
 (Pallas' own Triton back end is deprecated.) The kernel is in kernel.py; here are what it can run, its sizes,
 and what goes around it: the schedule of tiles before, in schedule.py, and the merge of their parts after, in merge.py.
 
-Rows that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
+Tokens that no sequence owns are intervals as sequences are, with a context of length 0: their tiles see no key, and so
 write 0 and -inf. A launch has as many programs as the most tiles that any pack of its shape could need.
 """
 
@@ -79,6 +79,7 @@ SUMS_OF_WARP = 2**11  # of a tile, that the registers of one warp hold
 FEW_KEYS = 512  # of a table, over which warps that share out keys gain less than the sum over them costs
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+LANES = 8  # of a warp, over which a product of few rows shares out its columns
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
 KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
@@ -104,7 +105,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 9
+    version = 10
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -254,10 +255,11 @@ class Triton(Kernel):
         pieces = most_pieces(problem.seqs, problem.tokens, problem.group, rows, parts)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
-        # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
-        # none are left.
+        # Masks of ranges and trees take more registers, and wide latent tiles leave few. Others of few rows take few, but
+        # where keys are turned to numbers none are left.
         plain_masks = call.ranges is None and call.tree is None
         all_masked = plain_masks and rows <= FEW_ROWS and problem.cache_dtype == problem.dtype
+        key_shares = _key_shares(problem, config, rows) if all_masked else 1
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
@@ -277,12 +279,15 @@ class Triton(Kernel):
             INTERVALS_PADDED=power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
-            EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks else 4)),
+            EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks and not share_columns else 4)),
             ALL_MASKED=all_masked,
-            KEY_SHARES=_key_shares(problem, config, rows) if all_masked else 1,
+            KEY_SHARES=key_shares,
             NUM_SPLITS=splits,
             SPLITS_PADDED=power_of_2(splits),
             PARTS_VARY=parts.vary,
+            SUM_LAST=rows <= FEW_ROWS and key_shares == 1,
+            LANES=LANES,
+            SPREAD=config.num_warps if _spreads(problem, device, config, rows) else 0,
             FLOAT16_PRODUCTS=_float16_products(problem, device, rows),
             SHARE_COLUMNS=share_columns,
             # Where they are short. Others have enough, and their machine code came out slower for it.
@@ -454,12 +459,24 @@ def _key_shares(problem: Problem, config: PrefillPageAttentionConfig, rows: int)
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
-    """Whether bfloat16 queries are multiplied in float16: where memory is the limit, with keys of float8_e4m3fn.
+    """Whether bfloat16 queries are multiplied in float16, with keys of float8: exact, since their numbers are float16's.
 
-    NVIDIA's GPUs make float16 of such a number, exactly, and bfloat16 only of that.
+    NVIDIA's GPUs make float16 of float8_e4m3fn, and bfloat16 only of that: of few rows memory is the limit. Before
+    compute capability 9.0 they make bfloat16 of float16 in no one instruction, which Triton 3.6 asks for all the same.
     """
-    of = (problem.dtype, problem.cache_dtype)
-    return rows <= DECODE.rows and of == ("bfloat16", "float8_e4m3fn") and device.platform != "rocm"
+    if problem.dtype != "bfloat16" or not problem.cache_dtype.startswith("float8") or device.platform == "rocm":
+        return False
+    return capability(device) < 90 or (rows <= DECODE.rows and problem.cache_dtype == "float8_e4m3fn")
+
+
+def _spreads(problem: Problem, device: Device, config: PrefillPageAttentionConfig, rows: int) -> bool:
+    """Whether warps take features of values by turns: of 8 bits, a lane then loads neighbours at once and not one by one.
+
+    So it is where a product of few rows shares out its columns, on NVIDIA's GPUs over 8 lanes of each warp.
+    """
+    of_8_bits = problem.cache_dtype != problem.dtype and "latent" not in problem.features
+    several = problem.value_dim > LANES * config.num_warps
+    return of_8_bits and several and rows <= FEW_ROWS and device.platform != "rocm"
 
 
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:

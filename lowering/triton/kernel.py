@@ -163,6 +163,21 @@ def _tile_of(
 
 
 @triton.jit
+def _turned(x, OUTER: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr):
+    """The columns of [rows, OUTER * MIDDLE * INNER] in the order INNER, MIDDLE, OUTER; as they are where MIDDLE is 0."""
+    if MIDDLE == 0:
+        return x
+    else:
+        apart = tl.reshape(x, (x.shape[0], OUTER, MIDDLE, INNER))
+        return tl.reshape(tl.permute(apart, (0, 3, 2, 1)), (x.shape[0], OUTER * MIDDLE * INNER))
+
+
+@triton.jit
+def _maxima(x, y, other_x, other_y):
+    return tl.maximum(x, other_x), tl.maximum(y, other_y)
+
+
+@triton.jit
 def _fold_block(
     running_max,
     total,
@@ -188,6 +203,8 @@ def _fold_block(
     VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     VALUES_WHOLE: tl.constexpr,
+    LANES: tl.constexpr,
+    SPREAD: tl.constexpr,
     LATENT: tl.constexpr,
     KEY_SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr,
@@ -207,7 +224,8 @@ def _fold_block(
     )
     values = keys
     if not LATENT:
-        values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE).to(tile.dtype)
+        values = _load_rows(value_base, pool_rows, first_feature, VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE)
+        values = _turned(values, LANES, SPREAD, VALUE_WIDTH // (LANES * max(SPREAD, 1))).to(tile.dtype)
     logits = tl.zeros(SHARES + (tile.shape[-2], keys.shape[-2]), tl.float32)
     if always:
         logits = tl.dot(tile, tl.trans(keys), input_precision=PRECISION)
@@ -227,27 +245,37 @@ def _fold_block(
         logits = _tanh(logits * (SCALE / SOFT_CAP), tile.dtype == tl.float32, HARDWARE_TANH)
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
-    new_max = running_max
-    weights = logits
-    fade = running_max
-    if always:
-        new_max = tl.maximum(running_max, tl.max(logits, -1) * TO_BASE_2)
-        weights = tl.exp2(logits * TO_BASE_2 - tl.expand_dims(new_max, -1))
-        fade = tl.exp2(running_max - new_max)
-        if SUM_LAST:
-            total = total * fade[:, None] + weights
-        else:
-            total = total * fade + tl.sum(weights, -1)
     if VALUE_SCALE == "slot":
         share = tl.load(value_scale + pool_rows)
         if GAPS and visible is not None:
             share = tl.where(tl.max(visible.to(tl.int32), 0) != 0, share, 0.0)
-        if tile.dtype == tl.float16:  # whose normal numbers a weight times a small scale would leave
-            new_unit = tl.maximum(unit, tl.max(tl.abs(share), 0))
-            inverse = 1.0 / tl.where(new_unit == 0, 1.0, new_unit)
-            share = share * inverse
-            fade = fade * (unit * inverse)
-            unit = new_unit
+    # A weight times a small scale would leave float16's normal numbers: it is counted in a row's largest scale.
+    IN_UNITS: tl.constexpr = VALUE_SCALE == "slot" and tile.dtype == tl.float16
+    new_max = running_max
+    new_unit = unit
+    weights = logits
+    fade = running_max
+    if always:
+        if IN_UNITS:  # both at once, since warps wait for one another
+            shares = tl.broadcast_to(tl.abs(share)[None, :], logits.shape)
+            largest, largest_share = tl.reduce((logits, shares), 1, _maxima)
+            new_unit = tl.maximum(unit, largest_share)
+        else:
+            largest = tl.max(logits, -1)
+        new_max = tl.maximum(running_max, largest * TO_BASE_2)
+        weights = tl.exp2(logits * TO_BASE_2 - tl.expand_dims(new_max, -1))
+        fade = tl.exp2(running_max - new_max)
+        if SUM_LAST:  # those of neighbouring keys are a thread's own
+            some = tl.reshape(weights, (total.shape[0], total.shape[1], weights.shape[1] // total.shape[1]))
+            total = total * fade[:, None] + tl.sum(some, 2)
+        else:
+            total = total * fade + tl.sum(weights, -1)
+    if IN_UNITS:
+        inverse = 1.0 / tl.where(new_unit == 0, 1.0, new_unit)
+        fade = fade * (unit * inverse)
+        unit = new_unit
+        weights = weights * (share[None, :] * inverse[:, None])
+    elif VALUE_SCALE == "slot":
         weights = weights * share[None, :]
     if GAPS and visible is not None:  # a weight of 0 is not enough where a value is NaN
         values = tl.where((tl.max(visible.to(tl.int32), 0) != 0)[:, None], values, 0.0)
@@ -327,6 +355,9 @@ def attend_tile(
     NUM_SPLITS: tl.constexpr,  # parts of a tile, or the most of one
     SPLITS_PADDED: tl.constexpr,
     PARTS_VARY: tl.constexpr,
+    SUM_LAST: tl.constexpr,  # whether weights are summed over warps after the loop
+    LANES: tl.constexpr,  # of a warp, over which a product of few rows shares out its columns
+    SPREAD: tl.constexpr,  # warps that take features of values by turns, which gives a lane neighbours; 0 for none
     FLOAT16_PRODUCTS: tl.constexpr,  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
     SHARE_COLUMNS: tl.constexpr,
     READ_AGAIN: tl.constexpr,  # to save registers
@@ -453,11 +484,10 @@ def attend_tile(
     always = seen_end > 0 if SHARE_COLUMNS else True
     VALUES_WHOLE: tl.constexpr = VALUE_PARTS * VALUE_WIDTH == VALUE_DIM
     TO_BASE_2: tl.constexpr = LOG2_E * (SCALE if SOFT_CAP is None else SOFT_CAP)
-    SUM_LAST: tl.constexpr = ALL_MASKED and KEY_SHARES == 1  # a sum over warps; that of a share is one warp's
     running_max = tl.full(SHARES + (ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS, BLOCK_KV) if SUM_LAST else SHARES + (ROWS,), tl.float32)
+    total = tl.zeros((ROWS, EDGE_KV) if SUM_LAST else SHARES + (ROWS,), tl.float32)
     acc = tl.zeros(SHARES + (ROWS, VALUE_WIDTH), tl.float32)
-    unit = 0.0  # what acc is counted in, where each slot has a scale and the dtype is float16
+    unit = tl.zeros((ROWS,), tl.float32)  # what acc is counted in, where values have scales of their own in float16
     for step in tl.range(edge_low, edge_high - unmasked):
         next_edge = _masked_block(step + 1, edge_high, full_low * EDGES, unmasked)
         next_edge_rows = _pool_rows(
@@ -472,16 +502,13 @@ def attend_tile(
         running_max, total, acc, unit = _fold_block(
             running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
             key_scale, value_scale, edge_rows, visible, row_unit, always, SHARES, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
+            VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LANES, SPREAD, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
             SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
         )  # fmt: skip
         edge_block = next_edge
         edge_rows = next_edge_rows
 
-    if ALL_MASKED:
-        if SUM_LAST:
-            total = tl.sum(total, -1)
-    else:
+    if not ALL_MASKED:
         last_block = tl.maximum(full_high - 1, full_low)
         if full_low < full_high:
             pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, 1, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
@@ -493,10 +520,12 @@ def attend_tile(
             running_max, total, acc, unit = _fold_block(
                 running_max, total, acc, unit, tile, tile_other, tile_rest, key_base, value_base, first_feature,
                 key_scale, value_scale, pool_rows, None, row_unit, always, SHARES, HEAD_DIM, HEAD_MAIN, HEAD_OTHER, HEAD_REST,
-                VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
+                VALUE_DIM, VALUE_WIDTH, VALUES_WHOLE, LANES, SPREAD, LATENT, KEY_SCALE, VALUE_SCALE, GAPS, SUM_LAST,
                 SCALE, NEGATE, SOFT_CAP, TO_BASE_2, HARDWARE_TANH, PRECISION,
             )  # fmt: skip
             pool_rows = next_rows
+    if SUM_LAST:
+        total = tl.sum(total, -1)
 
     if READ_AGAIN:
         split, _, rows, row_exists, token, length = _tile_of(
@@ -511,9 +540,10 @@ def attend_tile(
     unseen = total == 0
     if VALUE_SCALE == "slot":
         if tile.dtype == tl.float16:
-            acc = acc * unit
+            acc = acc * unit[:, None]
     elif VALUE_SCALE != "one":
         acc = acc * tl.where(unseen, 1.0, value_scale)[:, None]  # nobody may look at the scale of what nobody sees
+    acc = _turned(acc, VALUE_WIDTH // (LANES * max(SPREAD, 1)), SPREAD, LANES)
     if SEQS_OF_PACK is not None:  # one more weight, without a value
         has_sink = rows < tl.where(interval < SEQS, length * GROUP, 0)  # others are no sequence's
         sink_place = interval // SEQS_OF_PACK * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP

@@ -115,7 +115,7 @@ def _nearest(kernel, problem, device, asked, config) -> PrefillPageAttentionConf
 
 
 def signature() -> str:
-    """What decides sizes beside the call, the policy and what is shipped; see `prefill.lowering_reads`."""
+    """What sizes depend on beside the call, the policy and the shipped tables: an entry of `prefill.lowering_reads`."""
     return tables.user_digest() if jax.process_count() == 1 else ""
 
 

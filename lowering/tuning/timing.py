@@ -81,7 +81,7 @@ def compare(
 
 
 def race(kernel, problem, device, configs, *, turn=contextlib.nullcontext()) -> dict:
-    """Milliseconds of configurations, by kinds of packs, without a look at their values: the final of `compare`."""
+    """Milliseconds of configurations, of each kind of pack, without a look at their values: the last round of `compare`."""
     with futures.ThreadPoolExecutor(COMPILERS) as compilers:
         compiled = list(compilers.map(lambda config: _compiled(kernel, problem, device, config), configs))
     with turn:
@@ -91,7 +91,7 @@ def race(kernel, problem, device, configs, *, turn=contextlib.nullcontext()) -> 
 
 
 def relative(times, config, to) -> float:
-    """A configuration's time over another's, of the kind of pack where that is the most."""
+    """The time of `config` over that of `to`, for the kind of pack where that ratio is largest."""
     return max(t / base for t, base in zip(times[config], times[to], strict=True))
 
 

@@ -37,7 +37,7 @@ class XlaWriter(Writer):
         return None
 
     def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):
-        """As it says above."""
+        """By scatters, or token by token; see the module's docstring."""
         # Else XLA for GPU draws a product that makes them, for one token, into the scatter: a loop for each element.
         new = {name: operands[name] for name in ("key", "value") if name in operands}
         operands = operands | lax.optimization_barrier(new)
@@ -70,7 +70,7 @@ def stored(operands, cache_batch_dims, layout: CacheLayout) -> dict[str, Stored]
 
 
 def scattered(stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout) -> dict[str, Array]:
-    """The operands with it."""
+    """The operands, by name, with what is stored in them, by scatters."""
     scatter = functools.partial(_scatter, layout)
     for _ in range(cache_batch_dims):
         scatter = jax.vmap(scatter)
@@ -78,7 +78,7 @@ def scattered(stored: dict[str, Stored], cache_batch_dims, layout: CacheLayout) 
 
 
 def written_in_turn(stored: dict[str, Stored], layout: CacheLayout) -> dict[str, Array]:
-    """The operands, which are caches, with it, token by token.
+    """The operands, which are caches, with what is stored in them, token by token.
 
     XLA's CPU compiler updates a slice in place, whatever the dtype, if the whole is cast to integers just before and
     back just after, and is in use nowhere else.

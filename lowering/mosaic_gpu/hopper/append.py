@@ -23,7 +23,7 @@ UNROLLED = 32  # sequences that are looked at without waiting for one another
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything static about it. A cache is a matrix of rows of features; `*_rows` are those from one to the next."""
+    """Everything static about a launch. A cache is a matrix of rows of features; `*_rows` are strides in such rows."""
 
     packs: int
     packs_of_pool: int

@@ -1,4 +1,4 @@
-"""The merge of a tile's parts by the blocks of a cluster, a part each: no row of results but the last meets memory.
+"""The merge of a tile's parts by the thread blocks of a cluster, a part each: no partial result goes through global memory.
 
 Every block sends each of the others the columns that are theirs, into their shared memory, where a barrier counts the
 bytes. Once all have come, it adds up its share of the tile's columns, part by part. So no block reads of another, and
@@ -41,7 +41,7 @@ def words_of_part(columns: int) -> int:
 
 
 def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ...]:
-    """Of the numbers that a block is sent, in float32."""
+    """The shape of what a block is sent, in float32."""
     _, columns = shares(parts, value_dim)
     return row_groups, parts, words_of_part(columns), THREADS, 2
 

@@ -25,12 +25,12 @@ PAD = 4  # numbers behind a row of a turned output, so that threads that write a
 
 
 def board_shape(rows: int) -> tuple[int, int]:
-    """Of what the warps of a warpgroup tell each other: a number of each row from each warp, and one more."""
+    """The shape of what the warps of a warpgroup tell each other: a number of each row from each warp, and one more row."""
     return WARPS + 1, rows
 
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
-    """Of an output while it is turned."""
+    """The shape of an output in shared memory, through which it is transposed."""
     return rows, features + PAD
 
 

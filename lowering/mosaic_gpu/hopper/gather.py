@@ -22,7 +22,7 @@ def lane(threads):
 
 def start(threads, source, row, column, features: int, target) -> None:
     """Starts to copy so many features, from that column on, of the rows of all lanes to `target` [WARP_LANES, features],
-    tiled as products read it."""
+    tiled as products read it. A negative row is zeros, which nobody reads anywhere."""
     of_rows, of_row = lax.div(lane(threads), LANES), lax.rem(lane(threads), LANES)
     parts = features // COLUMNS
     for first in range(0, WARP_LANES, ROWS):

@@ -4,6 +4,7 @@ The block takes a *tile*: some tokens of one sequence, for some of the query hea
 and a token) to each compute warpgroup (compute.py). One more warpgroup only loads: its warps copy keys and values page
 by page, from where they lie into the rows of a swizzled tile in shared memory, and the query rows of the next tile.
 Where tiles have few keys, two of one warpgroup each go on side by side: *teams*, with blocks and barriers of their own.
+These and all other words of this folder are in its docstring (__init__.py).
 """
 
 import functools
@@ -274,13 +275,13 @@ def _set_registers(number, action) -> None:
 class Piece(NamedTuple):
     """A part of a tile, for some heads: the work between two visits to the schedule. All scalars, but the tile."""
 
-    number: Int[Array, ""]  # of its team's pieces before it
+    number: Int[Array, ""]  # how many pieces its team has had before it
     tile: Tiles  # all scalars too: of what slabs see, one slab's
     pool: Int[Array, ""]
     head_tile: Int[Array, ""]
-    last: Int[Array, ""]  # block of keys: they are taken from there downwards
-    steps: Int[Array, ""]  # blocks; at least one, all of it masked if need be, so that there is always a result
-    cache_head: Int[Array, ""]  # KV head, those of all pools counted on
+    last: Int[Array, ""]  # its last block of keys, which is its first step: the others follow downwards
+    steps: Int[Array, ""]  # its blocks; at least one, all of it masked if need be, so that there is always a result
+    cache_head: Int[Array, ""]  # KV head, counted through all pools
     head: Int[Array, ""]  # first query head
     heads_left: Int[Array, ""]  # heads from there to the end of the group
     first_row: Int[Array, ""]  # of the KV head's keys, in the caches as matrices of rows
@@ -322,28 +323,28 @@ def _piece(plan: Plan, table, pools, kv_head_start, index, slab, part=None) -> P
 
 
 class Source(NamedTuple):
-    """The keys, or the values: where they lie, and the blocks that copies bring, to be written once `free` says so.
+    """The keys, or the values: where they lie in global memory, and the ring of blocks that copies fill.
 
-    Those of a quantised cache come as they are, and are widened into other blocks, which are what products read. Where
-    each slot has its own scale, those of keys and values are fetched with the keys.
+    Blocks of a quantised cache come as they are, and are widened into a second ring (`wide_*`), which is what products
+    read. Where each slot has its own scale, those of keys and values are fetched with the keys.
     """
 
-    rows: jax.Array  # of whole slots, in global memory
-    beside: int  # rows from those of keys to these
+    rows: jax.Array  # the cache as a matrix in global memory, a row for each slot (of all heads where those lie together)
+    beside: int  # rows of one head's features from a key to what this is about: its value, in one array with it; else 0
     features: int
-    stages: int
-    blocks: jax.Array
-    here: jax.Array
+    stages: int  # of the ring
+    blocks: jax.Array  # the ring, in shared memory
+    here: jax.Array  # barriers: a stage has been filled; it may be filled again
     free: jax.Array
-    scale: str | None
+    scale: str | None  # what has a scale of its own: a "tensor", a "head" or a "slot"
     scales: jax.Array | None  # in global memory
-    slot_scales: tuple = ()  # (in global memory, rows from those of keys, of blocks for those that compute)
-    wide_blocks: jax.Array | None = None
+    slot_scales: tuple = ()  # of each kind: (scales in global memory, its `beside`, scales of blocks in shared memory)
+    wide_blocks: jax.Array | None = None  # the second ring, and its barriers
     wide_here: jax.Array | None = None
     wide_free: jax.Array | None = None
-    free_before: int = 0  # the step that waits first for a widened block to be free
-    groups: list[list[int]] = []  # of parts, which are widened one after the other
-    turns: list[int] = [0]  # in which a widened block becomes free, that the first groups wait for
+    free_before: int = 0  # the first step that waits for a widened block to be free: those before find it so
+    groups: list[list[int]] = []  # of 64 features each, by number: groups are widened one after the other
+    turns: list[int] = [0]  # of `Plan.output_turns`: for each of the first groups, the one that frees its place
 
 
 def _sources(plan: Plan, caches, optional, **scratch) -> list[Source]:
@@ -416,7 +417,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         def row_of(piece, key, beside):
             if plan.gathers:  # each lane its own
                 key += gather.lane(threads)
-                return plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
+                row = plan.row_of(piece, threads.load(pages, plan.page_of(piece, key)), key, beside)
+                return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
             return plan.row_of(piece, pages[plan.page_of(piece, key)], key, beside)
 
         def announce(i, done):

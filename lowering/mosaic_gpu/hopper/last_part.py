@@ -21,7 +21,7 @@ from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper import threads
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import NUMBERS, merged_numbers
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Tiles
 
 arith, llvm = compat.mlir_dialects("arith", "llvm")

@@ -1,8 +1,8 @@
-"""The kernel that merges tiles of several parts, where the number of parts varies.
+"""The kernel that merges the parts of tiles, where their number varies.
 
-A tile of one part has its results already. Of the others, rows of the schedule's table, thread blocks have a share of a
-token's numbers each, and a thread has few: it waits for memory, once for a few parts, and reads none that there is not.
-Where tiles have few numbers in all, no kernel is launched for them (last_part.py).
+A tile of one part has its results already. Of the others, which it finds in the schedule's table, a thread block merges a
+share of a token's numbers at a time, and a thread a few of these: it waits for memory once for several parts, and reads
+no part that a tile does not have. Where tiles have few numbers in all, this kernel is not launched (last_part.py).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ UNROLLED = 8  # parts that are read without waiting for one another
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything static about it."""
+    """Everything static about a launch of the merge."""
 
     cores: int
     rows: int  # that the table has room for; behind them is how many there are
@@ -38,12 +38,12 @@ class Launch:
 
     @property
     def numbers(self) -> int:
-        """Of a token's output."""
+        """Numbers of a token's output."""
         return self.q_heads * self.value_dim
 
     @property
     def shares(self) -> int:
-        """Of a tile's numbers: of a token, as many as all threads of a block merge at a time."""
+        """Shares of a tile's numbers: each is what the threads of a block merge at a time, of one token."""
         return self.tokens_of_tile * self.shares_of_token
 
     @property
@@ -52,6 +52,7 @@ class Launch:
 
     @property
     def blocks(self) -> int:
+        """Thread blocks of the launch."""
         return min(self.rows * self.shares, BLOCKS * self.cores)
 
 

@@ -1,4 +1,4 @@
-"""Everything static about a launch of the Hopper kernel, and what follows from it."""
+"""Everything static about a launch of the Hopper kernel, and what follows from it. Its words are in __init__.py."""
 
 from dataclasses import dataclass
 import functools
@@ -66,6 +66,11 @@ REGISTERS = {
 }
 # By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
 WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
+
+
+def are_gathered(page: int, block: int) -> bool:
+    """Whether keys are copied one by one (gather.py): a page is no whole part of a block, and no block of a page."""
+    return page % 8 > 0 or (block % page > 0 and page % block > 0)
 
 
 @dataclass(frozen=True)
@@ -463,9 +468,7 @@ class Plan:
 
     @property
     def gathers(self) -> bool:
-        """Whether keys are copied one by one (gather.py): a page is no whole part of a block, and no block of a page."""
-        page, block = self.page_size, self.block_kv
-        return page % 8 > 0 or (block % page > 0 and page % block > 0)
+        return are_gathered(self.page_size, self.block_kv)
 
     @property
     def run(self) -> int:

@@ -32,7 +32,7 @@ MOST_TILES = 2**15  # whose work fits the shared memory
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything static about it."""
+    """Everything static about a launch that writes the table."""
 
     tiling: Tiling
     packs: int
@@ -48,16 +48,17 @@ class Launch:
 
     @property
     def rounds(self) -> int:
-        """Of all threads over all tiles."""
+        """How often all threads take a tile each, for all to be taken."""
         return -(-self.tiling.tiles // THREADS)
 
     @property
     def size(self) -> int:
-        """Of the table, in numbers: behind the rows of parts is how many there are."""
+        """Numbers of the table: where parts vary, how many there are stands behind their rows."""
         return self.tiling.rows * self.columns + self.tiling.parts.vary
 
 
 def fits(tiling: Tiling) -> bool:
+    """Whether one kernel can write the table of a pack: it has a thread for each sequence, and room for each tile."""
     return tiling.seqs <= MOST_SEQUENCES and tiling.tiles * (1 + tiling.parts.vary) <= MOST_TILES
 
 

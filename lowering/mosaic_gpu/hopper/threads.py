@@ -1,7 +1,8 @@
-"""What one thread does on its own, where Pallas speaks of warpgroups.
+"""Words for kernels that are written for single threads, where Pallas' unit is a warpgroup.
 
-What it takes for scalars are numbers that each thread has of its own, once they depend on `number`: arithmetic on them,
-and loops of as many turns for all, are each thread's own too.
+Pallas takes a scalar to be the same in all threads. Here each thread may have its own, once it depends on `number`, the
+thread's index: arithmetic on it is then each thread's own too, and so are loops, as long as all threads have as many
+turns.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ OWN = plgpu.Layout.WG_SPLAT
 
 
 def number():
-    """This thread's, in its block."""
+    """The index of this thread in its thread block."""
 
     @plgpu.inline_mgpu(return_type=_own(jnp.int32))
     def get(_):
@@ -54,10 +55,10 @@ def store(array, index, value, where=True) -> None:
 
 
 def load_words(matrix, row, column, number: int):
-    """So many words of 32 bits of matrix[row], from that column on: they lie at a multiple of their size.
+    """`number` words of 32 bits of matrix[row], from that column on, which is a multiple of their number.
 
-    Of a float32 matrix they are its numbers, else integers. Volatile, so that they are asked for here, and not where
-    they are used.
+    Of a float32 matrix they are its numbers, else integers. The load is volatile: else LLVM would move it to where the
+    words are used.
     """
     dtype = jnp.float32 if matrix.dtype == jnp.float32 else jnp.int32
     element, signed = (ir.F32Type.get, None) if dtype == jnp.float32 else (lambda: ir.IntegerType.get_signless(32), True)
@@ -72,7 +73,7 @@ def load_words(matrix, row, column, number: int):
 
 
 def store_words(words, matrix, row, column, where) -> None:
-    """Writes them, as `load_words` gives them, to matrix[row], from that column on, if `where`."""
+    """Writes words, as `load_words` gives them, to matrix[row], from that column on, if `where`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, OWN, *[OWN] * len(words)))
     def write(_, matrix, row, column, where, *words):
@@ -87,12 +88,12 @@ def store_words(words, matrix, row, column, where) -> None:
 
 
 def store_numbers(numbers, matrix, row, column, where) -> None:
-    """Writes them to matrix[row] in its dtype, from that column on, a multiple of their number, if `where`."""
+    """Writes numbers in the matrix' dtype to matrix[row], from that column on, a multiple of their number, if `where`."""
     store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
 
 
 def of_lane(value, lane):
-    """The value that this lane of the warp has, of int32."""
+    """The int32 value that another lane of the warp has: a shuffle."""
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
 
     @plgpu.inline_mgpu(arg_types=(OWN, OWN), return_type=_own(jnp.int32))
@@ -105,23 +106,26 @@ def of_lane(value, lane):
 
 
 def copy_later(matrix, row, column, shared, byte) -> None:
-    """Starts to copy 16 bytes of matrix[row], from that column on, to that byte of shared memory as products read it."""
+    """Starts to copy 16 bytes of matrix[row], from that column on, to that byte of shared memory as products read it.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN))
-    def start(_, matrix, row, column, shared, byte):
+    Where the row is negative they are zeros, and nothing is read."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN, OWN))
+    def start(_, matrix, row, column, shared, byte, number):
         there = utils.getelementptr(utils.memref_ptr(shared), [byte.registers.item()], ir.IntegerType.get_signless(8))
-        _instruct("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", there, _place(matrix, row, column))
+        operands = there, _place(matrix, row, column), number.registers.item()
+        _instruct("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", *operands)
 
-    start(matrix, row, column, shared, byte)
+    start(matrix, jnp.maximum(row, 0), column, shared, byte, jnp.where(row < 0, jnp.int32(0), jnp.int32(16)))
 
 
 def close_group() -> None:
-    """What this thread has started to copy since the last group is one."""
+    """Makes a group of the copies that this thread has started since the last one."""
     plgpu.inline_mgpu()(lambda _: _instruct("cp.async.commit_group;"))()
 
 
 def wait_for_groups(left: int) -> None:
-    """Until all of this thread's groups but the last so many have come, and products may read them."""
+    """Waits until all of this thread's groups but the last `left` have arrived, and products may read them."""
     plgpu.inline_mgpu()(lambda _: _instruct(f"cp.async.wait_group {left}; fence.proxy.async.shared::cta;"))()
 
 
