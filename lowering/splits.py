@@ -38,6 +38,12 @@ def most_keys(problem: Problem, tokens: int) -> int:
     return problem.capacity if window is None else min(problem.capacity, window + tokens)
 
 
+def bytes_of_key(problem: Problem) -> int:
+    """Of a key and its value, which of a latent cache is part of it."""
+    features = problem.head_dim + (0 if "latent" in problem.features else problem.value_dim)
+    return features * jnp.dtype(problem.cache_dtype).itemsize
+
+
 def mean_keys(problem: Problem, tokens: int) -> float:
     """The keys that `tokens` neighbouring tokens see on average, if the new ones are the last of a full page table."""
     keys = most_keys(problem, tokens)
@@ -73,7 +79,7 @@ def best_splits(
     if most < 2 or unsplit >= slots * enough:
         return 1
     keys, mean = most_keys(problem, config.block_q), mean_keys(problem, config.block_q)
-    key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    key_bytes = bytes_of_key(problem)
     blocks = -(-keys // config.block_kv)
     all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * mean * key_bytes
     results = (rows + problem.tokens * problem.q_heads) * problem.value_dim * 4  # written and read, in float32
@@ -116,7 +122,7 @@ def parts_of(
       slower: how many times longer a tile computes with keys than memory takes to bring them; 1 where memory binds.
     """
     seqs, least = min(problem.seqs, problem.tokens), config.num_splits
-    key_bytes = (problem.head_dim + problem.value_dim) * jnp.dtype(problem.cache_dtype).itemsize
+    key_bytes = bytes_of_key(problem)
     block_bytes = config.block_kv * key_bytes * slower
     blocks, of_part = -(-most_keys(problem, config.block_q) // config.block_kv), -(-part_bytes // block_bytes)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4

@@ -373,7 +373,9 @@ def check_platform(platform, name="platform") -> str:
 def check_config(name, config) -> None:
     """Checks the type of a configuration, by its fields: the class is in config.py, which needs this module."""
     if config is not None and not hasattr(config, "block_kv"):
-        raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {shown(config)}")
+        theirs = type(config).__name__ == "PrefillPageAttentionConfig"  # as ejKernel calls its own
+        hint = f" of {type(config).__module__}: the class of this package takes the same arguments" * theirs
+        raise TypeError(f"{name} must be a PrefillPageAttentionConfig or None, got {shown(config)}{hint}")
 
 
 def check_mesh(name, mesh) -> None:

@@ -157,6 +157,10 @@ class ConfigTest(parameterized.TestCase):
         pack = packs.make_pack(0, [3], [9])
         with self.assertRaisesRegex(TypeError, "cfg must be a PrefillPageAttentionConfig or None, got {'block_q': 8}"):
             ragged_paged_prefill(*pack, cfg={"block_q": 8})
+        theirs = dataclasses.make_dataclass("PrefillPageAttentionConfig", ["block_k"])
+        theirs.__module__ = "ejkernel"
+        with self.assertRaisesRegex(TypeError, "got .*Config.* of ejkernel: the class of this package takes the same"):
+            ragged_paged_prefill(*pack, cfg=theirs(64))
 
     def test_cfg_and_argument_that_disagree_are_refused(self):
         pack = packs.make_pack(0, [3], [9])

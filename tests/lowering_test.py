@@ -318,6 +318,16 @@ class XlaTest(parameterized.TestCase):
                 self.assertIsNone(walks.walks(rows, config, walks.CPU_TURNS)[0].few_runs)
             cases.check(case)
 
+    def test_short_prompts_of_long_tables_take_half_a_block(self):
+        """In tiles that can be of sequences so short: 20 prompts of 30 to 100 tokens took three times as long."""
+        sequences = ((32, 32), (20, 20), (20, 33), (40, 60), (17, 90), (5, 5), (1, 30))
+        config = PrefillPageAttentionConfig(block_q=128, block_kv=64)
+        rows = problem(seqs=7, tokens=135, page_size=8, pages_per_seq=30)
+        with mock.patch.object(walks, "LEAST_HALVED", 2**11):
+            halved = [walk.few_runs for walk in walks.walks(rows, config, walks.CPU_TURNS)]
+            self.assertEqual(halved, [None, 4, None, None])
+            cases.check(cases.Case("short_of_long", sequences, page_size=8, cfg=config, spare_columns=18))
+
     def test_few_rows_have_no_copy_of_their_keys(self):
         block = 4 * 8 * 2 * walks.LANE_KEYS * 64  # of eight lanes and two heads
         self.assertLess(temporaries(1, 512), block)

@@ -126,7 +126,7 @@ def threads_for_warpgroups():
     with (
         mock.patch.multiple(alternate, lax=python, **control, **operations),
         mock.patch.multiple(compute, **control),
-        mock.patch.multiple(masks, plgpu=threads),
+        mock.patch.multiple(masks, plgpu=threads, columns_up_to=lambda n, shape: np.indices(shape)[1] <= n[:, None]),
         mock.patch.multiple(softmax, plgpu=threads, moved=lambda array: array, any_in_warp=lambda x, after: jnp.any(x)),
     ):
         yield

@@ -86,6 +86,13 @@ class EstimateTest(parameterized.TestCase):
             self.assertGreaterEqual(found.blocks * 2**16, smallest)
             self.assertLess(found.blocks, parts.blocks if parts.vary else 64)
 
+    @parameterized.parameters(7, 17, 33)
+    def test_parts_of_many_tiles_are_not_the_smallest(self, seqs):
+        fewest = 3 * 2**17 if 3 * seqs > deal.FEW * 132 else 2**17
+        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+            parts_of(seqs, 31744, 9, 3, head_dim=64, value_dim=64)
+        self.assertEqual(called.call_args.args[1].smallest, fewest)
+
     def test_results_of_all_parts_have_room(self):
         self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
         self.assertLessEqual(deal.finer(Parts(), launch(result_bytes=2**24)).most, 4)

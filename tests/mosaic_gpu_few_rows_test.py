@@ -86,12 +86,13 @@ def numpy_for_a_warpgroup():
         broadcast_in_dim=jax.lax.broadcast_in_dim,
     )
     operations = dict(
-        start_logits=lambda query, keys: jnp.asarray(keys.array @ np.concatenate([*query.array], axis=1).T),
-        start_output=lambda acc, weights, values: acc + values.array.T @ weights.array.T,
+        start_logits=lambda query, keys: [jnp.asarray(keys.array @ np.concatenate([*query.array], axis=1).T)],
+        start_output=lambda acc, weights, values: acc + values.array[:, : len(acc)].T @ weights.array.T,
         store_weights=lambda weights, target: np.copyto(target.array, weights.T),
         largest=lambda numbers, board, team: numbers.max(axis=0),
         meet=lambda team: None,
-        turned=lambda acc, m, l, *_: [np.resize(x, (ROWS, *x.shape[1:])) for x in (acc.T, m, l.sum(axis=0))],
+        turned=lambda acc, *_: np.resize(acc.T, (ROWS, len(acc))),
+        turned_numbers=lambda m, l, *_: [np.resize(numbers, ROWS) for numbers in (m, l.sum(axis=0))],
         largest_of_query=lambda query, board, team: jnp.abs(query.array).max(axis=(0, 2)),
         scale_query=lambda query, factor, board, dtype: np.multiply(query.array, factor[:, None], out=query.array),
     )
@@ -110,7 +111,7 @@ class FewRowsTest(parameterized.TestCase):
     def attend(self, plan, context, length, query, keys, values, scales=None):
         """(output, lse) of a tile's rows, by `length` tokens at the end of a context.
 
-        `scales` are those of the keys and of the values: of all, or of each.
+        `scales` are those of the keys and of the values: of all, or of each. Values of a latent cache are part of its keys.
         """
         position = context - length
         first_key, whole = (max(p - (plan.window or context) + 1, 0) for p in (position, context - 1))
@@ -123,20 +124,22 @@ class FewRowsTest(parameterized.TestCase):
         parts = Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])
         scratch, sources = dict(query_views=[[None], [parts], [parts]]), []
         scratch |= {name: SimpleNamespace(at=[mock.Mock()]) for name in ("query_here", "query_free")}
-        for name, numbers in dict(keys=keys, values=values).items():
+        for name, numbers in dict(keys=keys, **({} if plan.latent else dict(values=values))).items():
             ring, its_blocks = np.full((plan.slots, BLOCK, numbers.shape[1]), np.nan), iter([numbers[b] for b in blocks])
             places = SimpleNamespace(at=[Place(ring[slot], its_blocks) for slot in range(plan.slots)])
             scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
-        for name, its_scales in zip(("keys", "values"), scales or ()):
+        for name, its_scales in zip(("keys",) if plan.latent else ("keys", "values"), scales or ()):
             kind = "head" if its_scales.size == 1 else "slot"
             sources.append(SimpleNamespace(scale=kind, scales=its_scales))
             if kind == "slot":
                 scratch[f"{name}_scales"] = Scales([its_scales[b] for b in blocks], plan.slots + 1)
+        sources = sources or [None]
         weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
         own = Memory(np.zeros((1, 1)))
         with numpy_for_a_warpgroup():
             attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, sources, weights=weights, board=own, room=own, **scratch)
-            found = attention.run(*attention.rows.seen_steps())
+            acc, lse = attention.run(*attention.rows.seen_steps())
+            found = np.concatenate([some() for some in acc], axis=1) if isinstance(acc, list) else acc, lse
         return [np.asarray(numbers)[: length * plan.heads] for numbers in found]
 
     def operands(self, plan, context):
@@ -145,6 +148,8 @@ class FewRowsTest(parameterized.TestCase):
         query, size = rng.standard_normal((plan.rows, plan.head_dim)), -(-context // BLOCK) * BLOCK
         keys, values = rng.standard_normal((size, plan.head_dim)), rng.standard_normal((size, plan.value_dim))
         keys *= np.linspace(12, 1, size)[:, None]
+        if plan.latent:
+            values = keys[:, : plan.value_dim]
         keys[context:] = values[context:] = np.nan
         return query, keys, values
 
@@ -154,6 +159,8 @@ class FewRowsTest(parameterized.TestCase):
         ("window", dict(rows=32, block_q=4, window=70), 300, 4),
         ("soft_cap", dict(rows=8, block_q=1, soft_cap=5.0), 100, 1),
         ("one_key", dict(rows=8, block_q=1), 1, 1),
+        ("latent", dict(rows=16, block_q=1, group=16, head_dim=384, value_dim=320, latent=True), 261, 1),
+        ("latent_drafts", dict(rows=16, block_q=2, head_dim=384, value_dim=64, latent=True, window=70), 300, 2),
     )
     def test_is_attention_whatever_lies_where_nobody_looks(self, changes, context, length):
         plan = plans.plan(**(dict(soft_cap=None, group=8, head_dim=128, value_dim=FEATURES, block_kv=BLOCK, warpgroups=1,
@@ -177,6 +184,8 @@ class FewRowsTest(parameterized.TestCase):
         ("slots_window", dict(key_scale="slot", value_scale="slot", window=70)),
         ("slots_soft_cap", dict(key_scale="slot", value_scale="slot", soft_cap=5.0)),
         ("values_soft_cap", dict(key_scale="head", value_scale="slot", soft_cap=5.0)),
+        ("latent", dict(key_scale="head", value_scale=None, latent=True)),
+        ("latent_slots", dict(key_scale="slot", value_scale=None, latent=True, soft_cap=5.0)),
     )
     def test_quantised_caches_count_by_their_scales(self, changes):
         plan = plans.plan(**(dict(soft_cap=None, group=8, rows=8, block_q=1, head_dim=128, value_dim=FEATURES, stages=STAGES,
@@ -191,6 +200,8 @@ class FewRowsTest(parameterized.TestCase):
                 scales[-1] *= np.exp(np.linspace(30, 0, size))
             numbers[context:] = np.nan
             scales[-1][context:] = np.nan  # of a slot that nobody sees
+        if plan.latent:
+            scales[1] = scales[0]
         out, lse = self.attend(plan, context, 1, query.copy(), keys, values, scales)
         keys, values = (numbers * scale[:, None] for numbers, scale in zip((keys, values), scales))
         logits = plan.softmax_scale * query @ keys[:context].T
@@ -219,6 +230,13 @@ class FewRowsTest(parameterized.TestCase):
 
 
 class ChoiceTest(parameterized.TestCase):
+    @parameterized.parameters((1, 32, 32), (1, 16, 16), (1, 12, 16), (2, 8, 16), (2, 5, 16), (1, 33, 64), (3, 8, 64))
+    def test_so_are_those_of_a_latent_cache(self, tokens, heads, rows):
+        latent = dict(head_dim=576, value_dim=512, features=("latent",), num_kv_heads=1, cache_kv_heads=1)
+        given = problems.problem(tokens=9 * tokens, seqs=9, q_heads=heads, **latent)
+        config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
+        self.assertEqual(rows_of(given, config), rows)
+
     @parameterized.parameters((1, 32, 32), (1, 3, 8), (5, 1, 8), (8, 2, 16), (13, 1, 16), (4, 4, 64), (13, 2, 64), (17, 1, 64))
     def test_few_tokens_of_few_heads_are_columns_of_the_products(self, tokens, group, rows):
         """Of 32 rows, those of several tokens are slower so."""

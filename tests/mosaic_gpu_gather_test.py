@@ -4,8 +4,11 @@ from absl.testing import absltest, parameterized
 import jax.numpy as jnp
 import numpy as np
 
+from paged_prefill.lowering.call import Device
+from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import gather
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARP_LANES
+from paged_prefill.tests import problems
 from paged_prefill.tests.gpu_threads import Threads
 
 
@@ -45,6 +48,22 @@ class GatherTest(parameterized.TestCase):
             copies = tiles[lane // 8, :, lane % 8, np.arange(8) ^ lane % 8].swapaxes(0, 1)
             expected = source[row, column : column + features] if row >= 0 else np.zeros(features)
             np.testing.assert_array_equal(copies.reshape(-1), expected)
+
+
+class SizesTest(parameterized.TestCase):
+    def sizes(self, **changes):
+        return host.MosaicGpu().heuristic(problems.problem(**changes), Device("cuda", "NVIDIA H200", "9.0"))
+
+    @parameterized.parameters((16, 2), (1, 3), (24, 3))
+    def test_parts_have_one_more_block_on_its_way_where_keys_are_gathered(self, page_size, stages):
+        config = self.sizes(tokens=9, seqs=9, q_heads=4, num_kv_heads=1, page_size=page_size, pages_per_seq=28800 // page_size)
+        self.assertGreater(config.num_splits, 1)
+        self.assertEqual((config.block_kv, config.num_stages), (128, stages))
+
+    @parameterized.product(page_size=(1, 16), tokens=(1, 14), pages=(3, 48))
+    def test_no_block_is_larger_than_twice_the_table(self, page_size, tokens, pages):
+        config = self.sizes(tokens=tokens, page_size=page_size, pages_per_seq=pages)
+        self.assertEqual(config.block_kv, 64 if page_size * pages <= 64 else 128)
 
 
 if __name__ == "__main__":

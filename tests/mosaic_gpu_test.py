@@ -102,12 +102,21 @@ class SupportsTest(parameterized.TestCase):
         self.check_wide(given, configs)
         with policy("invariant"):
             self.check_wide(given, [KERNEL.heuristic(given, HOPPER)])
-        heads = 64 // configs[0].block_q
+        heads = host.rows_of(behind_widening(given), configs[0]) // configs[0].block_q
         self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
+
+    @parameterized.parameters(
+        (96, 1, 1), (80, 1, 1), (112, 1, 1), (48, 1, 1), (24, 1, 2), (12, 1, 4), (8, 1, 8), (96, 1000, 2), (80, 1000, 4),
+        (128, 1000, 1), (24, 1000, 8), (12, 1000, 16), (8, 1000, 8), (6, 1000, 32), (3, 1000, 64), (1, 1, 64),
+    )  # fmt: skip
+    def test_tiles_of_wide_heads_are_as_few_as_they_can_be(self, group, tokens_per_seq, block_q):
+        given = problem(head_dim=512, value_dim=512, q_heads=2 * group, seqs=7, tokens=7 * tokens_per_seq)
+        self.assertEqual(KERNEL.heuristic(given, HOPPER).block_q, block_q)
 
     def check_wide(self, given, configs):
         for config in configs:
-            self.assertEqual((config.block_kv, config.num_warps), (64, 12))
+            few = host.few_rows(behind_widening(given), config)  # a warpgroup alone has registers for them
+            self.assertEqual((config.block_kv, config.num_warps), (64, 8 if few else 12))
             self.assertLessEqual(host.shared_bytes(behind_widening(given), config), host.SHARED_BYTES)
             self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
 

@@ -26,7 +26,7 @@ DEVICE = Device("tpu", "TPU v6e")
 
 def run(call, *, cache_batch_dims=0):
     """The call, and what the kernel wrote; holds its copies to the order that they need."""
-    operands = {name: jnp.asarray(call[name]) for name in APPEND.present(call)}
+    operands = {name: jax.device_put(call[name]) for name in APPEND.present(call)}
     writer = MosaicTpuWriter()
     assert writer.supports(operands, DEVICE) is None
     write = functools.partial(writer.write, cache_batch_dims=cache_batch_dims, device=DEVICE)
@@ -56,7 +56,7 @@ class WritesTest(parameterized.TestCase):
         pages = np.array(call["page_indices"])
         pages[0, 1:3] = -1, 2**31 - 1
         call |= dict(page_indices=pages, context_lens=np.array([30, 8 * pages.shape[1] + 2], np.int32))
-        operands = {name: jnp.asarray(call[name]) for name in APPEND.present(call)}
+        operands = {name: jax.device_put(call[name]) for name in APPEND.present(call)}
         wanted = XlaWriter().write(operands, 0, DEVICE)
         chex.assert_trees_all_equal(run(call)[1], wanted)
 

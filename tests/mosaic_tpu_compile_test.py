@@ -32,7 +32,7 @@ SMALL = PrefillPageAttentionConfig(block_q=32, block_kv=256)
 def compile_for(
     generation, *, tokens=100, seqs=3, pages=20, q_heads=4, kv_heads=2, head_dim=128, value_dim=None, page_size=16,
     pages_per_seq=40, dtype="bfloat16", cache_dtype=None, config=SMALL, platform="pallas", row_major=False,
-    cache_layout="kpsd", **parameters,
+    cache_layout="kpsd", tree_words=0, **parameters,
 ):  # fmt: skip
     """Compiles the public call; with `row_major`, for caches in row-major layout, else in the one that XLA chooses.
 
@@ -52,11 +52,13 @@ def compile_for(
     if "2" in cache_layout:
         operands[2] = None
     scale = jax.ShapeDtypeStruct(cache, "float32", sharding=sharding)
-    scales = dict(key_scale=scale, value_scale=scale) if cache_dtype else {}
+    others = dict(key_scale=scale, value_scale=scale) if cache_dtype else {}
+    if tree_words:
+        others["tree_mask"] = jax.ShapeDtypeStruct((tokens, tree_words), "uint32", sharding=sharding)
     parameters |= dict(return_lse=True, platform=platform, cfg=config, cache_layout=cache_layout)
     call = functools.partial(paged_prefill.ragged_paged_prefill, **parameters)
     with compiling_for(device):
-        return jax.jit(call).trace(*operands, **scales).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(call).trace(*operands, **others).lower(lowering_platforms=("tpu",)).compile()
 
 
 @unittest.skipUnless(importlib.util.find_spec("libtpu"), "needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
@@ -147,6 +149,11 @@ class CompileTest(parameterized.TestCase):
     def test_heuristic_sizes_fit(self, generation):
         sizes = dict(tokens=512, q_heads=16, kv_heads=4, pages_per_seq=128, sliding_window=600, attn_logits_soft_cap=30.0)
         self.check(compile_for(generation, **sizes, config=None))
+
+    def test_what_masks_of_each_row_spill_fits(self):
+        heads = dict(q_heads=32, kv_heads=32, head_dim=64, value_dim=128)
+        pack = dict(tokens=35, seqs=13, page_size=256, tree_words=1, attn_logits_soft_cap=30.0)
+        self.check(compile_for("v6e", **heads, **pack, config=None))
 
     def test_programs_are_the_same_with_x64_on(self):
         shape, ints = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct(s, "int32") for s in ((3,), (3, 40), (4,))]

@@ -5,6 +5,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,7 +39,7 @@ def attend(
     """The kernels' results of a call, in a layout of its caches."""
     head_dim, kv_heads = operands["query"].shape[-1], operands["key_cache"].shape[-4]
     laid = operands if layout == "kpsd" else layouts.lay(operands, layout)
-    named = {name: jnp.asarray(x) for name, x in laid.items() if x is not None}
+    named = {name: jax.device_put(x) for name, x in laid.items() if x is not None}
     named["kv_head_start"] = jnp.int32(kv_head_start)
     present = local_paged_prefill_p.operation.present(named)
     run = functools.partial(

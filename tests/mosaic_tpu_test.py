@@ -237,16 +237,18 @@ class MosaicTpuTest(chex.TestCase):
 
     def test_unseen_slots_change_no_bit(self):
         case = replace(EDGE, sequences=((19, 50), (1, 21)), sliding_window=11)
-        results = [run(case.pack(poison=poison), **EDGE_SIZES, sliding_window=11) for poison in (np.nan, 3.0)]
+        sizes = EDGE_SIZES | dict(compiled=False)
+        results = [run(case.pack(poison=poison), **sizes, sliding_window=11) for poison in (np.nan, 3.0)]
         chex.assert_trees_all_equal(*results)
 
     def test_neighbours_change_no_bit(self):
         # A sequence behind one that shifts it to other rows of other tiles, and alone: then nobody owns the last rows.
         pack = replace(EDGE, sequences=((3, 40), (22, 70)), tokens_before=0, sliding_window=11).pack()
-        out, lse = run(pack, **EDGE_SIZES, sliding_window=11)
+        sizes = EDGE_SIZES | dict(compiled=False)
+        out, lse = run(pack, **sizes, sliding_window=11)
         offsets = jnp.maximum(pack.query_offsets - 3, 0)
         alone = pack._replace(query=jnp.roll(pack.query, -3, axis=0), query_offsets=offsets)
-        alone_out, alone_lse = run(alone, **EDGE_SIZES, sliding_window=11)
+        alone_out, alone_lse = run(alone, **sizes, sliding_window=11)
         chex.assert_trees_all_equal((out[3:25], lse[3:25]), (alone_out[:22], alone_lse[:22]))
 
     def test_bits_are_those_of_a_sequence_alone_in_tiles_of_another_size_and_with_other_heads_beside(self):

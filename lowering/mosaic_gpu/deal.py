@@ -9,17 +9,17 @@ context.
 import functools
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.room import few_rows
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
+SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
@@ -63,20 +63,21 @@ def dealt(
 
     `unsplit` are its tiles of all heads, and `slots` the pieces that are at work at the same time.
     """
-    seqs, itemsize = min(problem.seqs, problem.tokens), jnp.dtype(problem.cache_dtype).itemsize
+    seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     long_steps = wide or problem.attention.attn_logits_soft_cap is not None
+    smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
         tiles_of_seq=-(-unsplit // seqs),
         capacity=problem.capacity,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
-        block_bytes=config.block_kv * (problem.head_dim + problem.value_dim) * itemsize,
+        block_bytes=config.block_kv * bytes_of_key(problem),
         result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
         slots=slots,
         cores=device.cores,
-        smallest=SIZES[0] if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
+        smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
         step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
         in_cluster=in_cluster,
     )

@@ -22,7 +22,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import is_quantised, rows_of, shared_bytes, shares_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows
+from paged_prefill.lowering.mosaic_gpu.room import warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
@@ -163,7 +164,7 @@ class MosaicGpu(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         problem = behind_widening(problem, config.fp8_terms)
-        if shares_rows(problem) and config.num_warps != 12:
+        if shares_rows(problem) and config.num_warps != 12 and few_rows(problem, config) is None:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16, 20):
             return f"cfg.num_warps must be 8, 12, 16 or 20 (4 of them load), got {config.num_warps}"
@@ -329,6 +330,8 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
     """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
+    if shares_rows(problem) and few_rows(problem, config) is not None:
+        return False  # nor has it registers for their results
     columns = problem.value_dim // (2 if shares_rows(problem) else 1)
     return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
 
@@ -360,14 +363,16 @@ def _block_kv(problem: Problem) -> int | None:
 def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConfig:
     """Few rows take no 8-bit products (`widens` as in `_heuristic`)."""
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
-    if shares_rows(problem):
-        return _for_wide(problem)
-    if problem.capacity <= 64:  # a larger block would be half empty
+    if problem.capacity <= 64 or shares_rows(problem):  # a larger block would be half empty, or has no room
         block_kv = 64
-    together = 1 if tokens_per_seq == 1 else max(8, pl.next_power_of_2(tokens_per_seq))
+    together = pl.next_power_of_2(tokens_per_seq)
+    if together > 1 and not is_latent(problem):
+        together = max(8, together)
     rows = few_rows(problem, few := _sized(problem, together, block_kv, 1))
     if widens and rows is not None and (together == 1 or rows <= MOST_ROWS_OF_TOKENS):
         return few
+    if shares_rows(problem):
+        return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
     if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
@@ -386,7 +391,7 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
     """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
     if shares_rows(problem):
-        return replace(_for_wide(problem), num_splits=1)
+        return replace(_for_wide(replace(problem, tokens=problem.seqs)), num_splits=1)
     heads = min(16, pl.next_power_of_2(problem.group))
     warpgroups = _most_warpgroups(problem)
     config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
@@ -394,11 +399,10 @@ def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
 
 
 def _for_wide(problem: Problem) -> PrefillPageAttentionConfig:
-    """64 rows of two warpgroups: 16 heads of a token or more lie together, or 8 tokens of a head or more."""
-    heads = math.gcd(problem.group, WARPGROUP_ROWS)
-    if heads < 16:
-        heads = min(8, pl.next_power_of_2(problem.group))
-    return _sized(problem, WARPGROUP_ROWS // heads, 64, 2)
+    """64 rows of two warpgroups: heads of so many tokens as make for the fewest tiles; the most heads, if some tie."""
+    heads = [2**i for i in range(6, -1, -1) if 2**i < 2 * problem.group]
+    sizes = [_sized(problem, WARPGROUP_ROWS // of_token, 64, 2) for of_token in heads]
+    return min(sizes, key=functools.partial(programs, problem))
 
 
 def _most_warpgroups(problem: Problem) -> int:

@@ -41,7 +41,8 @@ def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
     """The rows of a tile whose products are transposed (hopper/few_rows.py): at least 8, which a copy brings; else None."""
-    if config.fp8_terms or shares_rows(problem) or warpgroups_of(config) > 1:
+    wide = shares_rows(problem) and not is_latent(problem)
+    if config.fp8_terms or wide or warpgroups_of(config) > 1:
         return None
     rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
     return rows if rows <= MOST_FEW_ROWS else None

@@ -155,16 +155,14 @@ class Triton(Kernel):
             if problem.cache_dtype != problem.dtype and device.platform == "cuda":
                 if width > 128:
                     sizes = sizes._replace(num_warps=8)
-                elif _device_class(device) != "ampere" and (
-                    "slot_scales" in problem.features or problem.cache_dtype != "float8_e4m3fn"
-                ):
-                    # Blocks of 64 of that, with a scale a head, take the registers of a core's fourth tile.
+                elif _device_class(device) != "ampere":
                     sizes = sizes._replace(block_kv=64, num_stages=3)
         elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and _device_class(device) == "hopper":
             if problem.cache_dtype == problem.dtype != "float32":
-                sizes = DECODE._replace(rows=FEW_ROWS)
+                sizes = DECODE if _leaves_cores(problem, device, DECODE.rows) else DECODE._replace(rows=FEW_ROWS)
         elif current_policy() != "invariant" and _has_low_tiles(problem, device):
-            lowest = device.cores / 2 <= _tiles(problem, LOW_TILES[0].rows)  # else it would be split, and have few keys
+            low = LOW_TILES[0].rows
+            lowest = device.cores / 2 <= _tiles(problem, low) or _leaves_cores(problem, device, low)  # else parts are short
             fitting = [each for each in LOW_TILES[not lowest :] if _tiles(problem, each.rows) <= device.cores]
             sizes = fitting[0] if fitting else sizes
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
@@ -231,7 +229,8 @@ class Triton(Kernel):
                 # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
                 # They are equally long, so that rounds tell.
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
-        slots = device.cores if _has_low_tiles(problem, device) else _slots(problem, device, config, warps)
+        alone = _has_low_tiles(problem, device) or (not few_rows and keys <= 2 * KEYS_OF_PROMPT)
+        slots = device.cores if alone else _slots(problem, device, config, warps)
         rows = problem.tokens * problem.q_heads
         best = best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)
         # Parts of one long context are equally long: then cores that have one more than others are waited for.
@@ -255,8 +254,8 @@ class Triton(Kernel):
         pieces = most_pieces(problem.seqs, problem.tokens, problem.group, rows, parts)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
-        # Masks of ranges and trees take more registers, and wide latent tiles leave few. Others of few rows take few, but
-        # where keys are turned to numbers none are left.
+        # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
+        # none are left.
         plain_masks = call.ranges is None and call.tree is None
         all_masked = plain_masks and rows <= FEW_ROWS and problem.cache_dtype == problem.dtype
         key_shares = _key_shares(problem, config, rows) if all_masked else 1
@@ -279,7 +278,7 @@ class Triton(Kernel):
             INTERVALS_PADDED=power_of_2(schedule.shape[1]),
             ROWS=rows,
             BLOCK_KV=block_kv,
-            EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks and not share_columns else 4)),
+            EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks else 4)),
             ALL_MASKED=all_masked,
             KEY_SHARES=key_shares,
             NUM_SPLITS=splits,
@@ -337,6 +336,12 @@ def _tiles(problem: Problem, rows: int) -> int:
     return min(problem.seqs, problem.tokens) * tiles_per_seq * problem.num_kv_heads
 
 
+def _leaves_cores(problem: Problem, device: Device, rows: int) -> bool:
+    """Whether tiles so low have a core each with all the parts that may repay a merge: then none waits for another."""
+    parts = max(1, most_keys(problem, rows // problem.group) // KEYS_PER_SPLIT)
+    return _tiles(problem, rows) * parts <= device.cores
+
+
 def _has_low_tiles(problem: Problem, device: Device) -> bool:
     """Whether prompts of wide heads have all keys of a table few, and none in 8 bits.
 
@@ -357,7 +362,9 @@ def _has_few_keys(problem: Problem, device: Device) -> bool:
     """
     if _device_class(device) != "hopper" or not 64 < max(problem.head_dim, problem.value_dim) <= 128:
         return False
-    few_keys = mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS
+    few_keys = mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS or (
+        problem.capacity <= 2 * KEYS_OF_PROMPT and _tiles(problem, SHORT.rows) <= device.cores
+    )
     short = problem.tokens_per_seq * problem.group <= SHORT_TILES * SHORT.rows or _tiles(problem, TALL_ROWS) <= device.cores
     return 4 * problem.group <= SHORT.rows and (few_keys or (min(problem.seqs, problem.tokens) > 1 and short))
 
@@ -403,8 +410,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
     most = min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1), max(1, RESULT_BYTES // results))
     slower = TALL_SLOWER if rows >= TALL_ROWS else 1
-    # Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
-    share = 1 if unsplit >= 2 * device.cores else 1 / 4
+    # Packs of more tokens than drafts have are mixed: their long contexts are those of single tokens, which have fewer
+    # tiles than `unsplit`. Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
+    mixed = DRAFTS < problem.tokens_per_seq < SHORT_CALL
+    share = 1 if unsplit >= (4 if mixed else 2) * device.cores else 1 / 4
     if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
         share = max(1 / 16, min(share, unsplit / (4 * device.cores)))
     part_bytes = int(LEAST_PART_BYTES * share)
@@ -424,9 +433,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     of_part = min(-(-part_bytes // (config.block_kv * _key_bytes(problem) * slower)), -(-blocks // parts.least))
     # What a part's result takes, written and read, beside its keys.
     result_bytes = 8 * min(rows, problem.tokens_per_seq * problem.group) * problem.value_dim
-    # Packs of more tokens than drafts have are mixed: their long contexts are those of single tokens.
-    mixed = share <= 1 / 4 and problem.tokens_per_seq > DRAFTS
-    if share < 1 / 4 or mixed or result_bytes <= part_bytes * MERGED_SHARE:
+    if share < 1 / 4 or (mixed and share < 1) or result_bytes <= part_bytes * MERGED_SHARE:
         parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
     return Parts(1, parts.most, of_part) if parts.most > 1 else parts
 

@@ -204,13 +204,9 @@ class Walker:
             soft_cap = self.attention.attn_logits_soft_cap
             return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once)
 
-        if walk.few_runs is not None:
-            narrow = Walker(self.call, walk._replace(runs=walk.few_runs), self.heights, self.product_dtype)
-            enough = jnp.all(narrow._blocks(tile) <= 1)
-            running = lax.cond(enough, lambda: step(turn, None, walker=narrow), lambda: step(turn, None))
-        elif walk.most_blocks == 1:
-            running = step(turn, None)
-        else:
+        def all_blocks():
+            if walk.most_blocks == 1:
+                return step(turn, None)
             # A loop is handed its tiles packed into one array.
             packed = lax.optimization_barrier(jnp.stack([*tile, split, sequence.splits], axis=1))
 
@@ -220,7 +216,15 @@ class Walker:
 
             left = self._blocks(tile) - split
             turns = jnp.max(_divided(jnp.maximum(left + (sequence.splits - 1), 0), sequence.splits))
-            running = lax.fori_loop(0, turns, step_of_loop, softmax.start(queries, problem.value_dim))
+            return lax.fori_loop(0, turns, step_of_loop, softmax.start(queries, problem.value_dim))
+
+        if walk.few_runs is None:
+            running = all_blocks()
+        else:
+            few = walk._replace(runs=walk.few_runs, skips_masks=False)
+            narrow = Walker(self.call, few, self.heights, self.product_dtype)
+            enough = jnp.all(narrow._blocks(tile) <= 1)
+            running = lax.cond(enough, lambda: step(turn, None, walker=narrow), all_blocks)
         if walk.splits > 1:
             running = softmax.merge_lanes(running, sequence.splits > 1, walk.splits)
             place = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)  # the first has it all

@@ -150,8 +150,9 @@ def _walk(problem, config, turns, height) -> Walk:
     needed = height == 1 and problem.tokens == problem.seqs  # to be sure, as far as shapes say
     skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
-    halves = turns.skips and not invariant and most_blocks == 1 < runs and height * block_kv >= LEAST_HALVED
-    few_runs = -(-runs // 2) if halves else None
+    few_runs = -(-runs // 2)
+    halves = turns.skips and not invariant and runs > 1 and height * block_kv >= LEAST_HALVED
+    few_runs = few_runs if halves and height // 2 < few_runs * run else None  # else no tile looks at so few, as a rule
     splits = splits if shares else 1
     return Walk(
         height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks

@@ -7,20 +7,22 @@ take as long as if all were there.
 import functools
 
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA, as_word
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import anew, as_word
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
 
 OF_COLUMNS = KEYS  # the layout of a number for each column
 WARPS, GROUP = 4, 8  # of a warpgroup; columns of which a thread has two, of two rows that lie 8 apart
+SUMS = 3  # of products whose sum logits of wide heads are: steps of one would wait for one another
 PAD = 4  # numbers behind a row of a turned output, so that threads that write a column meet other banks
 
 
@@ -30,25 +32,37 @@ def board_shape(rows: int) -> tuple[int, int]:
 
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
-    """The shape of an output in shared memory, through which it is transposed."""
-    return rows, features + PAD
+    """The shape of an output in shared memory, through which it is transposed, so many features at a time."""
+    return rows, min(features, WARPGROUP_COLUMNS) + PAD
 
 
 def start_logits(query, keys):
-    """Starts keys @ query.T, to be `settled`: [block_kv, rows].
+    """Starts keys @ query.T, to be `settled`: arrays [block_kv, rows] whose sum it is.
 
     `query` [parts of 64 columns, rows, 64] and `keys` [block_kv, features] are tiled references to shared memory.
     """
+    sums = SUMS if query.shape[0] * COLUMNS > WARPGROUP_COLUMNS else 1
     its_type = plgpu.ShapeDtypeStruct((keys.shape[0], query.shape[1]), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=[its_type] * sums)
     def start(_, query, keys):
-        logits = mgpu.WGMMAAccumulator.zero(*its_type.shape)
-        for part in range(ir.MemRefType(query.type).shape[0]):
+        parts = [*range(ir.MemRefType(query.type).shape[0])]
+        if sums > 1:
+            query, keys = _anew(query), _anew(keys)
+        logits = [mgpu.WGMMAAccumulator.zero(*its_type.shape).value for _ in range(sums)]
+        factors = []
+        for part in parts:
             columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
-            rows = mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, columns, rows, swizzle=SWIZZLE_BYTES)
-        return _started(logits)
+            factors.append((columns, mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))))
+        if sums > 1:
+            for first in range(0, len(parts), sums):
+                some = factors[first : first + sums]
+                logits[: len(some)] = _multiply_in_turns(logits[: len(some)], some)
+        else:
+            for matrices in factors:
+                logits = [_multiply(*logits, *matrices)]
+        _start()
+        return logits
 
     return start(query, keys)
 
@@ -57,20 +71,79 @@ def start_output(acc, weights, values):
     """Starts acc + values.T @ weights.T, to be `settled`.
 
     `acc` [features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features] are tiled references.
+    Values may have other features behind these.
     """
     tiled, its_type = plgpu.RefType(TILED), plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled), return_type=its_type)
     def start(_, acc, weights, values):
+        parts = acc.shape[0] // COLUMNS
+        values = mgpu.memref_slice(values, (slice(None), slice(0, parts)))
+        is_wide = acc.shape[0] > WARPGROUP_COLUMNS
+        if is_wide:
+            values = _anew(values)
         values, weights = (mgpu.memref_transpose(matrix, (1, 0, 3, 2)) for matrix in (values, weights))
-        return _started(mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), values, weights, swizzle=SWIZZLE_BYTES))
+        if is_wide:
+            sums = [acc[row : row + COLUMNS] for row in range(0, acc.shape[0], COLUMNS)]
+            sums = _multiply_in_turns(sums, [(mgpu.memref_slice(values, slice(i, i + 1)), weights) for i in range(parts)])
+            registers = np.concatenate([some.registers for some in sums])
+            acc = mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+        else:
+            acc = _multiply(acc, values, weights)
+        _start()
+        return acc
 
     return start(acc, weights, values)
 
 
-def _started(product):
+def _multiply_in_turns(sums, factors):
+    """Each of these sums, of 64 rows, plus a product, as mgpu.wgmma has them, but step by step in turns: none waits for
+    what the step before it adds.
+    """
+    sizes, depth_of_step = dict(swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS)), 16
+    found = [mgpu.WGMMAAccumulator.from_registers(array)._value for array in sums]
+    layout, found, i64 = found[0].layout, [array.registers for array in found], ir.IntegerType.get_signless(64)
+    described = []
+    for a, b in factors:
+        (depth, width), element_type = mma_utils.tiled_memref_shape(b)
+        described.append((
+            mma_utils.create_descriptor(a, group_size=(COLUMNS, COLUMNS), logical_k_major=False, **sizes),
+            mma_utils.create_descriptor(b, group_size=(COLUMNS, width), logical_k_major=True, **sizes),
+        ))
+    for part, step in np.ndindex(depth // COLUMNS, COLUMNS // depth_of_step):
+        for i, matrices in enumerate(described):
+            places, steps, transposes = [], [], []
+            for (start, (_, (step_bytes, *_))), (_, part_bytes), fastest in matrices:
+                offset = arith.constant(i64, mma_utils.encode_addr(part * part_bytes + step * step_bytes))
+                places.append(llvm.add(start, offset, overflow_flags=llvm.IntegerOverflowFlags.none))
+                steps.append(step_bytes)
+                transposes.append(fastest != mma_utils.Dim.K)
+            found[i] = compat.wgmma_m64(
+                found[i],
+                *places,
+                a_transpose=transposes[0],
+                b_transpose=transposes[1],
+                a_k_stride=steps[0],
+                b_k_stride=steps[1],
+                n=width,
+                swizzle=2 * depth_of_step,  # so many bytes at a time
+                element_type=element_type,
+            )
+    arrays = [mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None) for registers in found]
+    return [array.to_layout(mgpu.WGMMA_LAYOUT) for array in arrays]
+
+
+def _multiply(acc, a, b):
+    return mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), a, b, swizzle=SWIZZLE_BYTES).value
+
+
+def _start():
     _asm("wgmma.commit_group.sync.aligned;")
-    return product.value
+
+
+def _anew(reference):
+    """The same reference, whose descriptors are worked out each time (operations.anew): wide ones have too many."""
+    return mgpu.memref_slice(reference, mgpu.ds(anew(_i32(0)), ir.MemRefType(reference.type).shape[0]))
 
 
 def store_weights(weights, target) -> None:
@@ -177,49 +250,61 @@ def scale_query(query, factor, board, dtype) -> None:
     scale(query, factor, board)
 
 
-def turned(acc, m, l, room, board, team):
-    """acc [features, rows] as [64, features], m [rows] and the sums over the rows of l [64, rows] as [64], by rows.
-
-    Others than the first rows come to have any numbers.
-    """
+def turned(acc, room, team):
+    """acc [features, rows] as [64, features]. Others than the first rows come to have any numbers."""
     features, rows = acc.shape
-    types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)]
-    types += [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
-    references = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
+    its_type = plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, OF_COLUMNS, WGMMA, *references), return_type=types)
-    def turn(_, acc, m, l, room, board, team):
-        warp, lane = _warp_and_lane()
-        quarter, eighth, width = _rem(lane, 4), arith.divui(lane, _i32(4)), features + PAD
-        own = arith.addi(_times(warp, 16), eighth)  # of two rows of 64, the first
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
+    def turn(_, acc, room, team):
+        quarter, own = _quarter_and_row()
+        width = ir.MemRefType(room.type).shape[1]
         start = arith.addi(_times(quarter, 2 * width), own)
+        _meet(team)  # all have read what was there
         for (part, group, half), pair in np.ndenumerate(acc.registers.reshape(features // WARPGROUP_ROWS, -1, 2)):
             for i in range(2):
                 offset = (group * GROUP + i) * width + part * WARPGROUP_ROWS + half * 8
                 _store(vector.extract(pair, [], [i]), room, start, offset)
-        _post(_of_warp(l, arith.addf), board)
-        _post([*m.registers.flat], board, WARPS)  # all warps write the same
         _meet(team)
-
-        pair, single = (ir.VectorType.get((size,), ir.F32Type.get()) for size in (2, 1))
-        matrix, of_rows = mgpu.WGMMA_LAYOUT, mgpu.WGMMA_LAYOUT.reduce((1,))
-        registers = np.empty(matrix.registers_shape((WARPGROUP_ROWS, features)), dtype=object)
-        others = [np.empty(of_rows.registers_shape((WARPGROUP_ROWS,)), dtype=object) for _ in range(2)]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((WARPGROUP_ROWS, features)), dtype=object)
         for half in range(2):
             row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
             place = arith.addi(_times(row, width), _times(quarter, 2))
             for group, of_group in enumerate(registers.reshape(-1, 2)):
                 of_group[half] = _load(pair, room, place, group * GROUP)
-            numbers = [_load(ir.F32Type.get(), board, row, warp * rows) for warp in range(WARPS + 1)]
-            for found, number in zip(others, (numbers[WARPS], functools.reduce(arith.addf, numbers[:WARPS]))):
-                found.reshape(-1)[half] = vector.broadcast(single, number)
-        layouts = (matrix, of_rows, of_rows)
-        return [
-            mgpu.FragmentedArray(_registers=found, _layout=layout, _is_signed=None)
-            for found, layout in zip((registers, *others), layouts)
-        ]
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return turn(acc, m, l, room, board, jnp.int32(team))
+    return turn(acc, room, jnp.int32(team))
+
+
+def turned_numbers(m, l, board, team):
+    """m [rows] and the sums over the rows of l [64, rows], both as [64], by rows; of others than the first any numbers."""
+    types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
+
+    @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=types)
+    def turn(_, m, l, board, team):
+        _, own = _quarter_and_row()
+        _post(_of_warp(l, arith.addf), board)
+        _post([*m.registers.flat], board, WARPS)  # all warps write the same
+        _meet(team)
+        layout, rows = mgpu.WGMMA_LAYOUT.reduce((1,)), l.shape[1]
+        found = [np.empty(layout.registers_shape((WARPGROUP_ROWS,)), dtype=object) for _ in types]
+        single = ir.VectorType.get((1,), ir.F32Type.get())
+        for half in range(2):
+            row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
+            numbers = [_load(ir.F32Type.get(), board, row, warp * rows) for warp in range(WARPS + 1)]
+            for registers, number in zip(found, (numbers[WARPS], functools.reduce(arith.addf, numbers[:WARPS]))):
+                registers.reshape(-1)[half] = vector.broadcast(single, number)
+        return [mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None) for registers in found]
+
+    return turn(m, l, board, jnp.int32(team))
+
+
+def _quarter_and_row():
+    """Which of a row's threads this is, and the first of its two rows of 64."""
+    warp, lane = _warp_and_lane()
+    return _rem(lane, 4), arith.addi(_times(warp, 16), arith.divui(lane, _i32(4)))
 
 
 def _of_warp(numbers, combine):

@@ -95,7 +95,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     """Writes a warpgroup's output, from that column on, and the lse of its rows.
 
     Where there are final results beside those of parts, those of tiles of one part are final. `copy_out`, if given, writes
-    the output of a tile whose rows are all there.
+    the output of a tile whose rows are all there. Functions among an output's arrays work them out when they are wanted.
     """
     acc, row_lse = found
     head, token = rows.head_and_token(rows.rows())
@@ -110,6 +110,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
         def store_each():
             column = first_column
             for array in jax.tree.leaves(acc):
+                array = array() if callable(array) else array
                 store_rows(array.astype(out.dtype), place_of(token * plan.q_heads + head), out, column)
                 column += array.shape[1]
 

@@ -2,7 +2,7 @@
 
 Its products have their operands changed: keys, and features of values, are rows of a wgmma, and the tile's rows columns.
 So all that is computed is as little as there are rows, and a short call, which waits for each step, is shorter. The
-steps of a block follow one another: other blocks come meanwhile.
+steps of a block follow one another: other blocks come meanwhile. A latent cache's keys are its values too.
 
 A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys: they
 vote on whether any has, and only then tell each other their largest.
@@ -21,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
@@ -39,18 +39,21 @@ class FewRows:
 
     def __init__(
         self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, query_here, query_free, keys,
-        values, keys_here, keys_free, values_here, values_free, weights, board, room, keys_scales=None,
+        keys_here, keys_free, weights, board, room, values=None, values_here=None, values_free=None, keys_scales=None,
         values_scales=None, **_,
     ):  # fmt: skip
-        self.plan, self.piece, self.done, self.team, self.sources = plan, piece, done, team, sources
+        self.plan, self.piece, self.done, self.team = plan, piece, done, team
+        self.sources = [sources[0], sources[-1]]  # a latent cache's values are scaled as its keys are
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, optional) for kind in (Rows, Columns))
         _, *views = query_views
         self.loaded_query, self.query = (view.at[team] for [view] in views)
         self.query_here, self.query_free = query_here.at[team], query_free.at[team]
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
         self.values, self.values_here, self.values_free = values, values_here, values_free
+        if plan.latent:  # its first features of a key are its value
+            self.values, self.values_free = keys, keys_free
         self.weights, self.board, self.room = (reference.at[team] for reference in (weights, board, room))
-        self.key_scales, self.value_scales = keys_scales, values_scales
+        self.key_scales, self.value_scales = keys_scales, keys_scales if plan.latent else values_scales
         self.seen, self.owned = columns_of_tile.seen(), columns_of_tile.owns(columns_of_tile.rows())
 
     def pass_over(self, first, end):
@@ -73,8 +76,21 @@ class FewRows:
             scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
         if self.softmax.has_units:  # behind this, all rows have the same
             m *= self.softmax.to_logits
-        acc, m, total = columns.turned(acc, m, l, self.room, self.board, self.team)
-        return Softmax(self.plan, 1.0).result(acc, m, total, self.rows.sinks(), scales)
+        m, total = columns.turned_numbers(m, l, self.board, self.team)
+        sinks, softmax = self.rows.sinks(), Softmax(self.plan, 1.0)
+
+        def result(first=0, end=0):
+            """The output of some features and the lse."""
+            some = columns.turned(acc[first:end], self.room, self.team) if end else ()
+            return softmax.result(some, m, total, sinks, scales)
+
+        features = self.plan.value_dim
+        if features <= WARPGROUP_COLUMNS:
+            return result(0, features)
+        # Turned, there are four times as many numbers or more: no thread has registers for all.
+        firsts = range(0, features, WARPGROUP_COLUMNS)
+        parts = [functools.partial(result, first, min(first + WARPGROUP_COLUMNS, features)) for first in firsts]
+        return [lambda part=part: part()[0] for part in parts], result()[1]
 
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows]."""
@@ -88,8 +104,10 @@ class FewRows:
         """Block i: its logits, weights and output; unless it is masked, all rows see it."""
         key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
         plgpu.barrier_wait(self.keys_here.at[key_slot])
-        logits = settled(columns.start_logits(self.query, self.keys.at[key_slot]), still_running=0)
-        plgpu.barrier_arrive(self.keys_free.at[key_slot])
+        sums = columns.start_logits(self.query, self.keys.at[key_slot])
+        logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
+        if not self.plan.latent:  # whose keys are still to be values
+            plgpu.barrier_arrive(self.keys_free.at[key_slot])
         key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
         logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
@@ -104,7 +122,8 @@ class FewRows:
         columns.store_weights(weights.astype(self.plan.product_dtype), self.weights)
 
         values = self.values.at[slot]
-        plgpu.barrier_wait(self.values_here.at[slot])
+        if not self.plan.latent:
+            plgpu.barrier_wait(self.values_here.at[slot])
         if masked:
             unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
             pl.when(self.rows.may_hold_nothing(i))(unseen)

@@ -1,11 +1,18 @@
 """Which rows of a compute warpgroup are there, and which keys they see."""
 
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters.mlir import ir
 import jax.numpy as jnp
+import numpy as np
 
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, WGMMA, gathered
+from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, QUAD, ROWS, WGMMA, gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+
+arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
 
 ALL = -1  # a word of 32 bits that are set
 
@@ -86,25 +93,33 @@ class Rows:
         return edge, jnp.clip(end_block - lax.div(slab.whole_start + plan.block_kv - 1, plan.block_kv), edge, end)
 
     def seen(self):
-        """A function of i: which rows see which keys of its share of block i. What is to be asked, is asked here."""
+        """A function of i: which rows see which keys of its share of block i. What is to be asked, is asked here.
+
+        Beside wide outputs no thread has registers for ranges: they are asked for each time.
+        """
         plan, tile = self.plan, self.tile
         _, token = self.head_and_token(self.rows())
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
-        if self.ranges is not None:
-            place, origin = 2 * (tile.start + here), 0
+
+        def limits():
+            """(The first key counted, the last one that each row sees, and the last before its first, if it has one.)"""
+            if self.ranges is None:  # positions relative to the tile's first token
+                before = None if plan.window is None else token - plan.window
+                return tile.position, jnp.minimum(token, tile.end_key - tile.position - 1), before
+            place = 2 * (tile.start + here)
             last = jnp.clip(gathered(self.ranges, place + 1, self.layout), 0, tile.end_key) - 1
-            before = jnp.maximum(gathered(self.ranges, place, self.layout), 0) - 1
-        else:  # positions relative to the tile's first token
-            origin = tile.position
-            last = jnp.minimum(token, tile.end_key - origin - 1)
-            before = None if plan.window is None else token - plan.window
+            return 0, last, jnp.maximum(gathered(self.ranges, place, self.layout), 0) - 1
+
+        known = None if plan.wide else limits()
 
         def visible(i):
+            origin, last, before = known or limits()
             start = self.first_key_of(i) + self.first_column
             key = plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.axis, layout=WGMMA)
-            seen = key <= self.of_rows(last - (start - origin))
+            up_to = columns_up_to if plan.wide else lambda numbers, _: key <= self.of_rows(numbers)
+            seen = up_to(last - (start - origin), self.shape)
             if before is not None:
-                seen &= key > self.of_rows(before - (start - origin))
+                seen &= ~up_to(before - (start - origin), self.shape)
             return seen if self.tree is None else seen & self._in_tree(here, key, start)
 
         return visible
@@ -188,6 +203,29 @@ class Rows:
         position = tile.position + token - start
         low = -start if window is None else position - window + 1
         return low, jnp.minimum(position + 1, tile.end_key - start)
+
+
+def columns_up_to(numbers, shape):
+    """Whether each of a warpgroup's columns has a number of at most the row's: columns need no registers so."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bool_, layout=WGMMA))
+    def find(_, numbers):
+        i1, i32 = (ir.IntegerType.get_signless(width) for width in (1, 32))
+        constant = lambda x: arith.constant(i32, x)
+        # Of every 8 columns a thread has two that are neighbours, of two rows.
+        quarter = arith.remui(utils.thread_idx(), constant(QUAD))
+        own = arith.muli(quarter, constant(2))
+        left = [arith.subi(vector.extract(number, [], [0]), own) for number in numbers.registers.flat]
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        pairs = registers.reshape(-1, 2)
+        for group, half in np.ndindex(pairs.shape):
+            pairs[group, half] = llvm.mlir_undef(ir.VectorType.get((2,), i1))
+            for i in range(2):
+                found = arith.cmpi(arith.CmpIPredicate.sge, left[half], constant(8 * group + i))
+                pairs[group, half] = vector.insert(found, pairs[group, half], [], [i])
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=False)
+
+    return find(numbers)
 
 
 class Columns(Rows):

@@ -194,7 +194,7 @@ def start_logits(query, keys, share, shares: int, parts: list[int], started=None
     @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)), return_type=its_type)
     def start(_, query, keys, share, *before):
         own, all_parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
-        query = mgpu.memref_slice(query, mgpu.ds(_anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
+        query = mgpu.memref_slice(query, mgpu.ds(anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
         logits = mgpu.WGMMAAccumulator.from_registers(*before) if before else _zero(shape)
         for part in parts:
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
@@ -245,10 +245,10 @@ def _zero(shape):
 def _share(number, size: int):
     """The slice of a share: so many tiles."""
     first = arith.muli(number.registers.item(), arith.constant(ir.IntegerType.get_signless(32), size))
-    return mgpu.ds(_anew(first), size)
+    return mgpu.ds(anew(first), size)
 
 
-def _anew(number):
+def anew(number):
     """The same as an index, of which ptxas knows nothing: so what depends on it is worked out each time.
 
     Else the descriptors of all of a loop's products are kept from step to step, and spilled.

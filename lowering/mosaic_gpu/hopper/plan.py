@@ -27,7 +27,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = -110.0, 40.0
 def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     """Whether two warpgroups share rows, and each computes one half of their output's columns.
 
-    They share blocks of keys too (wide.py), or take them by turns (alternate.py).
+    They share blocks of keys too (wide.py), or take them by turns (alternate.py). Few rows of a latent cache are one's.
     """
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
@@ -130,7 +130,7 @@ class Plan:
             return self.stages - (self.query_places - 1)
         if self.fp8_terms:
             return FP8_SLOTS
-        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide)
+        return widened(self.block_kv, self.head_dim + self.value_dim, self.wide or self.latent)
 
     @property
     def key_slots(self) -> int:
@@ -192,7 +192,7 @@ class Plan:
 
     @property
     def wide(self) -> bool:
-        return is_wide(self.head_dim, self.value_dim, self.latent)
+        return is_wide(self.head_dim, self.value_dim, self.latent) and not self.few_rows
 
     @property
     def alternates(self) -> bool:
