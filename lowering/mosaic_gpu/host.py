@@ -153,6 +153,7 @@ class MosaicGpu(Kernel):
             found += [_with_at_most_two(problem), _with_more_warpgroups(problem)]
         found += [_with_teams(problem, _with_at_most_two(problem))]
         near = [c for c in found if c is not None and 1 / 2 <= c.num_warps / first.num_warps <= 2]
+        near = [c for c in near if first.block_q <= 4 * c.block_q]
         fitting = [c for c in near if self.misfit(problem, device, c) is None]
         return list(dict.fromkeys(replace(c, num_splits=self.num_splits(problem, device, c)) for c in fitting))
 
