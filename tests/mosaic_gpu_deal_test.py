@@ -128,10 +128,11 @@ class ChoiceTest(parameterized.TestCase):
     def test_parts_do_not_vary_where(self, call, changes):
         self.assertFalse(parts_of(*call, **changes).vary)
 
-    @parameterized.parameters((512, False), (256, True))
+    @parameterized.parameters((512, False), (256, True), (576, False))
     def test_no_estimate_is_asked_of_heads_too_wide_for_it(self, dim, asked):
+        latent = dict(value_dim=512, features=frozenset({"latent"})) if dim == 576 else dict(value_dim=dim)
         with mock.patch.object(host, "finer", wraps=deal.finer) as called:
-            parts_of(8, 31232, 16, 2, head_dim=dim, value_dim=dim)
+            parts_of(8, 31232, 16, 2 if dim < 576 else 1, head_dim=dim, **latent)
         self.assertEqual(called.called, asked)
 
     @parameterized.named_parameters(
