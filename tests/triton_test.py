@@ -222,6 +222,7 @@ class HeuristicTest(parameterized.TestCase):
         ("of_a_long_chunk_too", dict(tokens=128, pages_per_seq=2048), Parts(4, 4)),
         ("of_mixed_packs_more", dict(tokens=700, seqs=32, q_heads=16, num_kv_heads=2, cache_kv_heads=2), Parts(1, 11, 16)),
         ("of_mixed_packs_of_more_tiles_too", dict(tokens=707, seqs=22, sliding_window=4096, pages_per_seq=1392) | FEW_GROUPS, Parts(1, 5, 16)),
+        ("of_mixed_packs_in_short_tables_not_fewer_for_all", dict(tokens=64, seqs=3, pages_per_seq=73) | dict(FEW_GROUPS, q_heads=32), Parts(1, 7, 3)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
         ("of_chunks_beside_others_are_the_splits", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(3, 3)),
     )

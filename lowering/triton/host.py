@@ -229,7 +229,9 @@ class Triton(Kernel):
                 # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
                 # They are equally long, so that rounds tell.
                 warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
-        alone = _has_low_tiles(problem, device) or (not few_rows and keys <= 2 * KEYS_OF_PROMPT)
+        # Where parts vary, short contexts in a short table have few of them: that does not have to be so of all.
+        settled = single or problem.tokens_per_seq >= SHORT_CALL
+        alone = _has_low_tiles(problem, device) or (settled and not few_rows and keys <= 2 * KEYS_OF_PROMPT)
         slots = device.cores if alone else _slots(problem, device, config, warps)
         rows = problem.tokens * problem.q_heads
         best = best_splits(problem, device, config, unsplit=unsplit, slots=slots, rows=rows, most=most, enough=enough)

@@ -25,7 +25,7 @@ def merge(out, lse, dtype, sinks, device: Device):
     # As many programs as fill the cores, of no more than registers hold: of few rows, all parts by several warps.
     at_once = splits_padded if all_rows * widths <= 4 * device.cores else min(splits_padded, MERGED_AT_ONCE)
     rows = max(1, min(MERGED // (at_once * width), power_of_2(all_rows * widths // (8 * device.cores), least=1)))
-    return launch(
+    merged, lse = launch(
         merge_parts,
         [out, lse, lse if sinks is None else sinks],
         (jax.ShapeDtypeStruct((*shape, value_dim), dtype), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)),
@@ -43,3 +43,4 @@ def merge(out, lse, dtype, sinks, device: Device):
         WIDTHS=widths,
         SINKS=sinks is not None,
     )
+    return merged, lse
