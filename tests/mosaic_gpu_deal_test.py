@@ -128,12 +128,22 @@ class ChoiceTest(parameterized.TestCase):
     def test_parts_do_not_vary_where(self, call, changes):
         self.assertFalse(parts_of(*call, **changes).vary)
 
-    @parameterized.parameters((512, False), (256, True), (576, False))
-    def test_no_estimate_is_asked_of_heads_too_wide_for_it(self, dim, asked):
-        latent = dict(value_dim=512, features=frozenset({"latent"})) if dim == 576 else dict(value_dim=dim)
+    @parameterized.parameters((2, dict(head_dim=512)), (1, dict(head_dim=576, value_dim=512, q_heads=128)), (2, dict(head_dim=256)))
+    def test_no_estimate_is_asked_where_warpgroups_share_rows(self, kv_heads, changes):
+        dim = changes["head_dim"]
+        changes = dict(value_dim=dim, q_heads=16, features=frozenset({"latent"} if dim == 576 else ())) | changes
         with mock.patch.object(host, "finer", wraps=deal.finer) as called:
-            parts_of(8, 31232, 16, 2 if dim < 576 else 1, head_dim=dim, **latent)
-        self.assertEqual(called.called, asked)
+            parts_of(8, 31232, kv_heads=kv_heads, **changes)
+        self.assertEqual(called.called, dim == 256)
+
+    @parameterized.product(heads=(16, 32), cache_dtype=("bfloat16", "float8_e4m3fn"))
+    def test_steps_over_latent_keys_are_dealt_evenly(self, heads, cache_dtype):
+        """A step of theirs takes a core longer than memory: where contexts are alike, no core has many blocks more."""
+        features = {"latent"} | ({"quantised"} if cache_dtype != "bfloat16" else set())
+        latent = dict(head_dim=576, value_dim=512, cache_dtype=cache_dtype, features=frozenset(features))
+        parts, blocks = parts_of(64, 4096, heads, 1, **latent), 64
+        share = int(parts.share(np.int32(blocks)))
+        self.assertLess(-(-64 * -(-blocks // share) // 132) * share, 1.1 * 64 * blocks / 132)
 
     @parameterized.named_parameters(
         ("drafts", (6, 14784), dict(tokens=4), 2**20),

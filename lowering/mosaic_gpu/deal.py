@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.room import few_rows
+from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -25,8 +25,9 @@ SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
 LAUNCH_BYTES = 75 * 2**10  # of a launch, whatever there is to do
 PIECE_BYTES = 5 * 2**10  # to begin and to end a part
-# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap.
-STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
+# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap; of latent keys, by 19 more launches of 8 to 32
+# heads, over equal and uneven contexts.
+STEP_BYTES, LONG_STEP_BYTES, LATENT_STEP_BYTES = 12.5 * 2**10, 20 * 2**10, 30 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
@@ -65,7 +66,7 @@ def dealt(
     """
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
-    long_steps = wide or problem.attention.attn_logits_soft_cap is not None
+    step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
@@ -78,7 +79,7 @@ def dealt(
         slots=slots,
         cores=device.cores,
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
-        step_bytes=LONG_STEP_BYTES if long_steps else STEP_BYTES,
+        step_bytes=LATENT_STEP_BYTES if is_latent(problem) else step_bytes,
         in_cluster=in_cluster,
     )
 

@@ -311,9 +311,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    # The estimate is not for heads so wide, whose blocks take longer: with parts that it chose 8 steps took 8% longer, and
-    # 64 over 32 latent heads 3 to 17%.
-    if of_prompts or shares_rows(problem) or current_policy() == "invariant":
+    # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
+    shared = shares_rows(problem) and few_rows(problem, config) is None
+    if of_prompts or shared or current_policy() == "invariant":
         return parts
     clusters = not parts.vary and in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters else _teams(problem, config))
