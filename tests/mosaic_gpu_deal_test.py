@@ -136,6 +136,12 @@ class ChoiceTest(parameterized.TestCase):
             parts_of(8, 31232, kv_heads=kv_heads, **changes)
         self.assertEqual(called.called, dim == 256)
 
+    def test_latent_keys_are_counted_once_though_they_are_values_too(self):
+        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+            parts_of(64, 4096, 16, 1, head_dim=576, value_dim=512, features=frozenset({"latent"}))
+        launch = called.call_args.args[1]
+        self.assertEqual(launch.block_bytes, launch.block_kv * 576 * 2)
+
     @parameterized.product(heads=(16, 32), cache_dtype=("bfloat16", "float8_e4m3fn"))
     def test_steps_over_latent_keys_are_dealt_evenly(self, heads, cache_dtype):
         """A step of theirs takes a core longer than memory: where contexts are alike, no core has many blocks more."""
