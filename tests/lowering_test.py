@@ -24,12 +24,14 @@ from paged_prefill.tests.problems import problem
 PART_HEIGHTS = [turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)]
 
 
-def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
-    """Bytes of temporaries of a call at 8 query and 2 KV heads, head_dim 64, page size 16."""
-    cache = jax.ShapeDtypeStruct((2, num_pages, 16, 64), dtype)
+def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, heads=(8, 2, 64), **parameters):
+    """Bytes of temporaries of a call at page size 16; `heads` are query heads, KV heads and head_dim."""
+    q_heads, kv_heads, head_dim = heads
+    cache = jax.ShapeDtypeStruct((kv_heads, num_pages, 16, head_dim), dtype)
     indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
     call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
-    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile(
+    query = jax.ShapeDtypeStruct((chunk, q_heads, head_dim), dtype)
+    compiled = call.lower(query, cache, cache, *indices).compile(
         compiler_options=compiling.FUSED_AS_USERS_DO
     )
     return compiled.memory_analysis().temp_size_in_bytes
@@ -50,6 +52,10 @@ class MemoryTest(parameterized.TestCase):
         with self.subTest("chunk_4_times_longer"):
             results = 4 * 512 * 8 * (64 + 1) * 4
             self.assertLess(temporaries(512 * 4, 512, dtype=dtype), base + 2 * results + slack)
+
+    def test_results_of_16_bits_leave_room(self):
+        """These are 8 MiB, and a turn's logits and weights 4 each: not all of that is there at once."""
+        self.assertLess(temporaries(1024, 64, dtype=jnp.bfloat16, heads=(32, 8, 128)), 16 * 2**20)
 
     def test_largest_benchmark_fits_in_64_MiB(self):
         """Chunk 2048 at 16384, the goal of benchmarks/cpu.py; ejKernel's XLA path takes 1.2 GiB."""
