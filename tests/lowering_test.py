@@ -310,16 +310,16 @@ class XlaTest(parameterized.TestCase):
             self.assertEqual((wide.lanes, wide.in_place), (9 if turn_bytes == 2**22 else 1, in_place))
             cases.check(cases.Case("at_once", sequences, 4, 2, 16, page_size=8, attn_logits_soft_cap=3.0))
 
-    @parameterized.parameters(None, 20)
-    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window):
-        """Of the sequences' first tiles and of none but those, or with a window of others too."""
+    @parameterized.parameters((None, 8), (20, 8), (None, 64))
+    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window, page_size):
+        """Of the sequences' first tiles and of none but those, or with a window of others too; or half a page, of one."""
         sequences = ((64, 64), (33, 33), (20, 32), (20, 33), (40, 60), (17, 17), (1, 30))
         config = PrefillPageAttentionConfig(block_q=32, block_kv=64)
-        case = cases.Case("halves", sequences, page_size=8, sliding_window=window, cfg=config, spare_columns=0)
-        rows = problem(seqs=7, tokens=195, page_size=8, pages_per_seq=8)
+        case = cases.Case("halves", sequences, page_size=page_size, sliding_window=window, cfg=config, spare_columns=0)
+        rows = problem(seqs=7, tokens=195, page_size=page_size, pages_per_seq=64 // page_size)
         with mock.patch.object(walks, "LEAST_HALVED", 2**11):
-            halved = [walk.few_runs for walk in walks.walks(rows, config, walks.CPU_TURNS)]
-            self.assertEqual(halved, [4, None, None])
+            halved = [w.few_runs and w.run * w.few_runs for w in walks.walks(rows, config, walks.CPU_TURNS)]
+            self.assertEqual(halved, [32, None, None])
             with policy("invariant"):  # bits follow no table's width
                 self.assertIsNone(walks.walks(rows, config, walks.CPU_TURNS)[0].few_runs)
             cases.check(case)
