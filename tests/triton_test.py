@@ -123,6 +123,7 @@ LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
 SHORT = dict(tokens=1024, seqs=16, pages_per_seq=32)
 FEW_HEADS = dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=2048)
 FEW_GROUPS = dict(q_heads=24, num_kv_heads=2, cache_kv_heads=2)
+FALCON = dict(q_heads=71, num_kv_heads=1, cache_kv_heads=1, head_dim=64, value_dim=64)
 SLOTS = ("quantised", "slot_scales")
 CAPPED = dict(attn_logits_soft_cap=50.0)
 # What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
@@ -218,6 +219,8 @@ class HeuristicTest(parameterized.TestCase):
         ("of_mixed_packs_more", dict(tokens=700, seqs=32, q_heads=16, num_kv_heads=2, cache_kv_heads=2), Parts(1, 11, 16)),
         ("of_mixed_packs_of_more_tiles_too", dict(tokens=707, seqs=22, sliding_window=4096, pages_per_seq=1392) | FEW_GROUPS, Parts(1, 5, 16)),
         ("of_mixed_packs_in_short_tables_not_fewer_for_all", dict(tokens=64, seqs=3, pages_per_seq=73) | dict(FEW_GROUPS, q_heads=32), Parts(1, 7, 3)),
+        ("of_very_few_tiles_most", dict(tokens=8, seqs=8, pages_per_seq=1474) | FALCON, Parts(1, 64, 4)),
+        ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
         ("of_chunks_beside_others_are_the_splits", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(3, 3)),
     )
@@ -270,7 +273,9 @@ class HeuristicTest(parameterized.TestCase):
         self.assertLessEqual(block_q * group, 128)
 
     @parameterized.named_parameters(
-        ("many_prompts", SHORT, (64, 64, 4)),
+        ("prompts", SHORT, (64, 64, 4)),
+        ("many_of_shorter_blocks", SHORT | dict(tokens=2048, seqs=32), (64, 32, 4)),
+        ("and_of_longer_ones_in_a_short_table", SHORT | dict(tokens=4096, pages_per_seq=256), (64, 32, 4)),
         ("one_of_a_few_tokens", dict(tokens=20, pages_per_seq=2), (64, 64, 4)),
         ("a_short_window", dict(sliding_window=512), (64, 64, 4)),
         ("several_short_chunks_of_contexts_of_any_length", dict(tokens=1024, seqs=16), (64, 64, 4)),
@@ -285,7 +290,10 @@ class HeuristicTest(parameterized.TestCase):
         ("and_few_tokens_over_more", dict(tokens=13, pages_per_seq=128) | WIDE | dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2), (16, 32, 4)),
         ("a_single_one_over_up_to_2048_keys", dict(tokens=98, pages_per_seq=128) | FEW_GROUPS, (64, 64, 4)),
         ("several_of_few_heads_that_leave_cores_idle", FEW_HEADS | dict(tokens=1106, seqs=2), (64, 64, 4)),
-        ("nor_narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (128, 64, 8)),
+        ("narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (64, 64, 4)),
+        ("mixed_packs_of_any_group", dict(tokens=704, seqs=64, q_heads=8), (64, 64, 4)),
+        ("or_of_fewer_tokens_and_many_tiles", dict(tokens=384, seqs=72, q_heads=8), (64, 64, 4)),
+        ("not_drafts", dict(tokens=384, seqs=64, q_heads=8), (16, 64, 4)),
     )  # fmt: skip
     def test_tiles_of_few_keys_are_two_to_a_core(self, changes, sizes):
         each = problem(**changes)

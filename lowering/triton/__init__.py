@@ -1,7 +1,8 @@
 """The Triton lowering, for NVIDIA and AMD GPUs: host.py has the `Kernel`, and kernel.py the program that it launches.
 
-Around them: schedule.py says which program has which rows, merge.py and merge_kernel.py add up parts, launch.py reaches
-the GPU through jax_triton, append.py and append_kernel.py write new tokens. The words of these files:
+Around them: schedule.py says which program has which rows, constants.py what of a call the program is compiled for,
+merge.py and merge_kernel.py add up parts, launch.py reaches the GPU through jax_triton, append.py and append_kernel.py
+write new tokens. The words of these files:
 
     row       a token for one query head; row r of a sequence is token r // GROUP, head r % GROUP of its KV head
     tile      up to `ROWS` rows of one sequence and KV head

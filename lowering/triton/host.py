@@ -15,10 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
+from paged_prefill.lowering.call import FEATURES, Call, Device, Problem
 from paged_prefill.lowering.kernel import Kernel
 from paged_prefill.lowering.splits import (
     LEAST_PART_BYTES,
+    MERGE_BYTES,
     MOST_PARTS,
     RESULT_BYTES,
     SHORT_CALL,
@@ -28,9 +29,10 @@ from paged_prefill.lowering.splits import (
     parts_of,
 )
 from paged_prefill.lowering.tiles import Parts
+from paged_prefill.lowering.triton.constants import constants, scales_of
 from paged_prefill.lowering.triton.launch import capability, launch, power_of_2, reason_against
 from paged_prefill.lowering.triton.merge import merge
-from paged_prefill.lowering.triton.schedule import PARTS_FIELD, PIECES_FIELD, POOL_FIELD, most_pieces, schedule_of
+from paged_prefill.lowering.triton.schedule import most_pieces, schedule_of
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
@@ -84,12 +86,14 @@ WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
 KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
 DRAFTS = 8  # tokens of a sequence that are no prompt
-SHORT = _Sizes(64, 64, 4, 3)  # of dims of 65 to 128 on Hopper, two to a core, where tiles see few keys
+SHORT = _Sizes(64, 64, 4, 3)  # of dims up to 128 on Hopper, two to a core, where tiles see few keys
+SHORT_STEPS, ROUNDS = _Sizes(64, 32, 4, 2), 4  # of more tiles than so many a core, four at a time
 SHORT_KEYS = 768  # that are few, on average
 # Of dims of 129 to 256 on Hopper, over few keys: a step of the lowest takes half the time of one of 128 rows. So the
 # lowest are taken that no core has two of.
 LOW_TILES = (_Sizes(16, 32, 4, 3), _Sizes(32, 64, 4, 3), _Sizes(64, 64, 4, 2))
 SHORT_TILES = 8  # of a sequence among others: their last ones are half empty
+PROMPT_TILES, PROMPT_TABLE = 24, 4 * KEYS_OF_PROMPT  # of those, where contexts are hardly longer than what is new
 MOST_KEYS = 64  # of a block, for fewer rows in four warps: with more they spill
 # A decode step of fewer bytes of keys a core waits for them one after another more than for memory: then more tiles
 # share a core, and the merge of more splits than so many would show.
@@ -98,6 +102,7 @@ EVEN_PARTS = 4 / 3  # times the parts that an estimate takes, for all cores to h
 TALL_ROWS, TALL_SLOWER = 128, 2  # products of so many rows take as long as their keys and values, and come after them
 MERGED_SHARE = 0.01  # of a part's bytes: what its result may take, written and read, for it to be worth it
 PIECES_OF_SEQUENCE = 2  # a core: more of its parts would cost more than they even out
+REPAID = 32  # times that prompts may take for one context to be worth a merge of all
 MOST_ABSENT = 2**12  # parts that no tile has: their programs end at once, a thousand of them in a microsecond
 
 
@@ -147,6 +152,8 @@ class Triton(Kernel):
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
+        elif _is_mixed(problem, device) and 4 * problem.group <= SHORT.rows:
+            rows_per_seq = max(rows_per_seq, SHORT.rows)  # of their prompts: single tokens wait for memory either way
         if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
             sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
             if _has_long_blocks(problem, device):
@@ -168,7 +175,8 @@ class Triton(Kernel):
         elif _share_columns(problem, device) and rows_per_seq >= LATENT.rows:
             sizes = LATENT
         elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
-            sizes = SHORT
+            prompts = problem.tokens_per_seq >= SHORT_CALL and problem.capacity <= PROMPT_TABLE
+            sizes = SHORT_STEPS if prompts and _tiles(problem, SHORT.rows) > ROUNDS * device.cores else SHORT
         rows = min(sizes.rows, power_of_2(rows_per_seq))
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, MOST_KEYS), num_warps=4)
@@ -300,7 +308,7 @@ class Triton(Kernel):
             # Where they are short. Others have enough, and their machine code came out slower for it.
             READ_AGAIN=parts.vary or (widths.main > 64 and (rows > DECODE.rows or problem.dtype == "float32")),
             SEQS_OF_PACK=None if sinks is None else problem.seqs // sinks.shape[0],
-            **_constants(call, widths),
+            **constants(call, widths),
         )
         inputs = [
             query,
@@ -311,7 +319,7 @@ class Triton(Kernel):
             call.kv_head_start,
             call.ranges,
             call.tree,
-            *_scales_of(call),
+            *scales_of(call),
             sinks,
         ]
         inputs = [schedule if x is None else x for x in inputs]
@@ -368,13 +376,28 @@ def _has_few_keys(problem: Problem, device: Device) -> bool:
 
     Of other dims and on other GPUs that is not measured. Tiles of a large group would leave too many rows empty.
     """
-    if _device_class(device) != "hopper" or not 64 < max(problem.head_dim, problem.value_dim) <= 128:
+    if not _of_narrow_heads(problem, device):
         return False
     few_keys = mean_keys(problem, SHORT.rows // problem.group) <= SHORT_KEYS or (
         problem.capacity <= 2 * KEYS_OF_PROMPT and _tiles(problem, SHORT.rows) <= device.cores
     )
-    short = problem.tokens_per_seq * problem.group <= SHORT_TILES * SHORT.rows or _tiles(problem, TALL_ROWS) <= device.cores
+    tiles = PROMPT_TILES if problem.capacity <= PROMPT_TABLE else SHORT_TILES
+    short = problem.tokens_per_seq * problem.group <= tiles * SHORT.rows or _tiles(problem, TALL_ROWS) <= device.cores
     return 4 * problem.group <= SHORT.rows and (few_keys or (min(problem.seqs, problem.tokens) > 1 and short))
+
+
+def _of_narrow_heads(problem: Problem, device: Device) -> bool:
+    return _device_class(device) == "hopper" and max(problem.head_dim, problem.value_dim) <= 128
+
+
+def _is_mixed(problem: Problem, device: Device) -> bool:
+    """Whether a pack has as many tokens a sequence as a few prompts beside single tokens; if fewer, of many tiles.
+
+    On Hopper, of heads up to 128: of wide ones, and of few drafts, low tiles are faster.
+    """
+    drafts = problem.tokens_per_seq <= (DRAFTS if _tiles(problem, DECODE.rows) <= ROUNDS * device.cores else DRAFTS // 2)
+    several = min(problem.seqs, problem.tokens) > 1
+    return several and not drafts and problem.tokens_per_seq < SHORT_CALL and _of_narrow_heads(problem, device)
 
 
 def _has_long_blocks(problem: Problem, device: Device) -> bool:
@@ -416,11 +439,12 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         return Parts(config.num_splits, config.num_splits)
     unsplit, rows = programs(problem, config), rows_of(problem, config)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
-    most = min(MOST_PARTS, 1 + MOST_ABSENT // max(unsplit, 1), max(1, RESULT_BYTES // results))
+    most = MOST_PARTS if unsplit > device.cores // 16 else 2 * MOST_PARTS  # of few tiles there are as few rows to merge
+    most = min(most, 1 + MOST_ABSENT // max(unsplit, 1), max(1, RESULT_BYTES // results))
     slower = TALL_SLOWER if rows >= TALL_ROWS else 1
     # Packs of more tokens than drafts have are mixed: their long contexts are those of single tokens, which have fewer
     # tiles than `unsplit`. Where tiles are few a long one is felt more, and there are cores to spare for what parts cost.
-    mixed = DRAFTS < problem.tokens_per_seq < SHORT_CALL
+    mixed = problem.tokens_per_seq > DRAFTS
     share = 1 if unsplit >= (4 if mixed else 2) * device.cores else 1 / 4
     if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
         share = max(1 / 16, min(share, unsplit / (4 * device.cores)))
@@ -435,7 +459,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         part_bytes=part_bytes,
         slower=slower,
     )
-    if min(problem.seqs, problem.tokens) == 1 or problem.tokens_per_seq >= SHORT_CALL or current_policy() == "invariant":
+    # Prompts have parts too where one context as long as the table would take far longer than the merge of all.
+    longest = most_keys(problem, config.block_q) * _key_bytes(problem) * slower
+    repaid = problem.tokens_per_seq < SHORT_CALL or longest >= REPAID * (MERGE_BYTES + 2 * results / device.cores)
+    if min(problem.seqs, problem.tokens) == 1 or not repaid or current_policy() == "invariant":
         return parts
     blocks = -(-most_keys(problem, config.block_q) // config.block_kv)
     of_part = min(-(-part_bytes // (config.block_kv * _key_bytes(problem) * slower)), -(-blocks // parts.least))
@@ -537,56 +564,3 @@ class _Widths(NamedTuple):
         if parts > 1 and latent:
             main, other = most, main - most
         return cls(main, other, rest, value // parts, parts)
-
-
-def _constants(call: Call, widths: _Widths) -> dict:
-    """The kernel's compile-time constants that no configuration changes."""
-    problem, attention = call.problem, call.problem.attention
-    latent, rows, (key_scale, value_scale) = "latent" in problem.features, problem.rows, _scales_of(call)
-    return dict(
-        TOKENS=problem.tokens,
-        SEQS=problem.seqs,
-        PARTS_FIELD=PARTS_FIELD,
-        PIECES_FIELD=PIECES_FIELD,
-        POOL_FIELD=POOL_FIELD,
-        KEY_POOL_FIELD=POOL_FIELD if call.key_pool is None else POOL_FIELD + 1,
-        VALUE_POOL_FIELD=POOL_FIELD if call.value_pool is None else POOL_FIELD + 2,
-        KV_HEADS=problem.num_kv_heads,
-        GROUP=problem.group,
-        CACHE_KV_HEADS=problem.cache_kv_heads,
-        POOL_ROWS=rows["pool"],
-        HEAD_ROWS=rows["kv_heads"],
-        PAGE_ROWS=rows["num_pages"],
-        SLOT_ROWS=rows["page_size"],
-        VALUE_ROWS=rows.get("2", 0),
-        PAGE_SIZE=problem.page_size,
-        PAGES_PER_SEQ=problem.pages_per_seq,
-        CAPACITY=problem.capacity,
-        HEAD_DIM=problem.head_dim,
-        HEAD_MAIN=widths.main,
-        HEAD_OTHER=widths.other,
-        HEAD_REST=widths.rest,
-        VALUE_DIM=problem.value_dim,
-        VALUE_WIDTH=widths.value,
-        VALUE_PARTS=widths.value_parts,
-        LATENT=latent,
-        KEY_SCALE=granularity(key_scale) or "one",
-        VALUE_SCALE=granularity(value_scale) or "one",
-        RANGES=call.ranges is not None,
-        TREE_WORDS=0 if call.tree is None else call.tree.shape[1],
-        # The running maximum is taken before the scale, so the scale must be positive. A scale of 0 has the same
-        # softmax as one too small to see.
-        SCALE=max(abs(attention.softmax_scale), 1e-30),
-        NEGATE=attention.softmax_scale < 0,
-        SOFT_CAP=attention.attn_logits_soft_cap,
-        WINDOW=attention.sliding_window,
-        # float32 products as six of bfloat16, exact to 24 bits or so; other dtypes have but one way.
-        PRECISION="bf16x6",
-    )
-
-
-def _scales_of(call: Call):
-    """The scales of keys and of values, which may be one array."""
-    problem = call.problem
-    of_both = "latent" in problem.features or (problem.layout.combined and granularity(call.key_scale) == "slot")
-    return call.key_scale, call.key_scale if of_both else call.value_scale
