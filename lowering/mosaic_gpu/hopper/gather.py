@@ -32,8 +32,7 @@ def start(threads, source, row, column, features: int, target) -> None:
         in_tile, its_row = of_rows + first % TILE_ROWS, threads.of_lane(row, of_rows + first)
         if rows > TILE_ROWS:
             in_tile = lax.rem(of_rows, TILE_ROWS)
-        swizzled = of_row ^ lax.div(in_tile, SWIZZLE_BYTES // row_bytes)
-        place = in_tile * row_bytes + swizzled * COPY_BYTES + beyond
+        place = in_tile * row_bytes + (of_row ^ lax.div(in_tile, SWIZZLE_BYTES // row_bytes)) * COPY_BYTES + beyond
         for part in range(parts):
             tile = first // TILE_ROWS * parts + part
             its_column = column + part * columns + of_row * (columns // lanes)
