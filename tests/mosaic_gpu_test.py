@@ -180,6 +180,8 @@ class SupportsTest(parameterized.TestCase):
         ("three_rounds_for_five", dict(tokens=3000, q_heads=24, pages_per_seq=313), 16),  # 2.9, and of two 4.4
         ("four_rounds_for_three", dict(tokens=2048, pages_per_seq=1024), 12),  # but of more rows: 3.9, and of three 2.7
         ("a_last_tile_of_few_rows", dict(tokens=1200, q_heads=40, pages_per_seq=438), 16),  # 3.03 rounds of two take 4
+        ("a_last_tile_of_one_token", dict(tokens=3841, pages_per_seq=1090), 12),  # 5.1 rounds of three, 7.5 of two
+        ("a_last_round_begun_by_half", dict(tokens=2151, q_heads=24, pages_per_seq=1177), 16),
         ("a_long_prompt_with_a_window", dict(tokens=8192, sliding_window=1024), 16),
         ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )
