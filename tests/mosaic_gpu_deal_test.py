@@ -94,6 +94,14 @@ class EstimateTest(parameterized.TestCase):
             parts_of(seqs, 31744, 9, 3, head_dim=64, value_dim=64)
         self.assertEqual(called.call_args.args[1].smallest, fewest)
 
+    @parameterized.parameters((4096, 30000), (4096, 5000), (9000, 5000))
+    def test_contexts_behind_a_window_count_as_far_as_tiles_see(self, most_keys, capacity):
+        """However wide the table is, some kinds have contexts that differ in what tiles see of them."""
+        kinds = deal._kinds(launch(capacity=capacity, most_keys=most_keys))
+        longest = max(contexts.max() for contexts, _ in kinds)
+        self.assertEqual(longest, min(capacity, deal.REACH * most_keys))
+        self.assertLess(np.minimum(kinds[2][0], most_keys).mean(), 0.4 * most_keys)
+
     def test_results_of_all_parts_have_room(self):
         self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
         self.assertLessEqual(deal.finer(Parts(), launch(result_bytes=2**24)).most, 4)

@@ -233,7 +233,7 @@ class FillTest(parameterized.TestCase):
         self.assertLess(len(whole), long / 8, whole)
 
     @parameterized.parameters(
-        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 14), (29, 25600, 9), (32, 100000, 23)
+        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 16), (29, 25600, 9), (32, 100000, 23)
     )  # fmt: skip
     def test_parts_of_decode_steps(self, seqs, context, most):
         problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)

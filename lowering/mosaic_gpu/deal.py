@@ -42,6 +42,7 @@ FEW = 0.25  # tiles for each core, at most
 # How many times their least time contexts as long as the table may take over latent keys: results of 8 to 32 rows of 512
 # numbers cost so much that uneven contexts would have them take 1.15 times as long, in 8 bits 1.4 times.
 LATENT_EVENLY = 1.05
+REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
 
@@ -126,10 +127,11 @@ def _kinds(launch: Launch) -> list:
     spread exponentially, so that most are short. Each again in a table eight times as wide.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
+    longest = min(launch.capacity, REACH * launch.most_keys)
     kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
     few = launch.seqs * launch.tiles_of_seq <= FEW * launch.cores
     kinds += [(share / 8, OF_WIDE if few else OF_WIDE_OF_MANY) for share, _ in kinds]
-    return [(np.maximum(np.ones(launch.seqs) * share * launch.capacity, 1), weight) for share, weight in kinds]
+    return [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
 
 
 def _time(launch: Launch, parts: Parts, contexts) -> float:

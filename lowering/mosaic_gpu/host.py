@@ -21,14 +21,14 @@ from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, me
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows
-from paged_prefill.lowering.mosaic_gpu.room import two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
+from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, rows_of, shared_bytes
+from paged_prefill.lowering.mosaic_gpu.room import shares_rows, teams_of, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, best_splits, mean_keys, merge_splits, most_keys
-from paged_prefill.lowering.splits import parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, SHORT_CALL, best_splits, bytes_of_key, mean_keys
+from paged_prefill.lowering.splits import merge_splits, most_keys, parts_of
 from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -211,7 +211,11 @@ class MosaicGpu(Kernel):
         numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
         clusters = frozenset(n for n in numbers if in_cluster(problem, device, config, n))
         sizes = dict(unsplit=unsplit, slots=device.cores, rows=rows, most=most)
-        return best_splits(problem, device, config, **sizes, in_cluster=clusters)
+        splits, of_round = best_splits(problem, device, config, **sizes, in_cluster=clusters), device.cores // unsplit
+        # Where parts of a single context are long, more of them cost nothing, and cores without any could load.
+        long = most_keys(problem, config.block_q) * bytes_of_key(problem) >= of_round * LEAST_PART_BYTES
+        alone = min(problem.seqs, problem.tokens) == 1 and 1 < splits < of_round <= MOST_PARTS
+        return of_round if alone and long else splits
 
     def blocks(self, problem: Problem, config: PrefillPageAttentionConfig) -> int:
         """Tiles times splits."""
@@ -283,7 +287,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         block_q=config.block_q,
         block_kv=config.block_kv,
         warpgroups=warpgroups_of(config),
-        teams=1 if clusters else _teams(problem, config),
+        teams=1 if clusters else teams_of(problem, config),
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
@@ -317,7 +321,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
         return parts
     clusters = not parts.vary and in_cluster(problem, device, config, least)
-    slots = device.cores * (1 if clusters else _teams(problem, config))
+    slots = device.cores * (1 if clusters else teams_of(problem, config))
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
@@ -380,7 +384,7 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
     if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
-        warpgroups = 1
+        heads, warpgroups = heads_of_fewest_tiles(problem), 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
@@ -435,7 +439,7 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
     block_q = config.block_q if warpgroups_of(config) == 1 else WARPGROUP_ROWS // heads
     sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
-    return next((config for config in sizes if _teams(problem, config) == 2), None)
+    return next((config for config in sizes if teams_of(problem, config) == 2), None)
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
@@ -470,13 +474,6 @@ def _reason_against_fp8(problem: Problem) -> str | None:
     if "slot_scales" in problem.features:
         return "scales of each token and head"
     return WIDE if shares_rows(problem) else None
-
-
-def _teams(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
-    if warpgroups_of(config) > 1 or is_quantised(problem) or shares_rows(problem):
-        return 1
-    return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1
 
 
 def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:

@@ -88,3 +88,24 @@ def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int
     if config.fp8_terms:
         return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
     return 2 * block * features * (widened(block, features, False) if is_quantised(problem) else config.num_stages)
+
+
+def heads_of_fewest_tiles(problem: Problem) -> int:
+    """Heads of a token in a tile of 64 rows: those with which a group's tiles read their keys the fewest times.
+
+    No static shape says whether all sequences have as many tokens, or all but one have one: both count.
+    """
+
+    def tiles(heads):
+        block_q, tokens, seqs = WARPGROUP_ROWS // heads, problem.tokens, min(problem.seqs, problem.tokens)
+        equal, one_longer = seqs * -(-problem.tokens_per_seq // block_q), seqs - 1 + -(-(tokens - seqs + 1) // block_q)
+        return -(-problem.group // heads) * (equal + one_longer)
+
+    return min((16, 32, 64), key=tiles)
+
+
+def teams_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
+    if warpgroups_of(config) > 1 or is_quantised(problem) or shares_rows(problem):
+        return 1
+    return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1
