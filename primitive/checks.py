@@ -90,9 +90,10 @@ def check_operands(
             f"since {operation.leading} has shape {leading.shape}), got {cache_batch_dims}"
         )
     sizes: dict[str, int] = {}
+    givers: dict[str, str] = {}
     for row in operation.table(present):
         own_lead = lead[: row.lead_dims(len(lead), cache_batch_dims)]
-        _check_shape(row, operands[row.name], own_lead, present, sizes, operation.writes, layout)
+        _check_shape(row, operands[row.name], own_lead, present, sizes, givers, operation.writes, layout)
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
     _check_values(operands, value_dim, layout)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
@@ -173,13 +174,18 @@ def check_cache_rank(name, cache, layout: CacheLayout, lead=None, layered=False)
         raise ValueError(f"{name} must have shape {_laid_out(name, layout, *before)}, got {cache.shape}")
 
 
-def _check_shape(row: Operand, array, lead, present, sizes, writes, layout) -> None:
-    """Holds an operand to its form behind `lead`, and to `sizes`, the dimensions known so far, which it adds to."""
+def _check_shape(row: Operand, array, lead, present, sizes, givers, writes, layout) -> None:
+    """Holds an operand to its form behind `lead`, and to `sizes`, the dimensions known so far, which it adds to.
+
+    `givers` has the operand that each of them was read off.
+    """
     dims = row.dims(array.ndim, len(lead), present, layout)
     if dims is None or not _fits(array.shape, lead, dims, sizes, shared=row.lead == POOLS and not writes):
         forms = [dims] if dims else row.all_dims(present, layout)
         text = " or ".join(_form(lead, form, sizes) for form in forms)
-        raise ValueError(f"{row.name} must have shape {text}, got {array.shape}")
+        wrong = (dim for dim, got in zip(dims or (), array.shape[len(lead) :]) if got != sizes.get(dim, got))
+        whose = ", ".join(f"{dim} is {givers[dim]}'s" for dim in wrong)  # it may be the other operand that is wrong
+        raise ValueError(f"{row.name} must have shape {text}, got {array.shape}{whose and ': '}{whose}")
     own = dict(zip(dims, array.shape[len(lead) :], strict=True))
     if empty := [dim for dim in own if dim in NOT_EMPTY and own[dim] == 0]:
         raise ValueError(f"{row.name} must have at least one of {' and '.join(empty)}, got {array.shape}")
@@ -190,6 +196,7 @@ def _check_shape(row: Operand, array, lead, present, sizes, writes, layout) -> N
         if "2 * kv_heads" in own and own["2 * kv_heads"] % 2:
             raise ValueError(f"key_cache must have an even number of heads, a key's and a value's each, got {array.shape}")
         sizes.update(kv_heads=layout.sizes(array.shape)["kv_heads"], value_dim=own["head_dim"])
+    givers.update({dim: row.name for dim in sizes.keys() - givers.keys()})
 
 
 def _form(lead, dims, sizes) -> str:
@@ -355,9 +362,9 @@ def index_arrays(**arrays) -> dict[str, jax.Array]:
     (leading, *_), first = rows[0].forms, named[rows[0].name]
     if first.ndim < len(leading):
         raise ValueError(f"{rows[0].name} must have shape [..., {', '.join(leading)}], got {first.shape}")
-    lead, sizes = first.shape[: first.ndim - len(leading)], {}
+    lead, sizes, givers = first.shape[: first.ndim - len(leading)], {}, {}
     for row in rows:
-        _check_shape(row, named[row.name], lead, (), sizes, True, OWN_LAYOUT)
+        _check_shape(row, named[row.name], lead, (), sizes, givers, True, OWN_LAYOUT)
     return named
 
 

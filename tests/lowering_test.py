@@ -24,12 +24,14 @@ from paged_prefill.tests.problems import problem
 PART_HEIGHTS = [turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)]
 
 
-def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, **parameters):
-    """Bytes of temporaries of a call at 8 query and 2 KV heads, head_dim 64, page size 16."""
-    cache = jax.ShapeDtypeStruct((2, num_pages, 16, 64), dtype)
+def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float32, heads=(8, 2, 64), **parameters):
+    """Bytes of temporaries of a call at page size 16; `heads` are query heads, KV heads and head_dim."""
+    q_heads, kv_heads, head_dim = heads
+    cache = jax.ShapeDtypeStruct((kv_heads, num_pages, 16, head_dim), dtype)
     indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, pages_per_seq), (seqs + 1,))]
     call = jax.jit(lambda *p: ragged_paged_prefill(*p, platform="xla", **parameters))
-    compiled = call.lower(jax.ShapeDtypeStruct((chunk, 8, 64), dtype), cache, cache, *indices).compile(
+    query = jax.ShapeDtypeStruct((chunk, q_heads, head_dim), dtype)
+    compiled = call.lower(query, cache, cache, *indices).compile(
         compiler_options=compiling.FUSED_AS_USERS_DO
     )
     return compiled.memory_analysis().temp_size_in_bytes
@@ -50,6 +52,10 @@ class MemoryTest(parameterized.TestCase):
         with self.subTest("chunk_4_times_longer"):
             results = 4 * 512 * 8 * (64 + 1) * 4
             self.assertLess(temporaries(512 * 4, 512, dtype=dtype), base + 2 * results + slack)
+
+    def test_results_of_16_bits_leave_room(self):
+        """These are 8 MiB, and a turn's logits and weights 4 each: not all of that is there at once."""
+        self.assertLess(temporaries(1024, 64, dtype=jnp.bfloat16, heads=(32, 8, 128)), 16 * 2**20)
 
     def test_largest_benchmark_fits_in_64_MiB(self):
         """Chunk 2048 at 16384, the goal of benchmarks/cpu.py; ejKernel's XLA path takes 1.2 GiB."""
@@ -304,16 +310,16 @@ class XlaTest(parameterized.TestCase):
             self.assertEqual((wide.lanes, wide.in_place), (9 if turn_bytes == 2**22 else 1, in_place))
             cases.check(cases.Case("at_once", sequences, 4, 2, 16, page_size=8, attn_logits_soft_cap=3.0))
 
-    @parameterized.parameters(None, 20)
-    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window):
-        """Of the sequences' first tiles and of none but those, or with a window of others too."""
+    @parameterized.parameters((None, 8), (20, 8), (None, 64))
+    def test_tall_tiles_that_look_at_half_a_table_take_half_a_block(self, window, page_size):
+        """Of the sequences' first tiles and of none but those, or with a window of others too; or half a page, of one."""
         sequences = ((64, 64), (33, 33), (20, 32), (20, 33), (40, 60), (17, 17), (1, 30))
         config = PrefillPageAttentionConfig(block_q=32, block_kv=64)
-        case = cases.Case("halves", sequences, page_size=8, sliding_window=window, cfg=config, spare_columns=0)
-        rows = problem(seqs=7, tokens=195, page_size=8, pages_per_seq=8)
+        case = cases.Case("halves", sequences, page_size=page_size, sliding_window=window, cfg=config, spare_columns=0)
+        rows = problem(seqs=7, tokens=195, page_size=page_size, pages_per_seq=64 // page_size)
         with mock.patch.object(walks, "LEAST_HALVED", 2**11):
-            halved = [walk.few_runs for walk in walks.walks(rows, config, walks.CPU_TURNS)]
-            self.assertEqual(halved, [4, None, None])
+            halved = [w.few_runs and w.run * w.few_runs for w in walks.walks(rows, config, walks.CPU_TURNS)]
+            self.assertEqual(halved, [32, None, None])
             with policy("invariant"):  # bits follow no table's width
                 self.assertIsNone(walks.walks(rows, config, walks.CPU_TURNS)[0].few_runs)
             cases.check(case)

@@ -174,6 +174,7 @@ class SupportsTest(parameterized.TestCase):
         ("tiles_of_few_keys", dict(tokens=2048, q_heads=64, pages_per_seq=128), 12),
         ("three_rounds_for_five", dict(tokens=3000, q_heads=24, pages_per_seq=313), 16),  # 2.9, and of two 4.4
         ("four_rounds_for_three", dict(tokens=2048, pages_per_seq=1024), 12),  # but of more rows: 3.9, and of three 2.7
+        ("a_last_tile_of_few_rows", dict(tokens=1200, q_heads=40, pages_per_seq=438), 16),  # 3.03 rounds of two take 4
         ("a_long_prompt_with_a_window", dict(tokens=8192, sliding_window=1024), 16),
         ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )

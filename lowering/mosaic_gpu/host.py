@@ -23,7 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WAR
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows
-from paged_prefill.lowering.mosaic_gpu.room import warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
@@ -165,7 +165,7 @@ class MosaicGpu(Kernel):
 
     def misfit(self, problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> str | None:
         problem = behind_widening(problem, config.fp8_terms)
-        if shares_rows(problem) and config.num_warps != 12 and few_rows(problem, config) is None:
+        if two_share_rows(problem, config) and config.num_warps != 12:
             return f"cfg.num_warps must be 12 (4 of them load) with {WIDE}, got {config.num_warps}"
         if config.num_warps not in (8, 12, 16, 20):
             return f"cfg.num_warps must be 8, 12, 16 or 20 (4 of them load), got {config.num_warps}"
@@ -312,8 +312,7 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
     # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
-    shared = shares_rows(problem) and few_rows(problem, config) is None
-    if of_prompts or shared or current_policy() == "invariant":
+    if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
         return parts
     clusters = not parts.vary and in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters else _teams(problem, config))
@@ -333,7 +332,7 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
     """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
-    if shares_rows(problem) and few_rows(problem, config) is not None:
+    if shares_rows(problem) and not two_share_rows(problem, config):
         return False  # nor has it registers for their results
     columns = problem.value_dim // (2 if shares_rows(problem) else 1)
     return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES

@@ -48,6 +48,11 @@ def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None
     return rows if rows <= MOST_FEW_ROWS else None
 
 
+def two_share_rows(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
+    """Whether two warpgroups share the rows of a tile of these sizes. Few rows, of latent keys, are one's."""
+    return shares_rows(problem) and few_rows(problem, config) is None
+
+
 def fewest_stages(problem: Problem) -> int:
     """The fewest stages with which loads can run beside products: 2, or 1 where a stage is free before its products end.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Problem
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
 from paged_prefill.lowering.splits import most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -19,19 +20,23 @@ class Pace(NamedTuple):
 
     step: int  # over a block of keys
     ends: int  # of a piece's beginning and end, beside which no product runs
+    stays: float  # of a step, however few warpgroups have rows: all of it where they take turns
 
 
-CHAIN, THREE_WARPGROUPS = Pace(2330, 4000), Pace(1640, 5500)
+CHAIN, THREE_WARPGROUPS = Pace(2330, 4000, 1.0), Pace(1680, 5000, 0.55)
 
 
 def cycles(problem: Problem, config: PrefillPageAttentionConfig, pace: Pace, pieces: int, cores: int) -> float:
     """Until a launch of so many pieces ends, were the new tokens the last of full tables, and as many in each sequence."""
     tokens, block_q, block_kv = problem.tokens_per_seq, config.block_q, config.block_kv
-    ends = np.minimum(np.arange(0, tokens, block_q) + block_q, tokens)
+    starts = np.arange(0, tokens, block_q)
+    ends = np.minimum(starts + block_q, tokens)
     keys = np.minimum(max(problem.capacity - tokens, 0) + ends, most_keys(problem, block_q))
     # Warpgroups that go apart pass over blocks that only others of their tile see: of early tokens, and with a window of late.
     passed_over = max(block_q // block_kv - 1, 0) / (2 if problem.attention.sliding_window is None else 1)
-    of_tiles = pace.ends + pace.step * (np.ceil(keys / block_kv) - passed_over)
+    with_rows = np.ceil((ends - starts) / WARPGROUP_ROWS) / math.ceil(block_q / WARPGROUP_ROWS)  # a last tile has fewer
+    step = pace.step * (pace.stays + (1 - pace.stays) * with_rows)
+    of_tiles = pace.ends + step * (np.ceil(keys / block_kv) - passed_over)
     of_pieces = np.sort(np.repeat(of_tiles, pieces // len(of_tiles)))[::-1]
     rounds = np.pad(of_pieces, (0, -len(of_pieces) % cores)).reshape(-1, cores)
     rounds[1::2] = rounds[1::2, ::-1]

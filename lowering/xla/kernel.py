@@ -13,6 +13,7 @@ tiles that look at half of the block at most take half.
 
 from typing import NamedTuple
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
@@ -27,7 +28,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns: Turns):
     """The results of a call; `product_dtype` is that of the operands of its matrix products."""
     problem, heights = call.problem, heights_of(config.block_q, turns.part_heights)
-    out = _bits(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
+    out = _scattered(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
     walkers = [Walker(call, walk, heights, product_dtype) for walk in walks(problem, config, turns)]
     for some in (walkers[:-1], walkers[-1:]):  # tiles of more rows, and single rows: many calls have only one kind
@@ -50,6 +51,8 @@ def _attend(walkers: "list[Walker]", results):
     return lax.cond(jnp.any(tiles > 0), attend_all, lambda results: results, results)
 
 
+# Whether XLA's CPU compiler scatters floats of 16 bits in wider ones, so that results are bits until all is done.
+HOLDS_BITS = jax.__version_info__ < (0, 11)
 PARTNERS = {"keys": "values", "key_scale": "value_scale"}  # what lies beside what in one array
 
 
@@ -202,7 +205,11 @@ class Walker:
             _, *pages = _kept_in_loop(i, *self.pages.values())
             block, visible, hidden = walker._block(tile, number, seen, first_head, pages)
             soft_cap = self.attention.attn_logits_soft_cap
-            return softmax.fold(running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once)
+            # Where the results are copied in the end, there would be too little room for weights beside logits.
+            in_use = jnp.any(live) if walker.walk.skips_masks and HOLDS_BITS else None
+            return softmax.fold(
+                running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once, in_use
+            )
 
         def all_blocks():
             if walk.most_blocks == 1:
@@ -239,7 +246,7 @@ class Walker:
         place = place.reshape(-1)
         return tuple(
             result.at[place].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
-            for result, x in zip(results, (_bits(out.astype(self.call.query.dtype)), lse), strict=True)
+            for result, x in zip(results, (_scattered(out.astype(self.call.query.dtype)), lse), strict=True)
         )
 
     def _sinks(self, seq, head_block):
@@ -460,6 +467,11 @@ def _bits(x):
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
         return x
     return lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8)
+
+
+def _scattered(x):
+    """Results as they are scattered: as they are where that is as fast, for XLA copies all bits to make floats of them."""
+    return x if x.dtype.itemsize == 2 and not HOLDS_BITS else _bits(x)
 
 
 def _floats(bits, dtype):

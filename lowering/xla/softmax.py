@@ -55,12 +55,14 @@ def fold(
     soft_cap: float | None,
     in_place: bool,
     any_lanes: bool,
+    live: Bool[Array, ""] | None,
 ) -> Running:
     """What is running once a block has joined, the first of all where nothing runs yet.
 
     `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
     if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, which pays
-    for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes there are.
+    for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes there are. `live` is whether any
+    lane is in use, if that is given: then weights are made where the logits lie.
     """
     logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
     if block.key_scale is not None:
@@ -76,7 +78,7 @@ def fold(
     if running is not None:
         largest = jnp.maximum(running.largest, largest)
     shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weights = jnp.exp(logits - shift[..., None])
+    weights = where_needed(live, lambda x: jnp.exp(x - shift[..., None]), logits)
     if any_lanes:  # a library's sum, and a product whose rows are those of all lanes, follow how many there are
         ones = jnp.ones((*weights.shape[:2], weights.shape[3]), jnp.float32)
         total = _product("lhqk,lhk->lhq", weights, ones)
@@ -100,7 +102,7 @@ def fold(
 
 
 def where_needed(needed, change, array):
-    """change(array) where it is needed, or may be if that is None: in a loop of one turn, which changes it in place."""
+    """change(array) where it is needed, in a loop of one turn, which changes it in place; at once if that is None."""
     if needed is None:
         return change(array)
     return lax.while_loop(lambda x: x[0], lambda x: (jnp.bool_(False), change(x[1])), (needed, array))[1]

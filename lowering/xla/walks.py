@@ -65,7 +65,8 @@ class Walk(NamedTuple):
 
     Attributes:
       height: query tokens of a tile.
-      run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size.
+      run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size, or of
+        one as long where less than a block may do.
       runs: how many runs a block has.
       few_runs: how many it has for a tile that looks at no more keys than these hold; None where that is not asked.
       lanes: tiles that walk side by side, for a turn of a loop costs as much as a few hundred keys of one row.
@@ -115,6 +116,9 @@ def _walk(problem, config, turns, height) -> Walk:
     if alone and (invariant or not isinstance(problem.capacity, int) or problem.capacity > ONLY_BLOCK):
         block_kv = min(block_kv, LANE_KEYS)
     run = largest_divisor(problem.page_size, block_kv)
+    halves = turns.skips and not invariant and height * block_kv >= LEAST_HALVED
+    if halves and run == block_kv and run % 16 == 0:  # half of a long page
+        run //= 2
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
@@ -151,7 +155,7 @@ def _walk(problem, config, turns, height) -> Walk:
     skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
     few_runs = -(-runs // 2)
-    halves = turns.skips and not invariant and runs > 1 and height * block_kv >= LEAST_HALVED
+    halves &= runs > 1
     few_runs = few_runs if halves and height // 2 < few_runs * run else None  # else no tile looks at so few, as a rule
     splits = splits if shares else 1
     return Walk(
