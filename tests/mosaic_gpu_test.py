@@ -232,6 +232,13 @@ class SupportsTest(parameterized.TestCase):
             of_all = host.teams_of(given, config) * (host.shared_bytes(given, config) - room.RESERVED_BYTES)
             self.assertLessEqual(of_all + room.RESERVED_BYTES, host.SHARED_BYTES)
 
+    @parameterized.parameters(("bfloat16", 2, 2), ("int8", 1, 2), ("float8_e4m3fn", 1, 2))
+    def test_steps_beside_a_prompt_have_one_warpgroup_where_caches_are_widened(self, cache_dtype, number, of_prompts):
+        features = () if cache_dtype == "bfloat16" else ("quantised",)
+        call = dict(seqs=104, q_heads=32, num_kv_heads=2, pages_per_seq=512, cache_dtype=cache_dtype, features=features)
+        sizes = lambda tokens: KERNEL.heuristic(problem(**call, tokens=104 * tokens), HOPPER)
+        self.assertEqual((host.warpgroups_of(sizes(5)), host.warpgroups_of(sizes(40))), (number, of_prompts))
+
     @parameterized.product(
         cache_dtype=("bfloat16", "float8_e4m3fn", "int8"), dims=((64, 64), (128, 128), (192, 128), (256, 256)),
         slot_scales=(False, True),

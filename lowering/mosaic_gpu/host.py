@@ -388,7 +388,9 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
         rows = heads * max(8, pl.next_power_of_2(tokens_per_seq))
-        warpgroups = 1 if rows <= WARPGROUP_ROWS else warpgroups
+        # Steps beside a prompt leave most rows empty, and a second warpgroup would widen as much with fewer warps.
+        few = rows <= WARPGROUP_ROWS or (is_quantised(problem) and widens and tokens_per_seq < FEW_TOKENS)
+        warpgroups = 1 if few else warpgroups
     else:
         # One head's tokens are a little faster than two heads', but for wide dims, and where more rows stay empty.
         one = block_kv == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
