@@ -30,6 +30,7 @@ class ChoiceTest(parameterized.TestCase):
     )
     def test_the_first_kernel_of_the_device_that_supports_the_call(self, device, expected):
         self.assertEqual(choose(problem(), device), (expected, {}))
+        self.assertEqual(choose(problem(head_dim=96, value_dim=80), device), (expected, {}))
 
     def test_what_is_passed_over_is_told_with_the_reason(self):
         name, passed_over = choose(problem(page_size=12), Device("tpu", "TPU v5e"))

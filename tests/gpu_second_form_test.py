@@ -82,6 +82,17 @@ GROUPS = dict(
 
 # Outputs that two of its warpgroups share; rows are tokens of a head, or where groups are large heads of a token.
 MLA = ALONE["mla"]
+NARROW = dict(
+    d96=dict(head_dim=96, tree_words=1),
+    d80=dict(head_dim=80, key_ranges=True, sinks=True),
+    d160_in_pages_of_8=dict(head_dim=160, page_size=8, q_heads=2),
+    d32_of_16=dict(head_dim=32, q_heads=16, kv_heads=1, page_size=64, layers=2),
+    d16_in_pages_of_256=dict(head_dim=16, page_size=256),
+    d96_d80=dict(head_dim=96, value_dim=80, page_size=32),
+    d112_in_pages_of_1=dict(head_dim=112, page_size=1, sinks=True),
+    d32_in_pages_of_24=dict(head_dim=32, page_size=24, tree_words=2),
+    d224=dict(head_dim=224, value_dim=240),
+)
 WIDE = dict(
     d512=dict(head_dim=512, value_dim=512, page_size=8),
     d512_in_pages_of_256=dict(head_dim=512, value_dim=512, q_heads=2, page_size=256, tree_words=3, key_ranges=True),
@@ -136,7 +147,8 @@ WAYS = {kernel: (kernel, None) for kernel in DTYPES} | {"few_rows": ("mosaic_gpu
 def takes(kernel, kind) -> bool:
     """Whether the kernel has the features and dims of such a call."""
     needed = {"latent": kind.get("latent"), "quantised": "cache_dtype" in kind, "key_ranges": "key_ranges" in kind}
-    fits = kernel == "triton" or kind.get("head_dim", 128) % 64 == 0
+    multiple = 64 if "cache_dtype" in kind or kind.get("latent") else 16
+    fits = kernel == "triton" or kind.get("head_dim", 128) % multiple == 0
     return fits and KERNELS["cuda"][kernel].features >= {name for name, has in needed.items() if has}
 
 
@@ -175,7 +187,7 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         named(ALONE, QUANTISED_KINDS, COMBINED)
-        + named(HOPPER, GATHERED, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
+        + named(HOPPER, GATHERED, NARROW, WIDE, WIDE_QUANTISED, MLA_QUANTISED, kernels=("mosaic_gpu",))
         + named({name: WIDE[name] for name in ("mla_of_24", "mla_of_128")}, kernels=("triton",))
     )
     def test_matches_the_oracle(self, kernel, kind, dtype):
@@ -183,13 +195,13 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         named(COMBINED, QUANTISED_KINDS, ALONE)
-        + named(HOPPER, GATHERED, WIDE, WIDE_QUANTISED, GROUPS, kernels=("mosaic_gpu",))
+        + named(HOPPER, GATHERED, NARROW, WIDE, WIDE_QUANTISED, GROUPS, kernels=("mosaic_gpu",))
     )
     def test_in_splits_of_decode_steps(self, kernel, kind, dtype):
         self.check(1, kernel, dict(kind, dtype=dtype, sequences=DECODE), cfg=SPLIT, attn_logits_soft_cap=20.0)
 
     @parameterized.named_parameters(
-        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, GATHERED, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
+        named(ALONE, COMBINED, dict(plain={})) + named(GROUPS, GATHERED, NARROW, WIDE, WIDE_QUANTISED, kernels=("mosaic_gpu",))
     )
     def test_in_parts_of_long_tiles(self, kernel, kind, dtype):
         """Tiles of many blocks have more parts than others: here from three blocks on, twelve at most."""
@@ -202,7 +214,7 @@ class GpuSecondFormTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         each
-        for each in named(ALONE, COMBINED, dict(plain={}), kernels=("mosaic_gpu",))
+        for each in named(ALONE, COMBINED, NARROW, dict(plain={}), kernels=("mosaic_gpu",))
         if "latent" not in each[2] and each[2].get("head_dim", 128) <= 256  # rows of wide heads are shared by two warpgroups
     )
     def test_two_teams(self, kernel, kind, dtype):

@@ -91,7 +91,7 @@ def numpy_for_a_warpgroup():
         store_weights=lambda weights, target: np.copyto(target.array, weights.T),
         largest=lambda numbers, board, team: numbers.max(axis=0),
         meet=lambda team: None,
-        turned=lambda acc, *_: np.resize(acc.T, (ROWS, len(acc))),
+        turned=lambda acc, features, *_: np.resize(acc[:features].T, (ROWS, features)),
         turned_numbers=lambda m, l, *_: [np.resize(numbers, ROWS) for numbers in (m, l.sum(axis=0))],
         largest_of_query=lambda query, board, team: jnp.abs(query.array).max(axis=(0, 2)),
         scale_query=lambda query, factor, board, dtype: np.multiply(query.array, factor[:, None], out=query.array),

@@ -30,11 +30,12 @@ class Lanes(Threads):
 
 
 class GatherTest(parameterized.TestCase):
-    @parameterized.product(features=(64, 192, 256), column=(0, 128))
+    @parameterized.product(features=(16, 64, 80, 96, 192, 256), column=(0, 128))
     def test_each_row_lies_as_products_read_it(self, features, column):
         """Tiles of 8 rows of 64 numbers: of a row, 16 bytes lie where their place and the row's differ in their bits.
 
-        Rows that are not there are zeros.
+        Where rows are no such parts, tiles have 32 or 16 numbers: two rows lie in 128 bytes then, or four, and their places
+        differ by which 128 bytes of the tile they are in. Rows that are not there are zeros.
         """
         rng = np.random.default_rng(features + column)
         source = rng.integers(0, 2**16, (300, 512), dtype=np.uint16)
@@ -43,9 +44,10 @@ class GatherTest(parameterized.TestCase):
         threads = Lanes(WARP_LANES * features * 2)
         gather.start(threads, source, jnp.asarray(rows, jnp.int32), jnp.int32(column), features, None)
         self.assertTrue((threads.written == 1).all())
-        tiles = threads.copied.view(np.uint16).reshape(WARP_LANES // 8, features // 64, 8, 8, 8)
+        chunks = next(chunks for chunks in (8, 4, 2) if features % (8 * chunks) == 0)
+        tiles = threads.copied.view(np.uint16).reshape(WARP_LANES // 8, features // (8 * chunks), 8, chunks, 8)
         for lane, row in enumerate(rows):
-            copies = tiles[lane // 8, :, lane % 8, np.arange(8) ^ lane % 8].swapaxes(0, 1)
+            copies = tiles[lane // 8, :, lane % 8, np.arange(chunks) ^ lane % 8 // (8 // chunks)].swapaxes(0, 1)
             expected = source[row, column : column + features] if row >= 0 else np.zeros(features)
             np.testing.assert_array_equal(copies.reshape(-1), expected)
 

@@ -42,9 +42,12 @@ def problem(**changes):
 class SupportsTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("float32", dict(dtype="float32"), HOPPER, "float32"),
-        ("head_dim", dict(head_dim=80), HOPPER, "head_dim of a multiple of 64 up to 576, not 80"),
+        ("head_dim", dict(head_dim=72), HOPPER, "head_dim of a multiple of 16 up to 576, not 72"),
+        ("quantised_heads", dict(head_dim=96, cache_dtype="int8", features=("quantised",)), HOPPER,
+         "head_dim of a multiple of 64 up to 576 with caches that are quantised, not 96"),
+        ("wide_heads", dict(head_dim=272), HOPPER, "head_dim of a multiple of 64 up to 576 with a latent"),
         ("head_dim_too_large", dict(head_dim=640), HOPPER, "up to 576"),
-        ("value_dim", dict(value_dim=72), HOPPER, "value_dim of a multiple of 64 up to 512, not 72"),
+        ("value_dim", dict(value_dim=72), HOPPER, "value_dim of a multiple of 16 up to 512, not 72"),
         ("value_dim_too_large", dict(value_dim=576), HOPPER, "up to 512"),
         ("value_dim_that_two_do_not_share", dict(value_dim=320), HOPPER, "multiple of 128 up to 512 with"),
         ("values_of_64_beside_wide_keys", dict(head_dim=512, value_dim=64), HOPPER, "head_dim or value_dim above 256"),
@@ -61,7 +64,7 @@ class SupportsTest(parameterized.TestCase):
 
     @parameterized.product(
         device=(HOPPER, UNKNOWN),
-        head_dim=(64, 128, 192, 256),
+        head_dim=(64, 80, 96, 128, 192, 256),
         page_size=(8, 16, 128, 192),
         pack=((1, 1), (16, 16), (5000, 1), (40000, 1)),
         features=((), ("quantised",), ("quantised", "slot_scales")),
@@ -71,6 +74,8 @@ class SupportsTest(parameterized.TestCase):
         (tokens, seqs), group = pack, 7 if head_dim == 128 else 4
         given = problem(head_dim=head_dim, value_dim=head_dim, page_size=page_size, tokens=tokens, seqs=seqs,
                         q_heads=2 * group, features=features, cache_dtype="int8" if features else "bfloat16")
+        if features and head_dim % 64:
+            return self.assertIn("that are quantised", KERNEL.supports(given, device))
         self.assertIsNone(KERNEL.supports(given, device))
         configs = KERNEL.candidates(given, device)
         self.assertEqual(configs[0], KERNEL.heuristic(given, device))
@@ -354,6 +359,9 @@ class LoweringTest(parameterized.TestCase):
         ("more_heads_of_a_token_than_there_are", dict(seqs=9, tokens=9, q_heads=71, kv_heads=1), {}),
         ("pages_of_1", dict(page_size=1), {}), ("pages_of_24_of_wide_heads", dict(page_size=24, head_dim=512), {}),
         ("steps_over_pages_of_1", dict(seqs=16, tokens=16, page_size=1), {}),
+        ("heads_of_96", dict(head_dim=96), {}), ("heads_of_160", dict(head_dim=160), dict(attn_logits_soft_cap=30.0)),
+        ("steps_of_heads_of_80", dict(seqs=16, tokens=16, head_dim=80), {}),
+        ("steps_of_values_of_32", dict(seqs=16, tokens=16, value_dim=32, page_size=1), dict(sliding_window=50)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),
         ("wide_keys", dict(head_dim=576, value_dim=128), dict(attn_logits_soft_cap=30.0)),

@@ -18,8 +18,8 @@ from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import RESERVED_BYTES, SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import is_latent, is_quantised, rows_of, shared_bytes, shares_rows
@@ -71,7 +71,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 21
+    version = 22
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -85,13 +85,15 @@ class MosaicGpu(Kernel):
             return f"takes bfloat16 and float16, not {problem.dtype}"
         if is_quantised(problem) and problem.cache_dtype not in QUANTISED:
             return f"takes caches in the query's dtype and in {', '.join(QUANTISED)}, not in {problem.cache_dtype}"
-        # Where two warpgroups share an output, each has an equal share of its parts of 64 columns.
-        shares, where = 1, ""
+        # Numbers are widened in parts of 64 columns. Where two warpgroups share an output, each has an equal share of its parts.
+        parts, shares, where = LEAST_COLUMNS, 1, ""
+        if is_quantised(problem):
+            parts, where = COLUMNS, " with caches that are quantised"
         if shares_rows(problem):
-            shares, where = 2, f" with {WIDE}"
+            parts, shares, where = COLUMNS, 2, f" with {WIDE}"
         for name, size, multiple, most in (
-            ("head_dim", problem.head_dim, COLUMNS, MOST_HEAD_DIM),
-            ("value_dim", problem.value_dim, shares * COLUMNS, MOST_VALUE_DIM),
+            ("head_dim", problem.head_dim, parts, MOST_HEAD_DIM),
+            ("value_dim", problem.value_dim, shares * parts, MOST_VALUE_DIM),
         ):
             if size % multiple or not 0 < size <= most:
                 return f"takes a {name} of a multiple of {multiple} up to {most}{where}, not {size}"

@@ -105,7 +105,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 10
+    version = 11
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -259,8 +259,14 @@ class Triton(Kernel):
         # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
         # none are left.
         plain_masks = call.ranges is None and call.tree is None
-        all_masked = plain_masks and rows <= FEW_ROWS and problem.cache_dtype == problem.dtype
+        # One loop instead of two leaves more of them; of single tokens, whose keys are all seen but the last, it is slower.
+        all_masked = plain_masks and problem.cache_dtype == problem.dtype
+        all_masked &= rows <= FEW_ROWS or (share_columns and problem.tokens_per_seq > 1)
         key_shares = _key_shares(problem, config, rows) if all_masked else 1
+        # What all warps find together the compiler knows to be one number for all lanes, and so what follows from it. Then
+        # fewer registers are taken and no branch is guarded, which tall tiles need more than a short start.
+        tall = rows >= TALL_ROWS and widths.main > 64 and problem.cache_dtype == problem.dtype
+        together = tall or (rows > DECODE.rows and _is_wide_latent(problem))
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
         out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
@@ -277,7 +283,7 @@ class Triton(Kernel):
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             INTERVALS=schedule.shape[1],
-            INTERVALS_PADDED=power_of_2(schedule.shape[1]),
+            INTERVALS_PADDED=power_of_2(schedule.shape[1], least=32 * config.num_warps if together else 16),
             ROWS=rows,
             BLOCK_KV=block_kv,
             EDGE_KV=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks else 4)),

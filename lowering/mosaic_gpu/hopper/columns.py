@@ -17,6 +17,7 @@ from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import anew, as_word
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiled
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
 
@@ -33,18 +34,23 @@ def board_shape(rows: int) -> tuple[int, int]:
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
     """The shape of an output in shared memory, through which it is transposed, so many features at a time."""
-    return rows, min(features, WARPGROUP_COLUMNS) + PAD
+    return rows, min(whole_rows(features), WARPGROUP_COLUMNS) + PAD
+
+
+def whole_rows(features: int) -> int:
+    """Rows of an output of so many features, 64 of a wgmma each: the last may be more than there are features."""
+    return WARPGROUP_ROWS * -(-features // WARPGROUP_ROWS)
 
 
 def start_logits(query, keys):
     """Starts keys @ query.T, to be `settled`: arrays [block_kv, rows] whose sum it is.
 
-    `query` [parts of 64 columns, rows, 64] and `keys` [block_kv, features] are tiled references to shared memory.
+    `query` [parts, rows, `columns_of` features] and `keys` [block_kv, features] are tiled references to shared memory.
     """
-    sums = SUMS if query.shape[0] * COLUMNS > WARPGROUP_COLUMNS else 1
+    sums = SUMS if keys.shape[1] > WARPGROUP_COLUMNS else 1
     its_type = plgpu.ShapeDtypeStruct((keys.shape[0], query.shape[1]), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(TILED)), return_type=[its_type] * sums)
+    @plgpu.inline_mgpu(arg_types=(tiled(query), tiled(keys)), return_type=[its_type] * sums)
     def start(_, query, keys):
         parts = [*range(ir.MemRefType(query.type).shape[0])]
         if sums > 1:
@@ -70,22 +76,26 @@ def start_logits(query, keys):
 def start_output(acc, weights, values):
     """Starts acc + values.T @ weights.T, to be `settled`.
 
-    `acc` [features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features] are tiled references.
-    Values may have other features behind these.
+    `acc` [`whole_rows` of features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features] are
+    tiled references. Values may have other features behind these. Rows for which there are none come to have any numbers:
+    a wgmma reads 64 features, the last of them from what lies behind the block.
     """
-    tiled, its_type = plgpu.RefType(TILED), plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+    its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled(weights), tiled(values)), return_type=its_type)
     def start(_, acc, weights, values):
-        parts = acc.shape[0] // COLUMNS
+        _, all_parts, _, columns = ir.MemRefType(values.type).shape
+        parts, size = min(acc.shape[0] // columns, all_parts), WARPGROUP_ROWS // columns
         values = mgpu.memref_slice(values, (slice(None), slice(0, parts)))
         is_wide = acc.shape[0] > WARPGROUP_COLUMNS
         if is_wide:
             values = _anew(values)
         values, weights = (mgpu.memref_transpose(matrix, (1, 0, 3, 2)) for matrix in (values, weights))
-        if is_wide:
-            sums = [acc[row : row + COLUMNS] for row in range(0, acc.shape[0], COLUMNS)]
-            sums = _multiply_in_turns(sums, [(mgpu.memref_slice(values, slice(i, i + 1)), weights) for i in range(parts)])
+        if is_wide or size > 1:
+            sums = [acc[row : row + WARPGROUP_ROWS] for row in range(0, acc.shape[0], WARPGROUP_ROWS)]
+            firsts = range(0, parts, size)
+            factors = [mgpu.memref_slice(values, slice(first, min(first + size, parts))) for first in firsts]
+            sums = _multiply_in_turns(sums, [(matrix, weights) for matrix in factors])
             registers = np.concatenate([some.registers for some in sums])
             acc = mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
         else:
@@ -100,17 +110,18 @@ def _multiply_in_turns(sums, factors):
     """Each of these sums, of 64 rows, plus a product, as mgpu.wgmma has them, but step by step in turns: none waits for
     what the step before it adds.
     """
-    sizes, depth_of_step = dict(swizzle=SWIZZLE_BYTES, large_tile=(COLUMNS, COLUMNS)), 16
+    group, depth_of_step = COLUMNS, 16  # of the depth: how much a swizzled row of `b` has, and a step takes
     found = [mgpu.WGMMAAccumulator.from_registers(array)._value for array in sums]
     layout, found, i64 = found[0].layout, [array.registers for array in found], ir.IntegerType.get_signless(64)
     described = []
     for a, b in factors:
         (depth, width), element_type = mma_utils.tiled_memref_shape(b)
+        swizzles = [2 * max(ir.MemRefType(matrix.type).shape[2:]) for matrix in (a, b)]
         described.append((
-            mma_utils.create_descriptor(a, group_size=(COLUMNS, COLUMNS), logical_k_major=False, **sizes),
-            mma_utils.create_descriptor(b, group_size=(COLUMNS, width), logical_k_major=True, **sizes),
+            mma_utils.create_descriptor(a, swizzles[0], group_size=(WARPGROUP_ROWS, group), logical_k_major=False),
+            mma_utils.create_descriptor(b, swizzles[1], group_size=(group, width), logical_k_major=True),
         ))
-    for part, step in np.ndindex(depth // COLUMNS, COLUMNS // depth_of_step):
+    for part, step in np.ndindex(depth // group, group // depth_of_step):
         for i, matrices in enumerate(described):
             places, steps, transposes = [], [], []
             for (start, (_, (step_bytes, *_))), (_, part_bytes), fastest in matrices:
@@ -134,7 +145,8 @@ def _multiply_in_turns(sums, factors):
 
 
 def _multiply(acc, a, b):
-    return mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), a, b, swizzle=SWIZZLE_BYTES).value
+    swizzle = 2 * max(ir.MemRefType(b.type).shape[2:])
+    return mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), a, b, swizzle=swizzle).value
 
 
 def _start():
@@ -250,9 +262,9 @@ def scale_query(query, factor, board, dtype) -> None:
     scale(query, factor, board)
 
 
-def turned(acc, room, team):
-    """acc [features, rows] as [64, features]. Others than the first rows come to have any numbers."""
-    features, rows = acc.shape
+def turned(acc, features: int, room, team):
+    """The first features of acc [features, rows] as [64, features]. Others than the first rows come to have any numbers."""
+    rows = acc.shape[1]
     its_type = plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=its_type)
@@ -261,7 +273,7 @@ def turned(acc, room, team):
         width = ir.MemRefType(room.type).shape[1]
         start = arith.addi(_times(quarter, 2 * width), own)
         _meet(team)  # all have read what was there
-        for (part, group, half), pair in np.ndenumerate(acc.registers.reshape(features // WARPGROUP_ROWS, -1, 2)):
+        for (part, group, half), pair in np.ndenumerate(acc.registers.reshape(acc.shape[0] // WARPGROUP_ROWS, -1, 2)):
             for i in range(2):
                 offset = (group * GROUP + i) * width + part * WARPGROUP_ROWS + half * 8
                 _store(vector.extract(pair, [], [i]), room, start, offset)

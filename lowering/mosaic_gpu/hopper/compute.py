@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, SWIZZLE_BYTES, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_products, start_weighted, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import columns_of
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
@@ -134,13 +135,14 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     A warpgroup's share of them; all where it is None.
     """
     dtype = jnp.dtype(plan.product_dtype)
-    layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, COLUMNS), dtype, SWIZZLE_BYTES)
-    holds = rows.held(i, layout)
-    for c in range(plan.value_dim // COLUMNS):
+    columns = columns_of(plan.value_dim)
+    layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, columns), dtype, columns * dtype.itemsize)
+    holds = rows.held(i, columns, layout)
+    for c in range(plan.value_dim // columns):
 
         @pl.when(warpgroup is None or warpgroup == c % plan.warpgroups)
         def _(c=c):
-            part = values.at[:, pl.ds(c * COLUMNS, COLUMNS)]
+            part = values.at[:, pl.ds(c * columns, columns)]
             part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
 
     plgpu.commit_smem()
@@ -384,9 +386,9 @@ class _Attention:
         """Block i's logits, with no other product beside them."""
 
         def products(logits):
-            parts = self.plan.query_parts
+            parts, size = self.plan.query_parts, self.plan.query_columns
             for place in range(parts * self.plan.query_terms):
-                columns = self.keys.at[self._key_slot_of(i), :, pl.ds(place % parts * COLUMNS, COLUMNS)]
+                columns = self.keys.at[self._key_slot_of(i), :, pl.ds(place % parts * size, size)]
                 plgpu.wgmma(logits, self.query.at[place], columns.transpose((1, 0)))
             self._pass_turn()
             return logits[...]
@@ -425,9 +427,9 @@ class _Attention:
 
     def _scale_query(self, factor):
         """And rows that the tile does not own become 0: then their logits cast no doubt on those of the others."""
-        dtype = jnp.dtype(self.plan.dtype)
-        layout = plgpu.Layout.SMEM_GMEM_COPY((WARPGROUP_ROWS, COLUMNS), dtype, SWIZZLE_BYTES)
-        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, COLUMNS), 0, layout=layout)
+        dtype, shape = jnp.dtype(self.plan.dtype), (WARPGROUP_ROWS, self.plan.query_columns)
+        layout = plgpu.Layout.SMEM_GMEM_COPY(shape, dtype, self.plan.query_columns * dtype.itemsize)
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
         owned = self.rows.owns(row + self.warpgroup * WARPGROUP_ROWS)
         for part in range(self.plan.query_parts):
             columns = self.query.at[part]
@@ -454,15 +456,16 @@ class _Attention:
     def copy_out(self, output, out):
         """Starts to copy the output, of a tile whose rows are all there, to global memory from where the query was."""
         plan, place = self.plan, self.plan.query_of(self.piece, self.team, self.warpgroup)
+        size = plan.query_columns
         for part in range(plan.query_parts):
-            self.loaded_query.at[part][...] = output[:, part * COLUMNS : (part + 1) * COLUMNS]
+            self.loaded_query.at[part][...] = output[:, part * size : (part + 1) * size]
         plgpu.commit_smem()
         for row in range(0, WARPGROUP_ROWS, plan.slab):
             head, token = self.rows.head_and_token(row + self.warpgroup * WARPGROUP_ROWS)
             tokens, head = pl.ds(self.piece.tile.start + token, plan.slab), self.piece.head + head
             for part in range(plan.query_parts):
                 slots = self.query_slots.at[place, part, pl.ds(row, plan.slab)]
-                plgpu.copy_smem_to_gmem(slots, out.at[tokens, head, pl.ds(part * COLUMNS, COLUMNS)])
+                plgpu.copy_smem_to_gmem(slots, out.at[tokens, head, pl.ds(part * size, size)])
 
     def _let_go_of_last_results(self):
         """The place of the last piece's query is free once its results have left it."""

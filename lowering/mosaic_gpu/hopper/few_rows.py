@@ -81,7 +81,8 @@ class FewRows:
 
         def result(first=0, end=0):
             """The output of some features and the lse."""
-            some = columns.turned(acc[first:end], self.room, self.team) if end else ()
+            rows = slice(first, columns.whole_rows(end))
+            some = columns.turned(acc[rows], end - first, self.room, self.team) if end else ()
             return softmax.result(some, m, total, sinks, scales)
 
         features = self.plan.value_dim
@@ -93,10 +94,13 @@ class FewRows:
         return [lambda part=part: part()[0] for part in parts], result()[1]
 
     def _start(self):
-        """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows]."""
+        """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows].
+
+        Of acc, rows behind the last feature have any numbers later (columns.start_output).
+        """
         rows = self.plan.rows
         m = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), OF_COLUMNS)
-        shapes = (self.plan.value_dim, rows), (WARPGROUP_ROWS, rows)
+        shapes = (columns.whole_rows(self.plan.value_dim), rows), (WARPGROUP_ROWS, rows)
         acc, l = (plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for shape in shapes)
         return acc, m, l
 

@@ -22,10 +22,10 @@ from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together, initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, TILED, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import TILE_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, gather, threads, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, tiling_of
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import copies_of, copies_of_a_warp, widen, widening_scratch
 from paged_prefill.lowering.tiles import Slabs, Tiles
 
@@ -61,10 +61,10 @@ def launch(plan: Plan, schedule, query, caches, optional):
         rows, out_dtype = results * plan.tokens, dtype if results == 1 else jnp.float32
         result_types += [shape((rows, plan.q_heads, plan.value_dim), out_dtype), shape((rows * plan.q_heads,), jnp.float32)]
 
-    tiled = tiling_of(product_dtype)
 
     def ring(slots, *shape):
-        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=tiled)
+        transforms = tiling_of(product_dtype, shape[-1])
+        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=transforms)
 
     blocks = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
     if not plan.latent:  # products of 8 bits read values as features of all keys
@@ -77,10 +77,11 @@ def launch(plan: Plan, schedule, query, caches, optional):
 
     # The same bytes seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a tile's;
     # and products may be of another dtype.
-    parts, rows = plan.query_parts, plan.rows // plan.row_groups
-    views = (parts, dtype, TILED[1:]), (parts, dtype, TILED), (plan.query_matrices, product_dtype, tiled)
+    parts, shape = plan.query_parts, (plan.rows // plan.row_groups, plan.query_columns)
+    loaded, taken = (tiling_of(its_dtype, plan.head_dim) for its_dtype in (dtype, product_dtype))
+    views = (parts, dtype, loaded[1:]), (parts, dtype, loaded), (plan.query_matrices, product_dtype, taken)
     query_views = [
-        plgpu.SMEM((plan.query_places * plan.teams * plan.row_groups, number, rows, COLUMNS), its_dtype, transforms=transforms)
+        plgpu.SMEM((plan.query_places * plan.teams * plan.row_groups, number, *shape), its_dtype, transforms=transforms)
         for number, its_dtype, transforms in views
     ]
     # Each copy of a block arrives, or each warp that widens it.
@@ -389,7 +390,7 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
         """Brings a piece's query into the second cache, while the last one still has its place."""
         place = pl.ds(piece.tile.start, plan.block_q), pl.ds(piece.head, plan.heads)
         for part in range(plan.query_parts):
-            plgpu.async_prefetch(query.at[*place, pl.ds(part * COLUMNS, COLUMNS)])
+            plgpu.async_prefetch(query.at[*place, pl.ds(part * plan.query_columns, plan.query_columns)])
 
     def copy_query(team, piece, done):
         occupied = done > 0 if plan.query_places == 1 else piece.number >= plan.query_places
@@ -405,7 +406,8 @@ def _load(plan, each_piece, pages, query, sources, warp, *, query_views, query_h
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
                 slots = query_slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
-                plgpu.copy_gmem_to_smem(query.at[*rows, pl.ds(part * COLUMNS, COLUMNS)], slots, query_here.at[queries])
+                numbers = query.at[*rows, pl.ds(part * plan.query_columns, plan.query_columns)]
+                plgpu.copy_gmem_to_smem(numbers, slots, query_here.at[queries])
 
     def copy(offsets, sources, before=None, team=0):
         """Copies the runs at these offsets of every block."""

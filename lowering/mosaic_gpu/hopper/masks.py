@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, QUAD, ROWS, WGMMA, gathered
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, QUAD, ROWS, WGMMA, gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 
 arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
@@ -157,10 +157,10 @@ class Rows:
         first = start - self.tile.first_new
         return asks | ((first + self.plan.block_kv > 0) & (first < 32 * self.plan.tree_words))
 
-    def held(self, i, layout):
-        """Which keys of block i some row of the tile may look at, as rows of the values in this layout."""
+    def held(self, i, columns: int, layout):
+        """Which keys of block i some row of the tile may look at, as so many columns of the values in this layout."""
         tile, plan, start = self.tile, self.plan, self.first_key_of(i)
-        key = start + plgpu.broadcasted_iota(jnp.int32, (plan.block_kv, COLUMNS), 0, layout=layout)
+        key = start + plgpu.broadcasted_iota(jnp.int32, (plan.block_kv, columns), 0, layout=layout)
         holds = (key >= tile.first_key) & (key < tile.end_key)
         if not plan.masks_any_block:
             return holds

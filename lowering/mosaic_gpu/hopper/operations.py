@@ -17,21 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, SWIZZLE_BYTES, TILED, TILED_BYTES, tiled
 
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
-SWIZZLE_BYTES = 128
-COLUMNS = 64  # 16-bit elements in a swizzled row
 QUAD = 4  # threads that hold the same rows of a wgmma
-TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-TILED_BYTES = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES // 2))  # of 8 bits a number
 WGMMA = plgpu.Layout.WGMMA
 ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
-
-
-def tiling_of(dtype):
-    """How factors of products of that dtype lie in shared memory."""
-    return TILED_BYTES if dtype.itemsize == 1 else TILED
 
 
 def start_products(query, keys, acc, weights, values, between=None):
@@ -39,13 +31,12 @@ def start_products(query, keys, acc, weights, values, between=None):
 
     `between`, if given, is called when the first is started, and the second is not.
 
-    `query` [parts of 64 columns, 64, 64], `keys` and `values` [block_kv, features] are tiled references to shared
+    `query` [parts, 64, `columns_of` features], `keys` and `values` [block_kv, features] are tiled references to shared
     memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum, one term of 8 bits behind
     the other; values of 8 bits are [features, block_kv], and weights `packed`.
     """
     shape = (weights.shape[0], keys.shape[0])
-    tiled = plgpu.RefType(tiling_of(keys.dtype))
-    swizzle = keys.dtype.itemsize * COLUMNS
+    swizzle = keys.dtype.itemsize * query.shape[-1]
 
     types = [plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)]
     as_settled = plgpu.ShapeDtypeStruct(weights.shape, weights.dtype, layout=WGMMA)
@@ -68,17 +59,17 @@ def start_products(query, keys, acc, weights, values, between=None):
         _asm("wgmma.commit_group.sync.aligned;")
         return output
 
-    @plgpu.inline_mgpu(arg_types=(tiled, tiled, WGMMA, WGMMA, tiled), return_type=types)
+    @plgpu.inline_mgpu(arg_types=(tiled(query), tiled(keys), WGMMA, WGMMA, tiled(values)), return_type=types)
     def both(_, query, keys, acc, weights, values):
         logits, output, weights = first(query, keys, acc, weights)
         return [logits, second(output, weights, values)]
 
-    @plgpu.inline_mgpu(arg_types=(tiled, tiled, WGMMA, WGMMA), return_type=[*types, as_settled])
+    @plgpu.inline_mgpu(arg_types=(tiled(query), tiled(keys), WGMMA, WGMMA), return_type=[*types, as_settled])
     def start_first(_, query, keys, acc, weights):
         logits, output, weights = first(query, keys, acc, weights)
         return [logits, output.value, weights]
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, tiled), return_type=types[1])
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, tiled(values)), return_type=types[1])
     def start_second(_, acc, weights, values):
         return second(mgpu.WGMMAAccumulator.from_registers(acc), weights, values)
 
@@ -92,9 +83,10 @@ def start_products(query, keys, acc, weights, values, between=None):
 def start_weighted(acc, weights, values, share=None):
     """Starts acc + weights @ values alone, the second of `start_products`; or for a share of the values' columns."""
     its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
-    tiled, shares = plgpu.RefType(tiling_of(values.dtype)), () if share is None else (share,)
+    shares = () if share is None else (share,)
+    types = WGMMA, WGMMA, tiled(values), *(plgpu.Layout.WG_SPLAT for _ in shares)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, tiled, *(plgpu.Layout.WG_SPLAT for _ in shares)), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=types, return_type=its_type)
     def start(_, acc, weights, values, *shares):
         acc, weights = mgpu.optimization_barrier(acc), mgpu.optimization_barrier(weights)
         for share in shares:
@@ -108,20 +100,21 @@ def start_weighted(acc, weights, values, share=None):
 
 def _multiply_settled(acc, a, b):
     """acc + a @ b, as mgpu.wgmma has it, but for registers of `a` that are settled already."""
-    swizzle = SWIZZLE_BYTES
+    columns = ir.MemRefType(b.type).shape[-1]
+    swizzle = 2 * columns
     if a.mlir_dtype == ir.IntegerType.get_signless(32):
-        a, b, swizzle = _unpacked(a), mgpu.memref_transpose(b, (1, 0, 3, 2)), COLUMNS
+        a, b, swizzle = _unpacked(a), mgpu.memref_transpose(b, (1, 0, 3, 2)), columns
     (depth, width), element_type = mma_utils.tiled_memref_shape(b)
     (start, step), (_, part_step), fastest = mma_utils.create_descriptor(
-        b, swizzle=swizzle, large_tile=(COLUMNS, COLUMNS), group_size=(COLUMNS, width), logical_k_major=True
+        b, swizzle=swizzle, large_tile=(columns, columns), group_size=(columns, width), logical_k_major=True
     )
     i64 = ir.IntegerType.get_signless(64)
     registers = acc._value.registers
-    for part in range(depth // COLUMNS):
+    for part in range(depth // columns):
         offset = arith.constant(i64, mma_utils.encode_addr(part * part_step))
         registers = compat.wgmma_m64(
             registers,
-            a[:, part * COLUMNS : (part + 1) * COLUMNS],
+            a[:, part * columns : (part + 1) * columns],
             llvm.add(start, offset, overflow_flags=llvm.IntegerOverflowFlags.none),
             a_transpose=None,
             b_transpose=fastest != mma_utils.Dim.K,
@@ -187,18 +180,19 @@ def start_logits(query, keys, share, shares: int, parts: list[int], started=None
     Both lie in shared memory; to be read only once `settled`. Of their columns these parts are multiplied, and added to
     the product `started` with others, which may be running.
     """
-    shape = (query.shape[1], keys.shape[0] // shares)
+    shape, swizzle = (query.shape[1], keys.shape[0] // shares), query.dtype.itemsize * query.shape[-1]
     its_type = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
-    tiled, before = plgpu.RefType(TILED), () if started is None else (started,)
+    before = () if started is None else (started,)
+    types = tiled(query), tiled(keys), plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)
 
-    @plgpu.inline_mgpu(arg_types=(tiled, tiled, plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=types, return_type=its_type)
     def start(_, query, keys, share, *before):
         own, all_parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
         query = mgpu.memref_slice(query, mgpu.ds(anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
         logits = mgpu.WGMMAAccumulator.from_registers(*before) if before else _zero(shape)
         for part in parts:
             columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=SWIZZLE_BYTES)
+            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=swizzle)
         _asm("wgmma.commit_group.sync.aligned;")
         return logits.value
 
@@ -210,9 +204,9 @@ def start_output(acc, weights, values, share):
 
     `weights` [64, block_kv] and `values` [block_kv, features] are tiled references to shared memory.
     """
-    tiled, its_type = plgpu.RefType(TILED), plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+    its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled, tiled, plgpu.Layout.WG_SPLAT), return_type=its_type)
+    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled(weights), tiled(values), plgpu.Layout.WG_SPLAT), return_type=its_type)
     def start(_, acc, weights, values, share):
         own = mgpu.memref_slice(values, (slice(None), _share(share, acc.shape[1] // COLUMNS)))
         output = mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), weights, own, swizzle=SWIZZLE_BYTES)

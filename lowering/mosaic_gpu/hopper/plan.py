@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jax import lax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, columns_of
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def query_matrices(self) -> int:
-        """Matrices of 64 x 64, as products take them, that 64 rows of a query have room for, whatever terms there are.
+        """Matrices of 64 x `query_columns`, as products take them, that 64 rows of a query have room for, whatever terms there are.
 
         The rooms of all warpgroups are one behind the other, and a warpgroup may be done with its own before another.
         """
@@ -348,8 +348,13 @@ class Plan:
 
     @property
     def query_parts(self) -> int:
-        """Parts of 64 columns, a swizzled row each."""
-        return self.head_dim // COLUMNS
+        """Parts of so many columns, a swizzled row each; likewise of keys."""
+        return self.head_dim // self.query_columns
+
+    @property
+    def query_columns(self) -> int:
+        """Numbers of a swizzled row."""
+        return columns_of(self.head_dim)
 
     @property
     def takes_turns(self) -> bool:

@@ -14,7 +14,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiled
 
 arith, gpu, llvm, memref, scf, vector = compat.mlir_dialects("arith", "gpu", "llvm", "memref", "scf", "vector")
 
@@ -110,7 +110,7 @@ def copy_later(matrix, row, column, shared, byte) -> None:
 
     Where the row is negative they are zeros, and nothing is read."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, plgpu.RefType(TILED), OWN, OWN))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN, OWN, tiled(shared), OWN, OWN))
     def start(_, matrix, row, column, shared, byte, number):
         there = utils.getelementptr(utils.memref_ptr(shared), [byte.registers.item()], ir.IntegerType.get_signless(8))
         operands = there, _place(matrix, row, column), number.registers.item()

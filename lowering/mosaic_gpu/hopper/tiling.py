@@ -1,0 +1,30 @@
+"""How factors of products lie in shared memory: in tiles of 8 swizzled rows, which TMA writes and a wgmma reads.
+
+A row of so many features is cut into parts of 64, 32 or 16 of them, whichever are whole, and swizzled over 128, 64 or 32
+bytes: so heads of 96 or 80 features take the bytes and the products that they have, and nothing is filled up.
+"""
+
+import math
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SWIZZLE_BYTES = 128  # of the widest row
+LEAST_COLUMNS, COLUMNS = 16, 64  # 16-bit elements in a swizzled row, at least and at most
+TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+TILED_BYTES = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES // 2))  # of 8 bits a number
+
+
+def columns_of(features: int) -> int:
+    """Numbers of a swizzled row where rows have so many features: 64, 32 or 16, so that all parts of a row are whole."""
+    return math.gcd(COLUMNS, features)
+
+
+def tiling_of(dtype, features: int = COLUMNS):
+    """How factors of products of that dtype lie in shared memory, by the size of their last dimension."""
+    columns = columns_of(features)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)
+
+
+def tiled(reference):
+    """The type of such a factor."""
+    return plgpu.RefType(tiling_of(reference.dtype, reference.shape[-1]))
