@@ -265,13 +265,13 @@ class GpuTest(parameterized.TestCase):
         self.assert_matches(call, cfg, attn_logits_soft_cap=soft_cap)
 
     @product(kind=("causal", "window", "ranges"), block_kv=(64, 128), cores=(1, 3),
-             cache=(None, ("float8_e4m3fn", "head"), ("int8", "tensor"), ("float8_e5m2", "head")))
-    def test_pieces_in_a_chain_have_the_bits_of_pieces_alone(self, kind, block_kv, cores, cache):
+             caches=((128,), (96,), (80,), (128, "float8_e4m3fn", "head"), (128, "int8", "tensor"), (128, "float8_e5m2", "head")))
+    def test_pieces_in_a_chain_have_the_bits_of_pieces_alone(self, kind, block_kv, cores, caches):
         """On few cores: each thread block goes from sequence to sequence, and from one block of keys to many."""
         self.need("cuda")
-        window = dict(sliding_window=90) if kind == "window" else {}
+        window, (head_dim, *cache) = dict(sliding_window=90) if kind == "window" else {}, caches
         quantised = dict(zip(("cache_dtype", "key_scale", "value_scale"), (*cache, cache[1]))) if cache else {}
-        call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=128, page_size=16,
+        call = poisoned.make_call(11, (*SEQUENCES, (200, 700)), q_heads=4, kv_heads=2, head_dim=head_dim, page_size=16,
                                   dtype="bfloat16", key_ranges=kind == "ranges", tokens_before=2, tokens_after=3,
                                   **window, **quantised)
         stages = None if cache else 3

@@ -61,6 +61,12 @@ class Scales:
         return {...: jnp.asarray(self.blocks[self.step])}
 
 
+def _features(values, number: int):
+    """The first of each value: behind the last one lies NaN."""
+    beyond = np.full((len(values), max(number - values.shape[1], 0)), np.nan)
+    return np.concatenate([values, beyond], axis=1)[:, :number]
+
+
 @contextlib.contextmanager
 def numpy_for_a_warpgroup():
     """The loop's operations, in NumPy."""
@@ -87,7 +93,7 @@ def numpy_for_a_warpgroup():
     )
     operations = dict(
         start_logits=lambda query, keys: [jnp.asarray(keys.array @ np.concatenate([*query.array], axis=1).T)],
-        start_output=lambda acc, weights, values: acc + values.array[:, : len(acc)].T @ weights.array.T,
+        start_output=lambda acc, weights, values: acc + _features(values.array, len(acc)).T @ weights.array.T,
         store_weights=lambda weights, target: np.copyto(target.array, weights.T),
         largest=lambda numbers, board, team: numbers.max(axis=0),
         meet=lambda team: None,
@@ -159,6 +165,8 @@ class FewRowsTest(parameterized.TestCase):
         ("window", dict(rows=32, block_q=4, window=70), 300, 4),
         ("soft_cap", dict(rows=8, block_q=1, soft_cap=5.0), 100, 1),
         ("one_key", dict(rows=8, block_q=1), 1, 1),
+        ("heads_of_80", dict(rows=8, block_q=1, head_dim=80, value_dim=80), 130, 1),
+        ("values_of_32", dict(rows=8, block_q=1, value_dim=32), 130, 1),
         ("latent", dict(rows=16, block_q=1, group=16, head_dim=384, value_dim=320, latent=True), 261, 1),
         ("latent_drafts", dict(rows=16, block_q=2, head_dim=384, value_dim=64, latent=True, window=70), 300, 2),
     )

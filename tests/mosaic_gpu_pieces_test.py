@@ -139,6 +139,7 @@ class ChainTest(parameterized.TestCase):
         ("parts_of_some", dict(parts=Parts(1, 4, 8)), False),
         ("parts", dict(parts=Parts(5, 5)), True),
         ("parts_that_merge_in_clusters", dict(parts=Parts(5, 5), clusters=True), False),
+        ("heads_of_96", dict(head_dim=96, value_dim=80), True),
         ("short_steps", dict(head_dim=64, value_dim=64), False),
         ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
         ("quantised", dict(cache_dtype="int8", key_scale="head", value_scale="head"), True),

@@ -232,6 +232,19 @@ class SupportsTest(parameterized.TestCase):
             of_all = host._teams(given, config) * (host.shared_bytes(given, config) - host.RESERVED_BYTES)
             self.assertLessEqual(of_all + host.RESERVED_BYTES, host.SHARED_BYTES)
 
+    @parameterized.product(
+        cache_dtype=("bfloat16", "float8_e4m3fn", "int8"), dims=((64, 64), (128, 128), (192, 128), (256, 256)),
+        slot_scales=(False, True),
+    )  # fmt: skip
+    def test_a_short_prompt_of_few_tiles_has_the_smallest(self, cache_dtype, dims, slot_scales):
+        """Also over quantised caches: more thread blocks widen, each less."""
+        features = () if cache_dtype == "bfloat16" else ("quantised", "slot_scales")[: 1 + slot_scales]
+        call = dict(tokens=197, seqs=1, q_heads=8, num_kv_heads=2, head_dim=dims[0], value_dim=dims[1])
+        given = problem(**call, page_size=64, pages_per_seq=5, cache_dtype=cache_dtype, features=features)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(host.rows_of(given, config), 64)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
     def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
         for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):
             given = problem(tokens=8 * tokens, seqs=8, q_heads=2 * group, pages_per_seq=32)

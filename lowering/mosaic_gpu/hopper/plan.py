@@ -369,7 +369,7 @@ class Plan:
         """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
 
         Warpgroups that go apart have other work beside a piece's end; those in turns have none but this. A block of a
-        cluster has no piece but one, however many there are. With other heads than of 128 features it is slower: of 64,
+        cluster has no piece but one, however many there are. With heads of 65 to 128 features alone it is faster: of 64,
         steps are short, even with two places for queries; of more, results and next logits want the same registers. Over
         widened caches its steps take 2% longer: so only where pieces are short. Not measured with scales of slots.
         """
@@ -378,7 +378,7 @@ class Plan:
         long = self.pages_per_seq * self.page_size > MOST_WIDENED_KEYS
         if self.quantised and (long or "slot" in (self.key_scale, self.value_scale)):
             return False
-        return (self.head_dim, self.value_dim) == (128, 128)
+        return all(COLUMNS < size <= 128 for size in (self.head_dim, self.value_dim))
 
     @property
     def looks_ahead(self) -> bool:
