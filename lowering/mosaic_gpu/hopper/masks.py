@@ -15,6 +15,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 arith, llvm, vector = compat.mlir_dialects("arith", "llvm", "vector")
 
 ALL = -1  # a word of 32 bits that are set
+SIGN = -(2**31)  # what numbers without a sign are ordered by, once it is added to each
 
 
 class Rows:
@@ -116,10 +117,18 @@ class Rows:
             origin, last, before = known or limits()
             start = self.first_key_of(i) + self.first_column
             key = plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.axis, layout=WGMMA)
-            up_to = columns_up_to if plan.wide else lambda numbers, _: key <= self.of_rows(numbers)
-            seen = up_to(last - (start - origin), self.shape)
+            last -= start - origin
             if before is not None:
-                seen &= ~up_to(before - (start - origin), self.shape)
+                before -= start - origin
+            if plan.wide:
+                seen = columns_up_to(last, self.shape)
+                seen = seen if before is None else seen & ~columns_up_to(before, self.shape)
+            elif before is None:
+                seen = key <= self.of_rows(last)
+            else:
+                # One comparison without signs, of 0 <= key - first < keys: two take a second selection too.
+                first, keys = before + 1, jnp.maximum(last - before, 0)
+                seen = key + self.of_rows(SIGN - first) < self.of_rows(SIGN + keys)
             return seen if self.tree is None else seen & self._in_tree(here, key, start)
 
         return visible
