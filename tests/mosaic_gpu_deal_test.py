@@ -1,5 +1,6 @@
 """How small parts of tiles are where contexts may differ: the estimate, and what it chooses."""
 
+import functools
 import math
 from unittest import mock
 
@@ -150,6 +151,17 @@ class ChoiceTest(parameterized.TestCase):
         parts, blocks = parts_of(64, 4096, heads, 1, **latent), 64
         share = int(parts.share(np.int32(blocks)))
         self.assertLess(-(-64 * -(-blocks // share) // 132) * share, 1.1 * 64 * blocks / 132)
+
+    @parameterized.product(heads=(8, 16, 32), call=((64, 4096), (64, 16384), (20, 8192), (100, 4096)), quantised=(False, True))
+    def test_contexts_as_long_as_the_table_pay_less_over_latent_keys(self, heads, call, quantised):
+        """Also beside tiles that are all cut into the fewest parts."""
+        features = frozenset({"latent", "quantised"} if quantised else {"latent"})
+        latent = dict(head_dim=576, value_dim=512, cache_dtype="int8" if quantised else "bfloat16", features=features)
+        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+            found = parts_of(*call, heads, 1, **latent)
+        parts, launch = called.call_args.args
+        time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))
+        self.assertLessEqual(time(found), 1.05 * min(time(parts), time(Parts(parts.least, parts.least))))
 
     @parameterized.named_parameters(
         ("drafts", (6, 14784), dict(tokens=4), 2**20),

@@ -180,6 +180,8 @@ class SupportsTest(parameterized.TestCase):
         ("three_rounds_for_five", dict(tokens=3000, q_heads=24, pages_per_seq=313), 16),  # 2.9, and of two 4.4
         ("four_rounds_for_three", dict(tokens=2048, pages_per_seq=1024), 12),  # but of more rows: 3.9, and of three 2.7
         ("a_last_tile_of_few_rows", dict(tokens=1200, q_heads=40, pages_per_seq=438), 16),  # 3.03 rounds of two take 4
+        ("a_last_tile_of_one_token", dict(tokens=3841, pages_per_seq=1090), 12),  # 5.1 rounds of three, 7.5 of two
+        ("a_last_round_begun_by_half", dict(tokens=2151, q_heads=24, pages_per_seq=1177), 16),
         ("a_long_prompt_with_a_window", dict(tokens=8192, sliding_window=1024), 16),
         ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )
@@ -229,6 +231,19 @@ class SupportsTest(parameterized.TestCase):
         for config in KERNEL.candidates(given, HOPPER):
             of_all = host._teams(given, config) * (host.shared_bytes(given, config) - host.RESERVED_BYTES)
             self.assertLessEqual(of_all + host.RESERVED_BYTES, host.SHARED_BYTES)
+
+    @parameterized.product(
+        cache_dtype=("bfloat16", "float8_e4m3fn", "int8"), dims=((64, 64), (128, 128), (192, 128), (256, 256)),
+        slot_scales=(False, True),
+    )  # fmt: skip
+    def test_a_short_prompt_of_few_tiles_has_the_smallest(self, cache_dtype, dims, slot_scales):
+        """Also over quantised caches: more thread blocks widen, each less."""
+        features = () if cache_dtype == "bfloat16" else ("quantised", "slot_scales")[: 1 + slot_scales]
+        call = dict(tokens=197, seqs=1, q_heads=8, num_kv_heads=2, head_dim=dims[0], value_dim=dims[1])
+        given = problem(**call, page_size=64, pages_per_seq=5, cache_dtype=cache_dtype, features=features)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(host.rows_of(given, config), 64)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
 
     def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
         for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):

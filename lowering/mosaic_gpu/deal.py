@@ -7,12 +7,13 @@ context.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent
+from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -25,9 +26,10 @@ SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own
 # H100: fitted to what 24 launches took there, each with parts of three to five sizes and five kinds of contexts.
 LAUNCH_BYTES = 75 * 2**10  # of a launch, whatever there is to do
 PIECE_BYTES = 5 * 2**10  # to begin and to end a part
-# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap; of latent keys, by 19 more launches of 8 to 32
-# heads, over equal and uneven contexts.
-STEP_BYTES, LONG_STEP_BYTES, LATENT_STEP_BYTES = 12.5 * 2**10, 20 * 2**10, 30 * 2**10
+# Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap; of latent keys, in 16 and in 8 bits, by 37 more
+# launches of 8 to 32 heads, over equal and uneven contexts.
+STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
+LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
@@ -37,6 +39,9 @@ HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
 OF_EQUAL, OF_SHORT = 3.0, 3.0
 OF_WIDE, OF_WIDE_OF_MANY = 0.25, 0.1
 FEW = 0.25  # tiles for each core, at most
+# How many times their least time contexts as long as the table may take over latent keys: results of 8 to 32 rows of 512
+# numbers cost so much that uneven contexts would have them take 1.15 times as long, in 8 bits 1.4 times.
+LATENT_EVENLY = 1.05
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
 
@@ -55,6 +60,7 @@ class Launch(NamedTuple):
     smallest: int  # part that may be, in bytes of keys and values
     step_bytes: float = STEP_BYTES
     in_cluster: bool = False  # whether parts that do not vary are merged there
+    evenly: float = math.inf  # how many times their least time contexts as long as the table may take
 
 
 def dealt(
@@ -67,6 +73,9 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
+    latent = is_latent(problem)
+    if latent:
+        step_bytes = WIDENED_LATENT_STEP_BYTES if is_quantised(problem) else LATENT_STEP_BYTES
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
@@ -79,8 +88,9 @@ def dealt(
         slots=slots,
         cores=device.cores,
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
-        step_bytes=LATENT_STEP_BYTES if is_latent(problem) else step_bytes,
+        step_bytes=step_bytes,
         in_cluster=in_cluster,
+        evenly=LATENT_EVENLY if latent else math.inf,
     )
 
 
@@ -92,12 +102,14 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     blocks = -(-launch.most_keys // launch.block_kv)
     most = max(1, min(MOST_PARTS, RESULT_BYTES // launch.result_bytes))
     found = [parts]
+    if parts.vary and launch.evenly < math.inf:
+        found.append(Parts(parts.least, parts.least))
     for size in SIZES:
         of_part = -(-size // launch.block_bytes)
         smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
         if size >= launch.smallest and smaller.vary:
             found.append(smaller)
-    if found == [parts]:
+    if len(found) == 1:
         return parts
     kinds = _kinds(launch)
     times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])
@@ -105,7 +117,8 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     if launch.seqs * launch.tiles_of_seq >= launch.cores:
         weights[0], power = FULL * weights[0], 1
     # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
-    return found[int(np.argmin(np.log(times / times.min(axis=0)) ** power @ weights))]
+    longer = times / times.min(axis=0)
+    return found[int(np.argmin(np.where(longer[:, 0] <= launch.evenly, np.log(longer) ** power @ weights, np.inf)))]
 
 
 def _kinds(launch: Launch) -> list:

@@ -118,7 +118,7 @@ class MosaicGpu(Kernel):
             return _for_any_pack(problem)
         more, config = _with_more_warpgroups(problem), _with_at_most_two(problem, widens)
         teams = _with_teams(problem, config)
-        small = _with_one_warpgroup(problem, device) if _has_short_prompts(problem) else None
+        small = _with_one_warpgroup(problem, device) if widens and _has_short_prompts(problem) else None
         if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
             config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
         elif small is not None:
@@ -439,8 +439,8 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Tiles of 64 rows where even of them there is one a core at most; None else, and where it was not measured."""
-    if shares_rows(problem) or is_quantised(problem):
+    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads."""
+    if shares_rows(problem):
         return None
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
     config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
