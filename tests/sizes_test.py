@@ -282,7 +282,7 @@ class FillTest(parameterized.TestCase):
 
     def test_three_warpgroups_are_for_launches_of_several_rounds_on_this_chip(self):
         problem = problem_of_shape(1, 2048, 16384, 32, 8, 128, None, None, page_size=16)
-        few, many = (Device("cuda", "H", "9.0", core_count=cores) for cores in (78, 132))
+        few, many = (Device("cuda", "H", "9.0", core_count=cores) for cores in (90, 132))
         self.assertEqual(GPU_KERNELS[0].heuristic(problem, few).num_warps, 16)
         self.assertEqual(GPU_KERNELS[0].heuristic(problem, many).num_warps, 12)
 

@@ -39,9 +39,10 @@ HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
 OF_EQUAL, OF_SHORT = 3.0, 3.0
 OF_WIDE, OF_WIDE_OF_MANY = 0.25, 0.1
 FEW = 0.25  # tiles for each core, at most
-# How many times their least time contexts as long as the table may take over latent keys: results of 8 to 32 rows of 512
-# numbers cost so much that uneven contexts would have them take 1.15 times as long, in 8 bits 1.4 times.
-LATENT_EVENLY = 1.05
+# How many times their least time contexts as long as the table may take over latent keys, in 16 and in 8 bits: results of 8 to
+# 32 rows of 512 numbers cost so much that uneven contexts would have them take 1.15 and 1.4 times as long. In 8 bits even
+# halves take uneven ones twice as long, so more is paid for them.
+LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.05, 1.2
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
@@ -74,9 +75,11 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    latent = is_latent(problem)
-    if latent:
-        step_bytes = WIDENED_LATENT_STEP_BYTES if is_quantised(problem) else LATENT_STEP_BYTES
+    evenly = math.inf
+    if is_latent(problem):
+        step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
+        if is_quantised(problem):
+            step_bytes, evenly = WIDENED_LATENT_STEP_BYTES, WIDENED_LATENT_EVENLY
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
@@ -91,7 +94,7 @@ def dealt(
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
         step_bytes=step_bytes,
         in_cluster=in_cluster,
-        evenly=LATENT_EVENLY if latent else math.inf,
+        evenly=evenly,
     )
 
 
