@@ -251,6 +251,14 @@ class HeuristicTest(parameterized.TestCase):
             [config] = {KERNEL.heuristic(problem(**dims | pack), H200) for pack in packs}
             self.assertEqual(config.num_splits, 1)
 
+    @parameterized.parameters({}, WIDE, MLA, dict(MLA, q_heads=64))
+    def test_invariant_loops_do_not_follow_the_pack(self, **dims):
+        packs = [problem(**dims | pack) for pack in (dict(), dict(tokens=1), DECODE, SHORT)]
+        with policy("invariant"):
+            rows = host.rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
+            self.assertLen({host.masks_every_block(pack, rows, True) for pack in packs}, 1)
+        self.assertLen({host.masks_every_block(pack, rows, True) for pack in packs}, 2)
+
     @parameterized.parameters(8, 16, 64, 128, 256)
     def test_a_latent_tile_is_64_rows_of_tokens_or_of_a_tokens_heads(self, q_heads):
         for pack in ({}, DECODE):
@@ -355,7 +363,7 @@ class SupportsTest(parameterized.TestCase):
             reason = rf"package {missing} is missing.*pip install .paged_prefill\[cuda\]"
             with self.assertRaisesRegex(ValueError, reason):
                 choose(problem(), H200, "triton")
-            chosen, passed_over = choose(problem(head_dim=96), H200)
+            chosen, passed_over = choose(problem(head_dim=72), H200)
         self.assertNotEqual(chosen, "triton")
         self.assertIn(missing, passed_over["triton"])
 

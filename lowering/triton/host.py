@@ -264,12 +264,8 @@ class Triton(Kernel):
         pieces = most_pieces(problem.seqs, problem.tokens, problem.group, rows, parts)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
         widths = _Widths.of(problem, rows, share_columns)
-        # Masks of ranges and trees take more registers. Others of few rows take few, but where keys are turned to numbers
-        # none are left.
-        plain_masks = call.ranges is None and call.tree is None
-        # One loop instead of two leaves more of them; of single tokens, whose keys are all seen but the last, it is slower.
-        all_masked = plain_masks and problem.cache_dtype == problem.dtype
-        all_masked &= rows <= FEW_ROWS or (share_columns and problem.tokens_per_seq > 1)
+        plain_masks = call.ranges is None and call.tree is None  # others take more registers
+        all_masked = plain_masks and masks_every_block(problem, rows, share_columns)
         key_shares = _key_shares(problem, config, rows) if all_masked else 1
         # What all warps find together the compiler knows to be one number for all lanes, and so what follows from it. Then
         # fewer registers are taken and no branch is guarded, which tall tiles need more than a short start.
@@ -367,6 +363,16 @@ def _has_low_tiles(problem: Problem, device: Device) -> bool:
     wide = 128 < max(problem.head_dim, problem.value_dim) <= 256
     prompt = problem.tokens_per_seq * problem.group > FEW_ROWS and problem.capacity <= KEYS_OF_PROMPT
     return _device_class(device) == "hopper" and of_16_bits and wide and prompt
+
+
+def masks_every_block(problem: Problem, rows: int, share_columns: bool) -> bool:
+    """Whether one loop masks all blocks, also those that every row sees, for the registers that a second loop would take.
+
+    Few rows take few more, but where keys are turned to numbers none are left. Of single tokens, which see all keys but the
+    last block's, it is slower. Bits follow the loop, so by the policy "invariant" it follows no pack.
+    """
+    single = problem.tokens_per_seq == 1 and current_policy() != "invariant"
+    return problem.cache_dtype == problem.dtype and (rows <= FEW_ROWS or (share_columns and not single))
 
 
 def _has_few_keys(problem: Problem, device: Device) -> bool:
