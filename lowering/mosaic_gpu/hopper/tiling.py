@@ -7,11 +7,10 @@ bytes: so heads of 96 or 80 features take the bytes and the products that they h
 import math
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import numpy as np
 
 SWIZZLE_BYTES = 128  # of the widest row
 LEAST_COLUMNS, COLUMNS = 16, 64  # 16-bit elements in a swizzled row, at least and at most
-TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-TILED_BYTES = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE_BYTES // 2))  # of 8 bits a number
 
 
 def columns_of(features: int) -> int:
@@ -23,6 +22,10 @@ def tiling_of(dtype, features: int = COLUMNS):
     """How factors of products of that dtype lie in shared memory, by the size of their last dimension."""
     columns = columns_of(features)
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)
+
+
+# Of parts of 64 numbers, in 16 and in 8 bits.
+TILED, TILED_BYTES = tiling_of(np.dtype(np.float16)), tiling_of(np.dtype(np.int8))
 
 
 def tiled(reference):
