@@ -42,7 +42,7 @@ FEW = 0.25  # tiles for each core, at most
 # How many times their least time contexts as long as the table may take over latent keys, in 16 and in 8 bits: results of 8 to
 # 32 rows of 512 numbers cost so much that uneven contexts would have them take 1.15 and 1.4 times as long. In 8 bits even
 # halves take uneven ones twice as long, so more is paid for them.
-LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.05, 1.2
+LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.07, 1.2
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 

@@ -72,6 +72,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
         blocks |= dict(values=ring(plan.slots, *shape))
     if plan.shares_place:
         blocks = dict(places=plgpu.RefUnion(*([view] for view in blocks.values())))
+    of_widening = widening_scratch(plan) if plan.quantised else {}
+    blocks |= {name: of_widening.pop(name) for name in plan.rings if name in of_widening}
     if plan.clusters:
         blocks = exchange_scratch(plan, blocks)
 
@@ -114,8 +116,7 @@ def launch(plan: Plan, schedule, query, caches, optional):
             turn=plgpu.Barrier(num_barriers=plan.warpgroups),
             cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
         )
-    if plan.quantised:
-        scratch |= widening_scratch(plan)
+    scratch |= of_widening
     grid = dict(grid=(min(plan.pieces, plan.cores),))
     if plan.clusters:
         grid = dict(grid=(plan.pieces // plan.splits,), cluster=(plan.splits,), cluster_names=("part",))
@@ -199,7 +200,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     if plan.exchanges_in_blocks:
-        [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
+        rings, [scratch["exchange"], scratch["exchanged"]] = scratch.pop("blocks")
+        scratch |= dict(zip(plan.rings, rings))
     sources = _sources(plan, caches, optional, **scratch)
 
     def attend_pieces(team, warpgroup):
