@@ -48,7 +48,7 @@ def exchange_shape(outputs: int, parts: int, value_dim: int) -> tuple[int, ...]:
 
 
 def exchange_scratch(plan: Plan, blocks: dict) -> dict:
-    """What is in shared memory, by the names of `kernel.launch`, with these `blocks` of keys and values."""
+    """What is in shared memory, by name, with these `blocks` of keys and values."""
     outputs = plan.warpgroups * plan.outputs
     room = plgpu.SMEM(exchange_shape(outputs, plan.splits, plan.columns_at_once), jnp.float32)
     ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.warpgroups)

@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def rings(self) -> list[str]:
-        """Names, among the shared memory of `kernel.launch`, of what blocks go through: as products read them, and as they come."""
+        """Names of the shared memory that blocks go through: as products read them, and as they come."""
         products = ["keys"] if self.latent else ["keys", "values"]
         come = [name for name in products if self.widens_keys or (self.quantised and name == "values")]
         return [*products, *(f"raw_{name}" for name in come)]
@@ -362,6 +362,11 @@ class Plan:
     def pieces(self) -> int:
         """At most."""
         return self.tiles * self.splits * self.head_tiles
+
+    @property
+    def thread_blocks(self) -> int:
+        """But for clusters: more than there are cores would wait for one another."""
+        return min(self.pieces, self.cores)
 
     @property
     def query_parts(self) -> int:
