@@ -77,7 +77,7 @@ class ClusterTest(parameterized.TestCase):
     @parameterized.parameters((8, "bfloat16"), (16, "bfloat16"), (32, "bfloat16"), (64, "bfloat16"), (16, "int8"), (32, "int8"))
     def test_halves_of_latent_contexts_are_merged_so(self, heads, cache):
         """In place of blocks: a warpgroup's two outputs of few rows, or the halves of two warpgroups' columns."""
-        problem = latent(64, heads, cache, pages_per_seq=32)
+        problem = latent(64, heads, cache, pages_per_seq=64 if cache == "bfloat16" else 32)
         config = KERNEL.heuristic(problem, HOPPER)
         self.assertEqual(parts_of(problem, config), (2, True))
         self.assertFalse(host.exchange_fits(problem, config, 2))
