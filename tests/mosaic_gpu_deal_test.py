@@ -186,7 +186,7 @@ class ChoiceTest(parameterized.TestCase):
         ("few_tiles", (17, 30336, 8, 1), {}, 2**18),
         ("those_of_a_cluster", (16, 11776, 4, 4), dict(tokens=5, head_dim=64, value_dim=64), 2**20),
         ("a_window", (38, 28161, 4, 1), dict(sliding_window=4096), 2**19),
-        ("a_prompt_beside_steps", (3, 10800, 24, 2), dict(tokens=96), 2**21),
+        ("a_prompt_beside_steps", (3, 40000, 24, 2), dict(tokens=96), 2**21),
         ("one_of_few_is_long", (3, 10752, 16, 16), dict(tokens=3), 3 * 2**17),
         ("a_wide_table", (19, 87616, 16, 2), dict(tokens=5), 3 * 2**18),
     )
