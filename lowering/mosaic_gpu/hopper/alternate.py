@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import Merging, store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import meet, post, posted, settled, start_logits
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_output, start_weighted, store_weights, swapped
@@ -26,10 +26,14 @@ from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax
 
 def compute(plan: Plan, piece, done, *, warpgroup, shared: Shared, results):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    rows = Rows(plan, piece, warpgroup, shared.optional)
+    rows, first_column = Rows(plan, piece, warpgroup, shared.optional), warpgroup * plan.output_columns
+    if plan.clusters:
+        merging = Merging(plan, piece, warpgroup, **shared.scratch)
     found = _Attention(plan, piece, done, warpgroup, rows, shared).run()
     # Both write the lse, the same bits.
-    store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
+    if plan.clusters:
+        return merging.store(rows, found, results, first_column)
+    store_results(plan, piece, rows, found, results, first_column)
 
 
 class _Attention:

@@ -34,9 +34,7 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, shared, results, beside
     `beside_results` asks for what takes a while to come, and what it returns, this returns.
     """
     if plan.clusters:
-        several, scratch = piece.tile.parts > 1, shared.scratch
-        barriers = scratch["exchanged"].at[pl.ds(warpgroup, 1)], scratch["ready"]
-        pl.when(several)(lambda: start_exchange(plan, *barriers))
+        merging = Merging(plan, piece, warpgroup, **shared.scratch)
     attention = (way or _Attention)(plan, piece, done, team, warpgroup, shared)
     rows = attention.rows
     first, end = rows.seen_steps()
@@ -44,19 +42,36 @@ def compute(plan: Plan, piece, done, *, team, warpgroup, shared, results, beside
     found = attention.run(first, end)
     if plan.clusters:
         attention.pass_over(end, piece.steps)  # what is sent may lie where blocks come
-        pl.when(~several)(lambda: store_results(plan, piece, rows, found, results))
-
-        @pl.when(several)
-        def _():
-            room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
-            merged, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, *barriers)
-            store_results(plan, piece, rows, merged, results, first_column)
-
-        return None
+        return merging.store(rows, found, results)
     asked = beside_results()
     store_results(plan, piece, rows, found, results)
     attention.pass_over(end, piece.steps)
     return asked
+
+
+class Merging:
+    """A warpgroup's merge of a tile's parts with the other blocks of its cluster, where it has several."""
+
+    def __init__(self, plan: Plan, piece, warpgroup, *, exchange, exchanged, ready, **_):
+        self.plan, self.piece, self.several = plan, piece, piece.tile.parts > 1
+        own = pl.ds(warpgroup * plan.outputs, plan.outputs)
+        self.places = exchange.at[own], exchanged.at[own], ready
+        if not plan.exchanges_in_blocks:
+            pl.when(self.several)(lambda: start_exchange(plan, *self.places[1:]))
+
+    def store(self, rows: Rows, found, results, first_column=0):
+        """Writes what a block has of the results of all parts, from `found`, those of its own; or those, if it is alone."""
+        plan, piece = self.plan, self.piece
+        pl.when(~self.several)(lambda: store_results(plan, piece, rows, found, results, first_column))
+
+        @pl.when(self.several)
+        def _():
+            outputs, lse = jax.tree.leaves(found[0]), found[1]
+            outputs = [array if callable(array) else (lambda array=array: array) for array in outputs]
+            owns = rows.owns(rows.rows())
+            shares, first = merge_in_cluster(plan, piece.tile.part, outputs, lse, owns, *self.places)
+            for i, find in enumerate(shares):
+                store_results(plan, piece, rows, find(), results, first_column + i * plan.columns_at_once + first)
 
 
 def compute_each(plan: Plan, piece_of, *, team, **others):

@@ -21,7 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
@@ -79,13 +79,12 @@ class FewRows:
             some = columns.turned(acc[rows], end - first, self.room, self.team) if end else ()
             return softmax.result(some, m, total, sinks, scales)
 
-        features = self.plan.value_dim
-        if features <= WARPGROUP_COLUMNS:
+        features = self.plan.columns_at_once
+        if self.plan.outputs == 1:
             return result(0, features)
         # Turned, there are four times as many numbers or more: no thread has registers for all.
-        firsts = range(0, features, WARPGROUP_COLUMNS)
-        parts = [functools.partial(result, first, min(first + WARPGROUP_COLUMNS, features)) for first in firsts]
-        return [lambda part=part: part()[0] for part in parts], result()[1]
+        firsts = range(0, self.plan.value_dim, features)
+        return [lambda first=first: result(first, first + features)[0] for first in firsts], result()[1]
 
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows].
