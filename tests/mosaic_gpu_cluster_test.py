@@ -10,7 +10,8 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import cluster, kernel
+from paged_prefill.lowering.mosaic_gpu.hopper import cluster
+from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.primitive.context import policy
@@ -144,9 +145,8 @@ class ClusterTest(parameterized.TestCase):
         table[:, Tiles._fields.index("end_block")] = blocks
         for tile, its_blocks in enumerate(blocks):
             index, scalars = jnp.int32(tile * plan.head_tiles), (jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
-            pieces = [
-                kernel._piece(plan, jnp.asarray(table).reshape(-1), *scalars, index, 0, jnp.int32(part)) for part in range(4)
-            ]
+            of_block = Pieces(plan, jnp.asarray(table).reshape(-1), *scalars, block=index, slab=jnp.int32(0))
+            pieces = [of_block.numbered(index, jnp.int32(part)) for part in range(4)]
             share = max(fewest, -(-its_blocks // 4))
             self.assertEqual({int(piece.tile.parts) for piece in pieces}, {1 if its_blocks <= share else 4})
             seen = [b for piece in pieces for b in range(piece.tile.first_block, piece.tile.end_block)]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
-from paged_prefill.lowering.mosaic_gpu.hopper import kernel, last_part
+from paged_prefill.lowering.mosaic_gpu.hopper import last_part
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
+from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.tiles import Parts, Tiles
 from paged_prefill.tests import plans
@@ -33,7 +34,8 @@ def piece_of(plan, index, **fields):
         table[:, Tiles._fields.index(name)] = value
     table[:, Tiles._fields.index("part")] = np.arange(len(table)) % plan.splits
     scalars = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    return kernel._piece(plan, jnp.asarray(table).reshape(-1), *scalars, jnp.int32(index), 0)
+    pieces = Pieces(plan, jnp.asarray(table).reshape(-1), *scalars, block=jnp.int32(0), slab=jnp.int32(0))
+    return pieces.numbered(jnp.int32(index))
 
 
 def shares_of(plan):

@@ -12,7 +12,8 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import compute, kernel, operations
+from paged_prefill.lowering.mosaic_gpu.hopper import compute, kernel, operations, scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
@@ -122,7 +123,7 @@ class QueriesTest(parameterized.TestCase):
         """A query of three warpgroups: each 64 rows of 128 features are two copies, after all have let go of theirs."""
         plan, arrays = launch_of(tokens=8192, pages_per_seq=512, q_heads=32, kv_heads=8)
         self.assertEqual((plan.warpgroups, plan.query_groups), (3, 3))
-        with mock.patch.object(kernel.plgpu, "Barrier", wraps=kernel.plgpu.Barrier) as barrier:
+        with mock.patch.object(scratch.plgpu, "Barrier", wraps=scratch.plgpu.Barrier) as barrier:
             jax.make_jaxpr(functools.partial(kernel.launch, plan))(*arrays)
         made = [call.kwargs for call in barrier.call_args_list]
         queries = [sizes["num_arrivals"] for sizes in made if sizes.get("num_barriers") == 3 and "num_arrivals" in sizes]
@@ -168,13 +169,14 @@ class ChainTest(parameterized.TestCase):
         self.assertEqual(alone, [2, 3])
 
     @parameterized.named_parameters(
-        ("chain", True, {}, "start_weighted _piece _results store_results"),
-        ("window", False, dict(sliding_window=1000), "_results _piece store_results"),
+        ("chain", True, {}, "start_weighted numbered _results store_results"),
+        ("window", False, dict(sliding_window=1000), "_results numbered store_results"),
     )
     def test_what_follows_is_looked_up_before_the_results_are_written(self, chains, call, order):
         """In a chain, beside the last product."""
         plan, arrays = launch_of(q_heads=32, kv_heads=8, **call)
-        said, places = [], dict(_piece=kernel, start_weighted=compute, store_results=compute, _results=compute._Attention)
+        said, attention = [], compute._Attention
+        places = dict(numbered=Pieces, start_weighted=compute, store_results=compute, _results=attention)
         with contextlib.ExitStack() as patches:
             patches.enter_context(mock.patch.object(Plan, "chains", chains))
             for name, owner in places.items():

@@ -47,7 +47,7 @@ def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ..
 
 
 def exchange_scratch(plan: Plan, blocks: dict) -> dict:
-    """What is in shared memory, by the names of `kernel.launch`, with these `blocks` of keys and values."""
+    """What is in shared memory, by name, with these `blocks` of keys and values."""
     room = plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32)
     ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.row_groups)
     barriers = dict(exchanged=arrivals(plan.row_groups), ready=ready)

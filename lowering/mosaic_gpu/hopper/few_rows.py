@@ -27,7 +27,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of
 
 
 def few_rows_scratch(plan: Plan) -> dict:
-    """Shared memory of all teams, by the names of `kernel.launch`."""
+    """Shared memory of all teams, by name."""
     shapes = dict(board=columns.board_shape(plan.rows), room=columns.room_shape(plan.rows, plan.value_dim))
     found = {name: plgpu.SMEM((plan.teams, *shape), jnp.float32) for name, shape in shapes.items()}
     weights = (plan.teams, plan.rows, plan.block_kv)

@@ -42,7 +42,7 @@ def merge_where_last(plan: Plan, table, index_of, piece_of, warpgroup, optional,
 
     `index_of(i)` is the number of the i-th of them, where i may be each thread's own, and `piece_of(i)` that piece.
     """
-    thread, places = lax.rem(threads.number(), THREADS), plan.teams * min(plan.pieces, plan.cores)
+    thread, places = lax.rem(threads.number(), THREADS), plan.teams * plan.thread_blocks
     pieces = table[plan.rows_of_table * plan.columns] * plan.head_tiles if plan.parts.vary else jnp.int32(plan.pieces)
     turns = lax.div(pieces + (places - 1), places)  # at most so many of a team
 

@@ -347,6 +347,11 @@ class Plan:
         return self.tiles * self.splits * self.head_tiles
 
     @property
+    def thread_blocks(self) -> int:
+        """But for clusters: more than there are cores would wait for one another."""
+        return min(self.pieces, self.cores)
+
+    @property
     def query_parts(self) -> int:
         """Parts of so many columns, a swizzled row each; likewise of keys."""
         return self.head_dim // self.query_columns

@@ -26,7 +26,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of
 
 
 def wide_scratch(plan: Plan) -> dict:
-    """What is in shared memory for this alone, by the names of `kernel.launch`."""
+    """What is in shared memory for this alone, by name."""
     return dict(
         weights=plgpu.SMEM((WARPGROUP_ROWS, plan.block_kv), jnp.dtype(plan.product_dtype), transforms=TILED),
         boards=plgpu.SMEM((2, plan.warpgroups * WARPGROUP_ROWS), jnp.float32),

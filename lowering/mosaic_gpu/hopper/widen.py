@@ -54,16 +54,6 @@ HALVES = {
 QUANTISED = tuple(HALVES)
 
 
-def copies_of(plan: Plan) -> int:
-    """Copies of a block of keys."""
-    return plan.block_kv // plan.run
-
-
-def copies_of_a_warp(plan: Plan) -> int:
-    """Those of keys, or of values, where all four warps of a warpgroup load, a team's share each."""
-    return -(-copies_of(plan) * (1 if plan.latent else 2) // (4 // plan.teams))
-
-
 def slot_of_scales(plan: Plan, step):
     """Where the scales of a step's slots lie, in order.
 
@@ -74,7 +64,7 @@ def slot_of_scales(plan: Plan, step):
 
 
 def widening_scratch(plan: Plan) -> dict:
-    """What is in shared memory for widening alone, by the names of `kernel.launch`."""
+    """What is in shared memory for widening alone, by name."""
     found = dict(raw_here=arrivals(2, plan.stages), started=plgpu.Barrier())
     kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
     for name, features, scale in kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2]:
@@ -92,7 +82,7 @@ def widening_scratch(plan: Plan) -> dict:
 
 
 def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
-    """One warp's share of all blocks of keys and values (kernel.Source), in the order in which they are copied."""
+    """One warp's share of all blocks of keys and values (loading.Source), in the order in which they are copied."""
 
     def widen_piece(piece, done):
         scales = _SlotScales(plan, pages, sources[0].slot_scales, piece, warp)

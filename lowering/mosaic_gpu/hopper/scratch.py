@@ -1,0 +1,98 @@
+"""The shared memory of a thread block: rings, places for queries, and their barriers, by name."""
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from paged_prefill.lowering.mosaic_gpu.hopper import few_rows, wide
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiling_of
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import widening_scratch
+
+
+def scratch_of(plan: Plan) -> dict:
+    """All of it; `apart` names what lies in one place."""
+    found = _queries(plan) | _rings(plan)
+    if plan.few_rows:
+        found |= few_rows.few_rows_scratch(plan)
+    elif plan.wide:
+        found |= wide.wide_scratch(plan)
+    else:
+        found |= dict(
+            turn=plgpu.Barrier(num_barriers=plan.warpgroups),
+            cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
+        )
+    if plan.quantised:
+        found |= widening_scratch(plan)
+    return found
+
+
+def apart(plan: Plan, scratch: dict) -> dict:
+    """The same as a kernel has it, with a name for each of those that share a place."""
+    scratch = dict(scratch)
+    if plan.shares_place:
+        [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
+    if plan.exchanges_in_blocks:
+        [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
+    return scratch
+
+
+def _queries(plan: Plan) -> dict:
+    """Places for queries.
+
+    The same bytes are seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a
+    tile's; and products may be of another dtype.
+    """
+    dtype, product_dtype = jnp.dtype(plan.dtype), jnp.dtype(plan.product_dtype)
+    parts, shape = plan.query_parts, (plan.rows // plan.row_groups, plan.query_columns)
+    loaded, taken = (tiling_of(its_dtype, plan.head_dim) for its_dtype in (dtype, product_dtype))
+    views = (parts, dtype, loaded[1:]), (parts, dtype, loaded), (plan.query_matrices, product_dtype, taken)
+    query_views = [
+        plgpu.SMEM((plan.query_places * plan.teams * plan.row_groups, number, *shape), its_dtype, transforms=transforms)
+        for number, its_dtype, transforms in views
+    ]
+    queries = plan.query_places * plan.teams * plan.query_groups
+    copies = plan.rows // plan.slab * plan.query_parts // plan.query_groups
+    return dict(
+        query_views=plgpu.RefUnion(*([view] for view in query_views)),
+        query_here=plgpu.Barrier(num_arrivals=copies, num_barriers=queries),
+        query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
+    )
+
+
+def _rings(plan: Plan) -> dict:
+    """The blocks of keys and values that products read. Each copy of a block arrives, or each warp that widens it."""
+    arrivals = {False: copies_of(plan), True: plan.widening_warps}
+    turns = plan.output_turns if plan.latent else 1
+    found = _blocks(plan) | dict(
+        keys_here=plgpu.Barrier(
+            num_arrivals=arrivals[plan.widens_keys],
+            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
+        ),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
+    )
+    if not plan.latent:
+        outputs = plan.teams * plan.slots * plan.output_turns
+        found |= dict(
+            values_here=plgpu.Barrier(num_arrivals=arrivals[plan.quantised], num_barriers=plan.teams * plan.slots),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
+        )
+    return found
+
+
+def _blocks(plan: Plan) -> dict:
+    """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
+    product_dtype = jnp.dtype(plan.product_dtype)
+
+    def ring(slots, *shape):
+        transforms = tiling_of(product_dtype, shape[-1])
+        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=transforms)
+
+    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    if not plan.latent:  # products of 8 bits read values as features of all keys
+        shape = (plan.value_dim, plan.block_kv) if plan.fp8_terms else (plan.block_kv, plan.value_dim)
+        found |= dict(values=ring(plan.slots, *shape))
+    if plan.shares_place:
+        found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
+    return exchange_scratch(plan, found) if plan.clusters else found
