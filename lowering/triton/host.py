@@ -282,8 +282,10 @@ class Triton(Kernel):
         key_shares = _key_shares(problem, config, rows) if all_masked else 1
         # What all warps find together the compiler knows to be one number for all lanes, and so what follows from it. Then
         # fewer registers are taken and no branch is guarded, which tall tiles need more than a short start.
-        of_16_bits = problem.cache_dtype == problem.dtype
-        tall = rows >= TALL_ROWS and widths.main > 64 if of_16_bits else rows > FEW_ROWS and widths.value_parts > 1
+        if problem.cache_dtype == problem.dtype:
+            tall = rows >= TALL_ROWS and widths.main > 64
+        else:
+            tall = _device_class(device) == "blackwell" and rows > FEW_ROWS and widths.value_parts > 1
         together = tall or (rows > DECODE.rows and _is_wide_latent(problem))
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
@@ -372,7 +374,7 @@ def _has_few_drafts(problem: Problem, device: Device) -> bool:
     """Whether drafts have so few tiles, though these are the lowest, that warps may have keys of their own as in decode."""
     drafts = 1 < problem.tokens_per_seq <= DRAFTS and problem.group <= DECODE.rows
     of_16_bits = problem.cache_dtype == problem.dtype != "float32"
-    return drafts and of_16_bits and _of_narrow_heads(problem, device) and _tiles(problem, DECODE.rows) <= device.cores // 8
+    return drafts and of_16_bits and _of_narrow_heads(problem, device) and _tiles(problem, DECODE.rows) < device.cores // 8
 
 
 def _is_tall_step(problem: Problem, device: Device) -> bool:
@@ -500,7 +502,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     mixed = problem.tokens_per_seq > DRAFTS
     share = 1 if unsplit >= (4 if mixed else 2) * device.cores else 1 / 4
     if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
-        share = max(3 / 64, min(share, unsplit / (4 * device.cores)))
+        # Of few tiles parts are short, of short steps of single tokens shortest; tall tiles take longer to begin and end.
+        few_rows = 1 / 32 if problem.tokens_per_seq == 1 and _is_short_step(problem, device, rows) else 3 / 64
+        share = max(1 / 16 if rows >= TALL_ROWS else few_rows, min(share, unsplit / (4 * device.cores)))
     part_bytes = int(LEAST_PART_BYTES * share)
     parts = parts_of(
         problem,
@@ -551,7 +555,8 @@ def _key_shares(problem: Problem, config: PrefillPageAttentionConfig, rows: int)
     """How many warps share out a block's keys: all or one. Each needs registers for a tile's sums, and 16 keys."""
     sums = rows * power_of_2(max(problem.head_dim, problem.value_dim))
     fits = sums <= SUMS_OF_WARP and problem.dtype != "float32" and config.block_kv >= 16 * config.num_warps
-    return config.num_warps if fits and problem.capacity > FEW_KEYS else 1
+    # A tanh of each share takes a warp longer than its share of all.
+    return config.num_warps if fits and problem.capacity > FEW_KEYS and problem.attention.attn_logits_soft_cap is None else 1
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
