@@ -85,6 +85,13 @@ def numpy_for_a_warpgroup():
         commit_smem=lambda: None,
         Layout=mock.MagicMock(),
     )
+    def zero(values, keys, parts, where):
+        columns = compute.columns_of(values.array.shape[1])
+        for key, part, there in zip(*map(np.asarray, (keys, parts, where))):
+            if there:
+                values.array[key, part * columns : (part + 1) * columns] = 0
+
+    of_threads = dict(number=lambda: jnp.arange(128, dtype=jnp.int32), load=lambda array, place: array[place], zero=zero)
     when = lambda true: lambda do: do() if true else None
     control = dict(pl=SimpleNamespace(when=when, ds=few_rows.pl.ds), plgpu=threads)
     python = SimpleNamespace(
@@ -108,6 +115,7 @@ def numpy_for_a_warpgroup():
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
         mock.patch.multiple(columns, **operations),
         mock.patch.multiple(compute, **control),
+        mock.patch.multiple(compute.threads, **of_threads),
         mock.patch.multiple(masks, plgpu=threads),
         mock.patch.multiple(softmax, plgpu=threads),
     ):
