@@ -51,6 +51,7 @@ WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  #
 # The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
 # and with 32 rows up to 10% slower.
 MOST_ROWS_OF_TOKENS = 16
+FEATURES_OF_MASKED_STEPS = frozenset({"key_ranges", "tree_mask", "quantised"})  # with which steps follow a tile's height
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
@@ -387,8 +388,7 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
-    drafts = problem.group > 16 and tokens_per_seq < FEW_TOKENS  # or steps beside a prompt
-    if drafts or (heads >= 16 and problem.group > 8):  # those of a token lie together, and few rows are empty
+    if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
         heads, warpgroups = heads_of_fewest_tiles(problem), 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -417,12 +417,20 @@ def _heads_of_prompts(problem: Problem, block_kv: int) -> int:
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
-    """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
+    """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room. Where a
+    row's steps are the same in tiles of any height (scheduling.WHOLE_OF), one warpgroup has steps, and prompts fewer heads.
+    """
     if shares_rows(problem):
         return replace(_for_wide(replace(problem, tokens=problem.seqs)), num_splits=1)
-    heads = min(16, pl.next_power_of_2(problem.group))
+    heads, block_kv = min(16, pl.next_power_of_2(problem.group)), _block_kv(problem)
     warpgroups = _most_warpgroups(problem)
-    config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
+    plain = problem.attention.attn_logits_soft_cap is None and FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features)
+    if plain and problem.head_dim == problem.value_dim == block_kv == 128:  # others are not measured
+        if problem.tokens_per_seq == 1 and heads <= 8:
+            warpgroups = 1
+        elif problem.tokens_per_seq >= WARPGROUP_ROWS:
+            heads = _heads_of_prompts(problem, block_kv)
+    config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups)
     return replace(config, num_splits=1)
 
 
