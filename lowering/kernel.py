@@ -1,9 +1,9 @@
 """What every kernel is: the one interface by which the rest of lowering/ knows them.
 
-Words that all kernels share: a *row* is a new token for one query head; the rows of a pack are cut into *tiles*, each of
-one sequence; a tile goes over the keys that it sees in *blocks*; where there are too few tiles to fill a chip, the blocks
-of each are cut into *parts* ("splits"; split-K elsewhere), whose results are merged by their lse. What a kernel's own
-files call the rest is in the docstring of its folder.
+Words that all kernels share: a *row* is a new token for one query head; the rows of a pack are cut into *tiles*, each
+of one sequence; a tile goes over the keys that it sees in *blocks*; where there are too few tiles to fill a chip, the
+blocks of each are cut into *parts* ("splits"; split-K elsewhere), whose results are merged by their lse. What a
+kernel's own files call the rest is in the docstring of its folder.
 """
 
 import abc
