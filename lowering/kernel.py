@@ -27,9 +27,9 @@ class Kernel(abc.ABC):
         one measured.
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
-      invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
-        window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That
-        policy takes no other kernel.
+      invariant: whether its heuristic, under the policy of that name, follows in all that moves bits the dims, group, page
+        size, dtype and window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over
+        heads. That policy takes no other kernel.
     """
 
     name: ClassVar[str]

@@ -114,6 +114,8 @@ class Tiling:
       slab: tokens of a slab. A tile's work is the number of blocks of keys that its slabs see.
       ordered: whether tiles of most work come first; else they are in the order of the pack.
       parts: where their number varies, the parts of a tile are the entries, those of most blocks first.
+      whole_of: tokens of a sequence, from its first on, that say together which keys all of them see; a multiple of the
+        tile's, or None for those of a slab. Where bits follow which blocks are masked, they do not follow the tile's height.
     """
 
     tokens: int
@@ -125,6 +127,7 @@ class Tiling:
     slab: int
     ordered: bool = True
     parts: Parts = Parts()
+    whole_of: int | None = None
 
     @property
     def tiles(self) -> int:
@@ -158,6 +161,11 @@ class Tiling:
             seen_start, whole_end = self.attention.visible_keys(first)
             whole_start, seen_end = self.attention.visible_keys(first + (rows - 1))
             seen_end = jnp.where(rows > 0, seen_end, seen_start)
+            if self.whole_of is not None:
+                before = lax.rem(within, jnp.int32(self.whole_of))
+                last = jnp.minimum(within - before + self.whole_of, stretch.size) - 1
+                _, whole_end = self.attention.visible_keys(position - before)
+                whole_start, _ = self.attention.visible_keys(first_new + last)
             return Slabs(*(jnp.minimum(x, end_key) for x in (seen_start, seen_end, whole_start, whole_end)))
 
         seq_from, _ = self.attention.visible_keys(first_new)

@@ -14,6 +14,7 @@ from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.choose import KERNELS, choose
 from paged_prefill.lowering.mosaic_gpu.host import MosaicGpu
+from paged_prefill.lowering.mosaic_gpu.scheduling import WHOLE_OF
 from paged_prefill.lowering.tuning.resolve import completed
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, compiling
@@ -146,7 +147,7 @@ class ShortTablesTest(parameterized.TestCase):
                 assert_same([np.asarray(x)[element] for x in got], seqs)
 
 
-class ChoiceTest(absltest.TestCase):
+class ChoiceTest(parameterized.TestCase):
     HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 
     def test_kernels_whose_sizes_follow_the_pack_give_way(self):
@@ -158,16 +159,26 @@ class ChoiceTest(absltest.TestCase):
             with self.assertRaisesRegex(ValueError, "cannot run this call on cuda: .*invariant"):
                 choose(problem(), self.HOPPER, "cuda")
 
-    def test_the_hopper_kernel_has_the_same_sizes_in_every_pack(self):
+    @parameterized.parameters(
+        ({}, True), (dict(head_dim=64, value_dim=64), False), (dict(attn_logits_soft_cap=50.0), False),
+        (dict(features=frozenset({"key_ranges"})), False), (dict(num_kv_heads=1, q_heads=16), True),
+        (dict(features=frozenset({"quantised"}), cache_dtype="int8"), False),
+    )  # fmt: skip
+    def test_the_hopper_kernel_has_sizes_that_move_no_bit(self, changes, several):
+        """In every pack the same blocks of keys; tiles of another height only where rows go through the same steps."""
         packs = dict(tokens=1, seqs=1), dict(tokens=64, seqs=64), dict(tokens=8192, seqs=1), dict(tokens=3000, seqs=7)
         contexts = dict(pages_per_seq=4), dict(pages_per_seq=8192, num_pages=8192)
         with policy("invariant"):
             kernel = KERNELS["cuda"][choose(problem(), self.HOPPER)[0]]
             self.assertEqual(kernel.name, "mosaic_gpu")
-            problems = [problem(**pack, **context) for pack in packs for context in contexts]
+            shares = [] if "q_heads" in changes else [dict(num_kv_heads=4, q_heads=16)]  # of the heads
+            for pack in packs:
+                others = [problem(**pack, **other, **changes) for other in (*contexts, *shares)]
+                self.assertLen({completed(kernel, each, self.HOPPER) for each in others}, 1)
+            problems = [problem(**pack, **context, **changes) for pack in packs for context in contexts]
             found = {completed(kernel, each, self.HOPPER) for each in problems}
-            found.add(completed(kernel, problem(num_kv_heads=4, q_heads=16), self.HOPPER))  # a share of the heads
-        self.assertLen(found, 1)
+        self.assertEqual(len(found) > 1, several)
+        self.assertLen({(config.block_kv, config.num_splits, WHOLE_OF % config.block_q) for config in found}, 1)
 
     def test_the_tpu_kernel_takes_one_size_of_chunks(self):
         """Tokens, table, KV heads of a device and block of queries follow the call, and move no bit."""

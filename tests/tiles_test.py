@@ -22,8 +22,10 @@ def each_of(schedule):
 
 
 class ScheduleTest(parameterized.TestCase):
-    @parameterized.product(slabs=(1, 3), window=(None, 50), few_sequences=(0, 100), ordered=(True, False))
-    def test_every_token_is_in_one_tile_and_sees_its_keys(self, slabs, window, few_sequences, ordered):
+    @parameterized.product(
+        slabs=(1, 3), window=(None, 50), few_sequences=(0, 100), ordered=(True, False), whole_of=(None, 192)
+    )
+    def test_every_token_is_in_one_tile_and_sees_its_keys(self, slabs, window, few_sequences, ordered, whole_of):
         lengths, contexts, before, after = [70, 0, 1, 130, 9, 64], [300, 20, 513, 130, 4, 900], 3, 40
         block_kv, capacity, attention = 64, 640, Attention(1.0, sliding_window=window)
         slab = 16 if slabs == 1 else 64
@@ -37,7 +39,8 @@ class ScheduleTest(parameterized.TestCase):
         # A function of its own for each case, or jit would remember what another value of FEW_SEQUENCES gave.
         schedule = jax.jit(
             lambda sequences: tiles.schedule(
-                sequences, tiles.Tiling(tokens, 6, capacity, block_q, block_kv, attention, slab, ordered)
+                sequences,
+                tiles.Tiling(tokens, 6, capacity, block_q, block_kv, attention, slab, ordered, whole_of=whole_of),
             )[0]
         )(sequences)
         schedule, covered = jax.tree.map(np.asarray, schedule), np.zeros(tokens, int)
@@ -69,6 +72,23 @@ class ScheduleTest(parameterized.TestCase):
         work = np.where(schedule.length > 0, work.clip(0).sum(axis=1), -1)
         in_order = np.diff(work) <= 0 if ordered else np.diff((schedule.length > 0).astype(int)) <= 0
         self.assertTrue(np.all(in_order), "the tile of most work is not first, or one that does not exist not last")
+
+    @parameterized.parameters(None, 50, 300)
+    def test_what_all_see_does_not_follow_the_height_of_tiles(self, window):
+        lengths, contexts = [70, 1, 130, 300], [300, 513, 130, 1000]
+        starts = 3 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        arrays = (np.asarray(x, np.int32) for x in (starts, lengths, contexts, np.zeros(4)))
+        sequences, found = Sequences(*arrays, np.zeros((4, 40), np.int32)), []
+        for block_q in (16, 32, 128):
+            tiling = tiles.Tiling(510, 4, 1024, block_q, 64, Attention(1.0, sliding_window=window), block_q, whole_of=128)
+            schedule, _ = jax.jit(tiles.schedule, static_argnums=1)(sequences, tiling)
+            whole = np.full((510, 2), -1)
+            for tile in each_of(jax.tree.map(np.asarray, schedule)):
+                whole[tile.start : tile.start + tile.length] = tile.slabs.whole_start[0], tile.slabs.whole_end[0]
+            found.append(whole[3 : 3 + sum(lengths)])
+        self.assertGreater((found[0][:, 1] > found[0][:, 0]).mean(), 0.05)
+        for others in found[1:]:
+            np.testing.assert_array_equal(others, found[0])
 
     @parameterized.product(few_sequences=(0, 100), ordered=(True, False), slab=(16, 8))
     def test_tiles_know_what_their_ranges_say(self, few_sequences, ordered, slab):

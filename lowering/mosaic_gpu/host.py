@@ -51,6 +51,7 @@ WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  #
 # The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
 # and with 32 rows up to 10% slower.
 MOST_ROWS_OF_TOKENS = 16
+FEATURES_OF_MASKED_STEPS = frozenset({"key_ranges", "tree_mask", "quantised"})  # with which steps follow a tile's height
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
@@ -392,8 +393,7 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
-    drafts = problem.group > 16 and tokens_per_seq < FEW_TOKENS  # or steps beside a prompt
-    if drafts or (heads >= 16 and problem.group > 8):  # those of a token lie together, and few rows are empty
+    if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
         heads, warpgroups = heads_of_fewest_tiles(problem), 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -413,22 +413,28 @@ def _heads_of_prompts(problem: Problem, block_kv: int) -> int:
     tokens, rows = problem.tokens_per_seq, 2 * WARPGROUP_ROWS
     heads = [h for h in ((1, 2, 4) if block_kv == 128 else (2,)) if problem.group % h == 0] or [1]
 
-    def with_empty(h):
-        block_q = rows // h
-        return block_q * -(-tokens // block_q) if min(problem.seqs, problem.tokens) == 1 else tokens + block_q / 2
+    def with_empty(h, alone=min(problem.seqs, problem.tokens) == 1):
+        return rows // h * -(-tokens * h // rows) if alone else tokens + rows / h / 2
 
     fewest = min(map(with_empty, heads))
     return next(h for h in heads if with_empty(h) <= MOST_EMPTY_OF_ONE_HEAD * fewest)
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
-    """What suits chunks and single tokens alike: all heads of a group in a tile, and as many tokens as have room."""
+    """All heads of a group in a tile, and as many tokens as have room: that suits chunks and single tokens alike. Where
+    tiles of any height move no bit (scheduling.WHOLE_OF), single tokens have one warpgroup, and prompts fewer heads.
+    """
     if shares_rows(problem):
         return replace(_for_wide(replace(problem, tokens=problem.seqs)), num_splits=1)
-    heads = min(16, pl.next_power_of_2(problem.group))
+    heads, block_kv = min(16, pl.next_power_of_2(problem.group)), _block_kv(problem)
     warpgroups = _most_warpgroups(problem)
-    config = _sized(problem, warpgroups * WARPGROUP_ROWS // heads, _block_kv(problem), warpgroups)
-    return replace(config, num_splits=1)
+    plain = problem.attention.attn_logits_soft_cap is None and FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features)
+    plain = plain and problem.head_dim == problem.value_dim == block_kv == 128  # others are not measured
+    if plain and problem.tokens_per_seq == 1 and heads <= 8:
+        warpgroups = 1
+    elif plain and problem.tokens_per_seq >= WARPGROUP_ROWS:
+        heads = _heads_of_prompts(problem, block_kv)
+    return replace(_sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups), num_splits=1)
 
 
 def _for_wide(problem: Problem) -> PrefillPageAttentionConfig:
@@ -521,9 +527,8 @@ def _has_short_prompts(problem: Problem) -> bool:
     """
     tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
     keys = mean_keys(problem, WARPGROUP_ROWS)
-    filled = math.gcd(problem.group, 4) == min(4, pl.next_power_of_2(problem.group))
-    if min(problem.seqs, problem.tokens) > 1 and (filled or problem.tokens_per_seq >= WARPGROUP_ROWS):
-        # Whole prompts in a wide table see as few as they have: both count. Of fewer tokens, heads have to fill the rows.
+    filled = problem.tokens_per_seq >= WARPGROUP_ROWS or problem.group in (1, 2) or problem.group % 4 == 0  # rows of a tile
+    if min(problem.seqs, problem.tokens) > 1 and filled:  # whole prompts in a wide table see as few as they have: both count
         keys = math.sqrt(keys * min(keys, problem.tokens_per_seq / 2))
     return problem.tokens_per_seq >= tokens and keys <= SHORT
 

@@ -7,6 +7,11 @@ from paged_prefill.lowering.mosaic_gpu.hopper.kernel import table_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, table_in_one
 from paged_prefill.lowering.tiles import Tiling, schedule
+from paged_prefill.primitive.context import current_policy
+
+# By the policy "invariant", tokens that are masked alike (`Tiling.whole_of`): so rows go through the same steps in tiles of any
+# height up to this.
+WHOLE_OF = 128
 
 
 def schedule_of(call: Call, plan: Plan):
@@ -14,7 +19,7 @@ def schedule_of(call: Call, plan: Plan):
 
     The table does not depend on pools: so XLA makes one for all layers of a model.
     """
-    problem, indices = call.problem, call.indices
+    problem, indices, invariant = call.problem, call.indices, current_policy() == "invariant"
     tiling = Tiling(
         tokens=problem.tokens,
         seqs=problem.seqs,
@@ -25,6 +30,7 @@ def schedule_of(call: Call, plan: Plan):
         slab=plan.slab_tokens,
         ordered=plan.pieces > plan.cores,
         parts=plan.parts,
+        whole_of=WHOLE_OF if invariant and not plan.wide and WHOLE_OF % plan.block_q == 0 else None,
     )
     if indices is not None and call.ranges is None and fits(tiling):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
