@@ -11,7 +11,7 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_rows, masks, softmax
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax
 from paged_prefill.lowering.mosaic_gpu.room import rows_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans, problems
@@ -100,12 +100,23 @@ def numpy_for_a_warpgroup():
         turned=lambda acc, features, *_: np.resize(acc[:features].T, (ROWS, features)),
         turned_numbers=lambda m, l, *_: [np.resize(numbers, ROWS) for numbers in (m, l.sum(axis=0))],
         largest_of_query=lambda query, board, team: jnp.abs(query.array).max(axis=(0, 2)),
-        scale_query=lambda query, factor, board, dtype: np.multiply(query.array, factor[:, None], out=query.array),
+        scale_query=lambda query, factor, *_: np.multiply(query.array, factor[:, None], out=query.array),
+    )
+    def taken_values(values, held=None):
+        held = np.ones(len(values.array)) if held is None else np.asarray(held)
+        return np.where(held[:, None], values.array, 0).T
+
+    of_bytes = dict(
+        taken_values=taken_values,
+        start_logits=lambda query, keys: operations["start_logits"](query, keys)[0],
+        start_output=lambda acc, weights, values: acc + values @ weights.array.T,
     )
     with (
         mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
+        mock.patch.object(few_rows, "gathered", lambda source, indices, layout: jnp.asarray(source)[indices]),
         mock.patch.multiple(columns, **operations),
+        mock.patch.multiple(few_bytes, **of_bytes),
         mock.patch.multiple(compute, **control),
         mock.patch.multiple(masks, plgpu=threads),
         mock.patch.multiple(softmax, plgpu=threads),
@@ -125,7 +136,8 @@ class FewRowsTest(parameterized.TestCase):
         tile = Tiles(start=0, length=length, position=position, first_new=position, first_block=first, end_block=end,
                      seq=0, first_key=first_key, end_key=context, owned=1, holes=0, part=0, parts=1,
                      slabs=Slabs(first_key, context, whole, position + 1))  # fmt: skip
-        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0)
+        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0,
+                                first_row=0)  # fmt: skip
         blocks = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(end - 1, first - 1, -1)]
         parts = Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])
         scratch, sources = dict(query_views=[[None], [parts], [parts]]), []
@@ -136,14 +148,15 @@ class FewRowsTest(parameterized.TestCase):
             scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
         for name, its_scales in zip(("keys",) if plan.latent else ("keys", "values"), scales or ()):
             kind = "head" if its_scales.size == 1 else "slot"
-            sources.append(SimpleNamespace(scale=kind, scales=its_scales))
-            if kind == "slot":
+            sources.append(SimpleNamespace(scale=kind, scales=its_scales, beside=0))
+            if kind == "slot" and plan.widens:
                 scratch[f"{name}_scales"] = Scales([its_scales[b] for b in blocks], plan.slots + 1)
         sources = sources or [None]
         weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
-        own = Memory(np.zeros((1, 1)))
+        own, pages = Memory(np.zeros((1, 1))), np.arange(plan.pages_per_seq)
         with numpy_for_a_warpgroup():
-            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, sources, weights=weights, board=own, room=own, **scratch)
+            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, sources, weights=weights, board=own, room=own,
+                                         pages=pages, **scratch)  # fmt: skip
             acc, lse = attention.run(*attention.rows.seen_steps())
             found = np.concatenate([some() for some in acc], axis=1) if isinstance(acc, list) else acc, lse
         return [np.asarray(numbers)[: length * plan.heads] for numbers in found]
