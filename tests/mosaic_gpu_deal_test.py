@@ -169,8 +169,10 @@ class ChoiceTest(parameterized.TestCase):
             found = parts_of(*call, heads, 1, **latent)
         parts, launch = called.call_args.args
         time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))
-        longest = 1.2 if quantised else 1.05
+        longest = 1.2 if quantised else 1.115
         self.assertLessEqual(time(found), longest * min(time(parts), time(Parts(parts.least, parts.least))))
+        if call == (64, 16384):  # their results are little beside so many keys, and uneven contexts are dealt by them
+            self.assertTrue(found.vary)
         if call == (20, 8192) and heads == 16 and quantised:  # even parts would take uneven contexts half as long again
             self.assertTrue(found.vary)
 

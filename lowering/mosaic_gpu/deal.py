@@ -32,6 +32,7 @@ STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
+LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
 HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
 # What each kind of contexts counts: of those as long as the table, which most engines measure, and of those of which most
@@ -39,10 +40,10 @@ HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
 OF_EQUAL, OF_SHORT = 3.0, 3.0
 OF_WIDE, OF_WIDE_OF_MANY = 0.25, 0.1
 FEW = 0.25  # tiles for each core, at most
-# How many times their least time contexts as long as the table may take over latent keys, in 16 and in 8 bits: results of 8 to
-# 32 rows of 512 numbers cost so much that uneven contexts would have them take 1.15 and 1.4 times as long. In 8 bits even
-# halves take uneven ones twice as long, so more is paid for them.
-LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.05, 1.2
+# How many times their least time, that of halves which clusters merge, contexts as long as the table may take over latent
+# keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
+# where results cost less of the time, have more parts.
+LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.115, 1.2
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
@@ -75,8 +76,9 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    evenly = math.inf
+    evenly, rows = math.inf, 0
     if is_latent(problem):
+        rows = LEAST_LATENT_ROWS * unsplit
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
         if is_quantised(problem):
             step_bytes, evenly = WIDENED_LATENT_STEP_BYTES, WIDENED_LATENT_EVENLY
@@ -88,7 +90,7 @@ def dealt(
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
         block_bytes=config.block_kv * bytes_of_key(problem),
-        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
+        result_bytes=4 * max(rows, problem.tokens * problem.q_heads) * problem.value_dim,
         slots=slots,
         cores=device.cores,
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,

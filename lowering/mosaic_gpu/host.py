@@ -208,7 +208,8 @@ class MosaicGpu(Kernel):
         problem = behind_widening(problem, config.fp8_terms)
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
-        numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
+        # Of latent caches, tiles wait for their own steps as much as for memory: fewer parts, that a cluster merges, are slower.
+        numbers = () if is_latent(problem) else range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
         clusters = frozenset(n for n in numbers if in_cluster(problem, device, config, n))
         sizes = dict(unsplit=unsplit, slots=device.cores, rows=rows, most=most)
         splits, of_round = best_splits(problem, device, config, **sizes, in_cluster=clusters), device.cores // unsplit
@@ -260,7 +261,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
     clusters = _merged_in_cluster(problem, device, config, parts)
     if clusters:
-        block_bytes = 2 * config.block_kv * (problem.head_dim + problem.value_dim)
+        block_bytes = 2 * config.block_kv * (problem.head_dim + (0 if is_latent(problem) else problem.value_dim))
         parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
     key_scale, value_scale = map(granularity, scales_of(call))
     return Plan(
@@ -320,8 +321,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
     if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
         return parts
-    clusters = not parts.vary and in_cluster(problem, device, config, least)
-    slots = device.cores * (1 if clusters else teams_of(problem, config))
+    clusters = in_cluster(problem, device, config, least)
+    slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
@@ -347,7 +348,9 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
     """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
     large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
-    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or shares_rows(problem):
+    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER):
+        return False
+    if two_share_rows(problem, config) and (is_quantised(problem) or not is_latent(problem)):  # not measured
         return False
     at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
     in_place_of = bytes_of_blocks(problem, config)
@@ -356,8 +359,10 @@ def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionCon
 
 def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
     """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
-    exchanged = 4 * math.prod(exchange_shape(warpgroups_of(config), parts, problem.value_dim))
-    return shared_bytes(problem, config) + EXCHANGE_BYTES + max(0, exchanged - in_place_of) <= SHARED_BYTES
+    columns = problem.value_dim // (2 if two_share_rows(problem, config) else 1)
+    outputs = -(-columns // WARPGROUP_COLUMNS)
+    exchanged = 4 * math.prod(exchange_shape(outputs * warpgroups_of(config), parts, columns // outputs))
+    return shared_bytes(problem, config) + max(0, exchanged + EXCHANGE_BYTES - in_place_of) <= SHARED_BYTES
 
 
 def _block_kv(problem: Problem) -> int | None:

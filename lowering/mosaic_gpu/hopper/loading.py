@@ -20,6 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper import gather, threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Places
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS
 
 MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
@@ -88,9 +89,7 @@ class Queries:
 
     plan: Plan
     query: jax.Array  # [tokens, q_heads, head_dim] in global memory
-    slots: jax.Array  # [places, parts, 64, columns] in shared memory
-    here: jax.Array  # barriers: a piece's rows have come; others may come there
-    free: jax.Array
+    places: Places
 
     def copy(self, piece, team, done) -> None:
         """Starts to copy a piece's rows, a slab at a time, once there is a place."""
@@ -101,14 +100,14 @@ class Queries:
         for row in range(0, plan.rows, plan.slab):
             queries = plan.queries_of(piece, team, row // WARPGROUP_ROWS)
             if row % (plan.rows // plan.query_groups) == 0:
-                pl.when(occupied)(functools.partial(plgpu.barrier_wait, self.free.at[queries]))
+                pl.when(occupied)(functools.partial(plgpu.barrier_wait, self.places.free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for part in range(plan.query_parts):
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
-                slots = self.slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
-                plgpu.copy_gmem_to_smem(self.query.at[*rows, self._columns(part)], slots, self.here.at[queries])
+                slots = self.places.slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
+                plgpu.copy_gmem_to_smem(self.query.at[*rows, self._columns(part)], slots, self.places.here.at[queries])
 
     def _ask_for(self, piece) -> None:
         """Brings a piece's rows into the second cache, while the last one still has its place."""
@@ -145,7 +144,7 @@ class Loading:
         def step(i, _):
             rows = self._rows_of(piece, i)
             if plan.query_comes_first:
-                here = self.queries.here
+                here = self.queries.places.here
                 pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(here.at[last_queries]))
             self._announce_late(i, done)
             for source in self.sources:

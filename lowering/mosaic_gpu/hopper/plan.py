@@ -147,6 +147,13 @@ class Plan:
         return self.stages if self.fp8_terms or not self.widens else self.slots
 
     @property
+    def rings(self) -> list[str]:
+        """Names of the shared memory that blocks go through: as products read them, and as they come."""
+        products = ["keys"] if self.latent else ["keys", "values"]
+        come = [name for name in products if self.widens_keys or (self.widens and name == "values")]
+        return [*products, *(f"raw_{name}" for name in come)]
+
+    @property
     def query_terms(self) -> int:
         """Factors of products, whose sum a query is."""
         return self.fp8_terms or 1
@@ -322,6 +329,16 @@ class Plan:
     def output_columns(self) -> int:
         """Of its rows' output, those that a warpgroup computes."""
         return self.value_dim * self.row_groups // self.warpgroups
+
+    @property
+    def outputs(self) -> int:
+        """Arrays that a warpgroup's output is, where it is 64 rows: no thread has registers for more columns of them."""
+        return -(-self.output_columns // WARPGROUP_COLUMNS)
+
+    @property
+    def columns_at_once(self) -> int:
+        """Columns of each of these arrays."""
+        return self.output_columns // self.outputs
 
     @property
     def heads(self) -> int:

@@ -8,7 +8,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiling_of, tiling_of_bytes
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import widening_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
 def scratch_of(plan: Plan) -> dict:
@@ -34,7 +34,8 @@ def apart(plan: Plan, scratch: dict) -> dict:
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     if plan.exchanges_in_blocks:
-        [scratch["keys"], scratch["values"]], [scratch["exchange"]] = scratch.pop("blocks")
+        rings, [scratch["exchange"], scratch["exchanged"]] = scratch.pop("blocks")
+        scratch |= dict(zip(plan.rings, rings))
     return scratch
 
 
@@ -62,7 +63,7 @@ def _queries(plan: Plan) -> dict:
 
 
 def _rings(plan: Plan) -> dict:
-    """The blocks of keys and values that products read. Each copy of a block arrives, or each warp that widens it."""
+    """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
     arrivals = {False: copies_of(plan), True: plan.widening_warps}
     turns = plan.output_turns if plan.latent else 1
     found = _blocks(plan) | dict(
@@ -95,4 +96,5 @@ def _blocks(plan: Plan) -> dict:
         found |= dict(values=ring(plan.slots, *shape))
     if plan.shares_place:
         found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
+    found |= raw_rings(plan)
     return exchange_scratch(plan, found) if plan.clusters else found
