@@ -13,7 +13,7 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
-from paged_prefill.lowering.mosaic_gpu.room import rows_of
+from paged_prefill.lowering.mosaic_gpu.room import rows_of, teams_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans, problems
 
@@ -265,6 +265,14 @@ class ChoiceTest(parameterized.TestCase):
         given = problems.problem(tokens=9 * tokens, seqs=9, q_heads=2 * group, num_kv_heads=2, cache_kv_heads=2)
         config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
         self.assertEqual(rows_of(given, config), rows)
+
+    @parameterized.parameters((64, 8, 128), (16, 8, 128), (64, 4, 256))
+    def test_two_teams_read_bytes_whatever_the_steps(self, seqs, kv_heads, dim):
+        """As many are on their way as with one, which computes while none waits for it."""
+        sizes = dict(q_heads=32, num_kv_heads=kv_heads, cache_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        given = problems.problem(tokens=seqs, seqs=seqs, cache_dtype="int8", features=("quantised",), **sizes)
+        config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
+        self.assertEqual((teams_of(given, config), config.num_stages), (2, 3))
 
 
 if __name__ == "__main__":
