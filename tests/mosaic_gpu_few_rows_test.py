@@ -112,7 +112,11 @@ def numpy_for_a_warpgroup():
         start_logits=lambda query, keys: operations["start_logits"](query, keys)[0],
         start_output=lambda acc, weights, values: acc + values @ weights.array.T,
     )
+    def zero_unseen(plan, rows, warpgroup, i, values):
+        values.array[~np.asarray(rows.held(i, jnp.arange(plan.block_kv), None))] = 0
+
     with (
+        mock.patch.object(few_rows, "zero_unseen", zero_unseen),
         mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
         mock.patch.object(few_rows, "gathered", lambda source, indices, layout: jnp.asarray(source)[indices]),

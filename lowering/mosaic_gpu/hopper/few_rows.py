@@ -117,7 +117,7 @@ class FewRows:
         values = self.values.at[slot]
         if self.plan.reads_bytes:  # and turned while weights are computed
             plgpu.barrier_wait(self.values_here.at[slot])
-            values = few_bytes.taken_values(values, self.rows.held_keys(i, KEYS) if masked else None)
+            values = few_bytes.taken_values(values, self._held(i) if masked else None)
             plgpu.barrier_arrive(self.values_free.at[slot])
         logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
@@ -143,6 +143,11 @@ class FewRows:
         acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
         plgpu.barrier_arrive(self.values_free.at[slot])
         return (acc, m, l), fetched
+
+    def _held(self, i):
+        """Which keys of block i some row may look at."""
+        key = plgpu.broadcasted_iota(jnp.int32, (self.plan.block_kv,), 0, layout=KEYS)
+        return self.rows.held(i, key, functools.partial(gathered, layout=KEYS))
 
     def _start_logits(self, keys):
         """Arrays whose sum they are."""
