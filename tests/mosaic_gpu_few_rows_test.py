@@ -11,9 +11,9 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_rows, masks, softmax
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
-from paged_prefill.lowering.mosaic_gpu.room import rows_of
+from paged_prefill.lowering.mosaic_gpu.room import rows_of, teams_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans, problems
 
@@ -108,12 +108,27 @@ def numpy_for_a_warpgroup():
         turned=lambda acc, features, *_: np.resize(acc[:features].T, (ROWS, features)),
         turned_numbers=lambda m, l, *_: [np.resize(numbers, ROWS) for numbers in (m, l.sum(axis=0))],
         largest_of_query=lambda query, board, team: jnp.abs(query.array).max(axis=(0, 2)),
-        scale_query=lambda query, factor, board, dtype: np.multiply(query.array, factor[:, None], out=query.array),
+        scale_query=lambda query, factor, *_: np.multiply(query.array, factor[:, None], out=query.array),
     )
+    def taken_values(values, held=None):
+        held = np.ones(len(values.array)) if held is None else np.asarray(held)
+        return np.where(held[:, None], values.array, 0).T
+
+    of_bytes = dict(
+        taken_values=taken_values,
+        start_logits=lambda query, keys: operations["start_logits"](query, keys)[0],
+        start_output=lambda acc, weights, values: acc + values @ weights.array.T,
+    )
+    def zero_unseen(plan, rows, warpgroup, i, values):
+        values.array[~np.asarray(rows.held(i, jnp.arange(plan.block_kv), None))] = 0
+
     with (
+        mock.patch.object(few_rows, "zero_unseen", zero_unseen),
         mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
+        mock.patch.object(few_rows, "gathered", lambda source, indices, layout: jnp.asarray(source)[indices]),
         mock.patch.multiple(columns, **operations),
+        mock.patch.multiple(few_bytes, **of_bytes),
         mock.patch.multiple(compute, **control),
         mock.patch.multiple(compute.threads, **of_threads),
         mock.patch.multiple(masks, plgpu=threads),
@@ -134,7 +149,8 @@ class FewRowsTest(parameterized.TestCase):
         tile = Tiles(start=0, length=length, position=position, first_new=position, first_block=first, end_block=end,
                      seq=0, first_key=first_key, end_key=context, owned=1, holes=0, part=0, parts=1,
                      slabs=Slabs(first_key, context, whole, position + 1))  # fmt: skip
-        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0)
+        piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0,
+                                first_row=0)  # fmt: skip
         blocks = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(end - 1, first - 1, -1)]
         parts = Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])
         scratch, sources = dict(query_views=[[None], [parts], [parts]]), []
@@ -145,15 +161,15 @@ class FewRowsTest(parameterized.TestCase):
             scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
         for name, its_scales in zip(("keys",) if plan.latent else ("keys", "values"), scales or ()):
             kind = "head" if its_scales.size == 1 else "slot"
-            sources.append(SimpleNamespace(scale=kind, scales=its_scales))
-            if kind == "slot":
+            sources.append(SimpleNamespace(scale=kind, scales=its_scales, beside=0))
+            if kind == "slot" and plan.widens:
                 scratch[f"{name}_scales"] = Scales([its_scales[b] for b in blocks], plan.slots + 1)
         sources = sources or [None]
         weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
-        own = Memory(np.zeros((1, 1)))
+        own, pages = Memory(np.zeros((1, 1))), np.arange(plan.pages_per_seq)
         with numpy_for_a_warpgroup():
             shared = Shared.of(plan, {}, sources, scratch | dict(weights=weights, board=own, room=own))
-            attention = few_rows.FewRows(plan, piece, 0, 0, 0, shared)
+            attention = few_rows.FewRows(plan, piece, 0, 0, 0, shared, pages)
             acc, lse = attention.run(*attention.rows.seen_steps())
             found = np.concatenate([some() for some in acc], axis=1) if isinstance(acc, list) else acc, lse
         return [np.asarray(numbers)[: length * plan.heads] for numbers in found]
@@ -261,6 +277,14 @@ class ChoiceTest(parameterized.TestCase):
         given = problems.problem(tokens=9 * tokens, seqs=9, q_heads=2 * group, num_kv_heads=2, cache_kv_heads=2)
         config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
         self.assertEqual(rows_of(given, config), rows)
+
+    @parameterized.parameters((64, 8, 128), (16, 8, 128), (64, 4, 256))
+    def test_two_teams_read_bytes_whatever_the_steps(self, seqs, kv_heads, dim):
+        """As many are on their way as with one, which computes while none waits for it."""
+        sizes = dict(q_heads=32, num_kv_heads=kv_heads, cache_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        given = problems.problem(tokens=seqs, seqs=seqs, cache_dtype="int8", features=("quantised",), **sizes)
+        config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
+        self.assertEqual((teams_of(given, config), config.num_stages), (2, 3))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WAR
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, rows_of, shared_bytes
-from paged_prefill.lowering.mosaic_gpu.room import shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, reads_bytes, rows_of
+from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
@@ -124,7 +124,7 @@ class MosaicGpu(Kernel):
         many = teams is not None and _has_many_steps(problem, device, config)
         if teams is not None and (many or _has_short_prompts(problem)):
             config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
-            if many:  # memory serves fewer copies at a time 1 to 2% faster
+            if many and not reads_bytes(problem, config):  # memory serves fewer copies at a time 1 to 2% faster
                 config = replace(config, num_stages=2 + are_gathered(problem.page_size, config.block_kv))
         elif small is not None:
             config = small
@@ -467,6 +467,8 @@ def _with_more_warpgroups(problem: Problem) -> PrefillPageAttentionConfig | None
 
 def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> PrefillPageAttentionConfig | None:
     """Tiles of one warpgroup, two side by side, in place of these; None where they have no room."""
+    if reads_bytes(problem, config):
+        return config
     heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
     block_q = config.block_q if warpgroups_of(config) == 1 else WARPGROUP_ROWS // heads
     sizes = [_config(block_q, 64, 1, stages) for stages in range(MOST_STAGES[1], 1, -1)]
@@ -490,7 +492,10 @@ def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> Pr
         for least, block in ((2, block_kv), (fewest_stages(problem), 64))
         for number in range(stages, least - 1, -1)
     ]
-    return next((config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES), None)
+    found = [config for config in sizes if shared_bytes(problem, config) <= SHARED_BYTES]
+    if found and reads_bytes(problem, found[0]):  # as much is on its way, and one team computes while the other waits
+        found = [each for each in found if each.num_stages > 1 and teams_of(problem, each) == 2] or found
+    return next(iter(found), None)
 
 
 def _config(block_q: int, block_kv: int, warpgroups: int, stages: int) -> PrefillPageAttentionConfig:

@@ -48,6 +48,11 @@ def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None
     return rows if rows <= MOST_FEW_ROWS else None
 
 
+def reads_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
+    """Whether products widen a quantised cache themselves, as those of few rows do (hopper/few_bytes.py)."""
+    return is_quantised(problem) and not is_latent(problem) and few_rows(problem, config) is not None
+
+
 def two_share_rows(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
     """Whether two warpgroups share the rows of a tile of these sizes. Few rows, of latent keys, are one's."""
     return shares_rows(problem) and few_rows(problem, config) is None
@@ -72,6 +77,8 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
         fixed += 4 * sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
     if not is_quantised(problem):
         return fixed + 2 * blocks
+    if reads_bytes(problem, config):
+        return fixed + blocks
     if config.fp8_terms:
         return 2 * rows * problem.head_dim + FP8_SLOTS * block * problem.value_dim + blocks + RESERVED_BYTES
     slots, scales = widened(block, features, shares_rows(problem)), 0
@@ -89,6 +96,8 @@ def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int
         return block * (config.num_stages * features + FP8_SLOTS * problem.value_dim)
     if not is_quantised(problem):
         return 2 * block * features * config.num_stages
+    if reads_bytes(problem, config):
+        return block * features * config.num_stages
     return block * features * (2 * widened(block, features, shares_rows(problem)) + config.num_stages)
 
 
@@ -108,6 +117,7 @@ def heads_of_fewest_tiles(problem: Problem) -> int:
 
 def teams_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Tiles of one warpgroup side by side, where two have room: each waits for less beside the other."""
-    if warpgroups_of(config) > 1 or is_quantised(problem) or shares_rows(problem):
+    widens = is_quantised(problem) and not reads_bytes(problem, config)
+    if warpgroups_of(config) > 1 or widens or shares_rows(problem):
         return 1
     return 2 if 2 * shared_bytes(problem, config) - RESERVED_BYTES <= SHARED_BYTES else 1

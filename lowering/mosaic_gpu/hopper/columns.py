@@ -63,11 +63,11 @@ def start_logits(query, keys):
         if sums > 1:
             for first in range(0, len(parts), sums):
                 some = factors[first : first + sums]
-                logits[: len(some)] = _multiply_in_turns(logits[: len(some)], some)
+                logits[: len(some)] = multiply_in_turns(logits[: len(some)], some)
         else:
             for matrices in factors:
                 logits = [_multiply(*logits, *matrices)]
-        _start()
+        start_group()
         return logits
 
     return start(query, keys)
@@ -95,20 +95,25 @@ def start_output(acc, weights, values):
             sums = [acc[row : row + WARPGROUP_ROWS] for row in range(0, acc.shape[0], WARPGROUP_ROWS)]
             firsts = range(0, parts, size)
             factors = [mgpu.memref_slice(values, slice(first, min(first + size, parts))) for first in firsts]
-            sums = _multiply_in_turns(sums, [(matrix, weights) for matrix in factors])
-            registers = np.concatenate([some.registers for some in sums])
-            acc = mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+            sums = multiply_in_turns(sums, [(matrix, weights) for matrix in factors])
+            acc = joined(sums)
         else:
             acc = _multiply(acc, values, weights)
-        _start()
+        start_group()
         return acc
 
     return start(acc, weights, values)
 
 
-def _multiply_in_turns(sums, factors):
+def joined(sums):
+    """Arrays of 64 rows each as one."""
+    registers = np.concatenate([some.registers for some in sums])
+    return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+
+def multiply_in_turns(sums, factors):
     """Each of these sums, of 64 rows, plus a product, as mgpu.wgmma has them, but step by step in turns: none waits for
-    what the step before it adds.
+    what the step before it adds. First factors may be in registers, which are settled (operations.py).
     """
     group, depth_of_step = COLUMNS, 16  # of the depth: how much a swizzled row of `b` has, and a step takes
     found = [mgpu.WGMMAAccumulator.from_registers(array)._value for array in sums]
@@ -116,11 +121,11 @@ def _multiply_in_turns(sums, factors):
     described = []
     for a, b in factors:
         (depth, width), element_type = mma_utils.tiled_memref_shape(b)
-        swizzles = [2 * max(ir.MemRefType(matrix.type).shape[2:]) for matrix in (a, b)]
-        described.append((
-            mma_utils.create_descriptor(a, swizzles[0], group_size=(WARPGROUP_ROWS, group), logical_k_major=False),
-            mma_utils.create_descriptor(b, swizzles[1], group_size=(group, width), logical_k_major=True),
-        ))
+        matrices = [(b, dict(group_size=(group, width), logical_k_major=True))]
+        if not isinstance(a, mgpu.FragmentedArray):
+            matrices.append((a, dict(group_size=(WARPGROUP_ROWS, group), logical_k_major=False)))
+        swizzle = lambda matrix: 2 * max(ir.MemRefType(matrix.type).shape[2:])
+        described.append([mma_utils.create_descriptor(matrix, swizzle(matrix), **how) for matrix, how in matrices])
     for part, step in np.ndindex(depth // group, group // depth_of_step):
         for i, matrices in enumerate(described):
             places, steps, transposes = [], [], []
@@ -129,13 +134,18 @@ def _multiply_in_turns(sums, factors):
                 places.append(llvm.add(start, offset, overflow_flags=llvm.IntegerOverflowFlags.none))
                 steps.append(step_bytes)
                 transposes.append(fastest != mma_utils.Dim.K)
+            if len(matrices) == 1:
+                column = part * group + step * depth_of_step
+                places.append(factors[i][0][:, column : column + depth_of_step])
+                steps.append(None)
+                transposes.append(None)
             found[i] = compat.wgmma_m64(
                 found[i],
-                *places,
-                a_transpose=transposes[0],
-                b_transpose=transposes[1],
-                a_k_stride=steps[0],
-                b_k_stride=steps[1],
+                *places[::-1],
+                a_transpose=transposes[1],
+                b_transpose=transposes[0],
+                a_k_stride=steps[1],
+                b_k_stride=steps[0],
                 n=width,
                 swizzle=2 * depth_of_step,  # so many bytes at a time
                 element_type=element_type,
@@ -149,13 +159,14 @@ def _multiply(acc, a, b):
     return mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), a, b, swizzle=swizzle).value
 
 
-def _start():
+def start_group():
+    """Makes a group of the products that were started, to be `settled`."""
     _asm("wgmma.commit_group.sync.aligned;")
 
 
 def _anew(reference):
     """The same reference, whose descriptors are worked out each time (operations.anew): wide ones have too many."""
-    return mgpu.memref_slice(reference, mgpu.ds(anew(_i32(0)), ir.MemRefType(reference.type).shape[0]))
+    return mgpu.memref_slice(reference, mgpu.ds(anew(i32(0)), ir.MemRefType(reference.type).shape[0]))
 
 
 def store_weights(weights, target) -> None:
@@ -163,12 +174,12 @@ def store_weights(weights, target) -> None:
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILED)))
     def store(_, weights, target):
-        warp, lane = _warp_and_lane()
+        warp, lane = warp_and_lane()
         # Of every 64 keys a warp has 16: two matrices of 8 keys, each a chunk of the row of each of 8 columns, which
         # lies at chunk ^ row. A lane says where one of those goes.
-        row, matrix = _rem(lane, GROUP), _rem(arith.divui(lane, _i32(GROUP)), 2)
-        chunk = arith.xori(arith.addi(_times(warp, 2), matrix), row)
-        start = arith.addi(_times(row, SWIZZLE_BYTES), _times(chunk, 16))
+        row, matrix = rem(lane, GROUP), rem(arith.divui(lane, i32(GROUP)), 2)
+        chunk = arith.xori(arith.addi(times(warp, 2), matrix), row)
+        start = arith.addi(times(row, SWIZZLE_BYTES), times(chunk, 16))
         start = utils.getelementptr(utils.memref_ptr(target), [start], ir.IntegerType.get_signless(8))
         groups = weights.registers.reshape(weights.shape[0] // WARPGROUP_ROWS, weights.shape[1] // GROUP, 2)
         for keys, columns in np.ndindex(groups.shape[:2]):
@@ -188,7 +199,7 @@ def meet(team) -> None:
 
 def _meet(team):
     # Pallas uses the first five of 16 barriers.
-    _asm("bar.sync $0, 128;", "r", arith.addi(team.registers.item(), _i32(8)))
+    _asm("bar.sync $0, 128;", "r", arith.addi(team.registers.item(), i32(8)))
 
 
 def largest(numbers, board, team):
@@ -200,13 +211,13 @@ def largest(numbers, board, team):
         columns = _of_warp(numbers, arith.maximumf)
         _post(columns, board)
         _meet(team)
-        _, lane = _warp_and_lane()
+        _, lane = warp_and_lane()
         layout = mgpu.WGMMA_LAYOUT.reduce((0,))
         registers = np.empty(layout.registers_shape(its_type.shape), dtype=object)
         found = registers.reshape(-1)
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         for group in range(len(found)):
-            place = arith.addi(_times(_rem(lane, 4), 2), _i32(group * GROUP))
+            place = arith.addi(times(rem(lane, 4), 2), i32(group * GROUP))
             of_warps = [_load(pair, board, place, warp * its_type.shape[0]) for warp in range(WARPS)]
             found[group] = functools.reduce(arith.maximumf, of_warps)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
@@ -230,40 +241,50 @@ def largest_of_query(query, board, team):
                 number = arith.maximumf(number, utils.shfl_bfly(number, distance))
             found.append(number)
         _meet(team)  # all have read what was there
-        warp, lane = _warp_and_lane()
+        warp, lane = warp_and_lane()
         for turn, number in enumerate(found):  # all lanes write the same
             _store(number, board, warp, turn * WARPS)
         _meet(team)
         registers = np.empty(mgpu.WGMMA_LAYOUT.reduce((0,)).registers_shape(its_type.shape), dtype=object)
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         for group, place in enumerate(np.ndindex(registers.shape)):
-            registers[place] = _load(pair, board, _times(_rem(lane, 4), 2), group * GROUP)
+            registers[place] = _load(pair, board, times(rem(lane, 4), 2), group * GROUP)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT.reduce((0,)), _is_signed=None)
 
     return find(query, board, jnp.int32(team))
 
 
-def scale_query(query, factor, board, dtype) -> None:
-    """Writes a loaded query's rows times their factors [rows] to where they are, in another dtype of 16 bits."""
+def scale_query(query, factor, board, dtype, sorts=0) -> None:
+    """Writes a loaded query's rows times their factors [rows] to where they are, in another dtype of 16 bits.
+
+    Pairs of features of so many parts together change places where it `sorts` them: from the first one on, four that are a
+    quarter of all apart, then from the second one on, and so on.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), OF_COLUMNS, plgpu.RefType()))
     def scale(_, query, factor, board):
-        warp, _ = _warp_and_lane()
+        warp, _ = warp_and_lane()
         _post([*factor.registers.flat], board, 1)  # all warps write the same
-        nvvm.bar_warp_sync(_i32(-1))
+        nvvm.bar_warp_sync(i32(-1))
         columns, its_type = ir.MemRefType(board.type).shape[1], utils.dtype_to_ir_type(jnp.dtype(dtype))
-        for turn, places in enumerate(_places_of_query(query)):
+        taken = [[_widened(place) for place in places] for places in _places_of_query(query)]
+        if sorts:
+            nvvm.bar_warp_sync(i32(-1))
+        for turn, (numbers, places) in enumerate(zip(taken, _places_of_query(query, sorts))):
             number = _load(ir.F32Type.get(), board, warp, columns + turn * WARPS)
             pair = ir.VectorType.get((2,), ir.F32Type.get())
-            for place in places:
-                product = arith.mulf(_widened(place), vector.broadcast(pair, number))
-                llvm.store(arith.truncf(ir.VectorType.get((2,), its_type), product), place[0])
+            for numbers_of_pair, (place, _) in zip(numbers, places):
+                product = arith.mulf(numbers_of_pair, vector.broadcast(pair, number))
+                llvm.store(arith.truncf(ir.VectorType.get((2,), its_type), product), place)
 
     scale(query, factor, board)
 
 
-def turned(acc, features: int, room, team):
-    """The first features of acc [features, rows] as [64, features]. Others than the first rows come to have any numbers."""
+def turned(acc, features: int, room, team, sorted_by=(1, 8)):
+    """The first features of acc [features, rows] as [64, features]. Others than the first rows come to have any numbers.
+
+    `sorted_by` says how far features lie apart of a warp's neighbouring rows, and of its row 0 and row 8.
+    """
     rows = acc.shape[1]
     its_type = plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, features), jnp.float32, layout=WGMMA)
 
@@ -271,18 +292,20 @@ def turned(acc, features: int, room, team):
     def turn(_, acc, room, team):
         quarter, own = _quarter_and_row()
         width = ir.MemRefType(room.type).shape[1]
-        start = arith.addi(_times(quarter, 2 * width), own)
+        warp, lane = warp_and_lane()
+        feature = arith.addi(times(warp, 16), times(arith.divui(lane, i32(4)), sorted_by[0]))
+        start = arith.addi(times(quarter, 2 * width), feature)
         _meet(team)  # all have read what was there
         for (part, group, half), pair in np.ndenumerate(acc.registers.reshape(acc.shape[0] // WARPGROUP_ROWS, -1, 2)):
             for i in range(2):
-                offset = (group * GROUP + i) * width + part * WARPGROUP_ROWS + half * 8
+                offset = (group * GROUP + i) * width + part * WARPGROUP_ROWS + half * sorted_by[1]
                 _store(vector.extract(pair, [], [i]), room, start, offset)
         _meet(team)
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((WARPGROUP_ROWS, features)), dtype=object)
         for half in range(2):
-            row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
-            place = arith.addi(_times(row, width), _times(quarter, 2))
+            row = arith.minui(arith.addi(own, i32(8 * half)), i32(rows - 1))
+            place = arith.addi(times(row, width), times(quarter, 2))
             for group, of_group in enumerate(registers.reshape(-1, 2)):
                 of_group[half] = _load(pair, room, place, group * GROUP)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
@@ -304,7 +327,7 @@ def turned_numbers(m, l, board, team):
         found = [np.empty(layout.registers_shape((WARPGROUP_ROWS,)), dtype=object) for _ in types]
         single = ir.VectorType.get((1,), ir.F32Type.get())
         for half in range(2):
-            row = arith.minui(arith.addi(own, _i32(8 * half)), _i32(rows - 1))
+            row = arith.minui(arith.addi(own, i32(8 * half)), i32(rows - 1))
             numbers = [_load(ir.F32Type.get(), board, row, warp * rows) for warp in range(WARPS + 1)]
             for registers, number in zip(found, (numbers[WARPS], functools.reduce(arith.addf, numbers[:WARPS]))):
                 registers.reshape(-1)[half] = vector.broadcast(single, number)
@@ -315,8 +338,8 @@ def turned_numbers(m, l, board, team):
 
 def _quarter_and_row():
     """Which of a row's threads this is, and the first of its two rows of 64."""
-    warp, lane = _warp_and_lane()
-    return _rem(lane, 4), arith.addi(_times(warp, 16), arith.divui(lane, _i32(4)))
+    warp, lane = warp_and_lane()
+    return rem(lane, 4), arith.addi(times(warp, 16), arith.divui(lane, i32(4)))
 
 
 def _of_warp(numbers, combine):
@@ -338,9 +361,9 @@ def _of_other_lane(pair, distance: int):
 
 def _post(pairs, board, place: int | None = None) -> None:
     """Writes two of every 8 columns to a row of the board: that of the warp, if none is given."""
-    warp, lane = _warp_and_lane()
+    warp, lane = warp_and_lane()
     columns = ir.MemRefType(board.type).shape[1]
-    start = arith.addi(_times(_rem(lane, 4), 2), _times(warp, columns) if place is None else _i32(place * columns))
+    start = arith.addi(times(rem(lane, 4), 2), times(warp, columns) if place is None else i32(place * columns))
     for group, pair in enumerate(pairs):
         _store(pair, board, start, group * GROUP)
 
@@ -355,18 +378,27 @@ def _store(number, board, place, offset: int) -> None:
     llvm.store(number, utils.getelementptr(start, [offset], ir.F32Type.get()))
 
 
-def _places_of_query(query):
+def _places_of_query(query, sorts=0):
     """Of each row of a query that a warp has, every fourth, a lane's pairs of numbers: (pointer, type of one).
 
-    Which they are of the row's numbers does not matter.
+    Which they are of the row's numbers does not matter; or where `scale_query` has them, if it `sorts`.
     """
-    warp, lane = _warp_and_lane()
-    its_type = ir.MemRefType(query.type)
+    warp, lane = warp_and_lane()
+    its_type, lanes = ir.MemRefType(query.type), 32
     parts, rows = its_type.shape[0], its_type.shape[1] * GROUP
-    start = arith.addi(_times(warp, SWIZZLE_BYTES), _times(lane, 4))
-    start = utils.getelementptr(utils.memref_ptr(query), [start], ir.IntegerType.get_signless(8))
 
     def place(row, part):
+        place = times(lane, 4)
+        if sorts:  # a chunk of 4 pairs lies at chunk ^ row
+            swizzle = times(arith.addi(warp, i32(row % GROUP)), 4)
+            pair = arith.addi(arith.xori(lane, swizzle), i32(part % sorts * lanes))
+            quarter = GROUP * sorts
+            pair = arith.addi(times(rem(pair, quarter), 4), arith.divui(pair, i32(quarter)))
+            part -= part % sorts
+            place = times(arith.divui(pair, i32(lanes)), rows * SWIZZLE_BYTES)
+            place = arith.addi(place, times(arith.xori(rem(pair, lanes), swizzle), 4))
+        start = arith.addi(times(warp, SWIZZLE_BYTES), place)
+        start = utils.getelementptr(utils.memref_ptr(query), [start], ir.IntegerType.get_signless(8))
         return utils.getelementptr(start, [(part * rows + row) * SWIZZLE_BYTES], ir.IntegerType.get_signless(8))
 
     return [[(place(row, part), its_type.element_type) for part in range(parts)] for row in range(0, rows, WARPS)]
@@ -379,21 +411,21 @@ def _widened(place):
     return arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), pair)
 
 
-def _warp_and_lane():
-    thread = _rem(utils.thread_idx(), 32 * WARPS)
-    return arith.divui(thread, _i32(32)), _rem(thread, 32)
+def warp_and_lane():
+    thread = rem(utils.thread_idx(), 32 * WARPS)
+    return arith.divui(thread, i32(32)), rem(thread, 32)
 
 
-def _i32(number: int):
+def i32(number: int):
     return arith.constant(ir.IntegerType.get_signless(32), number)
 
 
-def _times(number, factor: int):
-    return arith.muli(number, _i32(factor))
+def times(number, factor: int):
+    return arith.muli(number, i32(factor))
 
 
-def _rem(number, divisor: int):
-    return arith.remui(number, _i32(divisor))
+def rem(number, divisor: int):
+    return arith.remui(number, i32(divisor))
 
 
 def _asm(text: str, constraints: str = "", *operands) -> None:

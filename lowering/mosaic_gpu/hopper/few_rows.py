@@ -6,6 +6,8 @@ steps of a block follow one another: other blocks come meanwhile. A latent cache
 
 A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys: they
 vote on whether any has, and only then tell each other their largest.
+
+Blocks of a quantised cache are read as they came (few_bytes.py), but for a latent one, whose blocks are widened.
 """
 
 import functools
@@ -16,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper import columns
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, few_bytes
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILED, WGMMA, any_in_warpgroup, gathered, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
@@ -38,7 +40,7 @@ def few_rows_scratch(plan: Plan) -> dict:
 class FewRows:
     """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
-    def __init__(self, plan, piece, done, team, warpgroup, shared: Shared):
+    def __init__(self, plan, piece, done, team, warpgroup, shared: Shared, pages):
         self.plan, self.piece, self.done, self.team = plan, piece, done, team
         self.sources = [shared.sources[0], shared.sources[-1]]  # a latent cache's values are scaled as its keys are
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, shared.optional) for kind in (Rows, Columns))
@@ -48,6 +50,7 @@ class FewRows:
         self.values, self.values_here, self.values_free = shared.values
         self.weights, self.board, self.room = (shared.scratch[name].at[team] for name in ("weights", "board", "room"))
         self.key_scales, self.value_scales = shared.scales
+        self.fetches = _Scales(plan, piece, pages, shared.sources) if plan.reads_bytes else None
         self.seen, self.owned = columns_of_tile.seen(), columns_of_tile.owns(columns_of_tile.rows())
 
     def pass_over(self, first, end):
@@ -58,13 +61,13 @@ class FewRows:
         edge, clear = self.rows.whole_steps(first, end)
         plgpu.barrier_wait(self.query_here)
         self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None, self.plan.rows)
-        running = self._start()
+        running = self._start(), self.fetches.start(first) if self.plan.reads_bytes else ()
         running = lax.fori_loop(first, edge, functools.partial(self._step, True), running)
         running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
         if self.plan.begins_late:
             running = lax.fori_loop(clear, end, functools.partial(self._step, True), running)
         plgpu.barrier_arrive(self.query_free)
-        acc, m, l = running
+        (acc, m, l), _ = running
         scales = None
         if self.plan.quantised:
             scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
@@ -76,7 +79,8 @@ class FewRows:
         def result(first=0, end=0):
             """The output of some features and the lse."""
             rows = slice(first, columns.whole_rows(end))
-            some = columns.turned(acc[rows], end - first, self.room, self.team) if end else ()
+            order = few_bytes.FEATURES if self.plan.reads_bytes else ()
+            some = columns.turned(acc[rows], end - first, self.room, self.team, *order) if end else ()
             return softmax.result(some, m, total, sinks, scales)
 
         features = self.plan.columns_at_once
@@ -97,15 +101,24 @@ class FewRows:
         acc, l = (plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for shape in shapes)
         return acc, m, l
 
-    def _step(self, masked, i, running):
+    def _step(self, masked, i, carry):
         """Block i: its logits, weights and output; unless it is masked, all rows see it."""
+        running, fetched = carry
         key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
+        if self.plan.reads_bytes:
+            (key_scales, value_scales), fetched = self.fetches.next(i, fetched)
+        else:
+            key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
         plgpu.barrier_wait(self.keys_here.at[key_slot])
-        sums = columns.start_logits(self.query, self.keys.at[key_slot])
+        sums = self._start_logits(self.keys.at[key_slot])
         logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
         if not self.plan.latent:  # whose keys are still to be values
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
-        key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
+        values = self.values.at[slot]
+        if self.plan.reads_bytes:  # and turned while weights are computed
+            plgpu.barrier_wait(self.values_here.at[slot])
+            values = few_bytes.taken_values(values, self._held(i) if masked else None)
+            plgpu.barrier_arrive(self.values_free.at[slot])
         logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
             logits = jnp.where(self.seen(i), logits, -jnp.inf)
@@ -118,7 +131,9 @@ class FewRows:
             weights = self.softmax.scaled(weights, logits, value_scales)
         columns.store_weights(weights.astype(self.plan.product_dtype), self.weights)
 
-        values = self.values.at[slot]
+        if self.plan.reads_bytes:
+            columns.meet(self.team)
+            return (settled(few_bytes.start_output(acc, self.weights, values), still_running=0), m, l), fetched
         if not self.plan.latent:
             plgpu.barrier_wait(self.values_here.at[slot])
         if masked:
@@ -127,7 +142,18 @@ class FewRows:
         columns.meet(self.team)
         acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
         plgpu.barrier_arrive(self.values_free.at[slot])
-        return acc, m, l
+        return (acc, m, l), fetched
+
+    def _held(self, i):
+        """Which keys of block i some row may look at."""
+        key = plgpu.broadcasted_iota(jnp.int32, (self.plan.block_kv,), 0, layout=KEYS)
+        return self.rows.held(i, key, functools.partial(gathered, layout=KEYS))
+
+    def _start_logits(self, keys):
+        """Arrays whose sum they are."""
+        if self.plan.reads_bytes:
+            return [few_bytes.start_logits(self.query, keys)]
+        return columns.start_logits(self.query, keys)
 
     def _follow(self, logits, acc, m, l):
         """acc, m and l by the maximum that these logits' weights are taken by.
@@ -159,6 +185,46 @@ class FewRows:
         """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
         largest = columns.largest_of_query(self.loaded_query, self.board, self.team)
         factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
-        columns.scale_query(self.loaded_query, factor, self.board, self.plan.product_dtype)
+        sorts = few_bytes.parts_together(self.plan.head_dim) if self.plan.reads_bytes else 0
+        columns.scale_query(self.loaded_query, factor, self.board, self.plan.product_dtype, sorts)
         plgpu.commit_smem()
         return to_logits
+
+
+class _Scales:
+    """Scales of a block's slots, where each has its own: a thread has those of its keys, as they lie.
+
+    They are few bytes of many pages. So the numbers of pages are asked for two blocks ahead and the scales one.
+    """
+
+    def __init__(self, plan: Plan, piece, pages, sources):
+        self.plan, self.piece, self.pages = plan, piece, pages
+        self.sources = [source for source in sources if source.scale == "slot"]
+        self.places = [source.scale == "slot" for source in sources]
+
+    def start(self, i):
+        """What is fetched before block i."""
+        if not self.sources:
+            return ()
+        return self._pages_of(i + 1), self._scales_of(i, self._pages_of(i))
+
+    def next(self, i, fetched):
+        """(Functions that give block i's scales of keys and of values, or None; what is fetched before the next block)."""
+        if not self.sources:
+            return (None, None), ()
+        pages, scales = fetched
+        found = iter(scales)
+        given = [(lambda its=next(found): its) if is_there else None for is_there in self.places]
+        return given, (self._pages_of(i + 2), self._scales_of(i + 1, pages))
+
+    def _keys_of(self, i):
+        first = (self.piece.last - i) * self.plan.block_kv
+        return jnp.maximum(first + plgpu.broadcasted_iota(jnp.int32, (self.plan.block_kv,), 0, layout=ROWS), 0)
+
+    def _pages_of(self, i):
+        return gathered(self.pages, self.plan.page_of(self.piece, self._keys_of(i)), ROWS)
+
+    def _scales_of(self, i, pages):
+        keys = self._keys_of(i)
+        places = [self.plan.place_of_scale(self.piece, pages, keys, source.beside) for source in self.sources]
+        return [gathered(source.scales, place, ROWS) for source, place in zip(self.sources, places)]

@@ -146,22 +146,22 @@ class _ThreadBlock:
             return compute_chain(plan, pieces.piece_of, **given)
         given |= dict(team=team)
         if plan.few_rows:
-            given |= dict(way=few_rows.FewRows)
+            given |= dict(way=functools.partial(few_rows.FewRows, pages=self.pages))
         if plan.looks_ahead:
             return compute_each(plan, pieces.piece_of, **given)
         pieces.each(functools.partial(compute, plan, **given), team)
 
     def load(self) -> None:
-        """Each warp its share; of a quantised cache, all but one of them widen, or another warpgroup does."""
+        """Each warp its share; where blocks are widened, all but one of them do that, or another warpgroup does."""
         plan, sources = self.plan, self.shared.sources
         queries = Queries(plan, self.query, self.shared.queries)
         share = functools.partial(load, plan, self.pieces, self.pages, queries, sources)
         _set_registers(plan.registers.loads, "decrease")
-        if plan.quantised:
+        if plan.widens:
             self._start_barriers()
 
         def work(warp):
-            if not plan.quantised or plan.loading_warpgroups > 1:
+            if not plan.widens or plan.loading_warpgroups > 1:
                 return share(warp)
             pl.when(warp == 0)(lambda: share(None))
             pl.when(warp > 0)(lambda: widen(plan, self.pieces.each, self.pages, sources, warp - 1))

@@ -29,8 +29,9 @@ MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
 class Source(NamedTuple):
     """The keys, or the values: where they lie in global memory, and the ring of blocks that copies fill.
 
-    Blocks of a quantised cache come as they are, and are widened into a second ring (`wide_*`), which is what products
-    read. Where each slot has its own scale, those of keys and values are fetched with the keys.
+    Blocks of a quantised cache come as they are, and unless products of few rows read them so, are widened into a second
+    ring (`wide_*`), which is what products read. There, where each slot has its own scale, those of keys and values are
+    fetched with the keys.
     """
 
     rows: jax.Array  # the cache as a matrix in global memory: each slot is a row, of all heads where those lie together
@@ -61,11 +62,11 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
     slot_scales = tuple(
         (optional[its_scale], beside, scratch[f"{name}_scales"])
         for its_scale, (name, (beside, _), scale) in zip(names, kinds)
-        if scale == "slot"
+        if scale == "slot" and plan.widens
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
         blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
-        raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.quantised
+        raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.widens
         if is_widened:
             raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         wide = []
@@ -77,7 +78,7 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
             if name == "keys":
                 groups, turns = plan.key_groups, plan.turns_before_keys
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
-        stages = plan.slots if name == "values" and not plan.quantised else plan.stages
+        stages = plan.slots if name == "values" and not plan.widens else plan.stages
         found.append(Source(rows, *of_rows, stages, *raw, scale, optional.get(names[i]), *wide))
     return found
 

@@ -54,7 +54,7 @@ class Registers(NamedTuple):
     widens: int | None = None
 
 
-# By the number of computing warpgroups, and whether caches are quantised.
+# By the number of computing warpgroups, and whether blocks are widened.
 REGISTERS = {
     (1, False): Registers(None, None),
     (2, False): Registers(240, 24),
@@ -124,9 +124,19 @@ class Plan:
         return self.cache_dtype != self.dtype
 
     @property
+    def reads_bytes(self) -> bool:
+        """Whether products of few rows widen keys and values in registers (few_bytes.py)."""
+        return self.quantised and self.few_rows and not self.latent
+
+    @property
+    def widens(self) -> bool:
+        """Whether one more warpgroup does."""
+        return self.quantised and not self.reads_bytes
+
+    @property
     def slots(self) -> int:
         """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
-        if not self.quantised:
+        if not self.widens:
             return self.stages - (self.query_places - 1)
         if self.fp8_terms:
             return FP8_SLOTS
@@ -134,13 +144,13 @@ class Plan:
 
     @property
     def key_slots(self) -> int:
-        return self.stages if self.fp8_terms or not self.quantised else self.slots
+        return self.stages if self.fp8_terms or not self.widens else self.slots
 
     @property
     def rings(self) -> list[str]:
         """Names of the shared memory that blocks go through: as products read them, and as they come."""
         products = ["keys"] if self.latent else ["keys", "values"]
-        come = [name for name in products if self.widens_keys or (self.quantised and name == "values")]
+        come = [name for name in products if self.widens_keys or (self.widens and name == "values")]
         return [*products, *(f"raw_{name}" for name in come)]
 
     @property
@@ -159,7 +169,12 @@ class Plan:
 
     @property
     def widens_keys(self) -> bool:
-        return self.quantised and not self.fp8_terms
+        return self.widens and not self.fp8_terms
+
+    @property
+    def block_dtype(self) -> str:
+        """That of the blocks that products read."""
+        return self.product_dtype if self.widens else self.cache_dtype
 
     @property
     def product_dtype(self) -> str:
@@ -180,7 +195,7 @@ class Plan:
     @property
     def loading_warpgroups(self) -> int:
         """Those that do not compute."""
-        return 2 if self.quantised and (self.warpgroups < 2 or self.wide) else 1
+        return 2 if self.widens and (self.warpgroups < 2 or self.wide) else 1
 
     @property
     def computing_warpgroups(self) -> int:
@@ -191,7 +206,7 @@ class Plan:
     def registers(self) -> Registers:
         if self.wide:
             return WIDE_REGISTERS[self.quantised]
-        return REGISTERS[self.computing_warpgroups, self.quantised]
+        return REGISTERS[self.computing_warpgroups, self.widens]
 
     @property
     def q_heads(self) -> int:

@@ -7,7 +7,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper import few_rows, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiling_of
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiling_of, tiling_of_bytes
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
@@ -23,7 +23,7 @@ def scratch_of(plan: Plan) -> dict:
             turn=plgpu.Barrier(num_barriers=plan.warpgroups),
             cleaned=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams),
         )
-    if plan.quantised:
+    if plan.widens:
         found |= widening_scratch(plan)
     return found
 
@@ -76,7 +76,7 @@ def _rings(plan: Plan) -> dict:
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         found |= dict(
-            values_here=plgpu.Barrier(num_arrivals=arrivals[plan.quantised], num_barriers=plan.teams * plan.slots),
+            values_here=plgpu.Barrier(num_arrivals=arrivals[plan.widens], num_barriers=plan.teams * plan.slots),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
     return found
@@ -84,11 +84,11 @@ def _rings(plan: Plan) -> dict:
 
 def _blocks(plan: Plan) -> dict:
     """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
-    product_dtype = jnp.dtype(plan.product_dtype)
+    dtype = jnp.dtype(plan.block_dtype)
 
     def ring(slots, *shape):
-        transforms = tiling_of(product_dtype, shape[-1])
-        return plgpu.SMEM((plan.teams * slots, *shape), product_dtype, transforms=transforms)
+        transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
+        return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
     found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
     if not plan.latent:  # products of 8 bits read values as features of all keys

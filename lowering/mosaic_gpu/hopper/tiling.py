@@ -24,6 +24,17 @@ def tiling_of(dtype, features: int = COLUMNS):
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)
 
 
+def columns_of_bytes(features: int) -> int:
+    """Numbers of a swizzled row of 8 bits that no product reads: 128 where all parts are whole so, and else 64."""
+    return math.gcd(SWIZZLE_BYTES, features)
+
+
+def tiling_of_bytes(features: int):
+    """How blocks of them lie."""
+    columns = columns_of_bytes(features)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns)
+
+
 # Of parts of 64 numbers, in 16 and in 8 bits.
 TILED, TILED_BYTES = tiling_of(np.dtype(np.float16)), tiling_of(np.dtype(np.int8))
 

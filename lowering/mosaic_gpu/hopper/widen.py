@@ -29,29 +29,39 @@ LANES = 32
 LOADED = {40: 3, 32: 3, 168: 4, 56: 3}  # by the registers that it has
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
 
-# From 4 bytes in $2 to numbers of float16 in $0 and $1, two and two.
-_FROM_FLOAT = """
-    .reg .b16 low, high;
-    mov.b32 {{low, high}}, $2;
-    cvt.rn.f16x2.{name}x2 $0, low;
-    cvt.rn.f16x2.{name}x2 $1, high;
-"""
-# b + 128 are the last bits of a float16 from 1024 on.
-_FROM_INT = """
-    .reg .b32 bytes, pair0, pair1, offset;
-    xor.b32 bytes, $2, 0x80808080;
-    prmt.b32 pair0, bytes, 0x64646464, 0x5150;
-    prmt.b32 pair1, bytes, 0x64646464, 0x5352;
-    mov.b32 offset, 0x64806480;
-    sub.rn.f16x2 $0, pair0, offset;
-    sub.rn.f16x2 $1, pair1, offset;
-"""
-HALVES = {
-    "float8_e4m3fn": _FROM_FLOAT.format(name="e4m3"),
-    "float8_e5m2": _FROM_FLOAT.format(name="e5m2"),
-    "int8": _FROM_INT,
-}
-QUANTISED = tuple(HALVES)
+def _halves(dtype: str, low: tuple[int, int], high: tuple[int, int]) -> str:
+    """Assembly: from 4 bytes in $2 those numbered `low` to two numbers of float16 in $0, and those numbered `high` in $1."""
+    (a, b), (c, d) = low, high
+    match dtype:
+        case "float8_e4m3fn":
+            return f"""
+                .reg .b32 bytes;
+                .reg .b16 low, high;
+                prmt.b32 bytes, $2, 0, 0x{d}{c}{b}{a};
+                mov.b32 {{low, high}}, bytes;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                cvt.rn.f16x2.e4m3x2 $1, high;
+            """
+        case "float8_e5m2":  # the first 8 bits of a float16
+            return f"""
+                prmt.b32 $0, $2, 0, 0x{b}4{a}4;
+                prmt.b32 $1, $2, 0, 0x{d}4{c}4;
+            """
+        case "int8":  # b + 128 are the last bits of a float16 from 1024 on
+            return f"""
+                .reg .b32 bytes, pair0, pair1, offset;
+                xor.b32 bytes, $2, 0x80808080;
+                prmt.b32 pair0, bytes, 0x64646464, 0x5{b}5{a};
+                prmt.b32 pair1, bytes, 0x64646464, 0x5{d}5{c};
+                mov.b32 offset, 0x64806480;
+                sub.rn.f16x2 $0, pair0, offset;
+                sub.rn.f16x2 $1, pair1, offset;
+            """
+
+
+QUANTISED = "float8_e4m3fn", "float8_e5m2", "int8"
+HALVES = {dtype: _halves(dtype, (0, 1), (2, 3)) for dtype in QUANTISED}
+SORTED_HALVES = {dtype: _halves(dtype, (0, 2), (1, 3)) for dtype in QUANTISED}  # of every second number
 
 
 def slot_of_scales(plan: Plan, step):
@@ -86,7 +96,7 @@ def widening_scratch(plan: Plan) -> dict:
 def _widened(plan: Plan) -> list:
     """Of what is widened, or transposed, its name, its features and what has a scale of its own."""
     kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
-    return kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2] if plan.quantised else []
+    return kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2] if plan.widens else []
 
 
 def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
