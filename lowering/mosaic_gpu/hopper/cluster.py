@@ -46,14 +46,15 @@ def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ..
     return row_groups, parts, words_of_part(columns), THREADS, 2
 
 
-def exchange_scratch(plan: Plan, blocks: dict) -> dict:
-    """What is in shared memory, by name, with these `blocks` of keys and values."""
+def exchange_scratch(plan: Plan):
+    """(what is in shared memory for this alone, by name, and the room for what is sent).
+
+    The room is among the former too, unless it is where keys and values were.
+    """
     room = plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32)
     ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.row_groups)
     barriers = dict(exchanged=arrivals(plan.row_groups), ready=ready)
-    if plan.exchanges_in_blocks:
-        return dict(blocks=plgpu.RefUnion([*blocks.values()], [room])) | barriers
-    return blocks | dict(exchange=room) | barriers
+    return barriers | ({} if plan.exchanges_in_blocks else dict(exchange=room)), room
 
 
 def start_exchange(plan: Plan, exchanged, ready) -> None:

@@ -129,16 +129,16 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
-def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
+def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values, features: int | None = None):
     """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
 
-    A warpgroup's share of them; all where it is None.
+    A warpgroup's share of them; all where it is None. Of a strip's, these are its `features`.
     """
-    dtype = jnp.dtype(plan.product_dtype)
-    columns = columns_of(plan.value_dim)
+    dtype, features = jnp.dtype(plan.product_dtype), features or plan.value_dim
+    columns = columns_of(features)
     layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, columns), dtype, columns * dtype.itemsize)
     holds = rows.held(i, columns, layout)
-    for c in range(plan.value_dim // columns):
+    for c in range(features // columns):
 
         @pl.when(warpgroup is None or warpgroup == c % plan.warpgroups)
         def _(c=c):

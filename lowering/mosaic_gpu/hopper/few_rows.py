@@ -23,6 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import at
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
@@ -45,8 +46,7 @@ class FewRows:
         self.plan, self.piece, self.done, self.team = plan, piece, done, team
         self.sources = [sources[0], sources[-1]]  # a latent cache's values are scaled as its keys are
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, optional) for kind in (Rows, Columns))
-        _, *views = query_views
-        self.loaded_query, self.query = (view.at[team] for [view] in views)
+        self.loaded_query, self.query = ([strip[i][0].at[team] for strip in query_views] for i in (1, 2))
         self.query_here, self.query_free = query_here.at[team], query_free.at[team]
         self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
         self.values, self.values_here, self.values_free = values, values_here, values_free
@@ -96,7 +96,7 @@ class FewRows:
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows].
 
-        Of acc, rows behind the last feature have any numbers later (columns.start_output).
+        Of acc, rows that are no feature's have any numbers later (columns.start_output).
         """
         rows = self.plan.rows
         m = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), OF_COLUMNS)
@@ -108,7 +108,7 @@ class FewRows:
         """Block i: its logits, weights and output; unless it is masked, all rows see it."""
         key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
         plgpu.barrier_wait(self.keys_here.at[key_slot])
-        sums = columns.start_logits(self.query, self.keys.at[key_slot])
+        sums = columns.start_logits(self.query, at(self.keys, key_slot))
         logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
         if not self.plan.latent:  # whose keys are still to be values
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
@@ -125,14 +125,18 @@ class FewRows:
             weights = self.softmax.scaled(weights, logits, value_scales)
         columns.store_weights(weights.astype(self.plan.product_dtype), self.weights)
 
-        values = self.values.at[slot]
+        values = at(self.values, slot)
         if not self.plan.latent:
             plgpu.barrier_wait(self.values_here.at[slot])
         if masked:
-            unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
-            pl.when(self.rows.may_hold_nothing(i))(unseen)
+
+            @pl.when(self.rows.may_hold_nothing(i))
+            def _():
+                for strip, its_values in zip(self.plan.value_strips, values):
+                    zero_unseen(self.plan, self.rows, None, i, its_values, strip.features)
+
         columns.meet(self.team)
-        acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
+        acc = settled(columns.start_output(acc, self.plan.value_dim, self.weights, values), still_running=0)
         plgpu.barrier_arrive(self.values_free.at[slot])
         return acc, m, l
 
@@ -164,8 +168,9 @@ class FewRows:
 
     def _scale_rows(self):
         """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
-        largest = columns.largest_of_query(self.loaded_query, self.board, self.team)
+        [loaded] = self.loaded_query
+        largest = columns.largest_of_query(loaded, self.board, self.team)
         factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
-        columns.scale_query(self.loaded_query, factor, self.board, self.plan.product_dtype)
+        columns.scale_query(loaded, factor, self.board, self.plan.product_dtype)
         plgpu.commit_smem()
         return to_logits

@@ -24,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, m
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import Queries, Source, load, loading_warps, sources_of
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.scratch import apart, scratch_of
+from paged_prefill.lowering.mosaic_gpu.hopper.scratch import apart, of_one_strip, scratch_of
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import widen
 from paged_prefill.lowering.tiles import Tiles
 
@@ -138,7 +138,7 @@ class _ThreadBlock:
         """All pieces of a team, by the loop that the plan chooses."""
         plan, pieces = self.plan, self.pieces
         shared = dict(optional=self.optional, sources=self.sources, results=self.results, warpgroup=warpgroup)
-        shared |= self.scratch
+        shared |= self.scratch if plan.few_rows else of_one_strip(self.scratch)
         if plan.alternates:
             return pieces.each(functools.partial(alternate.compute, plan, **shared))
         if plan.wide:
@@ -154,7 +154,7 @@ class _ThreadBlock:
 
     def load(self) -> None:
         """Each warp its share; of a quantised cache, all but one of them widen, or another warpgroup does."""
-        plan, [[slots], *_] = self.plan, self.scratch["query_views"]
+        plan, slots = self.plan, [slots for [slots], *_ in self.scratch["query_views"]]
         queries = Queries(plan, self.query, slots, self.scratch["query_here"], self.scratch["query_free"])
         share = functools.partial(load, plan, self.pieces, self.pages, queries, self.sources)
         _set_registers(plan.registers.loads, "decrease")
