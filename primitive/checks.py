@@ -37,6 +37,9 @@ NOT_EMPTY = (
     "q_heads", "kv_heads", "2 * kv_heads", "page_size", "head_dim", "value_dim", "layers", "words", "seqs + 1"
 )  # fmt: skip
 
+# Sizes that attention is built for; jax.export may leave others open.
+FIXED = ("q_heads", "kv_heads", "page_size", "head_dim")
+
 
 def check_layout(name) -> CacheLayout:
     """The layout of that name."""
@@ -95,6 +98,9 @@ def check_operands(
         own_lead = lead[: row.lead_dims(len(lead), cache_batch_dims)]
         _check_shape(row, operands[row.name], own_lead, present, sizes, givers, operation.writes, layout)
         _check_dtype(row.name, row.dtype, operands[row.name].dtype, operation.leading, leading.dtype)
+    if not operation.writes:
+        for name in FIXED:
+            _check_number(name, sizes[name])
     _check_values(operands, value_dim, layout)
     kv_heads = sizes["kv_heads"] if num_kv_heads is None else num_kv_heads
     if kv_heads > sizes["kv_heads"]:
@@ -297,6 +303,7 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
 
     Raises ValueError or TypeError that names the parameter.
     """
+    _check_number("head_dim", head_dim)
     softmax_scale = head_dim**-0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
@@ -325,6 +332,15 @@ def attention_of(*, softmax_scale, attn_logits_soft_cap, sliding_window, head_di
         means = " (the keys a row sees, its own included)"
         sliding_window = integer("sliding_window", sliding_window, least=1, means=means, other=" or None")
     return Attention(softmax_scale, attn_logits_soft_cap, sliding_window)
+
+
+def _check_number(name, size) -> None:
+    """Refuses a size that jax.export leaves open."""
+    if export.is_symbolic_dim(size):
+        raise ValueError(
+            f"{name} must be a number, got {size}: under jax.export, heads, page_size and head_dim of attention may not be "
+            "symbolic; tokens, sequences, pages, columns of page_indices, layers and batch dimensions may"
+        )
 
 
 def integer(name, value, *, least: int | None = None, means: str = "", other: str = "") -> int:

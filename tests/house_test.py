@@ -33,6 +33,10 @@ LAYERS = {
     "lowering": {"compat", "primitive", "lowering"},
 }
 LONGEST = 600
+# Lines of a function's code, and its arguments. What Triton compiles has no classes and no functions within functions, and
+# ejkernel.py takes what another project's functions take.
+LONGEST_FUNCTION, MOST_ARGUMENTS = 80, 11
+FREE_OF_BOTH = ("lowering/triton/*kernel.py", "ejkernel.py")
 
 # The signatures of users, the one list of static parameters, and the forms in which kernels are given their work. All
 # others read operands.py's table, or pass on what they were given. (The calls in ejkernel.py are another project's.)
@@ -70,11 +74,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def arguments(node: ast.FunctionDef) -> set[str]:
+    """The names of a function's arguments, but for *args and **kwargs."""
+    given = node.args
+    return {argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+
+
 def names_listed(node: ast.AST) -> set[str]:
     """What a node lists: the parameters of a function, fields of a class, arguments of a call, names in a collection."""
     match node:
-        case ast.FunctionDef(args=given):
-            return {argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+        case ast.FunctionDef():
+            return arguments(node)
         case ast.ClassDef(body=body):
             return {line.target.id for line in body if isinstance(line, ast.AnnAssign)}
         case ast.Call(args=positional, keywords=named):
@@ -129,6 +139,22 @@ class ImportsTest(parameterized.TestCase):
         files = sources("primitive", "sharding", "lowering", "tests", "benchmarks", "examples")
         lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
         self.assertEmpty({name: length for name, length in lengths.items() if length > LONGEST})
+
+    def test_no_function_is_too_long_to_see_whole_or_takes_too_much(self):
+        """Those that list a call's parameters, which is what they are for, take as many."""
+        found = {}
+        for path in sources("primitive", "sharding", "lowering", "benchmarks", "examples"):
+            if any(path.match(name) for name in FREE_OF_BOTH):
+                continue
+            name = str(path.relative_to(ROOT))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    code = node.body[ast.get_docstring(node) is not None :] or node.body
+                    lines, taken = node.end_lineno + 1 - code[0].lineno, len(arguments(node))
+                    lists = node.name in LISTS_OF_PARAMETERS.get(name, ())
+                    if lines > LONGEST_FUNCTION or (taken > MOST_ARGUMENTS and not lists):
+                        found[f"{name}: {node.name}"] = lines, taken
+        self.assertEmpty(found)
 
     def test_no_list_of_parameters_is_written_twice(self):
         """Else an operand more is a change in each of them."""

@@ -14,7 +14,7 @@ from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
-from paged_prefill.lowering.xla import host, kernel, walks
+from paged_prefill.lowering.xla import host, kernel, softmax, walks
 from paged_prefill.primitive.attention import Attention
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
@@ -362,6 +362,23 @@ class SplitsTest(parameterized.TestCase):
         want[3] = 0
         np.testing.assert_allclose(merged, want, rtol=1e-4, atol=1e-6)
         self.assertTrue(np.isnan(merged_lse[4, 0]))
+
+    def test_lanes_that_share_a_tile_become_one_and_others_stay(self):
+        rng = np.random.default_rng(1)
+        lanes, splits, rows = 6, 3, (2, 5)
+        largest, total = rng.normal(size=(lanes, *rows)) * 9, rng.uniform(1, 9, (lanes, *rows))
+        unnormalised = rng.normal(size=(lanes, *rows, 4))
+        for unseen in (np.s_[1], np.s_[:, 1, 2]):  # a lane without a block, and a row that sees no key
+            largest[unseen], total[unseen], unnormalised[unseen] = -np.inf, 0, 0
+        running = softmax.Running(*map(jnp.float32, (largest, total, unnormalised)))
+        merged = softmax.merge_lanes(running, jnp.arange(lanes) < splits, splits)
+        for x, before in zip(merged, running, strict=True):
+            np.testing.assert_array_equal(x[splits:], before[splits:])
+        top = largest[:splits].max(0)
+        weights = np.exp(largest[:splits] - np.where(np.isneginf(top), 0, top))
+        wanted = top, (total[:splits] * weights).sum(0), (unnormalised[:splits] * weights[..., None]).sum(0)
+        for x, want in zip(merged, wanted, strict=True):
+            np.testing.assert_allclose(x[0], want, rtol=1e-5, atol=1e-6)
 
 
 class ContractTest(parameterized.TestCase):

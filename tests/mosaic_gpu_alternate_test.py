@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.mosaic_gpu.hopper import alternate, compute, masks, softmax
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans
 
@@ -149,7 +150,7 @@ class AlternateTest(parameterized.TestCase):
         pieces = [piece_of(context, plan.window) for context in contexts]
         parts, slots = plan.query_parts, plan.slots
         query, weights, boards = np.empty((1, parts, ROWS, BLOCK)), np.empty((ROWS, BLOCK)), np.empty((2, 2 * ROWS))
-        scratch = dict(query_views=[[Memory(query)]], weights=Memory(weights), boards=Memory(boards))
+        scratch = dict(query_views=[[None], [None], [Memory(query)]], weights=Memory(weights), boards=Memory(boards))
         scratch |= dict(query_here=Barrier(1), query_free=Barrier(2), weighed=barriers(2, 1))
         sources = dict(keys=keys) if plan.latent else dict(keys=keys, values=values)
         for name, numbers in sources.items():
@@ -176,7 +177,7 @@ class AlternateTest(parameterized.TestCase):
                 query[0] = np.stack(np.split(numbers, parts, axis=1))
                 scratch["query_here"].arrive()
 
-        results = {}
+        results, shared = {}, Shared.of(plan, {}, None, scratch)
 
         def store(plan, piece, rows, found, warpgroup, first_column):
             results[pieces.index(piece), warpgroup] = [np.asarray(array) for array in found]
@@ -185,8 +186,7 @@ class AlternateTest(parameterized.TestCase):
         def compute_all(warpgroup):
             done = 0
             for piece in pieces:
-                own = dict(warpgroup=warpgroup, results=warpgroup)
-                alternate.compute(plan, piece, done, optional={}, sources=None, **own, **scratch)
+                alternate.compute(plan, piece, done, warpgroup=warpgroup, shared=shared, results=warpgroup)
                 done += piece.steps
 
         stored = mock.patch.object(alternate, "store_results", store)

@@ -25,6 +25,12 @@ def decode(seqs, context, **changes):
     return problems.problem(**(sizes | dict(page_size=16, head_dim=128, value_dim=128) | changes))
 
 
+def latent(seqs, heads, cache="bfloat16", **changes):
+    features = {"latent"} | ({"quantised"} if cache != "bfloat16" else set())
+    sizes = dict(q_heads=heads, num_kv_heads=1, cache_kv_heads=1, page_size=64, head_dim=576, value_dim=512)
+    return decode(seqs, 4096, **sizes, cache_dtype=cache, features=frozenset(features), **changes)
+
+
 def of_two_warpgroups(parts):
     return Config(block_q=64, block_kv=64, num_warps=12, num_stages=2, num_splits=parts)
 
@@ -68,6 +74,22 @@ class ClusterTest(parameterized.TestCase):
     def test_short_calls_are_merged_so(self, problem, parts, merged):
         self.assertEqual(parts_of(problem, KERNEL.heuristic(problem, HOPPER)), (parts, merged))
 
+    @parameterized.parameters((8, "bfloat16"), (16, "bfloat16"), (32, "bfloat16"), (64, "bfloat16"), (16, "int8"), (32, "int8"))
+    def test_halves_of_latent_contexts_are_merged_so(self, heads, cache):
+        """In place of blocks: a warpgroup's two outputs of few rows, or the halves of two warpgroups' columns."""
+        problem = latent(64, heads, cache, pages_per_seq=64 if cache == "bfloat16" else 32)
+        config = KERNEL.heuristic(problem, HOPPER)
+        self.assertEqual(parts_of(problem, config), (2, True))
+        self.assertFalse(host.exchange_fits(problem, config, 2))
+
+    @parameterized.parameters((16, 16), (128, 8), (64, 32))
+    def test_latent_contexts_are_not_cut_into_fewer_parts_for_a_clusters_sake(self, heads, seqs):
+        """Their steps wait for one another as much as for memory."""
+        problem = latent(seqs, heads, pages_per_seq=32)
+        config = KERNEL.heuristic(problem, HOPPER)
+        tiles = host.programs(problem, config)
+        self.assertGreaterEqual(tiles * parts_of(problem, config)[0], HOPPER.cores - tiles)
+
     def test_the_chip_has_room_for_all_clusters_or_there_are_none(self):
         """Of 7 groups of 16 cores, and pairs of any; in a core for what is sent; and where parts do not vary."""
         problem = decode(4, 512)
@@ -93,6 +115,21 @@ class ClusterTest(parameterized.TestCase):
             (Device("cuda"), 8),
         ):
             self.assertEqual(max(n for n in range(32) if host.in_cluster(problem, device, config, n)), most)
+
+    @parameterized.parameters((16, "bfloat16"), (64, "bfloat16"), (32, "float8_e4m3fn"))
+    def test_latent_halves_lower_to_a_program_without_a_merge(self, heads, cache):
+        operands = [((64, heads, 576), "bfloat16"), ((1, 2048, 64, 576), cache), ((64,), "int32"), ((64, 32), "int32")]
+        operands += [((65,), "int32"), ((1,), "float32")]
+
+        def call(query, keys, *rest):
+            *indices, scale = rest
+            scales = dict(key_scale=scale) if cache != "bfloat16" else {}
+            return ragged_paged_prefill(query, keys, None, *indices, value_dim=512, platform="cuda", **scales)
+
+        operands = [jax.ShapeDtypeStruct(*operand) for operand in operands]
+        text = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertIn("st.async", text)
+        self.assertNotIn("stablehlo.exponential", text)
 
     @parameterized.parameters(
         ((8, 32, 128), (8, 64, 16, 128), (8, 64), {}, False),

@@ -29,12 +29,15 @@ def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
 
 class EstimateTest(parameterized.TestCase):
     @parameterized.product(
-        parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)), most=(500, 12000), in_cluster=(False, True)
+        parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)),
+        most=(500, 12000),
+        in_cluster=(False, True),
+        of_memory=deal.MEMORIES,
     )
-    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster):
+    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster, of_memory):
         """Event by event: cores with work left share the memory, or the second cache, and each goes through its own steps."""
         shape, contexts = launch(in_cluster=in_cluster), np.random.default_rng(0).integers(1, most, 9)
-        shared = deal.OF_HELD if most == 500 else 1
+        shared = deal.OF_HELD if most == 500 else of_memory
         pieces = []
         for context in contexts:
             blocks = -(-context // 128)
@@ -51,8 +54,9 @@ class EstimateTest(parameterized.TestCase):
             left, time = [work - least for work in left], time + least * longer
         if parts.vary or (parts.most > 1 and not in_cluster):
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
-            time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + deal.RESULTS * 2**18 / 132 * len(pieces) / 90
-        self.assertAlmostEqual(deal._time(shape, parts, contexts) / time, 1)
+            time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES
+            time += deal.RESULTS * of_memory * 2**18 / 132 * len(pieces) / 90
+        self.assertAlmostEqual(deal._time(shape, parts, contexts, of_memory) / time, 1)
 
     @parameterized.named_parameters(
         ("teams", launch(seqs=64, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
@@ -82,7 +86,7 @@ class EstimateTest(parameterized.TestCase):
     @parameterized.product(parts=(Parts(), Parts(1, 4, 32), Parts(2, 2)), smallest=(2**17, 2**20))
     def test_no_parts_are_larger_than_they_were_or_too_small(self, parts, smallest):
         found = deal.finer(parts, launch(smallest=smallest))
-        self.assertEqual(found.least, parts.least)
+        self.assertIn(found.least, (1, parts.least))
         if found != parts:
             self.assertGreaterEqual(found.blocks * 2**16, smallest)
             self.assertLess(found.blocks, parts.blocks if parts.vary else 64)
@@ -169,8 +173,10 @@ class ChoiceTest(parameterized.TestCase):
             found = parts_of(*call, heads, 1, **latent)
         parts, launch = called.call_args.args
         time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))
-        longest = 1.2 if quantised else 1.05
+        longest = 1.2 if quantised else 1.115
         self.assertLessEqual(time(found), longest * min(time(parts), time(Parts(parts.least, parts.least))))
+        if call == (64, 16384):  # their results are little beside so many keys, and uneven contexts are dealt by them
+            self.assertTrue(found.vary)
         if call == (20, 8192) and heads == 16 and quantised:  # even parts would take uneven contexts half as long again
             self.assertTrue(found.vary)
 
@@ -182,13 +188,26 @@ class ChoiceTest(parameterized.TestCase):
         ("few_tiles", (17, 30336, 8, 1), {}, 2**18),
         ("those_of_a_cluster", (16, 11776, 4, 4), dict(tokens=5, head_dim=64, value_dim=64), 2**20),
         ("a_window", (38, 28161, 4, 1), dict(sliding_window=4096), 2**19),
-        ("a_prompt_beside_steps", (3, 10800, 24, 2), dict(tokens=96), 2**21),
+        ("a_prompt_beside_steps", (3, 40000, 24, 2), dict(tokens=96), 2**21),
+        ("one_of_few_is_long", (3, 10752, 16, 16), dict(tokens=3), 3 * 2**17),
+        ("a_wide_table", (19, 87616, 16, 2), dict(tokens=5), 3 * 2**18),
     )
     def test_parts_are_small_where(self, call, changes, most_bytes):
         """A tile's longest part is what others wait for: contexts may differ, or tiles leave a round half empty."""
         parts = parts_of(*call, **changes)
         self.assertTrue(parts.vary)
         self.assertLessEqual(parts.blocks * 2**16, most_bytes)
+
+    def test_one_long_context_of_few_fills_the_cores(self):
+        """Without a second round of its parts."""
+        parts = parts_of(3, 10752, 16, 16, tokens=3)
+        self.assertEqual(parts.number(np.int32(54)) * 16, 8 * 16)
+
+    def test_tiles_of_few_keys_have_fewer_parts_than_equal_contexts_want(self):
+        """As those of a prompt beside long contexts: each part's results are written and read once more."""
+        parts = parts_of(11, 155648, 4, 1, tokens=61)
+        self.assertEqual(parts.number(np.int32(6)), 1)
+        self.assertGreater(parts.number(np.int32(150)), 8)
 
 
 if __name__ == "__main__":

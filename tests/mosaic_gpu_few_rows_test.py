@@ -12,6 +12,7 @@ import numpy as np
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_rows, masks, softmax, tiling
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.room import rows_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans, problems
@@ -164,7 +165,8 @@ class FewRowsTest(parameterized.TestCase):
         weights = Memory(np.full((1, plan.rows, BLOCK), np.nan))
         own = Memory(np.zeros((1, 1)))
         with numpy_for_a_warpgroup():
-            attention = few_rows.FewRows(plan, piece, 0, 0, 0, {}, sources, weights=weights, board=own, room=own, **scratch)
+            shared = Shared.of(plan, {}, sources, scratch | dict(weights=weights, board=own, room=own))
+            attention = few_rows.FewRows(plan, piece, 0, 0, 0, shared)
             acc, lse = attention.run(*attention.rows.seen_steps())
             found = np.concatenate([some() for some in acc], axis=1) if isinstance(acc, list) else acc, lse
         return [np.asarray(numbers)[: length * plan.heads] for numbers in found]

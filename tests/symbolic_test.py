@@ -117,6 +117,14 @@ class SymbolicTest(parameterized.TestCase):
         for given in calls:
             packs.assert_matches_reference(packs.Pack(**given), *of_any_size.call(**given))
 
+    @parameterized.parameters(
+        ("features", "head_dim"), ("page_size", "page_size"), ("heads", "q_heads"), ("kv_heads", "kv_heads")
+    )
+    def test_a_size_that_must_be_a_number_is_named(self, symbolic, name):
+        message = f"{name} must be a number, got {symbolic}: under jax.export"
+        with self.assertRaisesRegex(ValueError, message):
+            exported(attend, ATTENTION, arrays(ATTENTION, SMALL), (symbolic,))
+
     @parameterized.parameters("tokens", "columns", "pages", ("tokens", "columns", "pages"))
     def test_prefill_page_attention(self, *symbolic):
         self.check(attend_one, ONE, symbolic)

@@ -7,6 +7,7 @@ context.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -32,17 +33,20 @@ STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
+LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
 HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
 # What each kind of contexts counts: of those as long as the table, which most engines measure, and of those of which most
-# are short; of those in a table eight times as wide, with few tiles and with many; 1 for all others.
-OF_EQUAL, OF_SHORT = 3.0, 3.0
-OF_WIDE, OF_WIDE_OF_MANY = 0.25, 0.1
+# are short; of those in a table eight times as wide; 1 for all others.
+OF_EQUAL, OF_SHORT, OF_WIDE = 3.0, 3.0, 0.5
+# What memory takes of an H100's time, on an H100 and on an H200: where it takes less, cores without work cost more. Parts
+# suit both, so that they follow the number of cores alone.
+MEMORIES = (1.0, 0.7)
 FEW = 0.25  # tiles for each core, at most
-# How many times their least time contexts as long as the table may take over latent keys, in 16 and in 8 bits: results of 8 to
-# 32 rows of 512 numbers cost so much that uneven contexts would have them take 1.15 and 1.4 times as long. In 8 bits even
-# halves take uneven ones twice as long, so more is paid for them.
-LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.05, 1.2
+# How many times their least time, that of halves which clusters merge, contexts as long as the table may take over latent
+# keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
+# where results cost less of the time, have more parts.
+LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.115, 1.2
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
@@ -75,8 +79,9 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    evenly = math.inf
+    evenly, rows = math.inf, 0
     if is_latent(problem):
+        rows = LEAST_LATENT_ROWS * unsplit
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
         if is_quantised(problem):
             step_bytes, evenly = WIDENED_LATENT_STEP_BYTES, WIDENED_LATENT_EVENLY
@@ -88,7 +93,7 @@ def dealt(
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
         block_bytes=config.block_kv * bytes_of_key(problem),
-        result_bytes=4 * problem.tokens * problem.q_heads * problem.value_dim,
+        result_bytes=4 * max(rows, problem.tokens * problem.q_heads) * problem.value_dim,
         slots=slots,
         cores=device.cores,
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
@@ -108,18 +113,22 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     found = [parts]
     if parts.vary and launch.evenly < math.inf:
         found.append(Parts(parts.least, parts.least))
-    for size in SIZES:
+    of_round = min(most, launch.slots // launch.tiles_of_seq)  # of one long context, all at work at the same time
+    # Tiles of few keys may have fewer parts than equal contexts want.
+    for size, bound, least in itertools.product(SIZES, (most, of_round), {parts.least: None, 1: None}):
         of_part = -(-size // launch.block_bytes)
-        smaller = Parts(parts.least, min(most, -(-blocks // of_part)), of_part)
-        if size >= launch.smallest and smaller.vary:
+        smaller = Parts(least, min(bound, -(-blocks // of_part)), of_part)
+        if size >= launch.smallest and smaller.most > parts.least:
             found.append(smaller)
     if len(found) == 1:
         return parts
     kinds = _kinds(launch)
-    times = np.array([[_time(launch, each, contexts) for contexts, _ in kinds] for each in found])
+    cases = [(contexts, memory) for memory in MEMORIES for contexts, _ in kinds]
+    times = np.array([[_time(launch, each, *case) for case in cases] for each in found])
     weights, power = np.array([weight for _, weight in kinds]), 2
     if launch.seqs * launch.tiles_of_seq >= launch.cores:
         weights[0], power = FULL * weights[0], 1
+    weights = np.tile(weights, len(MEMORIES))
     # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
     longer = times / times.min(axis=0)
     return found[int(np.argmin(np.where(longer[:, 0] <= launch.evenly, np.log(longer) ** power @ weights, np.inf)))]
@@ -132,13 +141,12 @@ def _kinds(launch: Launch) -> list:
     place = np.arange(1, launch.seqs + 1) / launch.seqs
     longest = min(launch.capacity, REACH * launch.most_keys)
     kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
-    few = launch.seqs * launch.tiles_of_seq <= FEW * launch.cores
-    kinds += [(share / 8, OF_WIDE if few else OF_WIDE_OF_MANY) for share, _ in kinds]
+    kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
     return [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
 
 
-def _time(launch: Launch, parts: Parts, contexts) -> float:
-    """When a launch ends, in bytes that a core loads meanwhile, with its pieces dealt longest first, to and fro.
+def _time(launch: Launch, parts: Parts, contexts, of_memory: float = 1.0) -> float:
+    """When a launch ends, in bytes that a core of an H100 loads meanwhile, with its pieces dealt longest first, to and fro.
 
     Pieces at work wait for memory, which they share, and for their own steps: where few are at work, mostly for their
     steps, where many are, mostly for memory.
@@ -153,9 +161,9 @@ def _time(launch: Launch, parts: Parts, contexts) -> float:
     ends = np.sort(rounds.sum(axis=0))
     at_work = np.arange(launch.slots, 0, -1)  # until each of them
     loaded = blocks.sum() * launch.tiles_of_seq * launch.block_bytes
-    memory = at_work / launch.cores * (OF_HELD if loaded <= HELD_BYTES else 1)
+    memory = at_work / launch.cores * (OF_HELD if loaded <= HELD_BYTES else of_memory)
     time = LAUNCH_BYTES + np.diff(ends, prepend=0) @ np.hypot(memory, launch.step_bytes / launch.block_bytes)
     if parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
-    results = RESULTS * launch.result_bytes / launch.cores * number.mean()
+    results = RESULTS * of_memory * launch.result_bytes / launch.cores * number.mean()
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

@@ -61,6 +61,7 @@ FASTER = {3: 1.04, 4: 1.15}
 # Bounds of value_dim / 2 + block_kv, by warpgroups: a thread holds its share of the output, a block's logits, and weights of
 # half their size.
 MOST_REGISTERS = {3: 128, 4: 96}
+MOST_EMPTY_OF_ONE_HEAD = 1.06  # likewise where others have more heads of a token
 MOST_EMPTY = 1.02  # how many times the rows other tiles may have, empty ones counted, to be preferred
 # Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain;
 # and tiles of one wide head in place of two.
@@ -119,8 +120,11 @@ class MosaicGpu(Kernel):
         more, config = _with_more_warpgroups(problem), _with_at_most_two(problem, widens)
         teams = _with_teams(problem, config)
         small = _with_one_warpgroup(problem, device) if widens and _has_short_prompts(problem) else None
-        if teams is not None and (_has_short_prompts(problem) or _has_many_steps(problem, device, config)):
+        many = teams is not None and _has_many_steps(problem, device, config)
+        if teams is not None and (many or _has_short_prompts(problem)):
             config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
+            if many:  # memory serves fewer copies at a time 1 to 2% faster
+                config = replace(config, num_stages=2 + are_gathered(problem.page_size, config.block_kv))
         elif small is not None:
             config = small
         elif more is not None and _ends_sooner(problem, device, more, config, widens and is_quantised(problem)):
@@ -208,7 +212,8 @@ class MosaicGpu(Kernel):
         problem = behind_widening(problem, config.fp8_terms)
         most = most_keys(problem, config.block_q) // config.block_kv
         unsplit, rows = programs(problem, config), problem.tokens * problem.q_heads
-        numbers = range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
+        # Of latent caches, tiles wait for their own steps as much as for memory: fewer parts, that a cluster merges, are slower.
+        numbers = () if is_latent(problem) else range(2, min(most, MOST_IN_LARGE_CLUSTER) + 1)
         clusters = frozenset(n for n in numbers if in_cluster(problem, device, config, n))
         sizes = dict(unsplit=unsplit, slots=device.cores, rows=rows, most=most)
         splits, of_round = best_splits(problem, device, config, **sizes, in_cluster=clusters), device.cores // unsplit
@@ -260,7 +265,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
     clusters = _merged_in_cluster(problem, device, config, parts)
     if clusters:
-        block_bytes = 2 * config.block_kv * (problem.head_dim + problem.value_dim)
+        block_bytes = 2 * config.block_kv * (problem.head_dim + (0 if is_latent(problem) else problem.value_dim))
         parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
     key_scale, value_scale = map(granularity, scales_of(call))
     return Plan(
@@ -320,8 +325,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
     if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
         return parts
-    clusters = not parts.vary and in_cluster(problem, device, config, least)
-    slots = device.cores * (1 if clusters else teams_of(problem, config))
+    clusters = in_cluster(problem, device, config, least)
+    slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
@@ -347,7 +352,9 @@ def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Pa
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
     """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
     large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
-    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER) or shares_rows(problem):
+    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER):
+        return False
+    if two_share_rows(problem, config) and (is_quantised(problem) or not is_latent(problem)):  # not measured
         return False
     at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
     in_place_of = bytes_of_blocks(problem, config)
@@ -356,8 +363,10 @@ def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionCon
 
 def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
     """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
-    exchanged = 4 * math.prod(exchange_shape(warpgroups_of(config), parts, problem.value_dim))
-    return shared_bytes(problem, config) + EXCHANGE_BYTES + max(0, exchanged - in_place_of) <= SHARED_BYTES
+    columns = problem.value_dim // (2 if two_share_rows(problem, config) else 1)
+    outputs = -(-columns // WARPGROUP_COLUMNS)
+    exchanged = 4 * math.prod(exchange_shape(outputs * warpgroups_of(config), parts, columns // outputs))
+    return shared_bytes(problem, config) + max(0, exchanged + EXCHANGE_BYTES - in_place_of) <= SHARED_BYTES
 
 
 def _block_kv(problem: Problem) -> int | None:
@@ -383,7 +392,8 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
         return _for_wide(problem)
     warpgroups = _most_warpgroups(problem)
     heads = min(pl.next_power_of_2(problem.group), WARPGROUP_ROWS // pl.next_power_of_2(tokens_per_seq))
-    if heads >= 16 and problem.group > 8:  # those of a token lie together, and few rows are empty
+    drafts = problem.group > 16 and tokens_per_seq < FEW_TOKENS  # or steps beside a prompt
+    if drafts or (heads >= 16 and problem.group > 8):  # those of a token lie together, and few rows are empty
         heads, warpgroups = heads_of_fewest_tiles(problem), 1
     elif tokens_per_seq < WARPGROUP_ROWS:  # pack a group's heads into the tile
         heads = min(16, pl.next_power_of_2(problem.group))
@@ -392,10 +402,23 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
         few = rows <= WARPGROUP_ROWS or (is_quantised(problem) and widens and tokens_per_seq < FEW_TOKENS)
         warpgroups = 1 if few else warpgroups
     else:
-        # One head's tokens are a little faster than two heads', but for wide dims, and where more rows stay empty.
-        one = block_kv == 128 and 2 * -(-tokens_per_seq // 128) == -(-tokens_per_seq // 64)
-        heads = 1 if one or problem.group % 2 else 2
+        heads = _heads_of_prompts(problem, block_kv)
     return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups)
+
+
+def _heads_of_prompts(problem: Problem, block_kv: int) -> int:
+    """Heads of a tile of 128 rows: one's tokens are up to 5% faster than those of two or four, but for wide dims. But the
+    more tokens of a head a tile has, the more of its rows stay empty: half of a prompt's last tile, where prompts differ.
+    """
+    tokens, rows = problem.tokens_per_seq, 2 * WARPGROUP_ROWS
+    heads = [h for h in ((1, 2, 4) if block_kv == 128 else (2,)) if problem.group % h == 0] or [1]
+
+    def with_empty(h):
+        block_q = rows // h
+        return block_q * -(-tokens // block_q) if min(problem.seqs, problem.tokens) == 1 else tokens + block_q / 2
+
+    fewest = min(map(with_empty, heads))
+    return next(h for h in heads if with_empty(h) <= MOST_EMPTY_OF_ONE_HEAD * fewest)
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
@@ -497,7 +520,12 @@ def _has_short_prompts(problem: Problem) -> bool:
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
     tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
-    return problem.tokens_per_seq >= tokens and mean_keys(problem, WARPGROUP_ROWS) <= SHORT
+    keys = mean_keys(problem, WARPGROUP_ROWS)
+    filled = math.gcd(problem.group, 4) == min(4, pl.next_power_of_2(problem.group))
+    if min(problem.seqs, problem.tokens) > 1 and (filled or problem.tokens_per_seq >= WARPGROUP_ROWS):
+        # Whole prompts in a wide table see as few as they have: both count. Of fewer tokens, heads have to fill the rows.
+        keys = math.sqrt(keys * min(keys, problem.tokens_per_seq / 2))
+    return problem.tokens_per_seq >= tokens and keys <= SHORT
 
 
 def _has_many_steps(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:

@@ -83,11 +83,13 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 
 def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Shared memory of the blocks of keys and values that products read, where heads are not wide."""
-    block, features = config.block_kv, problem.head_dim + problem.value_dim
+    """Shared memory of all blocks of keys and values, as products read them and as they come."""
+    block, features = config.block_kv, problem.head_dim + (0 if is_latent(problem) else problem.value_dim)
     if config.fp8_terms:
-        return block * (config.num_stages * problem.head_dim + FP8_SLOTS * problem.value_dim)
-    return 2 * block * features * (widened(block, features, False) if is_quantised(problem) else config.num_stages)
+        return block * (config.num_stages * features + FP8_SLOTS * problem.value_dim)
+    if not is_quantised(problem):
+        return 2 * block * features * config.num_stages
+    return block * features * (2 * widened(block, features, shares_rows(problem)) + config.num_stages)
 
 
 def heads_of_fewest_tiles(problem: Problem) -> int:

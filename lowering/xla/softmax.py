@@ -118,18 +118,17 @@ def merge_lanes(running: Running, shared: Bool[Array, " lanes"], splits: int) ->
     shared = of_splits(shared)[:, :, None, None]
     largest = jnp.where(shared, jnp.max(parts.largest, axis=1, keepdims=True), parts.largest)
     weights = jnp.exp(parts.largest - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    unnormalised = parts.unnormalised * weights[..., None]
+    totals = jnp.broadcast_to((parts.total * weights)[..., None], unnormalised.shape)  # both are one kernel so
+    unnormalised, totals = _sums([unnormalised, totals], 1)
 
-    def joined(x, weights, shared):
-        # Added one by one: XLA's CPU compiler hands a sum to a library, which takes 20 times as long for so few. In a
-        # loop, where no product becomes one with its sum: that rounds once less, in some programs and not in others.
-        products = x * weights
-        total = lax.fori_loop(1, splits, lambda i, total: total + products[:, i], products[:, 0])
-        return jnp.where(shared, total[:, None], x).reshape(-1, *x.shape[2:])
+    def joined(merged, x, shared):
+        return jnp.where(shared, merged[:, None], x).reshape(-1, *x.shape[2:])
 
     return Running(
         largest.reshape(running.largest.shape),
-        joined(parts.total, weights, shared),
-        joined(parts.unnormalised, weights[..., None], shared[..., None]),
+        joined(totals[..., 0], parts.total, shared),
+        joined(unnormalised, parts.unnormalised, shared[..., None]),
     )
 
 

@@ -3,7 +3,8 @@
 From a call to the tensor cores: `MosaicGpu.attend` (../host.py) makes a `Plan` (plan.py: all that is static) and a table
 of tiles (schedule.py; the same in XLA is lowering/tiles.py), and calls `kernel.launch`. A thread block there runs
 `kernel._kernel`: one warpgroup loads (loading.py), the others compute, all of them a piece after the other (pieces.py);
-what they share is in scratch.py. Of four loops that compute, the plan chooses one:
+what they share is laid out in scratch.py, and handed to them as shared.py has it. Of four loops that compute, the plan
+chooses one:
 
     compute.py    the usual one: a warpgroup has 64 rows of its own, FlashAttention-3's loop
     few_rows.py   up to 32 rows (decode steps), with products transposed (columns.py)

@@ -15,38 +15,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import Merging, store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import meet, post, posted, settled, start_logits
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_output, start_weighted, store_weights, swapped
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, shared: Shared, results):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    rows = Rows(plan, piece, warpgroup, optional)
-    found = _Attention(plan, piece, done, warpgroup, rows, **scratch).run()
+    rows, first_column = Rows(plan, piece, warpgroup, shared.optional), warpgroup * plan.output_columns
+    if plan.clusters:
+        merging = Merging(plan, piece, warpgroup, **shared.scratch)
+    found = _Attention(plan, piece, done, warpgroup, rows, shared).run()
     # Both write the lse, the same bits.
-    store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
+    if plan.clusters:
+        return merging.store(rows, found, results, first_column)
+    store_results(plan, piece, rows, found, results, first_column)
 
 
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the ring before it."""
 
-    def __init__(
-        self, plan, piece, done, warpgroup, rows, *, query_views, query_here, query_free, keys, keys_here, keys_free,
-        weights, boards, weighed, values=None, values_here=None, values_free=None, **_,
-    ):  # fmt: skip
+    def __init__(self, plan, piece, done, warpgroup, rows, shared: Shared):
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
         self.softmax, self.seen = Softmax(plan), rows.seen()
-        *_, [query] = query_views
-        self.query, self.query_here, self.query_free = query.at[0], query_here, query_free
-        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
-        self.values, self.values_here, self.values_free = values, values_here, values_free
-        if plan.latent:  # its first features of a key are its value
-            self.values, self.values_free = keys, keys_free
-        self.weights, self.weighed, self.maxima, self.sums = weights, weighed, boards.at[0], boards.at[1]
+        *_, taken, self.query_here, self.query_free = shared.queries
+        self.query = taken.at[0]
+        self.keys, self.keys_here, self.keys_free = shared.keys
+        self.values, self.values_here, self.values_free = shared.values
+        self.weights, self.weighed = shared.scratch["weights"], shared.scratch["weighed"]
+        self.maxima, self.sums = (shared.scratch["boards"].at[i] for i in range(2))
 
     def run(self):
         """Output and lse of the rows, of the warpgroup's columns."""

@@ -9,6 +9,7 @@ tells the others when they may send: as soon as its barrier is there, or once it
 import functools
 
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,7 +19,7 @@ import numpy as np
 
 from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals, initialise, wait
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, WGMMA, meet
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.primitive.attention import factor_and_lse
 
@@ -40,45 +41,54 @@ def words_of_part(columns: int) -> int:
     return 2 * (columns // GROUP) + 1
 
 
-def exchange_shape(row_groups: int, parts: int, value_dim: int) -> tuple[int, ...]:
-    """The shape of what a block is sent, in float32."""
+def exchange_shape(outputs: int, parts: int, value_dim: int) -> tuple[int, ...]:
+    """The shape of what a block is sent of so many outputs with so many columns each, in float32."""
     _, columns = shares(parts, value_dim)
-    return row_groups, parts, words_of_part(columns), THREADS, 2
+    return outputs, parts, words_of_part(columns), THREADS, 2
 
 
-def exchange_scratch(plan: Plan):
-    """(what is in shared memory for this alone, by name, and the room for what is sent).
-
-    The room is among the former too, unless it is where keys and values were.
-    """
-    room = plgpu.SMEM(exchange_shape(plan.row_groups, plan.splits, plan.value_dim), jnp.float32)
-    ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.row_groups)
-    barriers = dict(exchanged=arrivals(plan.row_groups), ready=ready)
-    return barriers | ({} if plan.exchanges_in_blocks else dict(exchange=room)), room
+def exchange_scratch(plan: Plan) -> tuple[dict, dict]:
+    """What is in shared memory, by name: what may lie where keys and values were, and what else."""
+    outputs = plan.warpgroups * plan.outputs
+    room = plgpu.SMEM(exchange_shape(outputs, plan.splits, plan.columns_at_once), jnp.float32)
+    ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.warpgroups)
+    return dict(exchange=room, exchanged=arrivals(outputs)), dict(ready=ready)
 
 
 def start_exchange(plan: Plan, exchanged, ready) -> None:
-    """By a warpgroup, long before it sends. `exchanged` is its own barrier, and `ready` its block's."""
+    """By a warpgroup, before it sends: long before, but where the exchange is in blocks, with which its block is done.
+
+    `exchanged` are its own barriers, and `ready` its block's.
+    """
+    if plan.exchanges_in_blocks and plan.warpgroups > 1:
+        meet(plan.warpgroups)
     initialise(exchanged, THREADS)
     _fence_initialised()
-    if not plan.exchanges_in_blocks:
-        _tell_all(ready)
+    _tell_all(ready)
 
 
-def merge_in_cluster(plan: Plan, part, acc, lse, owns, room, exchanged, ready):
-    """((output, lse) of a warpgroup's rows from all parts, the first of its columns), a block's share of the columns.
+def merge_in_cluster(plan: Plan, part, outputs, lse, owns, rooms, exchanged, ready):
+    """For each of a warpgroup's outputs (a function that finds ((output, lse) of its rows from all parts), the first of its
+    columns): a block's share of the columns.
 
-    `acc` [64, value_dim] and `lse` [64] are of the block's own part, and `owns` says which rows are there: others come
-    to have any numbers. `room` is the warpgroup's shared memory, `exchanged` its barrier, and `ready` its block's.
+    `outputs` are functions that find [64, columns], and `lse` [64], of the block's own part, and `owns` says which rows are
+    there: others come to have any numbers. `rooms` is the warpgroup's shared memory and `exchanged` its barriers, one for
+    each output, and `ready` its block's.
     """
-    firsts, columns = shares(plan.splits, plan.value_dim)
-    if plan.exchanges_in_blocks:  # this one is done with them
-        _tell_all(ready)
+    firsts, columns = shares(plan.splits, plan.columns_at_once)
+    if plan.exchanges_in_blocks:
+        start_exchange(plan, exchanged, ready)
     plgpu.barrier_wait(ready)
-    _send(acc, lse, owns, room, exchanged, part, firsts, columns)
-    wait(exchanged, jnp.int32(0), jnp.int32(0))
-    received = [_receive(room, number, columns) for number in range(plan.splits)]
-    return merged(*zip(*received)), jnp.minimum(part * columns, firsts[-1])
+    places = [(rooms.at[i], exchanged.at[pl.ds(i, 1)]) for i in range(len(outputs))]
+    for output, (room, barrier) in zip(outputs, places):
+        _send(output(), lse, owns, room, barrier, part, firsts, columns)
+
+    def find(room, barrier):
+        wait(barrier, jnp.int32(0), jnp.int32(0))
+        received = [_receive(room, number, columns) for number in range(plan.splits)]
+        return merged(*zip(*received))
+
+    return [functools.partial(find, *place) for place in places], jnp.minimum(part * columns, firsts[-1])
 
 
 def merged(outputs, lses):

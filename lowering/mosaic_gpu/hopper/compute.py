@@ -20,44 +20,58 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_products, start_weighted, store_terms
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import columns_of
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
-def compute(
-    plan: Plan, piece, done, *, team, warpgroup, optional, sources, results, beside_results=lambda: None, way=None,
-    **scratch,
-):  # fmt: skip
+def compute(plan: Plan, piece, done, *, team, warpgroup, shared, results, beside_results=lambda: None, way=None):
     """One warpgroup's share of a piece, from its first block to its results in global memory.
 
     `way` makes what goes through the blocks: that of tiles of few rows, in place of the usual one.
     `beside_results` asks for what takes a while to come, and what it returns, this returns.
     """
     if plan.clusters:
-        several, barriers = piece.tile.parts > 1, (scratch["exchanged"].at[pl.ds(warpgroup, 1)], scratch["ready"])
-        pl.when(several)(lambda: start_exchange(plan, *barriers))
-    attention = (way or _Attention)(plan, piece, done, team, warpgroup, optional, sources, **scratch)
+        merging = Merging(plan, piece, warpgroup, **shared.scratch)
+    attention = (way or _Attention)(plan, piece, done, team, warpgroup, shared)
     rows = attention.rows
     first, end = rows.seen_steps()
     attention.pass_over(0, first)
     found = attention.run(first, end)
     if plan.clusters:
         attention.pass_over(end, piece.steps)  # what is sent may lie where blocks come
-        pl.when(~several)(lambda: store_results(plan, piece, rows, found, results))
-
-        @pl.when(several)
-        def _():
-            room, owns = scratch["exchange"].at[warpgroup], rows.owns(rows.rows())
-            merged, first_column = merge_in_cluster(plan, piece.tile.part, *found, owns, room, *barriers)
-            store_results(plan, piece, rows, merged, results, first_column)
-
-        return None
+        return merging.store(rows, found, results)
     asked = beside_results()
     store_results(plan, piece, rows, found, results)
     attention.pass_over(end, piece.steps)
     return asked
+
+
+class Merging:
+    """A warpgroup's merge of a tile's parts with the other blocks of its cluster, where it has several."""
+
+    def __init__(self, plan: Plan, piece, warpgroup, *, exchange, exchanged, ready, **_):
+        self.plan, self.piece, self.several = plan, piece, piece.tile.parts > 1
+        own = pl.ds(warpgroup * plan.outputs, plan.outputs)
+        self.places = exchange.at[own], exchanged.at[own], ready
+        if not plan.exchanges_in_blocks:
+            pl.when(self.several)(lambda: start_exchange(plan, *self.places[1:]))
+
+    def store(self, rows: Rows, found, results, first_column=0):
+        """Writes what a block has of the results of all parts, from `found`, those of its own; or those, if it is alone."""
+        plan, piece = self.plan, self.piece
+        pl.when(~self.several)(lambda: store_results(plan, piece, rows, found, results, first_column))
+
+        @pl.when(self.several)
+        def _():
+            outputs, lse = jax.tree.leaves(found[0]), found[1]
+            outputs = [array if callable(array) else (lambda array=array: array) for array in outputs]
+            owns = rows.owns(rows.rows())
+            shares, first = merge_in_cluster(plan, piece.tile.part, outputs, lse, owns, *self.places)
+            for i, find in enumerate(shares):
+                store_results(plan, piece, rows, find(), results, first_column + i * plan.columns_at_once + first)
 
 
 def compute_each(plan: Plan, piece_of, *, team, **others):
@@ -71,11 +85,11 @@ def compute_each(plan: Plan, piece_of, *, team, **others):
     lax.while_loop(lambda carry: carry[3], one, (jnp.int32(0), jnp.int32(0), *piece_of(jnp.int32(0), team)))
 
 
-def compute_chain(plan: Plan, piece_of, *, warpgroup, optional, sources, results, **scratch):
+def compute_chain(plan: Plan, piece_of, *, warpgroup, shared: Shared, results):
     """One warpgroup's share of all pieces: each one's first logits come beside the last product of the one before."""
 
     def attention_of(piece, done):
-        return _Attention(plan, piece, done, 0, warpgroup, optional, sources, **scratch)
+        return _Attention(plan, piece, done, 0, warpgroup, shared)
 
     def one(carry):
         i, done, piece, _, first = carry
@@ -171,22 +185,16 @@ def store_query(plan: Plan, query, part, numbers):
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
-    def __init__(
-        self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, keys, values, query_here,
-        query_free, keys_here, values_here, keys_free, values_free, turn, cleaned, keys_scales=None, values_scales=None,
-        **_,
-    ):  # fmt: skip
+    def __init__(self, plan, piece, done, team, warpgroup, shared: Shared):
         self.plan, self.piece, self.done, self.team, self.warpgroup = plan, piece, done, team, warpgroup
-        self.rows, self.sources = Rows(plan, piece, warpgroup, optional), sources
-        [self.query_slots], *self.views = query_views
+        self.rows = Rows(plan, piece, warpgroup, shared.optional)
+        self.sources, self.queries = shared.sources, shared.queries
         self.loaded_query, self.query = self._query_of(piece)
-        self.keys, self.values = keys, values
-        self.queries_here, self.queries_free = query_here, query_free
-        self.query_free = query_free.at[plan.queries_of(piece, team, warpgroup)]
-        self.keys_here, self.keys_free = keys_here, keys_free
-        self.values_here, self.values_free = values_here, values_free
-        self.turn, self.cleaned = turn, cleaned.at[team]
-        self.slot_scales = dict(key_scales=keys_scales, value_scales=values_scales)
+        self.query_free = self.queries.free.at[plan.queries_of(piece, team, warpgroup)]
+        self.keys, self.keys_here, self.keys_free = shared.keys
+        self.values, self.values_here, self.values_free = shared.values
+        self.turn, self.cleaned = shared.scratch["turn"], shared.scratch["cleaned"].at[team]
+        self.slot_scales = dict(zip(("key_scales", "value_scales"), shared.scales))
 
     def pass_over(self, first, end):
         """Lets go of blocks `first` to `end`; what all warpgroups do together with a block, it does too."""
@@ -464,22 +472,23 @@ class _Attention:
             head, token = self.rows.head_and_token(row + self.warpgroup * WARPGROUP_ROWS)
             tokens, head = pl.ds(self.piece.tile.start + token, plan.slab), self.piece.head + head
             for part in range(plan.query_parts):
-                slots = self.query_slots.at[place, part, pl.ds(row, plan.slab)]
+                slots = self.queries.slots.at[place, part, pl.ds(row, plan.slab)]
                 plgpu.copy_smem_to_gmem(slots, out.at[tokens, head, pl.ds(part * size, size)])
 
     def _let_go_of_last_results(self):
         """The place of the last piece's query is free once its results have left it."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         last = self.piece._replace(number=self.piece.number - 1)
-        plgpu.barrier_arrive(self.queries_free.at[self.plan.queries_of(last, self.team, self.warpgroup)])
+        plgpu.barrier_arrive(self.queries.free.at[self.plan.queries_of(last, self.team, self.warpgroup)])
 
     def _query_of(self, piece):
         """A piece's query, as it was loaded and as products take it."""
-        loaded, query = (view.at[self.plan.query_of(piece, self.team, self.warpgroup)] for [view] in self.views)
+        views = self.queries.loaded, self.queries.taken
+        loaded, query = (view.at[self.plan.query_of(piece, self.team, self.warpgroup)] for view in views)
         return loaded, query.at[pl.ds(0, self.plan.query_terms * self.plan.query_parts)]
 
     def _wait_for_query(self, piece):
-        plgpu.barrier_wait(self.queries_here.at[self.plan.queries_of(piece, self.team, self.warpgroup)])
+        plgpu.barrier_wait(self.queries.here.at[self.plan.queries_of(piece, self.team, self.warpgroup)])
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)

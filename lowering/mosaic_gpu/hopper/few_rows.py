@@ -21,7 +21,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import ROWS, TILED, WGMMA, any_in_warpgroup, settled
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import at
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
@@ -38,22 +39,17 @@ def few_rows_scratch(plan: Plan) -> dict:
 class FewRows:
     """A warpgroup's way through a piece: `done` blocks went through its team's rings before it."""
 
-    def __init__(
-        self, plan, piece, done, team, warpgroup, optional, sources, *, query_views, query_here, query_free, keys,
-        keys_here, keys_free, weights, board, room, values=None, values_here=None, values_free=None, keys_scales=None,
-        values_scales=None, **_,
-    ):  # fmt: skip
+    def __init__(self, plan, piece, done, team, warpgroup, shared: Shared):
         self.plan, self.piece, self.done, self.team = plan, piece, done, team
-        self.sources = [sources[0], sources[-1]]  # a latent cache's values are scaled as its keys are
-        self.rows, columns_of_tile = (kind(plan, piece, warpgroup, optional) for kind in (Rows, Columns))
-        self.loaded_query, self.query = ([strip[i][0].at[team] for strip in query_views] for i in (1, 2))
-        self.query_here, self.query_free = query_here.at[team], query_free.at[team]
-        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
-        self.values, self.values_here, self.values_free = values, values_here, values_free
-        if plan.latent:  # its first features of a key are its value
-            self.values, self.values_free = keys, keys_free
-        self.weights, self.board, self.room = (reference.at[team] for reference in (weights, board, room))
-        self.key_scales, self.value_scales = keys_scales, keys_scales if plan.latent else values_scales
+        self.sources = [shared.sources[0], shared.sources[-1]]  # a latent cache's values are scaled as its keys are
+        self.rows, columns_of_tile = (kind(plan, piece, warpgroup, shared.optional) for kind in (Rows, Columns))
+        _, loaded, taken, *barriers = shared.queries
+        self.loaded_query, self.query = at(loaded, team), at(taken, team)
+        self.query_here, self.query_free = (barrier.at[team] for barrier in barriers)
+        self.keys, self.keys_here, self.keys_free = shared.keys
+        self.values, self.values_here, self.values_free = shared.values
+        self.weights, self.board, self.room = (shared.scratch[name].at[team] for name in ("weights", "board", "room"))
+        self.key_scales, self.value_scales = shared.scales
         self.seen, self.owned = columns_of_tile.seen(), columns_of_tile.owns(columns_of_tile.rows())
 
     def pass_over(self, first, end):
@@ -85,13 +81,12 @@ class FewRows:
             some = columns.turned(acc[rows], end - first, self.room, self.team) if end else ()
             return softmax.result(some, m, total, sinks, scales)
 
-        features = self.plan.value_dim
-        if features <= WARPGROUP_COLUMNS:
+        features = self.plan.columns_at_once
+        if self.plan.outputs == 1:
             return result(0, features)
         # Turned, there are four times as many numbers or more: no thread has registers for all.
-        firsts = range(0, features, WARPGROUP_COLUMNS)
-        parts = [functools.partial(result, first, min(first + WARPGROUP_COLUMNS, features)) for first in firsts]
-        return [lambda part=part: part()[0] for part in parts], result()[1]
+        firsts = range(0, self.plan.value_dim, features)
+        return [lambda first=first: result(first, first + features)[0] for first in firsts], result()[1]
 
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows].

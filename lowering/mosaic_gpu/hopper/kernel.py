@@ -21,10 +21,11 @@ from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
-from paged_prefill.lowering.mosaic_gpu.hopper.loading import Queries, Source, load, loading_warps, sources_of
+from paged_prefill.lowering.mosaic_gpu.hopper.loading import Queries, load, loading_warps, sources_of
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.scratch import apart, of_one_strip, scratch_of
+from paged_prefill.lowering.mosaic_gpu.hopper.scratch import apart, scratch_of
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import widen
 from paged_prefill.lowering.tiles import Tiles
 
@@ -102,7 +103,8 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     part = lax.axis_index("part") if plan.clusters else None
     pieces, scratch = Pieces(plan, table, pools, kv_head_start, block, slab, part), apart(plan, scratch)
     sources = sources_of(plan, caches, optional, scratch)
-    thread_block = _ThreadBlock(plan, pieces, pages, query, sources, optional, results, counters, scratch)
+    shared = Shared.of(plan, optional, sources, scratch)
+    thread_block = _ThreadBlock(plan, pieces, pages, query, shared, results, counters)
     pl.when(warpgroup < plan.computing_warpgroups)(functools.partial(thread_block.compute, warpgroup))
     pl.when(warpgroup == plan.computing_warpgroups)(thread_block.load)
     if plan.loading_warpgroups == 2:
@@ -115,48 +117,45 @@ class _ThreadBlock:
 
     plan: Plan
     pieces: Pieces
-    pages: jax.Array  # the page table, in global memory, as all down to `counters`
+    pages: jax.Array  # the page table, in global memory, as all but `shared`
     query: jax.Array
-    sources: list[Source]
-    optional: dict[str, jax.Array]
+    shared: Shared
     results: tuple[jax.Array, ...]
     counters: jax.Array | None  # of parts, where the last of them merges
-    scratch: dict  # shared memory and barriers, by name
 
     def compute(self, warpgroup) -> None:
         plan, pieces = self.plan, self.pieces
         _set_registers(plan.registers.computes, "increase")
         if plan.takes_turns:  # the first turn is the first warpgroup's
-            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(self.scratch["turn"].at[0]))
+            pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(self.shared.scratch["turn"].at[0]))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
         self._attend(team, of_team)
         if plan.last_merges:
             of_pieces = functools.partial(pieces.index_of, team=team), lambda i: pieces.piece_of(i, team)[0]
-            merge_where_last(plan, pieces.table, *of_pieces, of_team, self.optional, self.results, self.counters)
+            merge_where_last(plan, pieces.table, *of_pieces, of_team, self.shared.optional, self.results, self.counters)
 
     def _attend(self, team, warpgroup) -> None:
         """All pieces of a team, by the loop that the plan chooses."""
         plan, pieces = self.plan, self.pieces
-        shared = dict(optional=self.optional, sources=self.sources, results=self.results, warpgroup=warpgroup)
-        shared |= self.scratch if plan.few_rows else of_one_strip(self.scratch)
+        given = dict(warpgroup=warpgroup, shared=self.shared, results=self.results)
         if plan.alternates:
-            return pieces.each(functools.partial(alternate.compute, plan, **shared))
+            return pieces.each(functools.partial(alternate.compute, plan, **given))
         if plan.wide:
-            return pieces.each(functools.partial(wide.compute, plan, **shared))
+            return pieces.each(functools.partial(wide.compute, plan, **given))
         if plan.chains:
-            return compute_chain(plan, pieces.piece_of, **shared)
-        shared |= dict(team=team)
+            return compute_chain(plan, pieces.piece_of, **given)
+        given |= dict(team=team)
         if plan.few_rows:
-            shared |= dict(way=few_rows.FewRows)
+            given |= dict(way=few_rows.FewRows)
         if plan.looks_ahead:
-            return compute_each(plan, pieces.piece_of, **shared)
-        pieces.each(functools.partial(compute, plan, **shared), team)
+            return compute_each(plan, pieces.piece_of, **given)
+        pieces.each(functools.partial(compute, plan, **given), team)
 
     def load(self) -> None:
         """Each warp its share; of a quantised cache, all but one of them widen, or another warpgroup does."""
-        plan, slots = self.plan, [slots for [slots], *_ in self.scratch["query_views"]]
-        queries = Queries(plan, self.query, slots, self.scratch["query_here"], self.scratch["query_free"])
-        share = functools.partial(load, plan, self.pieces, self.pages, queries, self.sources)
+        plan, sources = self.plan, self.shared.sources
+        queries = Queries(plan, self.query, self.shared.queries)
+        share = functools.partial(load, plan, self.pieces, self.pages, queries, sources)
         _set_registers(plan.registers.loads, "decrease")
         if plan.quantised:
             self._start_barriers()
@@ -165,22 +164,22 @@ class _ThreadBlock:
             if not plan.quantised or plan.loading_warpgroups > 1:
                 return share(warp)
             pl.when(warp == 0)(lambda: share(None))
-            pl.when(warp > 0)(lambda: widen(plan, self.pieces.each, self.pages, self.sources, warp - 1))
+            pl.when(warp > 0)(lambda: widen(plan, self.pieces.each, self.pages, sources, warp - 1))
 
         _each_warp(work)
 
     def _start_barriers(self) -> None:
         """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
-        for source in self.sources:
+        for source in self.shared.sources:
             if source.wide_blocks is not None:
                 initialise(source.here, loading_warps(self.plan))
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.scratch["started"])
+        plgpu.barrier_arrive(self.shared.scratch["started"])
 
     def widen(self) -> None:
         _set_registers(self.plan.registers.widens, "decrease")
-        plgpu.barrier_wait(self.scratch["started"])
-        _each_warp(functools.partial(widen, self.plan, self.pieces.each, self.pages, self.sources))
+        plgpu.barrier_wait(self.shared.scratch["started"])
+        _each_warp(functools.partial(widen, self.plan, self.pieces.each, self.pages, self.shared.sources))
 
 
 def _each_warp(do) -> None:

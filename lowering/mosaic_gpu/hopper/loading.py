@@ -20,6 +20,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper import gather, threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Places
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Strip
 
 MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
@@ -64,8 +65,8 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
         if scale == "slot"
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
-        in_rows = plan.in_strips and not plan.gathers
-        blocks = [scratch[f"rows_of_{name}" if in_rows else name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
+        blocks = scratch[f"rows_of_{name}" if plan.in_strips and not plan.gathers else name]
+        blocks = [blocks if plan.few_rows else [blocks], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.quantised
         if is_widened:
             raw = [[scratch[f"raw_{name}"]], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
@@ -90,9 +91,7 @@ class Queries:
 
     plan: Plan
     query: jax.Array  # [tokens, q_heads, head_dim] in global memory
-    slots: list[jax.Array]  # [places, parts, 64, columns] of each strip, in shared memory
-    here: jax.Array  # barriers: a piece's rows have come; others may come there
-    free: jax.Array
+    places: Places
 
     def copy(self, piece, team, done) -> None:
         """Starts to copy a piece's rows, a slab at a time, once there is a place."""
@@ -103,14 +102,14 @@ class Queries:
         for row in range(0, plan.rows, plan.slab):
             queries = plan.queries_of(piece, team, row // WARPGROUP_ROWS)
             if row % (plan.rows // plan.query_groups) == 0:
-                pl.when(occupied)(functools.partial(plgpu.barrier_wait, self.free.at[queries]))
+                pl.when(occupied)(functools.partial(plgpu.barrier_wait, self.places.free.at[queries]))
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
             for slots, part, columns in self._parts():
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
                 target = slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
-                plgpu.copy_gmem_to_smem(self.query.at[*rows, columns], target, self.here.at[queries])
+                plgpu.copy_gmem_to_smem(self.query.at[*rows, columns], target, self.places.here.at[queries])
 
     def _ask_for(self, piece) -> None:
         """Brings a piece's rows into the second cache, while the last one still has its place."""
@@ -120,7 +119,8 @@ class Queries:
 
     def _parts(self):
         """(places of a strip, one of its parts, the columns of that) of all parts."""
-        for slots, strip in zip(self.slots, self.plan.key_strips):
+        of_strips = self.places.slots if self.plan.few_rows else [self.places.slots]
+        for slots, strip in zip(of_strips, self.plan.key_strips):
             for part in range(strip.parts):
                 yield slots, part, pl.ds(strip.first + part * strip.columns, strip.columns)
 
@@ -150,7 +150,7 @@ class Loading:
         def step(i, _):
             rows = self._rows_of(piece, i)
             if plan.query_comes_first:
-                here = self.queries.here
+                here = self.queries.places.here
                 pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(here.at[last_queries]))
             self._announce_late(i, done)
             for source in self.sources:

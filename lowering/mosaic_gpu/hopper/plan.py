@@ -137,6 +137,13 @@ class Plan:
         return self.stages if self.fp8_terms or not self.quantised else self.slots
 
     @property
+    def rings(self) -> list[str]:
+        """Names of the shared memory that blocks go through: as products read them, and as they come."""
+        products = ["keys"] if self.latent else ["keys", "values"]
+        come = [name for name in products if self.widens_keys or (self.quantised and name == "values")]
+        return [*products, *(f"raw_{name}" for name in come)]
+
+    @property
     def query_terms(self) -> int:
         """Factors of products, whose sum a query is."""
         return self.fp8_terms or 1
@@ -309,6 +316,16 @@ class Plan:
         return self.value_dim * self.row_groups // self.warpgroups
 
     @property
+    def outputs(self) -> int:
+        """Arrays that a warpgroup's output is, where it is 64 rows: no thread has registers for more columns of them."""
+        return -(-self.output_columns // WARPGROUP_COLUMNS)
+
+    @property
+    def columns_at_once(self) -> int:
+        """Columns of each of these arrays."""
+        return self.output_columns // self.outputs
+
+    @property
     def heads(self) -> int:
         """Query heads of a tile."""
         return self.rows // self.block_q
@@ -353,18 +370,19 @@ class Plan:
 
     @property
     def key_strips(self) -> list[Strip]:
-        """Of keys and of queries; likewise of values.
-
-        Where a tile has few rows, 64 features of values are the rows of a wgmma. Else all are its columns: two wgmmas of
-        some of them each take up to 30% longer.
-        """
+        """Of keys and of queries."""
         return self._strips_of(self.head_dim)
 
     @property
     def value_strips(self) -> list[Strip]:
+        """Likewise of values."""
         return self._strips_of(self.value_dim)
 
     def _strips_of(self, features: int) -> list[Strip]:
+        """Several where a tile has few rows, and 64 features of values are the rows of a wgmma.
+
+        Else all are its columns: two wgmmas of some of them each take up to 30% longer.
+        """
         return strips(features) if self.few_rows else one_strip(features)
 
     @property

@@ -8,7 +8,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiling_of
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import widening_scratch
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
 def scratch_of(plan: Plan) -> dict:
@@ -32,23 +32,17 @@ def apart(plan: Plan, scratch: dict) -> dict:
     """The same as a kernel has it, with a name for each of those that share a place."""
     scratch = dict(scratch)
     if plan.shares_place:
-        scratch["keys"], scratch["values"] = scratch.pop("blocks")
-    elif "blocks" in scratch:
-        [scratch["keys"], scratch["values"]], *views = scratch.pop("blocks")
-        if plan.in_strips:
-            scratch["rows_of_keys"], scratch["rows_of_values"] = views.pop(0)
-        if plan.exchanges_in_blocks:
-            [[scratch["exchange"]]] = views
+        [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
+    if "blocks" in scratch:
+        in_rows = [[f"rows_of_{name}" for name in plan.rings]] if plan.in_strips else []
+        exchange = [["exchange", "exchanged"]] if plan.exchanges_in_blocks else []
+        for names, view in zip([plan.rings, *in_rows, *exchange], scratch.pop("blocks")):
+            scratch |= dict(zip(names, view))
     return scratch
 
 
-def of_one_strip(scratch: dict) -> dict:
-    """The same where all columns of queries, of keys and of values are one strip: those in place of lists of one."""
-    return scratch | {name: scratch[name][0] for name in ("query_views", "keys", "values") if name in scratch}
-
-
 def _queries(plan: Plan) -> dict:
-    """Places for queries, of each strip of columns.
+    """Places for queries; a list, for each strip, where tiles have few rows.
 
     The same bytes are seen in several ways: wgmma takes tiles of 8 rows; the copies start at any row, so not at a
     tile's; and products may be of another dtype.
@@ -63,17 +57,18 @@ def _queries(plan: Plan) -> dict:
         found = (plgpu.SMEM((places, n, *shape), its_dtype, transforms=ways) for n, its_dtype, ways in kinds)
         return plgpu.RefUnion(*([view] for view in found))
 
+    of_strips = [*map(views, plan.key_strips)]
     queries = plan.query_places * plan.teams * plan.query_groups
     copies = plan.rows // plan.slab * plan.query_parts // plan.query_groups
     return dict(
-        query_views=[*map(views, plan.key_strips)],
+        query_views=of_strips if plan.few_rows else of_strips[0],
         query_here=plgpu.Barrier(num_arrivals=copies, num_barriers=queries),
         query_free=plgpu.Barrier(num_arrivals=plan.warpgroups // plan.query_groups, num_barriers=queries),
     )
 
 
 def _rings(plan: Plan) -> dict:
-    """The blocks of keys and values that products read. Each copy of a block arrives, or each warp that widens it."""
+    """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
     arrivals = [copies_of(plan) * (1 if plan.gathers else len(found)) for found in (plan.key_strips, plan.value_strips)]
     turns = plan.output_turns if plan.latent else 1
     found = _blocks(plan) | dict(
@@ -96,7 +91,10 @@ def _rings(plan: Plan) -> dict:
 
 
 def _blocks(plan: Plan) -> dict:
-    """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
+    """Without barriers, and with what is exchanged in a cluster, which may lie where they do.
+
+    Lists, for each strip of columns, where tiles have few rows.
+    """
     product_dtype = jnp.dtype(plan.product_dtype)
 
     def ring(slots, *shape):
@@ -108,15 +106,21 @@ def _blocks(plan: Plan) -> dict:
         found |= dict(values=[ring(plan.slots, plan.value_dim, plan.block_kv)])
     elif not plan.latent:
         found |= dict(values=[ring(plan.slots, plan.block_kv, strip.features) for strip in plan.value_strips])
-    views, exchange = [[*found.values()]], {}
+    if not plan.few_rows:
+        found = {name: of_strips[0] for name, of_strips in found.items()}
+    if plan.shares_place:
+        found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
+    found |= raw_rings(plan)
+    views, others = [[*found.values()]], {}
     if plan.in_strips:
         views.append([[*map(_as_rows, ring)] if len(ring) > 1 else ring for ring in found.values()])
-    if plan.shares_place:
-        views = [*found.values()]
     if plan.clusters:
-        exchange, room = exchange_scratch(plan)
-        views += [[room]] if plan.exchanges_in_blocks else []
-    return exchange | (dict(blocks=plgpu.RefUnion(*views)) if len(views) > 1 else found)
+        exchange, others = exchange_scratch(plan)
+        if plan.exchanges_in_blocks:
+            views.append([*exchange.values()])
+        else:
+            others |= exchange
+    return others | (dict(blocks=plgpu.RefUnion(*views)) if len(views) > 1 else found)
 
 
 def _as_rows(strip):

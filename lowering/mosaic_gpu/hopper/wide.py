@@ -21,6 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILED, WGMMA, meet, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_output, store_weights, swapped
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
@@ -34,10 +35,10 @@ def wide_scratch(plan: Plan) -> dict:
     )
 
 
-def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, **scratch):
+def compute(plan: Plan, piece, done, *, warpgroup, shared: Shared, results):
     """One warpgroup's share of a piece, from its first block to its results in global memory."""
-    rows = Rows(plan, piece, warpgroup, optional)
-    found = _Attention(plan, piece, done, warpgroup, rows, sources, **scratch).run()
+    rows = Rows(plan, piece, warpgroup, shared.optional)
+    found = _Attention(plan, piece, done, warpgroup, rows, shared).run()
     # Both write the lse, the same bits.
     store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
 
@@ -45,23 +46,18 @@ def compute(plan: Plan, piece, done, *, warpgroup, optional, sources, results, *
 class _Attention:
     """A warpgroup's way through a piece: `done` blocks went through the rings before it."""
 
-    def __init__(
-        self, plan, piece, done, warpgroup, rows, sources, *, query_views, query_here, query_free, keys, keys_here,
-        keys_free, weights, boards, values=None, values_here=None, values_free=None, keys_scales=None,
-        values_scales=None, **_,
-    ):  # fmt: skip
+    def __init__(self, plan, piece, done, warpgroup, rows, shared: Shared):
         self.plan, self.piece, self.done, self.warpgroup, self.rows = plan, piece, done, warpgroup, rows
         # A latent cache's values are scaled as its keys are.
-        self.sources, self.turns = [sources[0], sources[-1]], plan.output_turns
-        self.key_scales, self.value_scales = keys_scales, keys_scales if plan.latent else values_scales
+        self.sources, self.turns = [shared.sources[0], shared.sources[-1]], plan.output_turns
+        self.key_scales, self.value_scales = shared.scales
         self.seen = rows.seen()
-        _, *views = query_views
-        self.loaded_query, self.query = (view.at[0] for [view] in views)
-        self.query_here, self.query_free = query_here, query_free
-        self.keys, self.keys_here, self.keys_free = keys, keys_here, keys_free
-        self.values = keys if plan.latent else values
-        self.values_here, self.values_free = values_here, keys_free if plan.latent else values_free
-        self.weights, self.maxima, self.sums = weights, boards.at[0], boards.at[1]
+        self.loaded_query, self.query = shared.queries.loaded.at[0], shared.queries.taken.at[0]
+        self.query_here, self.query_free = shared.queries.here, shared.queries.free
+        self.keys, self.keys_here, self.keys_free = shared.keys
+        self.values, self.values_here, self.values_free = shared.values
+        self.weights = shared.scratch["weights"]
+        self.maxima, self.sums = (shared.scratch["boards"].at[i] for i in range(2))
 
     def run(self):
         """Output and lse of the rows, of the warpgroup's columns."""

@@ -63,22 +63,30 @@ def slot_of_scales(plan: Plan, step):
     return lax.rem(step, plan.slots + 1)
 
 
+def raw_rings(plan: Plan) -> dict:
+    """The shared memory, by name, that blocks of quantised caches come to."""
+    transforms = TILED_BYTES if plan.fp8_terms else ()
+
+    def ring(features):
+        return plgpu.SMEM((plan.stages, plan.block_kv, features), jnp.dtype(plan.cache_dtype), transforms=transforms)
+
+    return {f"raw_{name}": ring(features) for name, features, _ in _widened(plan)}
+
+
 def widening_scratch(plan: Plan) -> dict:
-    """What is in shared memory for widening alone, by name."""
+    """What is in shared memory for widening alone but for these, by name."""
     found = dict(raw_here=arrivals(2, plan.stages), started=plgpu.Barrier())
-    kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
-    for name, features, scale in kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2]:
-        found |= {
-            f"raw_{name}": plgpu.SMEM(
-                (plan.stages, plan.block_kv, features),
-                jnp.dtype(plan.cache_dtype),
-                transforms=TILED_BYTES if plan.fp8_terms else (),
-            ),
-            f"raw_{name}_free": plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages),
-        }
+    for name, _, scale in _widened(plan):
+        found[f"raw_{name}_free"] = plgpu.Barrier(num_arrivals=plan.widening_warps, num_barriers=plan.stages)
         if scale == "slot":
             found[f"{name}_scales"] = plgpu.SMEM((plan.slots + 1, plan.block_kv), jnp.float32)
     return found
+
+
+def _widened(plan: Plan) -> list:
+    """Of what is widened, or transposed, its name, its features and what has a scale of its own."""
+    kinds = [("keys", plan.head_dim, plan.key_scale), ("values", plan.value_dim, plan.value_scale)]
+    return kinds[0 if plan.widens_keys else 1 : 1 if plan.latent else 2] if plan.quantised else []
 
 
 def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
