@@ -42,7 +42,8 @@ class Count:
 def count(path: str, operands: dict, delay: int | None) -> Count:
     """Runs the program whose final bundles are in a file, with the integers among its operands by their number.
 
-    `delay` are the bundles behind a branch that run before it is taken; None, as on 7x, if all up to where a region starts or ends.
+    `delay` are the bundles behind a branch that run before it is taken; None, as on 7x, if all up to where a region
+    starts or ends.
     """
     with open(path, errors="replace") as lines:
         return Program(lines).run(operands, delay)

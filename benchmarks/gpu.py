@@ -10,9 +10,9 @@ Every number is the median of several loops of calls that follow one another wit
 turns in one process. A jitted function makes 4 calls with 4 queries, as the layers of a model do: so that the host,
 which takes about 60 us for a function, does not wait longer than the GPU; and XLA works out the schedule that the calls
 share once, as FlashInfer's plan is made once (and not timed). Of single tokens a function makes 32 calls, each with the
-output of the one before it as its query, and is given its own result, in the same memory: XLA launches a CUDA graph as it
-is only where no array has moved since, as in an engine's step, and else updates each of its nodes for longer than short
-calls take. Peers are optional.
+output of the one before it as its query, and is given its own result, in the same memory: XLA launches a CUDA graph as
+it is only where no array has moved since, as in an engine's step, and else updates each of its nodes for longer than
+short calls take. Peers are optional.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def ours(platform, page_size, case, cfg=None, cache_dtype=None):
 def layers(run, queries, others, case, scales=None):
     """A function that makes calls as the layers of a model do, and what waits for its results.
 
-    For all that the function knows, calls have `scales` of their own: else a cache would be widened for all of them once.
+    For all that the function knows, calls have `scales` of their own: else a cache would be widened for all of them
+    once.
     """
     one, scales = jax.jit(run), scales or {}  # traced once
     if case[1] > 1:

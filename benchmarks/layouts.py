@@ -1,9 +1,9 @@
 """Times caches as others lay them beside this project's own: python -m paged_prefill.benchmarks.layouts [--pages ...]
 
 Prints a row for each case and page size: milliseconds of a call for each layout, and how many times as fast as "kpsd"
-it is; and the same of ejKernel's `unified_attention` over the arrays that are laid out as "pskd", by its defaults and as
-EasyDeL calls it, where the package is installed. Caches are laid out before; the contenders take turns in one process
-(gpu.py says how they are timed).
+it is; and the same of ejKernel's `unified_attention` over the arrays that are laid out as "pskd", by its defaults and
+as EasyDeL calls it, where the package is installed. Caches are laid out before; the contenders take turns in one
+process (gpu.py says how they are timed).
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What a call costs beside the bare primitive: python -m paged_prefill.benchmarks.overhead [--rounds N].
 
 Tiny operands on the CPU, so that the calls' own work is what is seen. The contenders take turns, one call each, and the
-medians and minima of many rounds are printed in microseconds: eager calls beside `paged_prefill_p.bind` on operands that
-are ready, and calls under jit with a table of the user's beside such calls without any.
+medians and minima of many rounds are printed in microseconds: eager calls beside `paged_prefill_p.bind` on operands
+that are ready, and calls under jit with a table of the user's beside such calls without any.
 """
 
 import argparse

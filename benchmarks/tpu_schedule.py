@@ -4,10 +4,10 @@
 
 Compiles this project's kernels and, beside them, JAX's ragged_paged_attention and those of other projects that can be
 had, each for the same attention, has the compiler write its final bundles, and counts all that the call runs, each
-loop's bundles times its trips (bundles.py). A bundle is one cycle when nothing stalls; what waiting for copies costs is not
-in it, nor what XLA does before and after the kernels. Prints of each call: its bundles; the vector registers spilled in
-them; the multiply-adds of q . k and p . v that the attention needs, masked ones not counted, as a share of what the
-matrix units do in so many cycles; and the cycles in which HBM gives the keys and values.
+loop's bundles times its trips (bundles.py). A bundle is one cycle when nothing stalls; what waiting for copies costs is
+not in it, nor what XLA does before and after the kernels. Prints of each call: its bundles; the vector registers
+spilled in them; the multiply-adds of q . k and p . v that the attention needs, masked ones not counted, as a share of
+what the matrix units do in so many cycles; and the cycles in which HBM gives the keys and values.
 
 Needs `pip install "jax[tpu]"`. The environment's TPU_INFERENCE and TOKAMAX name directories of unpacked wheels
 (`pip download --no-deps tpu-inference==0.32.0 tokamax==0.0.17`), of which only the kernels' files are loaded.

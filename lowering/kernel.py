@@ -1,9 +1,9 @@
 """What every kernel is: the one interface by which the rest of lowering/ knows them.
 
-Words that all kernels share: a *row* is a new token for one query head; the rows of a pack are cut into *tiles*, each of
-one sequence; a tile goes over the keys that it sees in *blocks*; where there are too few tiles to fill a chip, the blocks
-of each are cut into *parts* ("splits"; split-K elsewhere), whose results are merged by their lse. What a kernel's own
-files call the rest is in the docstring of its folder.
+Words that all kernels share: a *row* is a new token for one query head; the rows of a pack are cut into *tiles*, each
+of one sequence; a tile goes over the keys that it sees in *blocks*; where there are too few tiles to fill a chip, the
+blocks of each are cut into *parts* ("splits"; split-K elsewhere), whose results are merged by their lse. What a
+kernel's own files call the rest is in the docstring of its folder.
 """
 
 import abc
@@ -28,8 +28,8 @@ class Kernel(abc.ABC):
       platforms: those it runs on, as `Device.platform` has them.
       features: those of `call.FEATURES` that it takes. A call with any other is refused before the kernel is asked.
       invariant: whether its heuristic, under the policy of that name, follows the dims, group, page size, dtype and
-        window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That policy
-        takes no other kernel.
+        window of a call alone, so that a sequence's bits are the same in any pack, batch and cut over heads. That
+        policy takes no other kernel.
     """
 
     name: ClassVar[str]

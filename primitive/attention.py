@@ -67,8 +67,8 @@ def normalised(
 def with_logit(total, largest, logit):
     """Adds a logit without a value, such as a sink's, to the sum and maximum of a softmax.
 
-    `total` is the sum of exp(logit - largest) so far, 0 where no key was seen. A `logit` of -inf adds nothing; one of +inf
-    makes the row NaN, as NaN does.
+    `total` is the sum of exp(logit - largest) so far, 0 where no key was seen. A `logit` of -inf adds nothing; one of
+    +inf makes the row NaN, as NaN does.
 
     Returns (total, largest, fade): the new sum and maximum, both 0 where nothing was seen at all, and the factor that
     turns weights by the old maximum into weights by the new one.

@@ -2,8 +2,8 @@
 
 `paged_prefill_p` is the operation that users see in a jaxpr: global shapes, any number of leading batch dimensions.
 `local_paged_prefill_p` is what one device runs. It has one more operand, `kv_head_start` (int32 scalar, clamped), and
-one more parameter, `num_kv_heads`: the query heads here attend to KV heads kv_head_start : kv_head_start + num_kv_heads.
-`sharding/partition.py` lowers the first to the second.
+one more parameter, `num_kv_heads`: the query heads here attend to KV heads kv_head_start : kv_head_start +
+num_kv_heads. `sharding/partition.py` lowers the first to the second.
 """
 
 from collections.abc import Callable
@@ -100,9 +100,9 @@ def features_of_values(key_cache, value_cache, value_dim) -> int:
     return (key_cache if value_cache is None else value_cache).shape[-1]
 
 
-# Functions that return, as text, what compiled code depends on beside the code of this package, such as the user's tables.
-# lowering/ adds its own; sharding/ writes what they return into modules, for the key of JAX's persistent compilation cache.
-# The list is here since neither of the two imports the other.
+# Functions that return, as text, what compiled code depends on beside the code of this package, such as the user's
+# tables. lowering/ adds its own; sharding/ writes what they return into modules, for the key of JAX's persistent
+# compilation cache. The list is here since neither of the two imports the other.
 lowering_reads: list[Callable[[], str]] = []
 
 define(local_paged_prefill_p, _types(LOCAL, specs_of_one_device))

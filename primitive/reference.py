@@ -12,8 +12,8 @@ the page table has a page for:
     out        = sum_j exp(logits[j]) v[j] / total over the visible keys;  0 where there are none
     lse        = log(total);  -inf where total is 0
 
-A token that no sequence owns has out 0 and lse -inf, with sinks too. Caches of another layout mean what they do once their
-dimensions are brought into order, and so do scales of slots.
+A token that no sequence owns has out 0 and lse -inf, with sinks too. Caches of another layout mean what they do once
+their dimensions are brought into order, and so do scales of slots.
 """
 
 import functools

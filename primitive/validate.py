@@ -23,8 +23,8 @@ def validate(*arguments, **parameters) -> None:
     """Checks a call of `ragged_paged_prefill`, whose arguments these are, values included; not for traced arrays.
 
     Shapes, dtypes and parameters are held to what the call itself takes, but for what only a kernel or a mesh can tell.
-    Index values are in tokens (`context_lens`, `query_offsets`), keys (`key_ranges`) and pages (`page_indices`). Costs a
-    copy of the index arrays to the host; neither caches nor scales of single slots are read.
+    Index values are in tokens (`context_lens`, `query_offsets`), keys (`key_ranges`) and pages (`page_indices`). Costs
+    a copy of the index arrays to the host; neither caches nor scales of single slots are read.
 
     Raises:
       ValueError: a shape or parameter does not fit, or a value would be made harmless silently under jit: a context that

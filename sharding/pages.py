@@ -224,8 +224,8 @@ def merge_over(
 ) -> tuple[Float[Array, "*batch tokens q_heads value_dim"], Float[Array, "*batch tokens q_heads"]]:
     """Combines what devices along a mesh axis got for the same rows over disjoint keys, inside a `shard_map`.
 
-    The formula of `merge`, summed over devices in float32: a device that saw no key of a row (lse -inf) counts for nothing
-    there, whatever its output holds. See `local_pages` for what goes before.
+    The formula of `merge`, summed over devices in float32: a device that saw no key of a row (lse -inf) counts for
+    nothing there, whatever its output holds. See `local_pages` for what goes before.
 
     Args:
       page_axis: the mesh axis, or tuple of axes.

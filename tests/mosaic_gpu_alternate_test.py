@@ -17,7 +17,7 @@ from paged_prefill.lowering.tiles import Slabs, Tiles
 from paged_prefill.tests import plans
 
 PATIENCE = 100  # seconds that a thread waits for others
-TOKENS, ROWS, BLOCK = 8, 64, 64
+TOKENS, ROWS, BLOCK, PART = 8, 64, 64, 64
 
 
 class Barrier:
@@ -94,6 +94,11 @@ def threads_for_warpgroups():
             running = step(i, running)
         return running
 
+    def zero(values, keys, parts, where):
+        for key, part, there in zip(*map(np.asarray, (keys, parts, where))):
+            if there:
+                values.array[key, part * PART : (part + 1) * PART] = 0
+
     iota = lambda dtype, shape, axis, layout: jnp.asarray(np.indices(shape)[axis], dtype)
     threads = SimpleNamespace(
         barrier_wait=lambda barrier: barrier.wait(),
@@ -127,6 +132,7 @@ def threads_for_warpgroups():
     with (
         mock.patch.multiple(alternate, lax=python, **control, **operations),
         mock.patch.multiple(compute, **control),
+        mock.patch.multiple(compute.threads, number=lambda: jnp.arange(2 * 128), zero=zero),
         mock.patch.multiple(masks, plgpu=threads, columns_up_to=lambda n, shape: np.indices(shape)[1] <= n[:, None]),
         mock.patch.multiple(softmax, plgpu=threads, moved=lambda array: array, any_in_warp=lambda x, after: jnp.any(x)),
     ):

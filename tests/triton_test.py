@@ -122,6 +122,8 @@ DECODE = dict(tokens=64, seqs=64, pages_per_seq=256)
 LONG_DECODE = dict(tokens=16, seqs=16, pages_per_seq=2048)
 SHORT = dict(tokens=1024, seqs=16, pages_per_seq=32)
 FEW_HEADS = dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2, pages_per_seq=2048)
+ONE_HEAD, TWO_HEADS = (dict(num_kv_heads=n, cache_kv_heads=n) for n in (1, 2))
+TEN_HEADS = dict(q_heads=40, num_kv_heads=10, cache_kv_heads=10)
 FEW_GROUPS = dict(q_heads=24, num_kv_heads=2, cache_kv_heads=2)
 FALCON = dict(q_heads=71, num_kv_heads=1, cache_kv_heads=1, head_dim=64, value_dim=64)
 SLOTS = ("quantised", "slot_scales")
@@ -144,9 +146,13 @@ COMPILED = {
         (WIDE | dict(sliding_window=4096, page_size=128, pages_per_seq=128), {}),
         (GEMMA_4, dict(ranges=True)),
         (MLA | dict(sliding_window=4096), {}),
+        (MLA | DECODE | dict(q_heads=128), {}),
         (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_100": [(MLA | dict(cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot"))],
+    "sm_100": [
+        (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
+        (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
+    ],
     "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
@@ -213,13 +219,17 @@ class HeuristicTest(parameterized.TestCase):
         ("of_a_short_step", dict(tokens=8, seqs=8, pages_per_seq=64), Parts(1, 4, 4)),
         ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 20, 13)),
         ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
-        ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 4, 16)),
+        ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 3, 16)),
         ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
         ("of_a_long_chunk_too", dict(tokens=128, pages_per_seq=2048), Parts(4, 4)),
         ("of_mixed_packs_more", dict(tokens=700, seqs=32, q_heads=16, num_kv_heads=2, cache_kv_heads=2), Parts(1, 11, 16)),
-        ("of_mixed_packs_of_more_tiles_too", dict(tokens=707, seqs=22, sliding_window=4096, pages_per_seq=1392) | FEW_GROUPS, Parts(1, 5, 16)),
+        ("of_mixed_packs_of_more_tiles_too", dict(tokens=707, seqs=22, sliding_window=4096, pages_per_seq=1392) | FEW_GROUPS, Parts(1, 4, 16)),
         ("of_mixed_packs_in_short_tables_not_fewer_for_all", dict(tokens=64, seqs=3, pages_per_seq=73) | dict(FEW_GROUPS, q_heads=32), Parts(1, 7, 3)),
-        ("of_very_few_tiles_most", dict(tokens=8, seqs=8, pages_per_seq=1474) | FALCON, Parts(1, 64, 4)),
+        ("of_very_few_tiles_most", dict(tokens=8, seqs=8, pages_per_seq=1474) | FALCON, Parts(1, 64, 2)),
+        ("of_two_contexts_twice_as_many", dict(tokens=2, seqs=2, pages_per_seq=12992) | FALCON, Parts(1, 128, 2)),
+        ("of_two_sequences_of_more_heads_one_a_core", dict(tokens=2, seqs=2, pages_per_seq=573) | TEN_HEADS, Parts(1, 13, 3)),
+        ("of_three_up_to_two", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 32, 3)),
+        ("a_window_has_one_though_it_ends_within_a_block", dict(tokens=35, seqs=35, pages_per_seq=1908, sliding_window=4096), Parts(1, 1)),
         ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
         ("of_chunks_beside_others_are_the_splits", FEW_HEADS | dict(tokens=1106, seqs=2, sliding_window=4096), Parts(3, 3)),
@@ -256,8 +266,7 @@ class HeuristicTest(parameterized.TestCase):
         packs = [problem(**dims | pack) for pack in (dict(), dict(tokens=1), DECODE, SHORT)]
         with policy("invariant"):
             rows = host.rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
-            self.assertLen({host.masks_every_block(pack, rows, True) for pack in packs}, 1)
-        self.assertLen({host.masks_every_block(pack, rows, True) for pack in packs}, 2)
+            self.assertLen({host.masks_every_block(pack, rows, 64, True) for pack in packs}, 1)
 
     @parameterized.parameters(8, 16, 64, 128, 256)
     def test_a_latent_tile_is_64_rows_of_tokens_or_of_a_tokens_heads(self, q_heads):
@@ -309,6 +318,22 @@ class HeuristicTest(parameterized.TestCase):
         self.assertEqual((host.rows_of(each, config), config.block_kv, config.num_warps), sizes)
         if sizes[0] == 64:
             self.assertLess(2 * host.shared_bytes(each, H200, config), 227 * 1024)
+
+    @parameterized.named_parameters(
+        ("a_decode_step_has_three_tiles_a_core", DECODE, (16, 64, 4, 3)),
+        ("a_short_one_four_stages", dict(tokens=8, seqs=8, pages_per_seq=64), (16, 64, 4, 4)),
+        ("few_drafts_are_low", dict(tokens=33, seqs=7, pages_per_seq=7424, q_heads=5) | ONE_HEAD, (16, 64, 4, 3)),
+        ("more_are_not", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (32, 64, 4, 3)),
+        ("a_wide_chunk_of_few_tiles_is_lower", dict(WIDE, tokens=64, q_heads=4) | TWO_HEADS, (64, 32, 4, 3)),
+        ("of_more_tiles_it_is_not", dict(WIDE, tokens=64), (128, 64, 8, 2)),
+        ("a_tall_decode_step_takes_more_keys", dict(tokens=8, seqs=8) | FALCON, (128, 128, 8, 3)),
+    )
+    def test_sizes_where_tiles_wait_for_memory(self, changes, sizes):
+        config = KERNEL.heuristic(problem(**changes), H200)
+        rows = host.rows_of(problem(**changes), config)
+        self.assertEqual((rows, config.block_kv, config.num_warps, config.num_stages), sizes)
+        with policy("invariant"):
+            self.assertEqual(KERNEL.heuristic(problem(**changes), H200), KERNEL.heuristic(problem(**changes | SHORT), H200))
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=64), H200, 262144, 232448),

@@ -1,11 +1,18 @@
 """The Triton kernel's compile-time constants that no configuration changes: what its call is."""
 
-from paged_prefill.lowering.call import Call, granularity
+from typing import NamedTuple
+
+from paged_prefill.lowering.call import Call, Problem, granularity
+from paged_prefill.lowering.triton.launch import power_of_2
 from paged_prefill.lowering.triton.schedule import PARTS_FIELD, PIECES_FIELD, POOL_FIELD
 
+MAX_FLOAT32_DIM = 256  # whose products of six parts leave no registers for more
+MOST_VALUES = 256  # features of a value that a program sums up, if its tile has more rows than LOW_ROWS
+LOW_ROWS = 16
 
-def constants(call: Call, widths) -> dict:
-    """Those by name, for a head whose features are laid out in `widths`, the host's `_Widths`."""
+
+def constants(call: Call, widths: "Widths") -> dict:
+    """Those by name, for a head whose features are laid out in `widths`."""
     problem, attention = call.problem, call.problem.attention
     latent, rows, (key_scale, value_scale) = "latent" in problem.features, problem.rows, scales_of(call)
     return dict(
@@ -55,3 +62,34 @@ def scales_of(call: Call):
     problem = call.problem
     of_both = "latent" in problem.features or (problem.layout.combined and granularity(call.key_scale) == "slot")
     return call.key_scale, call.key_scale if of_both else call.value_scale
+
+
+class Widths(NamedTuple):
+    """The powers of two that features are laid out in.
+
+    A head is in parts where one power of two would waste more. A tall tile's values are shared out over programs, each of
+    which has MOST_VALUES: its sums have to stay in registers.
+    """
+
+    main: int
+    other: int
+    rest: int
+    value: int
+    value_parts: int
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, share_columns: bool) -> "Widths":
+        latent = "latent" in problem.features
+        whole = power_of_2(problem.head_dim)
+        main, other, rest = whole // 2, 0, power_of_2(problem.head_dim - whole // 2)
+        # The values of a latent cache are the first part of its keys.
+        if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
+            main, rest = whole, 0
+        if main == MAX_FLOAT32_DIM and problem.dtype == "float32" and not latent:
+            main, other, rest = main // 2, main // 4, main // 4  # a product of all six parts at once would spill
+        value = main if latent else power_of_2(problem.value_dim)
+        most = value if rows <= LOW_ROWS else MOST_VALUES * (2 if share_columns else 1)
+        parts = max(1, value // most)
+        if parts > 1 and latent:
+            main, other = most, main - most
+        return cls(main, other, rest, value // parts, parts)

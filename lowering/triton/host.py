@@ -29,7 +29,7 @@ from paged_prefill.lowering.splits import (
     parts_of,
 )
 from paged_prefill.lowering.tiles import Parts
-from paged_prefill.lowering.triton.constants import constants, scales_of
+from paged_prefill.lowering.triton.constants import MAX_FLOAT32_DIM, MOST_VALUES, Widths, constants, scales_of
 from paged_prefill.lowering.triton.launch import capability, launch, power_of_2, reason_against
 from paged_prefill.lowering.triton.merge import merge
 from paged_prefill.lowering.triton.schedule import most_pieces, schedule_of
@@ -37,8 +37,6 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 576, 512
-MAX_FLOAT32_DIM = 256  # whose products of six parts leave no registers for more
-MOST_VALUES = 256  # features of a value that a program of a tall tile sums up
 
 
 class _Sizes(NamedTuple):
@@ -74,6 +72,9 @@ SIZES = {
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
 # Of dims up to 64, and up to 128 on Hopper, where each tile's keys are its own: fewer steps, each as long as one of half.
 LONG_DECODE = _Sizes(16, 64, 4, 4)
+# On Hopper of dims beyond 64: three tiles share a core, with as many bytes on their way as two of four. Short steps end
+# with the few blocks that are asked for at once.
+THREE_STAGES = 3
 LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
 SHORT_BLOCK = 16  # keys, where registers are short
 FEW_ROWS = 32  # of a tile that waits for memory
@@ -84,6 +85,8 @@ SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120
 LANES = 8  # of a warp, over which a product of few rows shares out its columns
 WARPS = 8  # that keep a core busy: tiles of fewer warps share one
 KEYS_PER_SPLIT = 128  # fewer do not repay the merge
+LONE_CHUNK, LONE_TILES = _Sizes(64, 32, 4, 3), 32  # of dims of 129 to 256 on Hopper: at least so many cores for each tile
+TALL_STEP = 128  # keys of a decode step of dims up to 64 on Hopper, of a group that fills a tall tile
 KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
 DRAFTS = 8  # tokens of a sequence that are no prompt
 SHORT = _Sizes(64, 64, 4, 3)  # of dims up to 128 on Hopper, two to a core, where tiles see few keys
@@ -110,7 +113,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 11
+    version = 12
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
@@ -149,15 +152,21 @@ class Triton(Kernel):
             sizes = sizes._replace(rows=32 if width > 256 else 64)
         elif _device_class(device) == "blackwell" and 128 < width <= 192:
             sizes = sizes._replace(num_warps=4)
+        elif _device_class(device) == "blackwell" and problem.cache_dtype != problem.dtype and _is_wide_latent(problem):
+            sizes = sizes._replace(block_kv=SHORT_BLOCK if problem.group > LATENT.rows else sizes.block_kv)
         rows_per_seq = problem.tokens_per_seq * problem.group
         if current_policy() == "invariant":
             rows_per_seq = sizes.rows
+        elif _has_few_drafts(problem, device):
+            rows_per_seq = min(rows_per_seq, DECODE.rows)
         elif _is_mixed(problem, device) and 4 * problem.group <= SHORT.rows:
             rows_per_seq = max(rows_per_seq, SHORT.rows)  # of their prompts: single tokens wait for memory either way
         if rows_per_seq <= DECODE.rows and problem.dtype != "float32" and not 128 < width <= 256:
             sizes = DECODE if width <= 128 and device.platform == "cuda" else SHALLOW_DECODE
             if _has_long_blocks(problem, device):
                 sizes = LONG_DECODE
+                if width > 64 and not _is_short_step(problem, device, DECODE.rows):
+                    sizes = sizes._replace(num_stages=THREE_STAGES)
             # As many bytes on their way, or registers to turn wide keys to numbers.
             if problem.cache_dtype != problem.dtype and device.platform == "cuda":
                 if width > 128:
@@ -166,7 +175,8 @@ class Triton(Kernel):
                     sizes = sizes._replace(block_kv=64, num_stages=3)
         elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and _device_class(device) == "hopper":
             if problem.cache_dtype == problem.dtype != "float32":
-                sizes = DECODE if _leaves_cores(problem, device, DECODE.rows) else DECODE._replace(rows=FEW_ROWS)
+                sizes = DECODE._replace(num_stages=THREE_STAGES)
+                sizes = sizes if _leaves_cores(problem, device, DECODE.rows) else sizes._replace(rows=FEW_ROWS)
         elif current_policy() != "invariant" and _has_low_tiles(problem, device):
             low = LOW_TILES[0].rows
             lowest = device.cores / 2 <= _tiles(problem, low) or _leaves_cores(problem, device, low)  # else parts are short
@@ -177,7 +187,11 @@ class Triton(Kernel):
         elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
             prompts = problem.tokens_per_seq >= SHORT_CALL and problem.capacity <= PROMPT_TABLE
             sizes = SHORT_STEPS if prompts and _tiles(problem, SHORT.rows) > ROUNDS * device.cores else SHORT
+        elif current_policy() != "invariant" and _is_lone_chunk(problem, device):
+            sizes = LONE_CHUNK
         rows = min(sizes.rows, power_of_2(rows_per_seq))
+        if rows == TALL_ROWS and current_policy() != "invariant" and _is_tall_step(problem, device):
+            sizes = sizes._replace(block_kv=TALL_STEP)
         if rows < sizes.rows and width <= 128:
             sizes = sizes._replace(block_kv=min(sizes.block_kv, MOST_KEYS), num_warps=4)
         config = PrefillPageAttentionConfig(
@@ -229,9 +243,8 @@ class Triton(Kernel):
         warps, most = WARPS, keys // KEYS_PER_SPLIT if _may_split(problem, config) else 1
         single = min(problem.seqs, problem.tokens) == 1
         enough = 1 if single and not few_rows else 0.5  # all of a long chunk's tiles are long, and repay a merge
-        all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * _key_bytes(problem)
         if few_rows:
-            if all_keys < SHORT_BYTES * device.cores:
+            if _is_short_step(problem, device, config.block_q * problem.group):
                 warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
             elif problem.cache_dtype != problem.dtype and config.num_warps == 4:
                 # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
@@ -263,13 +276,16 @@ class Triton(Kernel):
         schedule = schedule_of(call, rows, block_kv, parts, PIECES_OF_SEQUENCE * device.cores)
         pieces = most_pieces(problem.seqs, problem.tokens, problem.group, rows, parts)
         share_columns = _share_columns(problem, device, rows, config.num_warps)
-        widths = _Widths.of(problem, rows, share_columns)
+        widths = Widths.of(problem, rows, share_columns)
         plain_masks = call.ranges is None and call.tree is None  # others take more registers
-        all_masked = plain_masks and masks_every_block(problem, rows, share_columns)
+        all_masked = masks_every_block(problem, rows, block_kv, plain_masks)
         key_shares = _key_shares(problem, config, rows) if all_masked else 1
         # What all warps find together the compiler knows to be one number for all lanes, and so what follows from it. Then
         # fewer registers are taken and no branch is guarded, which tall tiles need more than a short start.
-        tall = rows >= TALL_ROWS and widths.main > 64 and problem.cache_dtype == problem.dtype
+        if problem.cache_dtype == problem.dtype:
+            tall = rows >= TALL_ROWS and widths.main > 64
+        else:
+            tall = _device_class(device) == "blackwell" and rows > FEW_ROWS and widths.value_parts > 1
         together = tall or (rows > DECODE.rows and _is_wide_latent(problem))
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
@@ -354,6 +370,28 @@ def _leaves_cores(problem: Problem, device: Device, rows: int) -> bool:
     return _tiles(problem, rows) * parts <= device.cores
 
 
+def _has_few_drafts(problem: Problem, device: Device) -> bool:
+    """Whether drafts have so few tiles, though these are the lowest, that warps may have keys of their own as in decode."""
+    drafts = 1 < problem.tokens_per_seq <= DRAFTS and problem.group <= DECODE.rows
+    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
+    return drafts and of_16_bits and _of_narrow_heads(problem, device) and _tiles(problem, DECODE.rows) < device.cores // 8
+
+
+def _is_tall_step(problem: Problem, device: Device) -> bool:
+    """Whether a decode step has tall tiles of a large group: of narrow heads it waits for memory all the same."""
+    narrow = max(problem.head_dim, problem.value_dim) <= 64 and problem.cache_dtype == problem.dtype
+    return _device_class(device) == "hopper" and problem.tokens_per_seq == 1 and narrow
+
+
+def _is_lone_chunk(problem: Problem, device: Device) -> bool:
+    """Whether a chunk of wide heads has so few tiles that parts of lower ones fill the cores, with fewer results to merge."""
+    of_16_bits = problem.cache_dtype == problem.dtype != "float32" and not {"key_ranges", "tree_mask"} & set(problem.features)
+    wide = 128 < max(problem.head_dim, problem.value_dim) <= 256 and problem.tokens_per_seq * problem.group > FEW_ROWS
+    single = min(problem.seqs, problem.tokens) == 1 and problem.capacity > KEYS_OF_PROMPT
+    few = LONE_TILES * _tiles(problem, LONE_CHUNK.rows) <= device.cores
+    return _device_class(device) == "hopper" and of_16_bits and wide and single and few
+
+
 def _has_low_tiles(problem: Problem, device: Device) -> bool:
     """Whether prompts of wide heads have all keys of a table few, and none in 8 bits.
 
@@ -365,14 +403,15 @@ def _has_low_tiles(problem: Problem, device: Device) -> bool:
     return _device_class(device) == "hopper" and of_16_bits and wide and prompt
 
 
-def masks_every_block(problem: Problem, rows: int, share_columns: bool) -> bool:
-    """Whether one loop masks all blocks, also those that every row sees, for the registers that a second loop would take.
+def masks_every_block(problem: Problem, rows: int, block_kv: int, plain_masks: bool) -> bool:
+    """Whether one loop masks all blocks, also those that every row sees, for the time that a second loop takes to begin.
 
-    Few rows take few more, but where keys are turned to numbers none are left. Of single tokens, which see all keys but the
-    last block's, it is slower. Bits follow the loop, so by the policy "invariant" it follows no pack.
+    A mask of few rows takes few registers, but where keys are turned to numbers none are left, and ranges and trees take
+    more; in float32 wide heads leave fewer for two loops of longer blocks, which compute for longer than a mask takes.
     """
-    single = problem.tokens_per_seq == 1 and current_policy() != "invariant"
-    return problem.cache_dtype == problem.dtype and (rows <= FEW_ROWS or (share_columns and not single))
+    if problem.dtype == "float32" and not plain_masks:
+        return max(problem.head_dim, problem.value_dim) > 128 and block_kv > SHORT_BLOCK
+    return plain_masks and problem.cache_dtype == problem.dtype and rows <= FEW_ROWS
 
 
 def _has_few_keys(problem: Problem, device: Device) -> bool:
@@ -429,6 +468,13 @@ def _slots(problem: Problem, device: Device, config: PrefillPageAttentionConfig,
     return device.cores * max(1, min(warps // config.num_warps, fitting))
 
 
+def _is_short_step(problem: Problem, device: Device, rows: int) -> bool:
+    """Whether cores wait for their first bytes more than for memory, were all contexts as long as the table."""
+    keys = most_keys(problem, max(1, rows // problem.group))
+    all_keys = min(problem.seqs, problem.tokens) * problem.num_kv_heads * keys * _key_bytes(problem)
+    return all_keys < SHORT_BYTES * device.cores
+
+
 def _may_split(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
     """Whether parts of a full table would gain more than the merge costs where contexts are short."""
     few_rows = config.block_q * problem.group <= DECODE.rows or problem.tokens_per_seq <= DRAFTS
@@ -445,7 +491,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         return Parts(config.num_splits, config.num_splits)
     unsplit, rows = programs(problem, config), rows_of(problem, config)
     results = problem.tokens * problem.q_heads * problem.value_dim * 4
-    most = MOST_PARTS if unsplit > device.cores // 16 else 2 * MOST_PARTS  # of few tiles there are as few rows to merge
+    # Of few contexts there are as few rows to merge.
+    contexts = min(problem.seqs, problem.tokens) * problem.num_kv_heads
+    few = device.cores // (8 if max(problem.head_dim, problem.value_dim) > 128 else 16)
+    most = MOST_PARTS * (1 + (contexts <= few) + 2 * (contexts <= few // 4))
     most = min(most, 1 + MOST_ABSENT // max(unsplit, 1), max(1, RESULT_BYTES // results))
     slower = TALL_SLOWER if rows >= TALL_ROWS else 1
     # Packs of more tokens than drafts have are mixed: their long contexts are those of single tokens, which have fewer
@@ -453,7 +502,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     mixed = problem.tokens_per_seq > DRAFTS
     share = 1 if unsplit >= (4 if mixed else 2) * device.cores else 1 / 4
     if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
-        share = max(1 / 16, min(share, unsplit / (4 * device.cores)))
+        # Of few tiles parts are short, of short steps of single tokens shortest; tall tiles take longer to begin and end.
+        few_rows = 1 / 32 if problem.tokens_per_seq == 1 and _is_short_step(problem, device, rows) else 3 / 64
+        share = max(1 / 16 if rows >= TALL_ROWS else few_rows, min(share, unsplit / (4 * device.cores)))
     part_bytes = int(LEAST_PART_BYTES * share)
     parts = parts_of(
         problem,
@@ -475,7 +526,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     # What a part's result takes, written and read, beside its keys.
     result_bytes = 8 * min(rows, problem.tokens_per_seq * problem.group) * problem.value_dim
     if share < 1 / 4 or (mixed and share < 1) or result_bytes <= part_bytes * MERGED_SHARE:
-        parts = replace(parts, most=max(parts.most, min(most, -(-blocks // of_part))))
+        if min(problem.seqs, problem.tokens) == 2 and not mixed:  # both may be long: each has one a core
+            most = min(most, 2 * device.cores // unsplit)
+        parts = replace(parts, most=max(parts.most, min(most, round(blocks / of_part))))
     return Parts(1, parts.most, of_part) if parts.most > 1 else parts
 
 
@@ -530,7 +583,7 @@ def _spreads(problem: Problem, device: Device, config: PrefillPageAttentionConfi
 def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> int:
     """Shared memory that a launch in a 16-bit dtype takes at least, on an NVIDIA GPU."""
     rows, block_kv = rows_of(problem, config), power_of_2(config.block_kv)
-    widths = _Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
+    widths = Widths.of(problem, rows, _share_columns(problem, device, rows, config.num_warps))
     head_dim = widths.main + widths.other + widths.rest
     features = head_dim + (0 if "latent" in problem.features else widths.value)
     # In Hopper and data centres' Blackwell the matrix unit reads keys and values there, so that none of the blocks is in
@@ -539,34 +592,3 @@ def shared_bytes(problem: Problem, device: Device, config: PrefillPageAttentionC
     if problem.cache_dtype == problem.dtype:
         return 2 * rows * head_dim + 2 * (config.num_stages - (not in_shared)) * block_kv * features
     return 2 * rows * head_dim + (config.num_stages - 1 + 2 * in_shared) * block_kv * features
-
-
-class _Widths(NamedTuple):
-    """The powers of two that features are laid out in.
-
-    A head is in parts where one power of two would waste more. A tall tile's values are shared out over programs, each of
-    which has MOST_VALUES: its sums have to stay in registers.
-    """
-
-    main: int
-    other: int
-    rest: int
-    value: int
-    value_parts: int
-
-    @classmethod
-    def of(cls, problem: Problem, rows: int, share_columns: bool) -> "_Widths":
-        latent = "latent" in problem.features
-        whole = power_of_2(problem.head_dim)
-        main, other, rest = whole // 2, 0, power_of_2(problem.head_dim - whole // 2)
-        # The values of a latent cache are the first part of its keys.
-        if main < 16 or main + rest >= whole or (latent and problem.value_dim > main):
-            main, rest = whole, 0
-        if main == MAX_FLOAT32_DIM and problem.dtype == "float32" and not latent:
-            main, other, rest = main // 2, main // 4, main // 4  # a product of all six parts at once would spill
-        value = main if latent else power_of_2(problem.value_dim)
-        most = value if rows <= DECODE.rows else MOST_VALUES * (2 if share_columns else 1)
-        parts = max(1, value // most)
-        if parts > 1 and latent:
-            main, other = most, main - most
-        return cls(main, other, rest, value // parts, parts)

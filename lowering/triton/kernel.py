@@ -514,7 +514,8 @@ def attend_tile(
             pool_rows = _pool_rows(page_table, full_low, None, None, BLOCK_KV, 1, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
         else:
             pool_rows = tl.zeros((BLOCK_KV,), tl.int32)
-        for block in tl.range(full_low, full_high):
+        # Where queries are widest their many descriptors are made in the loop: made before it, they take registers.
+        for block in tl.range(full_low, full_high, disable_licm=SHARE_COLUMNS):
             next_block = tl.minimum(block + 1, last_block)
             next_rows = _pool_rows(page_table, next_block, None, None, BLOCK_KV, 1, PAGE_SIZE, PAGE_ROWS, SLOT_ROWS)
             running_max, total, acc, unit = _fold_block(

@@ -1,9 +1,9 @@
 """`append_to_pages` in plain XLA operations, in place where the cache is donated. What is stored is the token, or its
 quantised form.
 
-A scatter goes to slots [.., page, slot]. The pools of *C are batch dimensions of it, and so are the heads where they lie
-before the slots; where they lie behind, a slot holds them all. XLA's CPU compiler scatters some floats in wider copies of
-the whole cache: there a loop writes them token by token.
+A scatter goes to slots [.., page, slot]. The pools of *C are batch dimensions of it, and so are the heads where they
+lie before the slots; where they lie behind, a slot holds them all. XLA's CPU compiler scatters some floats in wider
+copies of the whole cache: there a loop writes them token by token.
 """
 
 import functools
@@ -51,8 +51,8 @@ class XlaWriter(Writer):
 class Stored(NamedTuple):
     """What an append stores in an operand: `new` [*C, kv_heads, tokens of all packs, ...] in `into`, token i at at[:, i].
 
-    `at` [*C, tokens, (layer,) page and slot]; the page is -1 for a token that has none. Where keys and values lie in one
-    array, `new` has a dimension of 2 behind the heads.
+    `at` [*C, tokens, (layer,) page and slot]; the page is -1 for a token that has none. Where keys and values lie in
+    one array, `new` has a dimension of 2 behind the heads.
     """
 
     into: Array
@@ -161,8 +161,8 @@ def _scatter(layout: CacheLayout, cache, new, at):
     dims = ["layers"] * (at.shape[-1] - 2) + [*layout.dims]
     dims = dims[: cache.ndim]  # scales have no features
     before, behind = dims[: dims.index("page_size")], dims[dims.index("page_size") + 1 :]
-    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out, since
-    # vmap would bring the heads before the layers, which copies it too.
+    # Heads are a batch dimension of the indices too, or XLA's TPU compiler copies the cache in a loop. Written out,
+    # since vmap would bring the heads before the layers, which copies it too.
     batch = [dim for dim in before if dim in HEADS]
     places = [dim for dim in PLACES if dim in dims]
     new = _ordered(layout, new, [*batch, "tokens", *behind])

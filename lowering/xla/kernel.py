@@ -461,8 +461,8 @@ def _kept_in_loop(i, *arrays):
 def _bits(x):
     """Floats of 8 and 16 bits as integers: XLA's CPU compiler gathers and scatters those as they are.
 
-    Others it does in wider floats, bfloat16 with jaxlib 0.10 too: a gather takes half as long again, and so does choosing
-    between them.
+    Others it does in wider floats, bfloat16 with jaxlib 0.10 too: a gather takes half as long again, and so does
+    choosing between them.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
         return x

@@ -27,7 +27,8 @@ TALL = 256
 IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
-# The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a cache.
+# The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a
+# cache.
 FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
 
 
@@ -55,8 +56,8 @@ class Turns(NamedTuple):
 
 ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
-# each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one, so
-# that a sequence alone should leave few.
+# each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one,
+# so that a sequence alone should leave few.
 CPU_TURNS = Turns((256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True)
 
 

@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from paged_prefill.lowering.mosaic_gpu.hopper import threads
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, WGMMA
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, settled, store_numbers, store_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, gathered, settled, store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_products, start_weighted, store_terms
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, WARPGROUP_THREADS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import columns_of
@@ -146,25 +147,24 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values, features: int | None = None):
     """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
 
-    A warpgroup's share of them; all where it is None. Of a strip's, these are its `features`.
+    A warpgroup's share of them; all where it is None. Of a strip, they are its `features`. A thread has a key: so this is
+    little code, and what is seldom done pushes nothing else out of the instructions' cache.
     """
-    dtype, features = jnp.dtype(plan.product_dtype), features or plan.value_dim
-    columns = columns_of(features)
-    layout = plgpu.Layout.SMEM_GMEM_COPY((plan.block_kv, columns), dtype, columns * dtype.itemsize)
-    holds = rows.held(i, columns, layout)
-    for c in range(features // columns):
-
-        @pl.when(warpgroup is None or warpgroup == c % plan.warpgroups)
-        def _(c=c):
-            part = values.at[:, pl.ds(c * columns, columns)]
-            part[...] = jnp.where(holds, plgpu.layout_cast(part[...], layout), 0)
-
+    sharing = WARPGROUP_THREADS * (1 if warpgroup is None else plan.warpgroups)
+    thread = lax.rem(threads.number(), jnp.int32(sharing))
+    key, part = lax.rem(thread, jnp.int32(plan.block_kv)), lax.div(thread, jnp.int32(plan.block_kv))
+    unseen = ~rows.held(i, key, threads.load)
+    features = features or plan.value_dim
+    parts = features // columns_of(features)
+    for first in range(0, parts, sharing // plan.block_kv):
+        threads.zero(values, key, part + first, unseen & (part + first < parts))
     plgpu.commit_smem()
 
 
 def zero_unseen_transposed(plan: Plan, rows: Rows, warpgroup, i, values):
     """The same where values lie transposed, in 8 bits."""
-    held = jnp.where(rows.held_keys(i, KEYS), jnp.int32(1), jnp.int32(0))
+    key = plgpu.broadcasted_iota(jnp.int32, (plan.block_kv,), 0, layout=KEYS)
+    held = jnp.where(rows.held(i, key, functools.partial(gathered, layout=KEYS)), jnp.int32(1), jnp.int32(0))
     for number in range(plan.value_dim // FEATURES_AT_ONCE):
 
         @pl.when(warpgroup == number % plan.warpgroups)

@@ -166,27 +166,15 @@ class Rows:
         first = start - self.tile.first_new
         return asks | ((first + self.plan.block_kv > 0) & (first < 32 * self.plan.tree_words))
 
-    def held(self, i, columns: int, layout):
-        """Which keys of block i some row of the tile may look at, as so many columns of the values in this layout."""
-        tile, plan, start = self.tile, self.plan, self.first_key_of(i)
-        key = start + plgpu.broadcasted_iota(jnp.int32, (plan.block_kv, columns), 0, layout=layout)
-        holds = (key >= tile.first_key) & (key < tile.end_key)
-        if not plan.masks_any_block:
-            return holds
-        seen = self._seen_by_some(start, layout.reduce(1))
-        return holds & (plgpu.layout_cast(lax.broadcast_in_dim(seen, holds.shape, [0]), layout) != 0)
+    def held(self, i, key, load):
+        """Whether some row of the tile may look at keys of block i, counted from its first; `load(array, places)` reads."""
+        tile, start = self.tile, self.first_key_of(i)
+        holds = (start + key >= tile.first_key) & (start + key < tile.end_key)
+        return holds & (self._seen_by_some(start, key, load) != 0) if self.plan.masks_any_block else holds
 
-    def held_keys(self, i, layout):
-        """The same as a vector of the block's keys."""
-        start = self.first_key_of(i)
-        key = start + plgpu.broadcasted_iota(jnp.int32, (self.plan.block_kv,), 0, layout=layout)
-        holds = (key >= self.tile.first_key) & (key < self.tile.end_key)
-        return holds & (self._seen_by_some(start, layout) != 0) if self.plan.masks_any_block else holds
-
-    def _seen_by_some(self, start, column):
-        """Whether tokens of the tile see the keys from `start` on, where they must be asked: numbers, 0 where not."""
+    def _seen_by_some(self, start, key, load):
+        """Whether tokens of the tile see these keys from `start` on, where they must be asked: numbers, 0 where not."""
         tile, plan = self.tile, self.plan
-        key = plgpu.broadcasted_iota(jnp.int32, (plan.block_kv,), 0, layout=column)
 
         def ask(token, seen):
             low, end = self._interval_of_one(token, start)
@@ -194,13 +182,12 @@ class Rows:
             if self.tree is not None:
                 new = key + (start - tile.first_new)
                 place = (tile.start + token) * plan.tree_words + jnp.clip(new >> 5, 0, plan.tree_words - 1)
-                bit = lax.shift_right_logical(gathered(self.tree, place, column), new & 31) & 1
+                bit = lax.shift_right_logical(load(self.tree, place), new & 31) & 1
                 sees &= (bit != 0) | (new < 0) | (new >= 32 * plan.tree_words)
             return seen | sees.astype(jnp.int32)
 
         asks = self._asks(start)
-        seen = plgpu.layout_cast(jnp.full((plan.block_kv,), jnp.where(asks, 0, 1), jnp.int32), column)
-        return lax.fori_loop(0, jnp.where(asks, tile.length, 0), ask, seen)
+        return lax.fori_loop(0, jnp.where(asks, tile.length, 0), ask, (key & 0) | jnp.where(asks, 0, 1))
 
     def _interval_of_one(self, token, start):
         """The keys that one token of the tile sees, low <= key < end, counted from key `start`."""

@@ -12,7 +12,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Strip, colu
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
-WARPGROUP_ROWS = 64  # rows of a wgmma
+WARPGROUP_ROWS, WARPGROUP_THREADS = 64, 128  # rows of a wgmma, and threads that compute it
 WARP_LANES = 32
 FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for

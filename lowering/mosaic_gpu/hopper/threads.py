@@ -119,6 +119,37 @@ def copy_later(matrix, row, column, shared, byte) -> None:
     start(matrix, jnp.maximum(row, 0), column, shared, byte, jnp.where(row < 0, jnp.int32(0), jnp.int32(16)))
 
 
+def zero(matrix, row, part, where) -> None:
+    """Zeroes a swizzled row, a part of a row of what products read, if `where`."""
+
+    @plgpu.inline_mgpu(arg_types=(tiled(matrix), OWN, OWN, OWN))
+    def write(_, matrix, row, part, where):
+        i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
+        its_type = ir.MemRefType(matrix.type)
+        (of_tile, of_part, of_row, _), _ = its_type.get_strides_and_offset()
+        rows, columns = its_type.shape[2:]
+        row, part, size = row.registers.item(), part.registers.item(), utils.bytewidth(its_type.element_type)
+        terms = (
+            (arith.divui(row, arith.constant(i32, rows)), of_tile),
+            (arith.remui(row, arith.constant(i32, rows)), of_row),
+            (part, of_part),
+        )
+        place = arith.constant(i32, 0)
+        for number, stride in terms:
+            place = arith.addi(place, arith.muli(number, arith.constant(i32, stride * size)))
+        words = 4  # of a store, the most there are
+        zeros = arith.constant(i32, 0)
+        together = llvm.mlir_undef(ir.VectorType.get((words,), i32))
+        for i in range(words):
+            together = vector.insert(zeros, together, [], [i])
+        with _if(where):
+            for byte in range(0, columns * size, 4 * words):
+                there = arith.addi(place, arith.constant(i32, byte))
+                llvm.store(together, utils.getelementptr(utils.memref_ptr(matrix), [there], i8))
+
+    write(matrix, row, part, jnp.where(where, jnp.int32(1), jnp.int32(0)))
+
+
 def close_group() -> None:
     """Makes a group of the copies that this thread has started since the last one."""
     plgpu.inline_mgpu()(lambda _: _instruct("cp.async.commit_group;"))()
