@@ -87,6 +87,13 @@ def _turned(acc, features, *_):
     return np.resize(acc[np.flatnonzero(groups >= 0)].T, (ROWS, features))
 
 
+def _zero(values, rows, parts, where):
+    """Zeroes a part of a row for each thread."""
+    columns = tiling.columns_of(values.array.shape[-1])
+    for row, part in np.stack(np.broadcast_arrays(rows, parts))[:, np.asarray(where)].T:
+        values.array[row, part * columns : (part + 1) * columns] = 0
+
+
 @contextlib.contextmanager
 def numpy_for_a_warpgroup():
     """The loop's operations, in NumPy."""
@@ -127,6 +134,7 @@ def numpy_for_a_warpgroup():
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
         mock.patch.multiple(columns, **operations),
         mock.patch.multiple(compute, **control),
+        mock.patch.multiple(compute.threads, number=lambda: jnp.arange(128), zero=_zero),
         mock.patch.multiple(masks, plgpu=threads),
         mock.patch.multiple(softmax, plgpu=threads),
     ):
