@@ -92,6 +92,7 @@ NARROW = dict(
     d112_in_pages_of_1=dict(head_dim=112, page_size=1, sinks=True),
     d32_in_pages_of_24=dict(head_dim=32, page_size=24, tree_words=2),
     d224=dict(head_dim=224, value_dim=240),
+    d112_d176=dict(head_dim=112, value_dim=176, q_heads=8, kv_heads=2),
 )
 WIDE = dict(
     d512=dict(head_dim=512, value_dim=512, page_size=8),

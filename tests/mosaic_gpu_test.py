@@ -390,6 +390,7 @@ class LoweringTest(parameterized.TestCase):
         ("steps_over_pages_of_1", dict(seqs=16, tokens=16, page_size=1), {}),
         ("heads_of_96", dict(head_dim=96), {}), ("heads_of_160", dict(head_dim=160), dict(attn_logits_soft_cap=30.0)),
         ("steps_of_heads_of_80", dict(seqs=16, tokens=16, head_dim=80), {}),
+        ("steps_of_heads_of_112", dict(seqs=1, tokens=1, head_dim=112, value_dim=240, pages_per_seq=2000), {}),
         ("steps_of_values_of_32", dict(seqs=16, tokens=16, value_dim=32, page_size=1), dict(sliding_window=50)),
         ("wide_heads", dict(head_dim=512, value_dim=512), {}),
         ("wide_values", dict(head_dim=64, value_dim=384), dict(sliding_window=50)),

@@ -47,15 +47,12 @@ def exchange_shape(outputs: int, parts: int, value_dim: int) -> tuple[int, ...]:
     return outputs, parts, words_of_part(columns), THREADS, 2
 
 
-def exchange_scratch(plan: Plan, blocks: dict) -> dict:
-    """What is in shared memory, by name, with these `blocks` of keys and values."""
+def exchange_scratch(plan: Plan) -> tuple[dict, dict]:
+    """What is in shared memory, by name: what may lie where keys and values were, and what else."""
     outputs = plan.warpgroups * plan.outputs
     room = plgpu.SMEM(exchange_shape(outputs, plan.splits, plan.columns_at_once), jnp.float32)
     ready = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=plan.warpgroups)
-    exchange = dict(exchange=room, exchanged=arrivals(outputs))
-    if plan.exchanges_in_blocks:
-        return dict(blocks=plgpu.RefUnion([*blocks.values()], [*exchange.values()]), ready=ready)
-    return blocks | exchange | dict(ready=ready)
+    return dict(exchange=room, exchanged=arrivals(outputs)), dict(ready=ready)
 
 
 def start_exchange(plan: Plan, exchanged, ready) -> None:

@@ -144,17 +144,18 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
-def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
+def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values, features: int | None = None):
     """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
 
-    A warpgroup's share of them; all where it is None. A thread has a key: so this is little code, and what is seldom
-    done pushes nothing else out of the instructions' cache.
+    A warpgroup's share of them; all where it is None. Of a strip, they are its `features`. A thread has a key: so this is
+    little code, and what is seldom done pushes nothing else out of the instructions' cache.
     """
     sharing = WARPGROUP_THREADS * (1 if warpgroup is None else plan.warpgroups)
     thread = lax.rem(threads.number(), jnp.int32(sharing))
     key, part = lax.rem(thread, jnp.int32(plan.block_kv)), lax.div(thread, jnp.int32(plan.block_kv))
     unseen = ~rows.held(i, key, threads.load)
-    parts = plan.value_dim // columns_of(plan.value_dim)
+    features = features or plan.value_dim
+    parts = features // columns_of(features)
     for first in range(0, parts, sharing // plan.block_kv):
         threads.zero(values, key, part + first, unseen & (part + first < parts))
     plgpu.commit_smem()

@@ -26,6 +26,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILE
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import at
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
@@ -44,8 +45,9 @@ class FewRows:
         self.plan, self.piece, self.done, self.team = plan, piece, done, team
         self.sources = [shared.sources[0], shared.sources[-1]]  # a latent cache's values are scaled as its keys are
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, shared.optional) for kind in (Rows, Columns))
-        _, *of_queries = shared.queries
-        self.loaded_query, self.query, self.query_here, self.query_free = (array.at[team] for array in of_queries)
+        _, loaded, taken, *barriers = shared.queries
+        self.loaded_query, self.query = at(loaded, team), at(taken, team)
+        self.query_here, self.query_free = (barrier.at[team] for barrier in barriers)
         self.keys, self.keys_here, self.keys_free = shared.keys
         self.values, self.values_here, self.values_free = shared.values
         self.weights, self.board, self.room = (shared.scratch[name].at[team] for name in ("weights", "board", "room"))
@@ -93,7 +95,7 @@ class FewRows:
     def _start(self):
         """(acc, m, l) before the first block: [features, rows], [rows], and for every 64th key [64, rows].
 
-        Of acc, rows behind the last feature have any numbers later (columns.start_output).
+        Of acc, rows that are no feature's have any numbers later (columns.start_output).
         """
         rows = self.plan.rows
         m = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), OF_COLUMNS)
@@ -110,14 +112,14 @@ class FewRows:
         else:
             key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
         plgpu.barrier_wait(self.keys_here.at[key_slot])
-        sums = self._start_logits(self.keys.at[key_slot])
+        sums = self._start_logits(at(self.keys, key_slot))
         logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
         if not self.plan.latent:  # whose keys are still to be values
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
-        values = self.values.at[slot]
+        values = at(self.values, slot)
         if self.plan.reads_bytes:  # and turned while weights are computed
             plgpu.barrier_wait(self.values_here.at[slot])
-            values = few_bytes.taken_values(values, self._held(i) if masked else None)
+            values = few_bytes.taken_values(*values, self._held(i) if masked else None)
             plgpu.barrier_arrive(self.values_free.at[slot])
         logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
@@ -137,10 +139,14 @@ class FewRows:
         if not self.plan.latent:
             plgpu.barrier_wait(self.values_here.at[slot])
         if masked:
-            unseen = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
-            pl.when(self.rows.may_hold_nothing(i))(unseen)
+
+            @pl.when(self.rows.may_hold_nothing(i))
+            def _():
+                for strip, its_values in zip(self.plan.value_strips, values):
+                    zero_unseen(self.plan, self.rows, None, i, its_values, strip.features)
+
         columns.meet(self.team)
-        acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
+        acc = settled(columns.start_output(acc, self.plan.value_dim, self.weights, values), still_running=0)
         plgpu.barrier_arrive(self.values_free.at[slot])
         return (acc, m, l), fetched
 
@@ -150,9 +156,9 @@ class FewRows:
         return self.rows.held(i, key, functools.partial(gathered, layout=KEYS))
 
     def _start_logits(self, keys):
-        """Arrays whose sum they are."""
+        """Arrays whose sum they are, of keys in strips: those that are read as bytes are one."""
         if self.plan.reads_bytes:
-            return [few_bytes.start_logits(self.query, keys)]
+            return [few_bytes.start_logits(*self.query, *keys)]
         return columns.start_logits(self.query, keys)
 
     def _follow(self, logits, acc, m, l):
@@ -183,10 +189,11 @@ class FewRows:
 
     def _scale_rows(self):
         """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
-        largest = columns.largest_of_query(self.loaded_query, self.board, self.team)
+        [loaded] = self.loaded_query
+        largest = columns.largest_of_query(loaded, self.board, self.team)
         factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
         sorts = few_bytes.parts_together(self.plan.head_dim) if self.plan.reads_bytes else 0
-        columns.scale_query(self.loaded_query, factor, self.board, self.plan.product_dtype, sorts)
+        columns.scale_query(loaded, factor, self.board, self.plan.product_dtype, sorts)
         plgpu.commit_smem()
         return to_logits
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jax import lax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, columns_of
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Strip, columns_of, one_strip, strips
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
@@ -160,7 +160,7 @@ class Plan:
 
     @property
     def query_matrices(self) -> int:
-        """Matrices of 64 x `query_columns`, as products take them, that 64 rows of a query have room for, whatever terms there are.
+        """Matrices of a part, as products take them, that 64 rows of a query have room for, whatever terms there are.
 
         The rooms of all warpgroups are one behind the other, and a warpgroup may be done with its own before another.
         """
@@ -384,13 +384,35 @@ class Plan:
         return min(self.pieces, self.cores)
 
     @property
+    def key_strips(self) -> list[Strip]:
+        """Of keys and of queries."""
+        return self._strips_of(self.head_dim)
+
+    @property
+    def value_strips(self) -> list[Strip]:
+        """Likewise of values."""
+        return self._strips_of(self.value_dim)
+
+    def _strips_of(self, features: int) -> list[Strip]:
+        """Several where a tile has few rows, and 64 features of values are the rows of a wgmma.
+
+        Else all are its columns: two wgmmas of some of them each take up to 30% longer.
+        """
+        return strips(features) if self.few_rows else one_strip(features)
+
+    @property
+    def in_strips(self) -> bool:
+        """Whether keys or values lie in several arrays, each with some of their columns."""
+        return len(self.key_strips) + len(self.value_strips) > 2
+
+    @property
     def query_parts(self) -> int:
-        """Parts of so many columns, a swizzled row each; likewise of keys."""
-        return self.head_dim // self.query_columns
+        """Parts of all strips, a swizzled row each; likewise of keys."""
+        return sum(strip.parts for strip in self.key_strips)
 
     @property
     def query_columns(self) -> int:
-        """Numbers of a swizzled row."""
+        """Numbers of a swizzled row, where all features are one strip."""
         return columns_of(self.head_dim)
 
     @property

@@ -8,7 +8,10 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 
 
 class Ring(NamedTuple):
-    """Blocks of keys or values as products read them, and two barriers of each."""
+    """Blocks of keys or values as products read them, and two barriers of each.
+
+    Where tiles have few rows, their columns are in strips: a list in place of an array. Likewise queries.
+    """
 
     blocks: jax.Array
     here: jax.Array  # it has been filled
@@ -38,12 +41,15 @@ class Shared(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, optional, sources, scratch) -> "Shared":
-        [slots], [loaded], [taken] = scratch["query_views"]
+        if plan.few_rows:
+            views = ([view for [view] in of_strips] for of_strips in zip(*scratch["query_views"]))
+        else:
+            views = (view for [view] in scratch["query_views"])
         names = ("keys", "keys" if plan.latent else "values")
         return cls(
             optional,
             sources,
-            Places(slots, loaded, taken, scratch["query_here"], scratch["query_free"]),
+            Places(*views, scratch["query_here"], scratch["query_free"]),
             *(Ring(scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]) for name in names),
             [scratch.get(f"{name}_scales") for name in names],
             scratch,

@@ -1,10 +1,14 @@
 """How factors of products lie in shared memory: in tiles of 8 swizzled rows, which TMA writes and a wgmma reads.
 
-A row of so many features is cut into parts of 64, 32 or 16 of them, whichever are whole, and swizzled over 128, 64 or 32
-bytes: so heads of 96 or 80 features take the bytes and the products that they have, and nothing is filled up.
+A row of so many features is cut into parts, the widest first: as many of 64 as there are, and what is left into one of
+32, of 16, or of both, swizzled over 128, 64 and 32 bytes. So heads of 96 or 80 features take the bytes and the products
+that they have, and nothing is filled up. Each part is a *strip* of columns, which lies in an array of its own, with copies
+of its own; where all are of 64, they are one strip, which one copy brings. What a single wgmma reads as its columns is
+one strip too, of parts as wide as all can be.
 """
 
 import math
+from typing import NamedTuple
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import numpy as np
@@ -13,8 +17,42 @@ SWIZZLE_BYTES = 128  # of the widest row
 LEAST_COLUMNS, COLUMNS = 16, 64  # 16-bit elements in a swizzled row, at least and at most
 
 
+class Strip(NamedTuple):
+    """Neighbouring columns of a row that lie in one array: a part, or several of 64."""
+
+    first: int  # feature
+    features: int
+    columns: int  # of a part
+
+    @property
+    def parts(self) -> int:
+        return self.features // self.columns
+
+
+def strips(features: int) -> list[Strip]:
+    """Those of rows of so many features, the widest first."""
+    if features % COLUMNS == 0:
+        return one_strip(features)
+    found, first = [], 0
+    for columns in (64, 32, 16):
+        while features - first >= columns:
+            found.append(Strip(first, columns, columns))
+            first += columns
+    return found
+
+
+def one_strip(features: int) -> list[Strip]:
+    """The same columns in one array."""
+    return [Strip(0, features, columns_of(features))]
+
+
+def at(references, *place):
+    """That place of each strip's array."""
+    return [reference.at[place] for reference in references]
+
+
 def columns_of(features: int) -> int:
-    """Numbers of a swizzled row where rows have so many features: 64, 32 or 16, so that all parts of a row are whole."""
+    """Numbers of a swizzled row of a strip of so many features."""
     return math.gcd(COLUMNS, features)
 
 
