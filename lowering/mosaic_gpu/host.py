@@ -22,8 +22,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WAR
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, reads_bytes, rows_of
-from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, programs, reads_bytes
+from paged_prefill.lowering.mosaic_gpu.room import rows_of, shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
@@ -510,13 +510,6 @@ def _reason_against_fp8(problem: Problem) -> str | None:
     if "slot_scales" in problem.features:
         return "scales of each token and head"
     return WIDE if shares_rows(problem) else None
-
-
-def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
-    """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
-    heads = rows_of(problem, config) // config.block_q
-    tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
-    return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
 
 
 def _keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:

@@ -101,6 +101,13 @@ def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int
     return block * features * (2 * widened(block, features, shares_rows(problem)) + config.num_stages)
 
 
+def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Tiles of all heads before keys are split, were the tokens spread evenly over the sequences."""
+    heads = rows_of(problem, config) // config.block_q
+    tiles_of_tokens = min(problem.seqs, problem.tokens) * -(-problem.tokens_per_seq // config.block_q)
+    return tiles_of_tokens * problem.num_kv_heads * -(-problem.group // heads)
+
+
 def heads_of_fewest_tiles(problem: Problem) -> int:
     """Heads of a token in a tile of 64 rows: those with which a group's tiles read their keys the fewest times.
 
