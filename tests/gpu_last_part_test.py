@@ -32,7 +32,7 @@ KINDS = dict(
     three=(dict(q_heads=6), Config(block_q=64, block_kv=64, num_warps=16, num_stages=2, num_splits=3)),
     four=(dict(head_dim=64), Config(block_q=64, block_kv=64, num_warps=20, num_stages=2, num_splits=3)),
     uneven=(dict(sequences=UNEVEN, q_heads=16, kv_heads=4), None),
-    drafts=(dict(sequences=DRAFTS, q_heads=16, kv_heads=4), None),
+    drafts=(dict(sequences=DRAFTS, q_heads=16, kv_heads=4), few(4)),
     wide=(dict(head_dim=512, q_heads=4), Config(num_splits=4)),
     quantised=(dict(cache_dtype="int8", key_scale="slot", value_scale="slot", sinks=True), Config(num_splits=4)),
     wide_and_quantised=(

@@ -220,7 +220,7 @@ class FillTest(parameterized.TestCase):
             blocks = -(-context // config.block_kv)
             share, number = int(parts.share(np.int32(blocks))), int(parts.number(np.int32(blocks)))
             with self.subTest(f"{seqs} x 1 at {context}, {group * kv_heads} heads over {kv_heads}: {parts}"):
-                self.assertEqual(parts.least, config.num_splits)
+                self.assertIn(parts.least, (1, config.num_splits))  # 1: of contexts too short to be worth more
                 self.assertBetween(number, min(parts.least, 1 + blocks // 2), parts.most)
                 self.assertBetween(blocks, (number - 1) * share + 1, number * share)
                 if parts.most > parts.least:
@@ -233,14 +233,14 @@ class FillTest(parameterized.TestCase):
         self.assertLess(len(whole), long / 8, whole)
 
     @parameterized.parameters(
-        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 16), (29, 25600, 9), (32, 100000, 23)
+        (64, 4096, 1), (256, 1024, 1), (8, 1024, 2), (1, 131072, 16), (29, 25600, 13), (32, 100000, 23)
     )  # fmt: skip
     def test_parts_of_decode_steps(self, seqs, context, most):
         problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
         config = GPU_KERNELS[0].heuristic(problem, DEVICES[0][1])
         self.assertEqual(mosaic_gpu_host.parts_of_tiles(problem, DEVICES[0][1], config).most, most)
 
-    @parameterized.parameters((10, 1, 55000, 12, 32), (59, 1, 32256, 8, 32), (9, 10, 83968, 24, 28), (13, 1, 16384, 1, 8))
+    @parameterized.parameters((10, 1, 55000, 3, 32), (59, 1, 32256, 8, 32), (9, 10, 83968, 8, 13), (13, 1, 16384, 1, 8))
     def test_parts_are_small_where_tiles_are_few(self, seqs, kv_heads, context, blocks, most):
         """But a cluster that merges them is not given up for some more of them."""
         problem = problem_of_shape(seqs, 1, context, 4 * kv_heads, kv_heads, 128, None, None, page_size=16)

@@ -319,8 +319,8 @@ def meet(warpgroups: int) -> None:
 
 
 def _meet(warpgroups: int):
-    # Pallas uses the first five of 16 barriers.
-    _asm(f"bar.sync 8, {128 * warpgroups};", "~{memory}")
+    # Behind those of each warpgroup's own votes, in which one may still be while others are here.
+    _asm(f"bar.sync 12, {128 * warpgroups};", "~{memory}")
 
 
 def swapped(numbers, board, warpgroup):
