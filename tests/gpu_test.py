@@ -392,7 +392,9 @@ class GpuTest(parameterized.TestCase):
     @product(platform=PLATFORMS)
     def test_bits_do_not_depend_on_the_pack(self, platform):
         self.need(platform)
-        cfg = PrefillPageAttentionConfig(block_q=64, num_splits=2)  # else a tile's tokens follow the call's shape
+        # All of them: what is left open follows the call's shape.
+        sizes = dict(block_q=64, block_kv=64, num_warps=12) if platform == "cuda" else dict(block_q=64, block_kv=64)
+        cfg = PrefillPageAttentionConfig(num_splits=2, **sizes)
         case = cases.Case("alone", ((100, 900),), 4, 2, 64, page_size=16, dtype="bfloat16", spare_columns=30,
                           spare_pages=90)
         alone = case.pack()
