@@ -10,8 +10,9 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import cluster
+from paged_prefill.lowering.mosaic_gpu.hopper import cluster, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.tiles import Tiles
 from paged_prefill.primitive.context import policy
@@ -172,6 +173,12 @@ class ClusterTest(parameterized.TestCase):
             return ragged_paged_prefill(*rest, key_scale=scale, value_scale=scale, platform="cuda")
 
         self.assertIn("mosaic_gpu", jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+
+    def test_a_block_meets_where_no_warpgroup_waits_alone(self):
+        """One may still be in a vote of its own, of a soft cap, when the others are done with the block's keys."""
+        own = range(operations.OWN_BARRIER, operations.OWN_BARRIER + max(number for number, _ in REGISTERS))
+        self.assertNotIn(operations.MEETING_BARRIER, own)
+        self.assertLess(max(operations.MEETING_BARRIER, *own), 16)
 
     @parameterized.parameters(1, 2, 5)
     def test_parts_that_take_part_follow_a_tiles_own_keys(self, fewest):

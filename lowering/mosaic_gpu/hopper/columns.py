@@ -15,7 +15,7 @@ import numpy as np
 
 from paged_prefill import compat
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import anew, as_word
+from paged_prefill.lowering.mosaic_gpu.hopper.operations import OWN_BARRIER, anew, as_word
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import strips, tiled
 
@@ -211,8 +211,7 @@ def meet(team) -> None:
 
 
 def _meet(team):
-    # Pallas uses the first five of 16 barriers.
-    _asm("bar.sync $0, 128;", "r", arith.addi(team.registers.item(), i32(8)))
+    _asm("bar.sync $0, 128;", "r", arith.addi(team.registers.item(), i32(OWN_BARRIER)))
 
 
 def largest(numbers, board, team):

@@ -22,6 +22,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, SWIZZLE_BYT
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
 QUAD = 4  # threads that hold the same rows of a wgmma
+# Named barriers, of 16; Pallas uses the first five. The first warpgroup's own, behind which the others' are; and one for several
+# together, which one may wait at while another is still at its own.
+OWN_BARRIER, MEETING_BARRIER = 8, 12
 WGMMA = plgpu.Layout.WGMMA
 ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
 
@@ -319,8 +322,7 @@ def meet(warpgroups: int) -> None:
 
 
 def _meet(warpgroups: int):
-    # Behind those of each warpgroup's own votes, in which one may still be while others are here.
-    _asm(f"bar.sync 12, {128 * warpgroups};", "~{memory}")
+    _asm(f"bar.sync {MEETING_BARRIER}, {128 * warpgroups};", "~{memory}")
 
 
 def swapped(numbers, board, warpgroup):
@@ -411,8 +413,8 @@ def any_in_warpgroup(flags, warpgroup):
     def vote(_, flags, warpgroup):
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.extui(i32, functools.reduce(arith.ori, _elements(flags)))
-        # Pallas uses the first five of 16 barriers. The vote of the warp tells ptxas that all of it goes one way.
-        barrier = arith.addi(warpgroup.registers.item(), arith.constant(i32, 8))
+        # The vote of the warp tells ptxas that all of it goes one way.
+        barrier = arith.addi(warpgroup.registers.item(), arith.constant(i32, OWN_BARRIER))
         ballot = (
             "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, $2, 128, p; "
             "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
