@@ -123,8 +123,8 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     if len(found) == 1:
         return parts
     kinds = _kinds(launch)
-    cases = [(contexts, memory) for memory in MEMORIES for contexts, _ in kinds]
-    times = np.array([[_time(launch, each, *case) for case in cases] for each in found])
+    times = np.array([[_time(launch, each, contexts, MEMORIES) for contexts, _ in kinds] for each in found])
+    times = times.swapaxes(1, 2).reshape(len(found), -1)  # all kinds by the first memory, then by the next
     weights, power = np.array([weight for _, weight in kinds]), 2
     if launch.seqs * launch.tiles_of_seq >= launch.cores:
         weights[0], power = FULL * weights[0], 1
@@ -145,25 +145,33 @@ def _kinds(launch: Launch) -> list:
     return [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
 
 
-def _time(launch: Launch, parts: Parts, contexts, of_memory: float = 1.0) -> float:
-    """When a launch ends, in bytes that a core of an H100 loads meanwhile, with its pieces dealt longest first, to and fro.
+def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
+    """When a launch ends, in bytes that a core of an H100 loads meanwhile, with its pieces dealt longest first, to and fro;
+    by one memory, or by each of several.
 
     Pieces at work wait for memory, which they share, and for their own steps: where few are at work, mostly for their
     steps, where many are, mostly for memory.
     """
+    of_memory = np.asarray(of_memory, float)
     blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
-    share = np.ceil(blocks / np.clip(np.ceil(blocks / parts.blocks), parts.least, parts.most))
+    share = np.ceil(blocks / np.minimum(np.maximum(np.ceil(blocks / parts.blocks), parts.least), parts.most))
     number = np.ceil(blocks / share).astype(int)
-    sizes = np.concatenate([np.repeat(share, number - 1), blocks - share * (number - 1)])
-    sizes = np.repeat(np.sort(sizes)[::-1], launch.tiles_of_seq) * launch.block_bytes + PIECE_BYTES
-    rounds = np.pad(sizes, (0, -len(sizes) % launch.slots)).reshape(-1, launch.slots)
+    sizes = np.concatenate([share.repeat(number - 1), blocks - share * (number - 1)])
+    sizes.sort()
+    sizes = (sizes[::-1] * launch.block_bytes + PIECE_BYTES).repeat(launch.tiles_of_seq)
+    rounds = np.zeros((-(-len(sizes) // launch.slots), launch.slots))
+    rounds.ravel()[: len(sizes)] = sizes
     rounds[1::2] = rounds[1::2, ::-1]
-    ends = np.sort(rounds.sum(axis=0))
-    at_work = np.arange(launch.slots, 0, -1)  # until each of them
+    ends = rounds.sum(axis=0)
+    ends.sort()
+    ends[1:] -= ends[:-1].copy()  # how long after the last one each ends
+    at_work = np.arange(launch.slots, 0, -1)  # until then
     loaded = blocks.sum() * launch.tiles_of_seq * launch.block_bytes
-    memory = at_work / launch.cores * (OF_HELD if loaded <= HELD_BYTES else of_memory)
-    time = LAUNCH_BYTES + np.diff(ends, prepend=0) @ np.hypot(memory, launch.step_bytes / launch.block_bytes)
+    memory = np.full_like(of_memory, OF_HELD) if loaded <= HELD_BYTES else of_memory
+    step = launch.step_bytes / launch.block_bytes
+    # One product each: all at once they would differ in their last bits, which decide between equals.
+    time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work / launch.cores * m, step) for m in memory.flat], memory.shape)
     if parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
-    results = RESULTS * of_memory * launch.result_bytes / launch.cores * number.mean()
+    results = RESULTS * of_memory * launch.result_bytes / launch.cores * (number.sum() / len(number))
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results
