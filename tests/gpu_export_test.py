@@ -12,11 +12,12 @@ from jax import export
 import numpy as np
 
 from paged_prefill import ragged_paged_prefill
+from paged_prefill.lowering.triton.launch import PTX_TARGET
 from paged_prefill.tests import cases
 from paged_prefill.tests.gpus import gpus_for
 
 # What docs/tuning.md says that such a process imports.
-NEEDS = {"cuda": "jax.experimental.mosaic.gpu", "triton": "jax_triton"}
+NEEDS = {"cuda": "jax.experimental.mosaic.gpu", "triton": "jax"}
 SERVE = """
 import importlib, pathlib, sys
 from jax import export
@@ -40,7 +41,7 @@ class GpuExportTest(parameterized.TestCase):
         def attend(*pack):
             return ragged_paged_prefill(*pack, platform=platform, return_lse=True)
 
-        unchecked = [export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+        unchecked = [export.DisabledSafetyCheck.custom_call(PTX_TARGET)]
         exported = export.export(attend, platforms=["cuda"], disabled_checks=unchecked)(*pack)
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
