@@ -388,6 +388,8 @@ class LoweringTest(parameterized.TestCase):
         ("more_heads_of_a_token_than_there_are", dict(seqs=9, tokens=9, q_heads=71, kv_heads=1), {}),
         ("pages_of_1", dict(page_size=1), {}), ("pages_of_24_of_wide_heads", dict(page_size=24, head_dim=512), {}),
         ("steps_over_pages_of_1", dict(seqs=16, tokens=16, page_size=1), {}),
+        ("drafts_of_heads_of_96", dict(seqs=16, tokens=64, head_dim=96, value_dim=64), {}),
+        ("heads_of_112_over_pages_of_24", dict(head_dim=112, page_size=24), {}),
         ("heads_of_96", dict(head_dim=96), {}), ("heads_of_160", dict(head_dim=160), dict(attn_logits_soft_cap=30.0)),
         ("steps_of_heads_of_80", dict(seqs=16, tokens=16, head_dim=80), {}),
         ("steps_of_heads_of_112", dict(seqs=1, tokens=1, head_dim=112, value_dim=240, pages_per_seq=2000), {}),
