@@ -213,6 +213,13 @@ class SupportsTest(parameterized.TestCase):
         wide = dict(tokens=8192, pages_per_seq=512, q_heads=16, num_kv_heads=8, head_dim=256, value_dim=256)
         self.assertEqual(KERNEL.heuristic(problem(**wide | changes), HOPPER).block_q, block_q)
 
+    def test_few_rows_of_wide_heads_are_no_tiles_of_one_head(self):
+        """Steps of a token or two, beside so many others that tiles fill the chip for several rounds, over long tables."""
+        given = problem(tokens=196, seqs=144, q_heads=8, num_kv_heads=4, head_dim=256, value_dim=256, pages_per_seq=16340)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertIsNotNone(room.few_rows(given, config))
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
     @parameterized.named_parameters(
         ("short_prompts", {}, 2), ("of_64_features", dict(head_dim=64, value_dim=64), 2),
         ("long_contexts", dict(pages_per_seq=2048), 1), ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
