@@ -546,9 +546,10 @@ def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentio
     one = replace(config, block_q=rows_of(problem, config))
     if (problem.head_dim, problem.value_dim) != (256, 256) or is_quantised(problem):  # others are not measured
         return None
-    if "key_ranges" in problem.features or programs(problem, config) < ROUNDS * device.cores:
+    if few_rows(problem, config) is not None or "key_ranges" in problem.features:
         return None
-    if programs(problem, one) > MOST_EMPTY * programs(problem, config):
+    tiles = programs(problem, config)
+    if tiles < ROUNDS * device.cores or programs(problem, one) > MOST_EMPTY * tiles:
         return None
     return one if sum(_keys_of_tiles(problem, one.block_q)) >= 2 * LONG else None
 
