@@ -323,8 +323,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
-    if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
+    # Where two warpgroups share a tile's rows, the estimate is of steps and drafts of wide heads in 16 bits alone.
+    others = is_latent(problem) or is_quantised(problem) or problem.tokens_per_seq >= SHORT_CALL
+    if of_prompts or (others and two_share_rows(problem, config)) or current_policy() == "invariant":
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
