@@ -241,6 +241,26 @@ class SupportsTest(parameterized.TestCase):
             of_all = host.teams_of(given, config) * (host.shared_bytes(given, config) - room.RESERVED_BYTES)
             self.assertLessEqual(of_all + room.RESERVED_BYTES, host.SHARED_BYTES)
 
+    @parameterized.named_parameters(
+        ("one_head_a_group", {}, 64), ("of_96_features", dict(head_dim=96, value_dim=96), 64),
+        ("of_192", dict(head_dim=192), 64), ("of_256", dict(head_dim=256, value_dim=256), 64),
+        ("drafts", dict(tokens=54 * 8), 8), ("few_tiles", dict(q_heads=2, num_kv_heads=2), 16),
+        ("one_sequence", dict(seqs=1, tokens=10, q_heads=256, num_kv_heads=256), 16),
+        ("a_tree", dict(features=frozenset({"tree_mask"})), 16),
+    )
+    def test_a_prompt_beside_steps_does_not_read_its_keys_by_a_few_rows(self, changes, block_q):
+        """Where its tokens may be all but one of each other sequence: by 16 of 443 tokens it would 28 times."""
+        given = problem(**dict(tokens=53 + 443, seqs=54, q_heads=32, num_kv_heads=32, pages_per_seq=256) | changes)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(config.block_q, block_q)
+        self.assertEqual(room.few_rows(given, config), None if block_q == 64 else block_q)
+
+    def test_tiles_of_packs_are_those_of_drafts_and_of_one_prompt(self):
+        given = problem(tokens=53 + 443, seqs=54, pages_per_seq=256)
+        self.assertEqual(room.tiles_of_packs(given, 16), (54, 53 + 28))
+        self.assertEqual(room.tiles_of_packs(given, 8), (2 * 54, 53 + 56))
+        self.assertEqual(room.tiles_of_packs(dataclasses.replace(given, pages_per_seq=4), 16), (54, 53 + 4))
+
     @parameterized.parameters(("bfloat16", 2, 1), ("int8", 1, 2), ("float8_e4m3fn", 1, 2))
     def test_steps_beside_a_prompt_have_one_warpgroup_where_caches_are_widened(self, cache_dtype, number, of_prompts):
         features = () if cache_dtype == "bfloat16" else ("quantised",)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised
+from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, two_share_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -31,6 +31,8 @@ PIECE_BYTES = 5 * 2**10  # to begin and to end a part
 # launches of 8 to 32 heads, over equal and uneven contexts.
 STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
+# Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
+WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
@@ -47,6 +49,7 @@ FEW = 0.25  # tiles for each core, at most
 # keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
 # where results cost less of the time, have more parts.
 LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.115, 1.2
+WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
@@ -65,6 +68,7 @@ class Launch(NamedTuple):
     cores: int
     smallest: int  # part that may be, in bytes of keys and values
     step_bytes: float = STEP_BYTES
+    piece_bytes: float = PIECE_BYTES
     in_cluster: bool = False  # whether parts that do not vary are merged there
     evenly: float = math.inf  # how many times their least time contexts as long as the table may take
 
@@ -79,7 +83,9 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    evenly, rows = math.inf, 0
+    piece_bytes, evenly, rows = PIECE_BYTES, math.inf, 0
+    if two_share_rows(problem, config):
+        step_bytes, piece_bytes, evenly = WIDE_STEP_BYTES, WIDE_PIECE_BYTES, WIDE_EVENLY
     if is_latent(problem):
         rows = LEAST_LATENT_ROWS * unsplit
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
@@ -98,6 +104,7 @@ def dealt(
         cores=device.cores,
         smallest=smallest if problem.tokens_per_seq < SHORT_CALL else SMALLEST_OF_PROMPTS,
         step_bytes=step_bytes,
+        piece_bytes=piece_bytes,
         in_cluster=in_cluster,
         evenly=evenly,
     )
@@ -158,7 +165,7 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     number = np.ceil(blocks / share).astype(int)
     sizes = np.concatenate([share.repeat(number - 1), blocks - share * (number - 1)])
     sizes.sort()
-    sizes = (sizes[::-1] * launch.block_bytes + PIECE_BYTES).repeat(launch.tiles_of_seq)
+    sizes = (sizes[::-1] * launch.block_bytes + launch.piece_bytes).repeat(launch.tiles_of_seq)
     rounds = np.zeros((-(-len(sizes) // launch.slots), launch.slots))
     rounds.ravel()[: len(sizes)] = sizes
     rounds[1::2] = rounds[1::2, ::-1]

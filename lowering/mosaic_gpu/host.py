@@ -22,8 +22,9 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WAR
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, is_latent, is_quantised, programs, reads_bytes
-from paged_prefill.lowering.mosaic_gpu.room import rows_of, shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, heads_of_prompts, is_latent, is_quantised, keys_of_tiles
+from paged_prefill.lowering.mosaic_gpu.room import programs, reads_bytes, rows_of, shared_bytes, shares_rows, teams_of
+from paged_prefill.lowering.mosaic_gpu.room import tiles_of_packs, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
@@ -53,6 +54,9 @@ WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  #
 MOST_ROWS_OF_TOKENS = 16
 FEATURES_OF_MASKED_STEPS = frozenset({"key_ranges", "tree_mask", "quantised"})  # with which steps follow a tile's height
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
+# Of more, all but one sequence may have one, and that one a prompt. Were it so, tiles of few rows are left from so many times
+# the reads of its keys on that tiles of 64 rows have.
+MOST_DRAFTED, MOST_READS = 8, 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
@@ -62,7 +66,6 @@ FASTER = {3: 1.04, 4: 1.15}
 # Bounds of value_dim / 2 + block_kv, by warpgroups: a thread holds its share of the output, a block's logits, and weights of
 # half their size.
 MOST_REGISTERS = {3: 128, 4: 96}
-MOST_EMPTY_OF_ONE_HEAD = 1.06  # likewise where others have more heads of a token
 MOST_EMPTY = 1.02  # how many times the rows other tiles may have, empty ones counted, to be preferred
 # Keys that tiles see on average: from so many on, three warpgroups are considered where the pieces of two would be a chain;
 # and tiles of one wide head in place of two.
@@ -119,6 +122,7 @@ class MosaicGpu(Kernel):
         if current_policy() == "invariant":
             return _for_any_pack(problem)
         more, config = _with_more_warpgroups(problem), _with_at_most_two(problem, widens)
+        config = _for_a_prompt_too(problem, device, config) or config
         teams = _with_teams(problem, config)
         small = _with_one_warpgroup(problem, device) if widens and _has_short_prompts(problem) else None
         many = teams is not None and _has_many_steps(problem, device, config)
@@ -323,8 +327,9 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    # The estimate is not for tiles whose rows two warpgroups share, whose blocks take longer: by it 8 steps took 8% longer.
-    if of_prompts or two_share_rows(problem, config) or current_policy() == "invariant":
+    # Where two warpgroups share a tile's rows, the estimate is of steps and drafts of wide heads in 16 bits alone.
+    others = is_latent(problem) or is_quantised(problem) or problem.tokens_per_seq >= SHORT_CALL
+    if of_prompts or (others and two_share_rows(problem, config)) or current_policy() == "invariant":
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
@@ -402,22 +407,25 @@ def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConf
         few = rows <= WARPGROUP_ROWS or (is_quantised(problem) and widens and tokens_per_seq < FEW_TOKENS)
         warpgroups = 1 if few else warpgroups
     else:
-        heads = _heads_of_prompts(problem, block_kv)
+        heads = heads_of_prompts(problem, block_kv)
     return _sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups)
 
 
-def _heads_of_prompts(problem: Problem, block_kv: int) -> int:
-    """Heads of a tile of 128 rows: one's tokens are up to 5% faster than those of two or four, but for wide dims. But the
-    more tokens of a head a tile has, the more of its rows stay empty: half of a prompt's last tile, where prompts differ.
+def _for_a_prompt_too(problem: Problem, device: Device, few: PrefillPageAttentionConfig):
+    """Tiles of 64 rows in place of few, where these would read a prompt's keys many times, and else None.
+
+    With tiles for all cores, memory binds, and sequences of as many tokens each take as long by either.
     """
-    tokens, rows = problem.tokens_per_seq, 2 * WARPGROUP_ROWS
-    heads = [h for h in ((1, 2, 4) if block_kv == 128 else (2,)) if problem.group % h == 0] or [1]
-
-    def with_empty(h, alone=min(problem.seqs, problem.tokens) == 1):
-        return rows // h * -(-tokens * h // rows) if alone else tokens + rows / h / 2
-
-    fewest = min(map(with_empty, heads))
-    return next(h for h in heads if with_empty(h) <= MOST_EMPTY_OF_ONE_HEAD * fewest)
+    if few_rows(problem, few) is None or problem.tokens_per_seq <= MOST_DRAFTED or programs(problem, few) < device.cores:
+        return None
+    if shares_rows(problem) or not FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features):  # others are not measured
+        return None
+    block_q = WARPGROUP_ROWS // pl.next_power_of_2(problem.group)
+    reads, fewer = (tiles_of_packs(problem, each)[1] for each in (few.block_q, block_q))
+    if reads < MOST_READS * fewer:
+        return None
+    tall = _sized(problem, block_q, 64, 1)
+    return _with_teams(problem, tall) or tall
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
@@ -433,7 +441,7 @@ def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
     if plain and problem.tokens_per_seq == 1 and heads <= 8:
         warpgroups = 1
     elif plain and problem.tokens_per_seq >= WARPGROUP_ROWS:
-        heads = _heads_of_prompts(problem, block_kv)
+        heads = heads_of_prompts(problem, block_kv)
     return replace(_sized(problem, warpgroups * WARPGROUP_ROWS // heads, block_kv, warpgroups), num_splits=1)
 
 
@@ -512,12 +520,6 @@ def _reason_against_fp8(problem: Problem) -> str | None:
     return WIDE if shares_rows(problem) else None
 
 
-def _keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:
-    """The fewest and the most that a tile sees, where the new tokens are the last that the table has room for."""
-    most = most_keys(problem, block_q)
-    return min(most, max(problem.capacity - problem.tokens_per_seq, 0)), most
-
-
 def _has_short_prompts(problem: Problem) -> bool:
     """Whether tiles see so few keys that their beginnings and ends take most of the time: two go on beside one another.
 
@@ -551,7 +553,7 @@ def _with_one_head(problem: Problem, device: Device, config: PrefillPageAttentio
     tiles = programs(problem, config)
     if tiles < ROUNDS * device.cores or programs(problem, one) > MOST_EMPTY * tiles:
         return None
-    return one if sum(_keys_of_tiles(problem, one.block_q)) >= 2 * LONG else None
+    return one if sum(keys_of_tiles(problem, one.block_q)) >= 2 * LONG else None
 
 
 def _fills_four_warpgroups(problem: Problem, device: Device, more, teams) -> bool:
@@ -579,7 +581,7 @@ def _ends_sooner(problem: Problem, device: Device, more, two, widens: bool) -> b
         return False
     if number == 4 and (problem.attention.attn_logits_soft_cap is not None or programs(problem, two) < device.cores):
         return False
-    fewest, most = _keys_of_tiles(problem, more.block_q)
+    fewest, most = keys_of_tiles(problem, more.block_q)
     plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None
     if number == 3 and plain and two.block_kv > more.block_kv:  # the pieces of two are a chain
         many = mean_keys(problem, more.block_q) >= MANY and 2 * programs(problem, more) >= 3 * device.cores
