@@ -8,9 +8,10 @@ Tiles of one row walk side by side, each in a lane. Those with many blocks take 
 out and are merged in the end; the others take one. Lanes are filled in order of their blocks, so that neighbours have
 as many, and what a sequence costs follows from its own keys. Where a single block holds all keys of a table there is
 nothing to order, and a pack of no more sequences than lanes gives each its own; on a CPU it has as many lanes, and tall
-tiles that look at half of the block at most take half.
+tiles that look at half of the block at most take half, or what a prompt's first tile looks at.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -201,9 +202,12 @@ class Walker:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
         first_head = self.call.kv_head_start + head_block * walk.heads
 
+        # Of a single block once, of however many lengths it may be.
+        runs = self._runs(tile, tile.first_run) if walk.most_blocks == 1 else None
+
         def step(i, running, tile=tile, number=split, walker=self):
             _, *pages = _kept_in_loop(i, *self.pages.values())
-            block, visible, hidden = walker._block(tile, number, seen, first_head, pages)
+            block, visible, hidden = walker._block(tile, number, seen, first_head, pages, runs)
             soft_cap = self.attention.attn_logits_soft_cap
             # Where the results are copied in the end, there would be too little room for weights beside logits.
             in_use = jnp.any(live) if walker.walk.skips_masks and HOLDS_BITS else None
@@ -225,13 +229,7 @@ class Walker:
             turns = jnp.max(_divided(jnp.maximum(left + (sequence.splits - 1), 0), sequence.splits))
             return lax.fori_loop(0, turns, step_of_loop, softmax.start(queries, problem.value_dim))
 
-        if walk.few_runs is None:
-            running = all_blocks()
-        else:
-            few = walk._replace(runs=walk.few_runs, skips_masks=False)
-            narrow = Walker(self.call, few, self.heights, self.product_dtype)
-            enough = jnp.all(narrow._blocks(tile) <= 1)
-            running = lax.cond(enough, lambda: step(turn, None, walker=narrow), all_blocks)
+        running = self._shortest(tile, lambda few: step(turn, None, walker=few), all_blocks)
         if walk.splits > 1:
             running = softmax.merge_lanes(running, sequence.splits > 1, walk.splits)
             place = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)  # the first has it all
@@ -248,6 +246,15 @@ class Walker:
             result.at[place].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
             for result, x in zip(results, (_scattered(out.astype(self.call.query.dtype)), lse), strict=True)
         )
+
+    def _shortest(self, tile: "_Tile", attend_few, attend_all):
+        """What comes of the shortest block that holds all keys of these tiles: of a `Walker` with fewer runs, if any."""
+        if not self.walk.few_runs:
+            return attend_all()
+        shorter = [self.walk._replace(runs=runs, skips_masks=False) for runs in self.walk.few_runs]
+        shorter = [Walker(self.call, walk, self.heights, self.product_dtype) for walk in shorter]
+        too_short = sum(jnp.any(few._blocks(tile) > 1).astype(jnp.int32) for few in shorter)
+        return lax.switch(too_short, [*(functools.partial(attend_few, few) for few in shorter), attend_all])
 
     def _sinks(self, seq, head_block):
         """The sinks of each row of a group, [lanes, kv_heads, height * group]."""
@@ -290,10 +297,10 @@ class Walker:
         )  # fmt: skip
         return tile, low, jnp.minimum(high, end_key[:, None])
 
-    def _block(self, tile: "_Tile", number, seen: "_Seen", first_head, pages):
+    def _block(self, tile: "_Tile", number, seen: "_Seen", first_head, pages, runs):
         """Blocks of tiles with these numbers, which tokens see which keys, and whether any is hidden, if asked."""
         first_run = tile.first_run + number * self.walk.runs
-        block = self._fetch(tile, first_run, first_head, pages)
+        block = self._fetch(tile, self._runs(tile, first_run) if runs is None else runs, first_head, pages)
         key = (first_run * self.walk.run)[:, None] + jnp.arange(self.walk.block_kv, dtype=jnp.int32)[None, :]
         visible = seen.visible(key, tile.first_new)
         # Slots that no row sees may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
@@ -312,15 +319,21 @@ class Walker:
             block = block._replace(value_scale=jnp.where(some[:, None, :], block.value_scale, 0.0))
         return block, visible, hidden
 
-    def _fetch(self, tile: "_Tile", first_run, first_head, pages) -> softmax.Block:
-        """A block of keys and values of each lane, as they are multiplied, from the arrays `self.pages`."""
-        walk = self.walk
-        index = first_run[:, None] + jnp.arange(walk.runs, dtype=jnp.int32)[None, :]
+    def _runs(self, tile: "_Tile", first_run):
+        """Where the runs of a block of each lane lie: their pages, and their numbers in these."""
+        index = first_run[:, None] + jnp.arange(self.walk.runs, dtype=jnp.int32)[None, :]
         column = _divided(index, self.runs_per_page)
         page = _taken(
             self.call.sequences.page_indices, tile.seq[:, None], jnp.minimum(column, self.problem.columns - 1)
         )
-        run = index - column * self.runs_per_page
+        return page, index - column * self.runs_per_page
+
+    def _fetch(self, tile: "_Tile", runs, first_head, pages) -> softmax.Block:
+        """A block of keys and values of each lane, as they are multiplied, from the arrays `self.pages`.
+
+        Of `runs`, which `_runs` says, those of its own length.
+        """
+        page, run = (x[:, : self.walk.runs] for x in runs)
         pools = dict(keys=tile.key_pool, values=tile.value_pool)
         gathered = {}
         for name, array in zip(self.pages, pages, strict=True):

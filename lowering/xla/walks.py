@@ -28,8 +28,8 @@ IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a
-# cache.
-FEW_ROWS, FEW_ROWS_KEYS, FEW_ROWS_BYTES = 8, 256, 2**19
+# cache. Fewer keys where a taller tile would have all of a table in one block: there, most prompts are short.
+FEW_ROWS, FEW_ROWS_KEYS, SHORT_TABLE_KEYS, FEW_ROWS_BYTES = 8, 256, 128, 2**19
 
 
 class Turns(NamedTuple):
@@ -69,7 +69,7 @@ class Walk(NamedTuple):
       run: keys that lie together, and are fetched as one: a page, or an equal part of a page above the block size, or of
         one as long where less than a block may do.
       runs: how many runs a block has.
-      few_runs: how many it has for a tile that looks at no more keys than these hold; None where that is not asked.
+      few_runs: how many it has for a tile that looks at no more keys than these hold, the fewest first.
       lanes: tiles that walk side by side, for a turn of a loop costs as much as a few hundred keys of one row.
       splits: lanes that share the blocks of a tile with many; 1 where none are shared.
       heads: KV heads that are taken at a time.
@@ -84,7 +84,7 @@ class Walk(NamedTuple):
     height: int
     run: int
     runs: int
-    few_runs: int | None
+    few_runs: tuple[int, ...]
     lanes: int
     splits: int
     heads: int
@@ -104,22 +104,24 @@ class Walk(NamedTuple):
 def walks(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) -> list[Walk]:
     """The walks of a call, one for each height of tiles that its tokens can need."""
     heights = heights_of(config.block_q, turns.part_heights)
-    return [_walk(problem, config, turns, height) for height in needed_heights(heights, problem.tokens)]
+    return [_walk(problem, config, turns, heights, height) for height in needed_heights(heights, problem.tokens)]
 
 
-def _walk(problem, config, turns, height) -> Walk:
+def _walk(problem, config, turns, heights, height) -> Walk:
     """The number of sequences has no say but in how many lanes there are, which leaves a lane's bits as they are."""
     alone = height == 1 < config.block_q  # then a sequence has at most one such tile
     invariant = current_policy() == "invariant"  # then neither has the table's width, nor heads, which a mesh may cut
     block_kv, limit = config.block_kv, turns.bytes
     if 1 < height <= FEW_ROWS < config.block_q:
-        block_kv, limit = min(block_kv, FEW_ROWS_KEYS), min(limit, FEW_ROWS_BYTES)
+        few = SHORT_TABLE_KEYS if not invariant and _one_block(problem.capacity, config) else FEW_ROWS_KEYS
+        block_kv, limit = min(block_kv, few), min(limit, FEW_ROWS_BYTES)
     if alone and (invariant or not isinstance(problem.capacity, int) or problem.capacity > ONLY_BLOCK):
         block_kv = min(block_kv, LANE_KEYS)
     run = largest_divisor(problem.page_size, block_kv)
     halves = turns.skips and not invariant and height * block_kv >= LEAST_HALVED
-    if halves and run == block_kv and run % 16 == 0:  # half of a long page
-        run //= 2
+    first = _first_keys(heights, height)
+    if halves and run % first == 0:  # a part of a long page
+        run = first
     runs = max(1, block_kv // run)
     block_kv = run * runs
     most_blocks = -(-problem.capacity // block_kv) if isinstance(problem.capacity, int) else None
@@ -155,13 +157,30 @@ def _walk(problem, config, turns, height) -> Walk:
     needed = height == 1 and problem.tokens == problem.seqs  # to be sure, as far as shapes say
     skips = turns.skips and most_blocks == 1 and problem.capacity <= ONLY_BLOCK and not needed
     skips_masks = turns.skips and height > FEW_ROWS and most_blocks != 1
-    few_runs = -(-runs // 2)
-    halves &= runs > 1
-    few_runs = few_runs if halves and height // 2 < few_runs * run else None  # else no tile looks at so few, as a rule
+    few_runs = _few_runs(first, height, run, runs) if halves else ()
     splits = splits if shares else 1
     return Walk(
         height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
     )  # fmt: skip
+
+
+def _one_block(capacity, config: PrefillPageAttentionConfig) -> bool:
+    """Whether all keys of a table are one block of the tallest tiles, but more than one of any tile's."""
+    return isinstance(capacity, int) and ONLY_BLOCK < capacity <= config.block_kv
+
+
+def _first_keys(heights: tuple[int, ...], height: int) -> int:
+    """How many keys a tile of a height looks at, at most, if no tile and no context is before it."""
+    taller = heights.index(height) - 1
+    return height if taller < 0 else _most_for_lower(heights, heights[taller])
+
+
+def _few_runs(first: int, height: int, run: int, runs: int) -> tuple[int, ...]:
+    """Half of a block, and less where so many keys, that a first tile looks at, are less."""
+    half, of_first = -(-runs // 2), -(-first // run)
+    if half == runs or height // 2 >= half * run:  # as a rule, no tile looks at so few
+        return ()
+    return (of_first, half) if of_first < half else (half,)
 
 
 def _splits(turns: Turns, most_blocks: int | None) -> int:
