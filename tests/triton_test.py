@@ -17,6 +17,8 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import choose
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
+from paged_prefill.lowering.triton.parts import parts_of_tiles
+from paged_prefill.lowering.triton.sizes import rows_of, shared_bytes
 from paged_prefill.lowering.triton.schedule import most_pieces
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
@@ -181,7 +183,7 @@ class CompiledTest(parameterized.TestCase):
                 config = KERNEL.heuristic(each, device)
                 self.assertIsNone(KERNEL.misfit(each, device, config))
                 if kind == "cuda" and each.dtype == each.cache_dtype != "float32" and not each.features:
-                    least = host.shared_bytes(each, device, config)
+                    least = shared_bytes(each, device, config)
                     self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
                 capped = each.attention.attn_logits_soft_cap is not None
                 in_hardware = capped and kind == "cuda" and each.dtype != "float32"
@@ -237,9 +239,9 @@ class HeuristicTest(parameterized.TestCase):
     def test_parts(self, changes, parts):
         each = problem(**changes)
         config = KERNEL.heuristic(each, H200)
-        self.assertEqual(host.parts_of_tiles(each, H200, config), parts)
+        self.assertEqual(parts_of_tiles(each, H200, config), parts)
         with policy("invariant"):
-            self.assertEqual(host.parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
+            self.assertEqual(parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
 
     def test_a_launch_has_programs_for_any_pack_and_no_more_than_the_worst_needs(self):
         rng, fill = np.random.default_rng(0), 0
@@ -265,7 +267,7 @@ class HeuristicTest(parameterized.TestCase):
     def test_invariant_loops_do_not_follow_the_pack(self, **dims):
         packs = [problem(**dims | pack) for pack in (dict(), dict(tokens=1), DECODE, SHORT)]
         with policy("invariant"):
-            rows = host.rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
+            rows = rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
             self.assertLen({host.masks_every_block(pack, rows, 64, True) for pack in packs}, 1)
 
     @parameterized.parameters(8, 16, 64, 128, 256)
@@ -277,11 +279,11 @@ class HeuristicTest(parameterized.TestCase):
             for name in ("sm_80", "sm_89", "gfx942"):
                 device = TARGETS[name][1]
                 of_8_bits = KERNEL.heuristic(in_8_bits, device)
-                self.assertLessEqual(host.rows_of(in_8_bits, of_8_bits), 64)
+                self.assertLessEqual(rows_of(in_8_bits, of_8_bits), 64)
                 self.assertIsNone(KERNEL.misfit(in_8_bits, device, of_8_bits))
-            self.assertGreaterEqual(host.rows_of(in_8_bits, KERNEL.heuristic(in_8_bits, H200)), q_heads)
+            self.assertGreaterEqual(rows_of(in_8_bits, KERNEL.heuristic(in_8_bits, H200)), q_heads)
             if q_heads >= 64 or not pack:
-                self.assertEqual((host.rows_of(each, config), config.block_kv), (64, 64))
+                self.assertEqual((rows_of(each, config), config.block_kv), (64, 64))
 
     @parameterized.parameters(4, 5, 6, 7, 8)
     def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):
@@ -315,9 +317,9 @@ class HeuristicTest(parameterized.TestCase):
     def test_tiles_of_few_keys_are_two_to_a_core(self, changes, sizes):
         each = problem(**changes)
         config = KERNEL.heuristic(each, H200)
-        self.assertEqual((host.rows_of(each, config), config.block_kv, config.num_warps), sizes)
+        self.assertEqual((rows_of(each, config), config.block_kv, config.num_warps), sizes)
         if sizes[0] == 64:
-            self.assertLess(2 * host.shared_bytes(each, H200, config), 227 * 1024)
+            self.assertLess(2 * shared_bytes(each, H200, config), 227 * 1024)
 
     @parameterized.named_parameters(
         ("a_decode_step_has_three_tiles_a_core", DECODE, (16, 64, 4, 3)),
@@ -330,7 +332,7 @@ class HeuristicTest(parameterized.TestCase):
     )
     def test_sizes_where_tiles_wait_for_memory(self, changes, sizes):
         config = KERNEL.heuristic(problem(**changes), H200)
-        rows = host.rows_of(problem(**changes), config)
+        rows = rows_of(problem(**changes), config)
         self.assertEqual((rows, config.block_kv, config.num_warps, config.num_stages), sizes)
         with policy("invariant"):
             self.assertEqual(KERNEL.heuristic(problem(**changes), H200), KERNEL.heuristic(problem(**changes | SHORT), H200))
