@@ -219,7 +219,7 @@ class HeuristicTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("of_a_short_step", dict(tokens=8, seqs=8, pages_per_seq=64), Parts(1, 4, 4)),
-        ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 20, 13)),
+        ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 16, 13)),
         ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
         ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 3, 16)),
         ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
@@ -230,7 +230,9 @@ class HeuristicTest(parameterized.TestCase):
         ("of_very_few_tiles_most", dict(tokens=8, seqs=8, pages_per_seq=1474) | FALCON, Parts(1, 64, 2)),
         ("of_two_contexts_twice_as_many", dict(tokens=2, seqs=2, pages_per_seq=12992) | FALCON, Parts(1, 128, 2)),
         ("of_two_sequences_of_more_heads_one_a_core", dict(tokens=2, seqs=2, pages_per_seq=573) | TEN_HEADS, Parts(1, 13, 3)),
-        ("of_three_up_to_two", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 32, 3)),
+        ("of_three_too", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 16, 3)),
+        ("of_few_heads_more", dict(tokens=3, seqs=3, pages_per_seq=1416) | TWO_HEADS, Parts(1, 64, 3)),
+        ("of_narrower_ones_too", dict(tokens=3, seqs=3, pages_per_seq=1416, head_dim=64, value_dim=64), Parts(1, 32, 6)),
         ("a_window_has_one_though_it_ends_within_a_block", dict(tokens=35, seqs=35, pages_per_seq=1908, sliding_window=4096), Parts(1, 1)),
         ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
@@ -309,6 +311,10 @@ class HeuristicTest(parameterized.TestCase):
         ("and_few_tokens_over_more", dict(tokens=13, pages_per_seq=128) | WIDE | dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2), (16, 32, 4)),
         ("a_single_one_over_up_to_2048_keys", dict(tokens=98, pages_per_seq=128) | FEW_GROUPS, (64, 64, 4)),
         ("several_of_few_heads_that_leave_cores_idle", FEW_HEADS | dict(tokens=1106, seqs=2), (64, 64, 4)),
+        ("a_chunk_that_half_fills_its_last_tall_tile", dict(tokens=17, q_heads=16) | TWO_HEADS, (64, 64, 4)),
+        ("not_one_that_fills_it", dict(tokens=32, q_heads=16) | TWO_HEADS, (128, 128, 8)),
+        ("nor_one_of_many_tiles", dict(tokens=529, q_heads=16) | TWO_HEADS, (128, 128, 8)),
+        ("nor_a_large_group", dict(tokens=4) | FALCON, (128, 64, 8)),
         ("narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (64, 64, 4)),
         ("mixed_packs_of_any_group", dict(tokens=704, seqs=64, q_heads=8), (64, 64, 4)),
         ("or_of_fewer_tokens_and_many_tiles", dict(tokens=384, seqs=72, q_heads=8), (64, 64, 4)),
@@ -328,6 +334,9 @@ class HeuristicTest(parameterized.TestCase):
         ("more_are_not", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (32, 64, 4, 3)),
         ("a_wide_chunk_of_few_tiles_is_lower", dict(WIDE, tokens=64, q_heads=4) | TWO_HEADS, (64, 32, 4, 3)),
         ("of_more_tiles_it_is_not", dict(WIDE, tokens=64), (128, 64, 8, 2)),
+        ("but_over_few_keys", dict(WIDE, tokens=64, pages_per_seq=128), (64, 32, 4, 3)),
+        ("also_of_a_window", dict(WIDE, tokens=64, sliding_window=1024), (64, 32, 4, 3)),
+        ("not_of_most_cores", dict(WIDE, tokens=256, pages_per_seq=128), (128, 64, 8, 2)),
         ("a_tall_decode_step_takes_more_keys", dict(tokens=8, seqs=8) | FALCON, (128, 128, 8, 3)),
     )
     def test_sizes_where_tiles_wait_for_memory(self, changes, sizes):

@@ -131,7 +131,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     # What a part's result takes, written and read, beside its keys.
     result_bytes = 8 * min(rows, problem.tokens_per_seq * problem.group) * problem.value_dim
     if share < 1 / 4 or (mixed and share < 1) or result_bytes <= part_bytes * MERGED_SHARE:
-        if min(problem.seqs, problem.tokens) == 2 and not mixed:  # both may be long: each has one a core
-            most = min(most, 2 * device.cores // unsplit)
+        # Each context may be long: it has a part a core. Parts of narrower heads, and of wider in shorter blocks, end
+        # sooner, and a core takes several.
+        seqs, width = min(problem.seqs, problem.tokens), max(problem.head_dim, problem.value_dim)
+        if not mixed and (seqs == 2 or (64 < width <= 128 and most <= MOST_PARTS)):
+            most = min(most, seqs * device.cores // unsplit)
         parts = replace(parts, most=max(parts.most, min(most, round(blocks / of_part))))
     return Parts(1, parts.most, of_part) if parts.most > 1 else parts

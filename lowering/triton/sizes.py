@@ -56,14 +56,15 @@ FEW_ROWS = 32  # of a tile that waits for memory
 FEW_KEYS = 512  # of a table, over which warps that share out keys gain less than the sum over them costs
 # Shared memory of a thread block, by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-# Of dims of 129 to 256 on Hopper: at least so many cores for each tile.
-LONE_CHUNK, LONE_TILES = _Sizes(64, 32, 4, 3), 32
+# Of dims of 129 to 256 on Hopper: at least so many cores for each tile, and of short parts in any case.
+LONE_CHUNK, LONE_TILES, LONE_SHORT_TILES = _Sizes(64, 32, 4, 3), 32, 3
 TALL_STEP = 128  # keys of a decode step of dims up to 64 on Hopper, of a group that fills a tall tile
 KEYS_OF_PROMPT = 1024  # in a table: prompts seldom fill it, and over so few are not split, but those of wide heads
 DRAFTS = 8  # tokens of a sequence that are no prompt
 SHORT = _Sizes(64, 64, 4, 3)  # of dims up to 128 on Hopper, two to a core, where tiles see few keys
 SHORT_STEPS, ROUNDS = _Sizes(64, 32, 4, 2), 4  # of more tiles than so many a core, four at a time
 SHORT_KEYS = 768  # that are few, on average
+FEW_TALL = 8  # cores for each tall tile of a chunk, of which half a tile is much
 # Of dims of 129 to 256 on Hopper, over few keys: a step of the lowest takes half the time of one of 128 rows. So the
 # lowest are taken that no core has two of.
 LOW_TILES = (_Sizes(16, 32, 4, 3), _Sizes(32, 64, 4, 3), _Sizes(64, 64, 4, 2))
@@ -131,6 +132,8 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     elif sizes.rows > SHORT.rows and current_policy() != "invariant" and _has_few_keys(problem, device):
         prompts = problem.tokens_per_seq >= SHORT_CALL and problem.capacity <= PROMPT_TABLE
         sizes = SHORT_STEPS if prompts and tiles_of(problem, SHORT.rows) > ROUNDS * device.cores else SHORT
+    elif current_policy() != "invariant" and _fills_half_a_tile(problem, device):
+        sizes = SHORT
     elif current_policy() != "invariant" and _is_lone_chunk(problem, device):
         sizes = LONE_CHUNK
     rows = min(sizes.rows, power_of_2(rows_per_seq))
@@ -195,8 +198,17 @@ def _is_lone_chunk(problem: Problem, device: Device) -> bool:
     plain_masks = not {"key_ranges", "tree_mask"} & set(problem.features)
     wide = 128 < max(problem.head_dim, problem.value_dim) <= 256 and problem.tokens_per_seq * problem.group > FEW_ROWS
     single = min(problem.seqs, problem.tokens) == 1 and problem.capacity > KEYS_OF_PROMPT
-    few = LONE_TILES * tiles_of(problem, LONE_CHUNK.rows) <= device.cores
+    short = most_keys(problem, max(1, LONE_CHUNK.rows // problem.group)) <= 2 * KEYS_OF_PROMPT
+    few = (LONE_SHORT_TILES if short else LONE_TILES) * tiles_of(problem, LONE_CHUNK.rows) <= device.cores
     return device_class(device) == "hopper" and of_16_bits and plain_masks and wide and single and few
+
+
+def _fills_half_a_tile(problem: Problem, device: Device) -> bool:
+    """Whether of a lone chunk's few tall tiles the last is at most half full: lower ones leave fewer rows empty."""
+    rows, single = problem.tokens_per_seq * problem.group, min(problem.seqs, problem.tokens) == 1
+    few = single and FEW_TALL * tiles_of(problem, TALL_ROWS) <= device.cores
+    few = few and 4 * problem.group <= SHORT.rows and _of_narrow_heads(problem, device)
+    return few and rows > TALL_ROWS and 0 < rows % TALL_ROWS <= SHORT.rows
 
 
 def has_low_tiles(problem: Problem, device: Device) -> bool:
