@@ -15,7 +15,7 @@ from paged_prefill.lowering.choose import KERNELS, device_of
 from paged_prefill.lowering.cores import CORES
 from paged_prefill.lowering.mosaic_gpu import host as mosaic_gpu_host
 from paged_prefill.lowering.splits import most_keys
-from paged_prefill.lowering.triton import host as triton_host
+from paged_prefill.lowering.triton import parts as triton_parts
 from paged_prefill.lowering.tuning import resolve, tables, timing
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import calls
@@ -46,7 +46,7 @@ def filled(kernel, problem, device, config) -> int:
     """Cores that a launch over contexts as long as the table has work for at a time; 1 on TPUs, whose cores a grid does not fill."""
     if device.platform == "tpu":
         return 1
-    host = mosaic_gpu_host if kernel.name == "mosaic_gpu" else triton_host
+    host = mosaic_gpu_host if kernel.name == "mosaic_gpu" else triton_parts
     parts, blocks = host.parts_of_tiles(problem, device, config), -(-most_keys(problem, config.block_q) // config.block_kv)
     of_tile = int(parts.number(np.int32(blocks))) if parts.vary else parts.least
     return min(device.cores, host.programs(problem, config) * of_tile)
@@ -256,10 +256,10 @@ class FillTest(parameterized.TestCase):
         """Where contexts are as long as the table of 4096 keys and fill the cores, there is one part, and no merge."""
         problem = problem_of_shape(seqs, 1, context, 32, 8, 128, None, None, page_size=16)
         kernel, device = GPU_KERNELS[1], DEVICES[0][1]
-        parts = triton_host.parts_of_tiles(problem, device, kernel.heuristic(problem, device))
+        parts = triton_parts.parts_of_tiles(problem, device, kernel.heuristic(problem, device))
         self.assertEqual(parts.most, most)
         absent = (parts.most - parts.least) * seqs * 8 if parts.vary else 0
-        self.assertLessEqual(absent, triton_host.MOST_ABSENT + seqs * 8)
+        self.assertLessEqual(absent, triton_parts.MOST_ABSENT + seqs * 8)
 
     @parameterized.parameters((16, 1216, 24), (71, 640, 32))
     def test_parts_of_tall_tiles_of_triton(self, q_heads, keys, most):
@@ -267,7 +267,7 @@ class FillTest(parameterized.TestCase):
         problem = problem_of_shape(77, 1, 28700, q_heads, 1, 64, None, None, page_size=16)
         kernel, device = GPU_KERNELS[1], DEVICES[0][1]
         config = kernel.heuristic(problem, device)
-        parts = triton_host.parts_of_tiles(problem, device, config)
+        parts = triton_parts.parts_of_tiles(problem, device, config)
         self.assertEqual((parts.blocks * config.block_kv, parts.most), (keys, most))
 
     def test_a_device_says_itself_how_many_cores_it_has(self):

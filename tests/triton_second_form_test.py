@@ -241,14 +241,14 @@ def check_small_values():
 
 def check_shared_columns():
     """In a process prepared by `interpret_triton`."""
-    from paged_prefill.lowering.triton import constants, host
+    from paged_prefill.lowering.triton import constants, sizes
 
     config = PrefillPageAttentionConfig(block_q=32, block_kv=32, num_warps=8, num_splits=1)
     kind = dict(SIZES, seed=12, sequences=((37, 90), (1, 44), (5, 0)), kv_heads=2, q_heads=4, latent=True, value_dim=12)
     # Of 64 rows; and of half of a token's heads.
     more_heads = dict(kind, sequences=((3, 40), (1, 20), (0, 4)), kv_heads=1, q_heads=128, key_ranges=True)
     with (
-        mock.patch.multiple(host, _device_class=lambda device: "hopper", MOST_VALUES=8),
+        mock.patch.multiple(sizes, device_class=lambda device: "hopper", MOST_VALUES=8),
         mock.patch.object(constants, "MOST_VALUES", 8),
     ):
         triton_stand_ins.check_second_form_interpreted(kind, dict(cfg=config, value_dim=12))

@@ -59,8 +59,8 @@ def _interpret(
     """As `jax_triton.triton_call`, on the CPU. Results hold NaN wherever the kernel does not write."""
     import jax
 
-    if "PRECISION" in constants:
-        constants["PRECISION"] = "ieee"  # the only way of the interpreter, though it knows the names of some others
+    if "SOFTMAX" in constants:
+        constants["SOFTMAX"] = constants["SOFTMAX"]._replace(precision="ieee")  # the only way of the interpreter, though it knows the names of some others
 
     def launch(*operands):
         inputs = [HostTensor(np.array(x)) for x in operands]

@@ -17,6 +17,8 @@ from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.choose import choose
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
+from paged_prefill.lowering.triton.parts import parts_of_tiles
+from paged_prefill.lowering.triton.sizes import rows_of, shared_bytes
 from paged_prefill.lowering.triton.schedule import most_pieces
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
@@ -181,7 +183,7 @@ class CompiledTest(parameterized.TestCase):
                 config = KERNEL.heuristic(each, device)
                 self.assertIsNone(KERNEL.misfit(each, device, config))
                 if kind == "cuda" and each.dtype == each.cache_dtype != "float32" and not each.features:
-                    least = host.shared_bytes(each, device, config)
+                    least = shared_bytes(each, device, config)
                     self.assertBetween(least, 0.8 * found["shared_bytes"], found["shared_bytes"])
                 capped = each.attention.attn_logits_soft_cap is not None
                 in_hardware = capped and kind == "cuda" and each.dtype != "float32"
@@ -217,7 +219,7 @@ class HeuristicTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("of_a_short_step", dict(tokens=8, seqs=8, pages_per_seq=64), Parts(1, 4, 4)),
-        ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 20, 13)),
+        ("of_few_tiles_are_short", dict(tokens=13, seqs=13, pages_per_seq=1024), Parts(1, 16, 13)),
         ("of_many_long", dict(tokens=128, seqs=128, pages_per_seq=4096), Parts(1, 5, 64)),
         ("of_many_rows_are_fewer", dict(tokens=128, seqs=32, pages_per_seq=512), Parts(1, 3, 16)),
         ("of_a_single_sequence_are_the_splits", dict(tokens=1, pages_per_seq=512), Parts(32, 32)),
@@ -228,7 +230,9 @@ class HeuristicTest(parameterized.TestCase):
         ("of_very_few_tiles_most", dict(tokens=8, seqs=8, pages_per_seq=1474) | FALCON, Parts(1, 64, 2)),
         ("of_two_contexts_twice_as_many", dict(tokens=2, seqs=2, pages_per_seq=12992) | FALCON, Parts(1, 128, 2)),
         ("of_two_sequences_of_more_heads_one_a_core", dict(tokens=2, seqs=2, pages_per_seq=573) | TEN_HEADS, Parts(1, 13, 3)),
-        ("of_three_up_to_two", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 32, 3)),
+        ("of_three_too", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 16, 3)),
+        ("of_few_heads_more", dict(tokens=3, seqs=3, pages_per_seq=1416) | TWO_HEADS, Parts(1, 64, 3)),
+        ("of_narrower_ones_too", dict(tokens=3, seqs=3, pages_per_seq=1416, head_dim=64, value_dim=64), Parts(1, 32, 6)),
         ("a_window_has_one_though_it_ends_within_a_block", dict(tokens=35, seqs=35, pages_per_seq=1908, sliding_window=4096), Parts(1, 1)),
         ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
@@ -237,9 +241,9 @@ class HeuristicTest(parameterized.TestCase):
     def test_parts(self, changes, parts):
         each = problem(**changes)
         config = KERNEL.heuristic(each, H200)
-        self.assertEqual(host.parts_of_tiles(each, H200, config), parts)
+        self.assertEqual(parts_of_tiles(each, H200, config), parts)
         with policy("invariant"):
-            self.assertEqual(host.parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
+            self.assertEqual(parts_of_tiles(each, H200, KERNEL.heuristic(each, H200)).most, 1)
 
     def test_a_launch_has_programs_for_any_pack_and_no_more_than_the_worst_needs(self):
         rng, fill = np.random.default_rng(0), 0
@@ -265,7 +269,7 @@ class HeuristicTest(parameterized.TestCase):
     def test_invariant_loops_do_not_follow_the_pack(self, **dims):
         packs = [problem(**dims | pack) for pack in (dict(), dict(tokens=1), DECODE, SHORT)]
         with policy("invariant"):
-            rows = host.rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
+            rows = rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
             self.assertLen({host.masks_every_block(pack, rows, 64, True) for pack in packs}, 1)
 
     @parameterized.parameters(8, 16, 64, 128, 256)
@@ -277,11 +281,11 @@ class HeuristicTest(parameterized.TestCase):
             for name in ("sm_80", "sm_89", "gfx942"):
                 device = TARGETS[name][1]
                 of_8_bits = KERNEL.heuristic(in_8_bits, device)
-                self.assertLessEqual(host.rows_of(in_8_bits, of_8_bits), 64)
+                self.assertLessEqual(rows_of(in_8_bits, of_8_bits), 64)
                 self.assertIsNone(KERNEL.misfit(in_8_bits, device, of_8_bits))
-            self.assertGreaterEqual(host.rows_of(in_8_bits, KERNEL.heuristic(in_8_bits, H200)), q_heads)
+            self.assertGreaterEqual(rows_of(in_8_bits, KERNEL.heuristic(in_8_bits, H200)), q_heads)
             if q_heads >= 64 or not pack:
-                self.assertEqual((host.rows_of(each, config), config.block_kv), (64, 64))
+                self.assertEqual((rows_of(each, config), config.block_kv), (64, 64))
 
     @parameterized.parameters(4, 5, 6, 7, 8)
     def test_a_group_of_any_size_fills_one_tile_of_128_rows(self, group):
@@ -307,6 +311,10 @@ class HeuristicTest(parameterized.TestCase):
         ("and_few_tokens_over_more", dict(tokens=13, pages_per_seq=128) | WIDE | dict(q_heads=4, num_kv_heads=2, cache_kv_heads=2), (16, 32, 4)),
         ("a_single_one_over_up_to_2048_keys", dict(tokens=98, pages_per_seq=128) | FEW_GROUPS, (64, 64, 4)),
         ("several_of_few_heads_that_leave_cores_idle", FEW_HEADS | dict(tokens=1106, seqs=2), (64, 64, 4)),
+        ("a_chunk_that_half_fills_its_last_tall_tile", dict(tokens=17, q_heads=16) | TWO_HEADS, (64, 64, 4)),
+        ("not_one_that_fills_it", dict(tokens=32, q_heads=16) | TWO_HEADS, (128, 128, 8)),
+        ("nor_one_of_many_tiles", dict(tokens=529, q_heads=16) | TWO_HEADS, (128, 128, 8)),
+        ("nor_a_large_group", dict(tokens=4) | FALCON, (128, 64, 8)),
         ("narrow_ones", SHORT | dict(head_dim=64, value_dim=64), (64, 64, 4)),
         ("mixed_packs_of_any_group", dict(tokens=704, seqs=64, q_heads=8), (64, 64, 4)),
         ("or_of_fewer_tokens_and_many_tiles", dict(tokens=384, seqs=72, q_heads=8), (64, 64, 4)),
@@ -315,9 +323,9 @@ class HeuristicTest(parameterized.TestCase):
     def test_tiles_of_few_keys_are_two_to_a_core(self, changes, sizes):
         each = problem(**changes)
         config = KERNEL.heuristic(each, H200)
-        self.assertEqual((host.rows_of(each, config), config.block_kv, config.num_warps), sizes)
+        self.assertEqual((rows_of(each, config), config.block_kv, config.num_warps), sizes)
         if sizes[0] == 64:
-            self.assertLess(2 * host.shared_bytes(each, H200, config), 227 * 1024)
+            self.assertLess(2 * shared_bytes(each, H200, config), 227 * 1024)
 
     @parameterized.named_parameters(
         ("a_decode_step_has_three_tiles_a_core", DECODE, (16, 64, 4, 3)),
@@ -326,11 +334,14 @@ class HeuristicTest(parameterized.TestCase):
         ("more_are_not", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (32, 64, 4, 3)),
         ("a_wide_chunk_of_few_tiles_is_lower", dict(WIDE, tokens=64, q_heads=4) | TWO_HEADS, (64, 32, 4, 3)),
         ("of_more_tiles_it_is_not", dict(WIDE, tokens=64), (128, 64, 8, 2)),
+        ("but_over_few_keys", dict(WIDE, tokens=64, pages_per_seq=128), (64, 32, 4, 3)),
+        ("also_of_a_window", dict(WIDE, tokens=64, sliding_window=1024), (64, 32, 4, 3)),
+        ("not_of_most_cores", dict(WIDE, tokens=256, pages_per_seq=128), (128, 64, 8, 2)),
         ("a_tall_decode_step_takes_more_keys", dict(tokens=8, seqs=8) | FALCON, (128, 128, 8, 3)),
     )
     def test_sizes_where_tiles_wait_for_memory(self, changes, sizes):
         config = KERNEL.heuristic(problem(**changes), H200)
-        rows = host.rows_of(problem(**changes), config)
+        rows = rows_of(problem(**changes), config)
         self.assertEqual((rows, config.block_kv, config.num_warps, config.num_stages), sizes)
         with policy("invariant"):
             self.assertEqual(KERNEL.heuristic(problem(**changes), H200), KERNEL.heuristic(problem(**changes | SHORT), H200))

@@ -26,7 +26,7 @@ class TritonWriter(Writer):
         return reason_against(device, operands["key_cache"].dtype.name)
 
     def pays(self, operands):
-        """XLA puts its scatters, and what Pallas makes, into a CUDA graph; a launch by Triton takes 6 us of the host."""
+        """XLA puts its scatters, and what Pallas makes, into a CUDA graph; Triton's launch takes 6 us of the host."""
         return math.prod(operands["key"].shape[:-2]) >= MANY_TOKENS
 
     def write(self, operands, cache_batch_dims, device, layout=OWN_LAYOUT):

@@ -1,8 +1,9 @@
-"""The Triton kernel that writes new tokens into their pages: one program stores a few tokens of one head, key and value.
+"""The Triton kernel that writes new tokens into their pages: a program stores a few tokens of one head, key and value.
 
 A program finds the sequences that own its tokens, and their slots, from the index arrays as users give them, so that
-nothing runs before it. A token without a slot is not stored; nothing else of the caches is touched. Importing this module
-needs Triton.
+nothing runs before it. A token without a slot is not stored; nothing else of the caches is touched.
+
+Importing this module needs Triton.
 """
 
 import triton

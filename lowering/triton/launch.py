@@ -2,9 +2,9 @@
 
 A kernel's parameters are its inputs, then its results; of an input whose memory a result takes it makes no use.
 
-jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's. That may be part of a CUDA graph, but XLA
-has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5 us and
-more. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
+jax_triton compiles a kernel to PTX and launches it by a custom call of jaxlib's. That may be part of a CUDA graph, but
+XLA has it launch anew for every new address of an array, where it copies the kernel's text and looks it up by that: 5
+us and more. To XLA's own custom call for PTX a kernel is like those that XLA writes, of which a graph only takes other
 addresses. So on NVIDIA that takes its place. For AMD there is none.
 """
 
@@ -95,8 +95,8 @@ def _ptx(opaque: bytes, inputs: int, results: int):
 def _fields(message: bytes) -> dict:
     """A protocol buffer's fields by number: integers, and the bytes of what has a length. Of TritonAnyKernelCall:
 
-    1 is a TritonKernelCall, of which 2 to 4 are the grid and 1 is a TritonKernel, of which 1 is the name, 2 the warps, 3
-    the bytes of shared memory and 4 the PTX.
+    1 is a TritonKernelCall, of which 2 to 4 are the grid and 1 is a TritonKernel, of which 1 is the name, 2 the warps,
+    3 the bytes of shared memory and 4 the PTX.
     """
     fields, at = {}, 0
 

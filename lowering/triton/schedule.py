@@ -1,4 +1,4 @@
-"""Which programs of the Triton kernel have which rows, and parts of their keys: an array that each looks itself up in."""
+"""Which programs of the Triton kernel have which rows and parts of their keys: they look themselves up in an array."""
 
 import math
 
@@ -15,10 +15,10 @@ def schedule_of(call: Call, rows: int, block_kv: int, parts: Parts, pieces: int)
 
     That is the first piece, start, length, context_len and parts, the number of all pieces, and the pool.
 
-    A piece is a part of a tile, and the tiles of a sequence have the parts of its last: where these vary, so few that the
-    sequence has at most so many `pieces`, or one a tile. Pieces are numbered longest first, so that the last programs to
-    start are short ones. The sequences must be in the order of their rows, as `call.flatten` gives them. Where caches have
-    pools apart, those of the keys and of the values follow.
+    A piece is a part of a tile, and the tiles of a sequence have the parts of its last: where these vary, so few that
+    the sequence has at most so many `pieces`, or one a tile. Pieces are numbered longest first, so that the last
+    programs to start are short ones. The sequences must be in the order of their rows, as `call.flatten` gives them.
+    Where caches have pools apart, those of the keys and of the values follow.
     """
     sequences, group = call.sequences, call.problem.group
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sequences.start + sequences.length])
@@ -62,5 +62,5 @@ def most_pieces(seqs: int, tokens: int, group: int, rows: int, parts: Parts) -> 
 
 
 def _most_tiles(intervals: int, tokens: int, group: int, rows: int) -> int:
-    """Of any partition of the tokens: each interval wastes less than a tile, by what both kinds of rows are multiples of."""
+    """Of any partition of the tokens: each interval wastes less than a tile, by the factor that both rows share."""
     return (tokens * group + min(intervals, tokens) * (rows - math.gcd(group, rows))) // rows
