@@ -38,6 +38,13 @@ class GpuLayoutsTest(parameterized.TestCase):
         cfg = PrefillPageAttentionConfig(num_splits=3)
         self.check("cuda", name, dict(sequences=decode, dtype="float16", head_dim=64), cfg=cfg, attn_logits_soft_cap=20.0)
 
+    @parameterized.product(name=layouts.NAMES, head_dim=(80, 112), page_size=(5, 16))
+    def test_hopper_copies_parts_that_lie_apart(self, name, head_dim, page_size):
+        """Prompts, and steps in tiles of few rows: a head's columns begin anywhere in a row."""
+        kind = dict(dtype="bfloat16", head_dim=head_dim, page_size=page_size)
+        self.check("cuda", name, EVERYTHING | kind)
+        self.check("cuda", name, kind | dict(sequences=((1, 700), (1, 513), (1, 40), (0, 9), (1, 1100))))
+
     @parameterized.product(name=layouts.NAMES, granularity=poisoned.GRANULARITIES)
     def test_hopper_reads_quantised_caches(self, name, granularity):
         """Two warpgroups that compute, and one; each granularity with a dtype and a page size of its own."""

@@ -87,7 +87,7 @@ class GpuTest(parameterized.TestCase):
 
     @product(
         platform=PLATFORMS,
-        shape=((4, 4, 64), (8, 2, 128), (5, 1, 64), (16, 2, 256), (8, 1, 128), (2, 2, 192)),
+        shape=((4, 4, 64), (8, 2, 128), (5, 1, 64), (16, 2, 256), (8, 1, 128), (2, 2, 192), (4, 4, 112)),
         sliding_window=(None, 100),
     )
     def test_heads_and_dims(self, platform, shape, sliding_window):
@@ -182,7 +182,7 @@ class GpuTest(parameterized.TestCase):
 
     # Platform, head_dim, and warpgroups, which Triton has not, and for three of which wide heads leave no registers.
     TILES = [("triton", 64, 1), ("triton", 128, 1), ("triton", 256, 1), ("cuda", 256, 1), ("cuda", 256, 2)]
-    TILES += [("cuda", head_dim, warpgroups) for head_dim in (64, 128) for warpgroups in (1, 2, 3)]
+    TILES += [("cuda", head_dim, warpgroups) for head_dim in (64, 112, 128) for warpgroups in (1, 2, 3)]
 
     @product(tile=TILES, soft_cap=(None, 15.0, 50.0, 70.0))
     def test_a_sequence_has_the_same_bits_whatever_its_neighbours(self, tile, soft_cap):
@@ -204,7 +204,7 @@ class GpuTest(parameterized.TestCase):
         self.assertTrue(jnp.any(results[0][0][seq % 2 == 1] != results[1][0][seq % 2 == 1]))
         chex.assert_trees_all_equal(*[[array[seq % 2 == 0] for array in result] for result in results])
 
-    @product(sizes=((1, 64, 3), (2, 64, 1), (8, 64, 4), (16, 128, 1)), head_dim=(64, 128), soft_cap=(None, 30.0))
+    @product(sizes=((1, 64, 3), (2, 64, 1), (8, 64, 4), (16, 128, 1)), head_dim=(64, 80, 128), soft_cap=(None, 30.0))
     def test_tiles_of_few_rows(self, sizes, head_dim, soft_cap):
         """They are columns of the products; a sequence has the same bits whatever its neighbours."""
         self.need("cuda")

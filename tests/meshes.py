@@ -99,8 +99,8 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 def dense_kernel(call, config, device):
-    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys. Trees and pools apart go to XLA's."""
-    if {"tree_mask", "pools_apart"} & {*call.problem.features}:
+    """`Kernel.attend` that compiles fast: dense, each row with a copy of its keys. Pools apart go to XLA's."""
+    if "pools_apart" in call.problem.features:
         return XLA_ATTEND(call, config, device)
     problem, query, sequences, num_kv_heads = call.problem, call.query, call.sequences, call.problem.num_kv_heads
     softmax_scale, soft_cap = problem.attention.softmax_scale, problem.attention.attn_logits_soft_cap
@@ -142,6 +142,11 @@ def dense_kernel(call, config, device):
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     key = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     visible = (low[:, None] <= key) & (key < high[:, None])
+    if call.tree is not None:
+        new, last = key - (sequences.context_len - sequences.length)[seq][:, None], call.tree.shape[1] - 1
+        word = jnp.take_along_axis(call.tree, jnp.clip(new // 32, 0, last), axis=1)
+        in_tree = word >> (new % 32).astype(jnp.uint32) & jnp.uint32(1) == 1
+        visible &= in_tree | (new < 0) | (new // 32 > last)
     weights = jnp.where(visible[:, None, None], jnp.exp(logits), 0.0)
     values = jnp.where(visible[:, None, :, None], values, 0.0)
     out = jnp.einsum("tkgj,tkjv->tkgv", weights, values)

@@ -11,7 +11,7 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax, tiling
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.room import rows_of, teams_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
@@ -62,29 +62,20 @@ class Scales:
         return {...: jnp.asarray(self.blocks[self.step])}
 
 
-def _strips(rows):
-    """Those of rows [..., features], as they lie side by side."""
-    return [rows[..., strip.first : strip.first + strip.features] for strip in tiling.strips(rows.shape[-1])]
-
-
 def _logits(query, keys):
-    """Of each strip, of which a query has its parts one behind the other."""
-    products = [its_keys.array @ np.concatenate([*its_query.array], axis=1).T for its_query, its_keys in zip(query, keys)]
-    return [jnp.asarray(sum(products))]
+    """A query has its parts one behind the other."""
+    return [jnp.asarray(keys.array @ np.concatenate([*query.array], axis=1).T)]
 
 
-def _output(acc, features, weights, values):
-    """Of each strip in whole groups of 64 rows: behind its last feature lies NaN."""
-    values = np.concatenate([strip.array for strip in values], axis=1)[:, :features]
-    groups = np.concatenate([np.pad(x, ((0, 0), (0, -x.shape[1] % 64)), constant_values=np.nan) for x in _strips(values)], axis=1)
-    return acc + groups.T @ weights.array.T
+def _output(acc, weights, values):
+    """In whole groups of 64 rows: behind the last feature lies NaN."""
+    values = values.array[:, : len(acc)]
+    return acc + np.pad(values, ((0, 0), (0, len(acc) - values.shape[1])), constant_values=np.nan).T @ weights.array.T
 
 
 def _turned(acc, features, *_):
-    """Features as groups of 64 rows have them, and rows as many as a warpgroup has."""
-    whole = _strips(np.arange(features))
-    groups = np.concatenate([np.pad(x, (0, -len(x) % 64), constant_values=-1) for x in whole])
-    return np.resize(acc[np.flatnonzero(groups >= 0)].T, (ROWS, features))
+    """Rows as many as a warpgroup has."""
+    return np.resize(acc[:features].T, (ROWS, features))
 
 
 @contextlib.contextmanager
@@ -106,7 +97,7 @@ def numpy_for_a_warpgroup():
     )
 
     def zero(values, keys, parts, where):
-        columns = compute.columns_of(values.array.shape[1])
+        columns = 64
         for key, part, there in zip(*map(np.asarray, (keys, parts, where))):
             if there:
                 values.array[key, part * columns : (part + 1) * columns] = 0
@@ -137,11 +128,12 @@ def numpy_for_a_warpgroup():
 
     of_bytes = dict(
         taken_values=taken_values,
-        start_logits=lambda query, keys: _logits([query], [keys])[0],
+        start_logits=lambda query, keys: _logits(query, keys)[0],
         start_output=lambda acc, weights, values: acc + values @ weights.array.T,
     )
     with (
         mock.patch.multiple(few_rows, lax=python, settled=lambda product, still_running: product, **control),
+        mock.patch.object(few_rows, "wait_for_block", lambda plan, name, here, slot, done, i: here.at[slot].wait()),
         mock.patch.object(few_rows, "any_in_warpgroup", lambda flags, team: jnp.any(flags)),
         mock.patch.object(few_rows, "gathered", lambda source, indices, layout: jnp.asarray(source)[indices]),
         mock.patch.multiple(columns, **operations),
@@ -169,15 +161,13 @@ class FewRowsTest(parameterized.TestCase):
         piece = SimpleNamespace(tile=tile, last=end - 1, steps=end - first, heads_left=plan.group, cache_head=0,
                                 first_row=0)  # fmt: skip
         blocks = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(end - 1, first - 1, -1)]
-        # Strips of many parts have them one behind the other.
-        of_strips = zip(_strips(query), tiling.strips(plan.head_dim))
-        parts = [Memory(np.stack(np.split(x, strip.parts, axis=1))[None]) for x, strip in of_strips]
-        scratch, sources = dict(query_views=[[[None], [x], [x]] for x in parts]), []
+        parts = Memory(np.stack(np.split(query, plan.query_parts, axis=1))[None])
+        scratch, sources = dict(query_views=[[None], [parts], [parts]]), []
         scratch |= {name: SimpleNamespace(at=[mock.Mock()]) for name in ("query_here", "query_free")}
         for name, numbers in dict(keys=keys, **({} if plan.latent else dict(values=values))).items():
             ring, its_blocks = np.full((plan.slots, BLOCK, numbers.shape[1]), np.nan), iter([numbers[b] for b in blocks])
             places = SimpleNamespace(at=[Place(ring[slot], its_blocks) for slot in range(plan.slots)])
-            scratch |= {name: [*map(Memory, _strips(ring))], f"{name}_here": places, f"{name}_free": places}
+            scratch |= {name: Memory(ring), f"{name}_here": places, f"{name}_free": places}
         for name, its_scales in zip(("keys",) if plan.latent else ("keys", "values"), scales or ()):
             kind = "head" if its_scales.size == 1 else "slot"
             sources.append(SimpleNamespace(scale=kind, scales=its_scales, beside=0))
@@ -305,25 +295,6 @@ class ChoiceTest(parameterized.TestCase):
         given = problems.problem(tokens=seqs, seqs=seqs, cache_dtype="int8", features=("quantised",), **sizes)
         config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
         self.assertEqual((teams_of(given, config), config.num_stages), (2, 3))
-
-
-class StripsTest(parameterized.TestCase):
-    @parameterized.parameters(*range(16, 272, 16))
-    def test_parts_are_the_widest_first(self, features):
-        parts = [strip.columns for strip in tiling.strips(features) for _ in range(strip.parts)]
-        rest = [width for width in (32, 16) if features & width]
-        self.assertEqual(parts, [64] * (features // 64) + rest)
-        covered = [strip.first + i for strip in tiling.strips(features) for i in range(strip.features)]
-        self.assertEqual(covered, [*range(features)])
-
-    @parameterized.parameters(*range(16, 272, 16))
-    def test_each_part_has_rows_of_its_own_in_an_output(self, features):
-        """64 of them, in order; those behind a part's last feature are nobody's."""
-        rows, at = [], 0
-        for width in [64] * (features // 64) + [width for width in (32, 16) if features & width]:
-            rows, at = rows + [*range(at, at + width)], at + 64
-        self.assertEqual([columns.row_of(feature, features) for feature in range(features)], rows)
-        self.assertEqual(columns.whole_rows(features), at)
 
 
 if __name__ == "__main__":

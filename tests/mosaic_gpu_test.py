@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -213,6 +214,13 @@ class SupportsTest(parameterized.TestCase):
         wide = dict(tokens=8192, pages_per_seq=512, q_heads=16, num_kv_heads=8, head_dim=256, value_dim=256)
         self.assertEqual(KERNEL.heuristic(problem(**wide | changes), HOPPER).block_q, block_q)
 
+    def test_few_rows_of_wide_heads_are_no_tiles_of_one_head(self):
+        """Steps of a token or two, beside so many others that tiles fill the chip for several rounds, over long tables."""
+        given = problem(tokens=196, seqs=144, q_heads=8, num_kv_heads=4, head_dim=256, value_dim=256, pages_per_seq=16340)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertIsNotNone(room.few_rows(given, config))
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
     @parameterized.named_parameters(
         ("short_prompts", {}, 2), ("of_64_features", dict(head_dim=64, value_dim=64), 2),
         ("long_contexts", dict(pages_per_seq=2048), 1), ("long_prompts", dict(tokens=8 * 1024, pages_per_seq=128), 1),
@@ -391,6 +399,10 @@ class PlanTest(parameterized.TestCase):
 
 
 class LoweringTest(parameterized.TestCase):
+    # How rows lie, beside the usual way, and the words of the tree mask beside which each of these has ranges.
+    KINDS = dict(latent=1, short=40, few_rows=40)
+    STEPS_AND_PROMPT = dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)
+
     @parameterized.named_parameters(
         ("chunk", {}, {}), ("decode", dict(seqs=16, tokens=16), {}),
         ("dims", dict(head_dim=64, value_dim=256), dict(attn_logits_soft_cap=30.0)),
@@ -408,6 +420,8 @@ class LoweringTest(parameterized.TestCase):
         ("more_heads_of_a_token_than_there_are", dict(seqs=9, tokens=9, q_heads=71, kv_heads=1), {}),
         ("pages_of_1", dict(page_size=1), {}), ("pages_of_24_of_wide_heads", dict(page_size=24, head_dim=512), {}),
         ("steps_over_pages_of_1", dict(seqs=16, tokens=16, page_size=1), {}),
+        ("drafts_of_heads_of_96", dict(seqs=16, tokens=64, head_dim=96, value_dim=64), {}),
+        ("heads_of_112_over_pages_of_24", dict(head_dim=112, page_size=24), {}),
         ("heads_of_96", dict(head_dim=96), {}), ("heads_of_160", dict(head_dim=160), dict(attn_logits_soft_cap=30.0)),
         ("steps_of_heads_of_80", dict(seqs=16, tokens=16, head_dim=80), {}),
         ("steps_of_heads_of_112", dict(seqs=1, tokens=1, head_dim=112, value_dim=240, pages_per_seq=2000), {}),
@@ -422,9 +436,13 @@ class LoweringTest(parameterized.TestCase):
         text = call.trace(*shapes(**operands)).lower(lowering_platforms=("cuda",)).as_text()
         self.assertIn("mosaic_gpu", text)
 
-    @parameterized.product(ranges=(False, True), words=(0, 1, 40), kind=("usual", "latent", "short", "few_rows"))
+    @parameterized.parameters(
+        *itertools.product((False, True), (0, 1, 40), ("usual",)),
+        *((words == of_tree, words, kind) for kind, of_tree in KINDS.items() for words in (0, 1, 40)),
+    )
     def test_lowers_with_every_operand_that_it_takes(self, ranges, words, kind):
-        # What hides keys and how rows lie is in all combinations; caps and sinks, which neither asks about, in all pairs.
+        # What hides keys is in all combinations, and in all pairs with how rows lie, which asks for each by itself.
+        # Caps and sinks, which neither asks about, are in all pairs.
         soft_cap = 50.0 if (words == 40) ^ (kind in ("latent", "few_rows")) else None
         sinks = ranges ^ (words == 1) ^ (soft_cap is None)  # with and without each of the others, and with all of them
         sizes = dict(latent=dict(q_heads=128, kv_heads=1, head_dim=576), short=dict(pages_per_seq=20)).get(kind, {})
@@ -458,15 +476,14 @@ class LoweringTest(parameterized.TestCase):
         call = jax.jit(functools.partial(ragged_paged_prefill, platform="cuda", attn_logits_soft_cap=soft_cap))
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
-    @parameterized.parameters(
-        *pairs(
-            kind=(("int8", None), ("float8_e5m2", 50.0)),
-            scale=(None, (1,), (1, 64, 16)),
-            dims=((576, 512, True), (192, 128, True), (512, 512, False), (320, 384, False)),
-        )
-    )
-    def test_lowers_for_quantised_caches_of_wide_heads(self, kind, scale, dims):
-        (cache_dtype, soft_cap), (head_dim, value_dim, latent) = kind, dims
+    @parameterized.parameters(  # all dims with scales of slots and without, and in both dtypes; these with every scale
+        ("int8", (1, 64, 16), (576, 512, True)), ("float8_e5m2", None, (576, 512, True)),
+        ("int8", (1,), (192, 128, True)), ("float8_e5m2", (1, 64, 16), (192, 128, True)),
+        ("int8", None, (512, 512, False)), ("float8_e5m2", (1, 64, 16), (512, 512, False)),
+        ("int8", (1, 64, 16), (320, 384, False)), ("float8_e5m2", (1,), (320, 384, False)),
+    )  # fmt: skip
+    def test_lowers_for_quantised_caches_of_wide_heads(self, cache_dtype, scale, dims):
+        (head_dim, value_dim, latent), soft_cap = dims, None if cache_dtype == "int8" else 50.0
         sizes = dict(q_heads=16, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
         operands = dict(zip(packs.Pack._fields, shapes(**sizes)))
         for name in ("key",) if latent else ("key", "value"):
@@ -478,11 +495,9 @@ class LoweringTest(parameterized.TestCase):
         self.assertIn("mosaic_gpu", call.trace(**operands).lower(lowering_platforms=("cuda",)).as_text())
 
     @parameterized.parameters(
-        *pairs(
-            name=layouts.NAMES,
-            scale=((), (2,), (2, 64, 16)),
-            kind=(dict(seqs=16, tokens=16), dict(dtype=jnp.float16, head_dim=64)),
-        )
+        # Only scales of slots follow the layout; those of a cache or a head are in one pair each.
+        *itertools.product(layouts.NAMES, ((2, 64, 16),), STEPS_AND_PROMPT),
+        *zip(layouts.NAMES, ((), (2,)), STEPS_AND_PROMPT),
     )
     def test_lowers_for_quantised_caches_in_every_layout(self, name, scale, kind):
         """All dtypes are loaded alike, before they are widened."""

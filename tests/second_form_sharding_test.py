@@ -1,6 +1,7 @@
 """Calls with every operand on 8 devices, cut by heads, batch and both, in all ways: right, and nothing exchanged."""
 
 import functools
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import jax
@@ -8,6 +9,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
 from paged_prefill import append_to_pages, ragged_paged_prefill
+from paged_prefill.lowering.choose import XLA
 from paged_prefill.tests import cases, meshes, oracle, poisoned
 
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "hint": AxisType.Auto}
@@ -36,6 +38,12 @@ def hints(way, batch, heads):
 
 
 class AttentionTest(parameterized.TestCase):
+    """Of what surrounds the kernel: one that compiles fast stands in for the product's, whose calls are cut elsewhere."""
+
+    def setUp(self):
+        super().setUp()
+        self.enter_context(mock.patch.object(XLA, "attend", meshes.dense_kernel))
+
     @parameterized.product(way=tuple(KINDS), cut=tuple(CUTS))
     def test_every_operand(self, way, cut):
         batch, heads, kv_axes, kv_heads = CUTS[cut]

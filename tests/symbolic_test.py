@@ -1,5 +1,7 @@
 """Sizes that jax.export leaves open: any of them, alone and together, in every public function, right at two sizes."""
 
+import functools
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -9,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import numpy as np
 
 from paged_prefill import append_to_pages, merge, prefill_page_attention, ragged_paged_prefill
-from paged_prefill.tests import cases, packs
+from paged_prefill.tests import cases, oracle, packs
 
 # The second number of sequences is more than GPU kernels write their schedules out for.
 SMALL = dict(batch=2, tokens=24, seqs=3, columns=4, pages=32)
@@ -92,30 +94,39 @@ def two_calls(shapes, symbolic, **options):
     return [arrays(shapes, call, **options) for call in (SMALL, larger)]
 
 
-def attend(**operands):
-    return ragged_paged_prefill(**operands, return_lse=True, cfg=cases.SMALL_TILES)
+def attend(*, cfg=cases.SMALL_TILES, **operands):
+    return ragged_paged_prefill(**operands, return_lse=True, cfg=cfg)
 
 
-def attend_one(**operands):
-    return prefill_page_attention(*(operands[name] for name in ONE), cfg=cases.SMALL_TILES)
+def attend_one(*, cfg=cases.SMALL_TILES, **operands):
+    return prefill_page_attention(*(operands[name] for name in ONE), cfg=cfg)
+
+
+def sized(function, symbolic):
+    """`function` with tiles of one height, half of the program, but where the tokens are open, which heights follow."""
+    return function if "tokens" in symbolic else functools.partial(function, cfg=cases.ONE_HEIGHT)
+
+
+def of_any_size(function, shapes, symbolic, **options):
+    """Pairs of the operands of two calls and what one exported function gives for them."""
+    calls = two_calls(shapes, symbolic, **options)
+    function = export.deserialize(exported(function, shapes, calls[0], symbolic).serialize())
+    return [(given, function.call(**given)) for given in calls]
 
 
 class SymbolicTest(parameterized.TestCase):
     def check(self, function, shapes, symbolic, **options):
         """Exports a function and holds it to what it gives for sizes that are numbers."""
-        calls = two_calls(shapes, symbolic, **options)
-        function_of_any_size = exported(function, shapes, calls[0], symbolic)
-        for given in calls:
-            chex.assert_trees_all_close(
-                tuple(function_of_any_size.call(**given)), tuple(jax.jit(function)(**given)), rtol=1e-6, atol=1e-6
-            )
+        for given, results in of_any_size(function, shapes, symbolic, **options):
+            chex.assert_trees_all_close(tuple(results), tuple(jax.jit(function)(**given)), rtol=1e-6, atol=1e-6)
+
+    def check_attention(self, shapes, symbolic, **options):
+        for given, results in of_any_size(sized(attend, symbolic), shapes, symbolic, **options):
+            oracle.assert_matches(given, *results)
 
     @parameterized.parameters(*CHOICES)
     def test_ragged_paged_prefill(self, *symbolic):
-        calls = two_calls(ATTENTION, symbolic)
-        of_any_size = export.deserialize(exported(attend, ATTENTION, calls[0], symbolic).serialize())
-        for given in calls:
-            packs.assert_matches_reference(packs.Pack(**given), *of_any_size.call(**given))
+        self.check_attention(ATTENTION, symbolic)
 
     @parameterized.parameters(
         ("features", "head_dim"), ("page_size", "page_size"), ("heads", "q_heads"), ("kv_heads", "kv_heads")
@@ -127,7 +138,10 @@ class SymbolicTest(parameterized.TestCase):
 
     @parameterized.parameters("tokens", "columns", "pages", ("tokens", "columns", "pages"))
     def test_prefill_page_attention(self, *symbolic):
-        self.check(attend_one, ONE, symbolic)
+        for given, out in of_any_size(sized(attend_one, symbolic), ONE, symbolic):
+            query, *caches, context_len, pages = (given[name] for name in ONE)
+            pack = packs.Pack(query, *caches, context_len, pages[None], np.asarray([0, len(query)]))
+            packs.assert_matches_reference(pack, out)
 
     @parameterized.parameters(*CHOICES)
     def test_append_to_pages(self, *symbolic):
@@ -138,12 +152,12 @@ class SymbolicTest(parameterized.TestCase):
         self.check(merge, PARTIAL, symbolic)
 
     def test_every_operand(self):
-        self.check(attend, ALL_OPERANDS, tuple(SMALL), cache_dtype="int8")
+        self.check_attention(ALL_OPERANDS, tuple(SMALL), cache_dtype="int8")
         self.check(append_to_pages, APPEND | LAYERED | SCALES, tuple(SMALL), cache_dtype="int8")
 
     def test_with_x64_on(self):
         with jax.enable_x64(True):
-            self.check(attend, ATTENTION, tuple(SMALL))
+            self.check_attention(ATTENTION, tuple(SMALL))
             self.check(append_to_pages, APPEND, tuple(SMALL))
 
     @parameterized.product(device=(("tpu", "TPU v5 lite"), ("cuda", "NVIDIA H200")), name=(*SMALL, "all"))

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from paged_prefill.lowering.call import Problem
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
 from paged_prefill.lowering.splits import most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -69,9 +70,14 @@ def fewest_stages(problem: Problem) -> int:
     return 1 if is_quantised(problem) or (shares_rows(problem) and not is_latent(problem)) else 2
 
 
+def features_of_blocks(problem: Problem) -> int:
+    """Of keys and values together, those that blocks have room for."""
+    return whole(problem.head_dim) + (0 if is_latent(problem) else whole(problem.value_dim))
+
+
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block with one tile at a time."""
-    block, features = config.block_kv, problem.head_dim + (0 if is_latent(problem) else problem.value_dim)
+    block, features = config.block_kv, features_of_blocks(problem)
     rows, blocks = rows_of(problem, config), config.num_stages * block * features
     few = few_rows(problem, config) is not None
     fixed = 2 * rows * (problem.head_dim + (block if few or shares_rows(problem) else 0)) + RESERVED_BYTES
@@ -93,7 +99,7 @@ def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of all blocks of keys and values, as products read them and as they come."""
-    block, features = config.block_kv, problem.head_dim + (0 if is_latent(problem) else problem.value_dim)
+    block, features = config.block_kv, features_of_blocks(problem)
     if config.fp8_terms:
         return block * (config.num_stages * features + FP8_SLOTS * problem.value_dim)
     if not is_quantised(problem):

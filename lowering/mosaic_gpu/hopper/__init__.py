@@ -33,7 +33,7 @@ The work:
                 to the first
     slab        rows of a tile that belong to one head (or one token): they lie together in memory
     run         keys of one copy, which lie together in one page
-    strip       columns of queries, keys or values that lie in one array of shared memory (tiling.py)
+    part        of a row of a query, key or value: up to 64 of its features, which are a swizzled row (tiling.py)
 
 Who does it:
 

@@ -4,6 +4,7 @@ A warp that copies page by page spends most of its time on that. Pallas hands it
 are words of shared memory, and who waits counts their phases.
 """
 
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,7 +12,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.operations import TILED_BYTES
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import SWIZZLE_BYTES, TILED, TILED_BYTES
 
 arith, llvm, nvvm = compat.mlir_dialects("arith", "llvm", "nvvm")
 
@@ -78,6 +79,40 @@ def copy_together(barriers, stage, copies, tiled=False) -> None:
     start(barriers, stage, *[x for copy in copies for x in copy])
 
 
+def copy_parts(barriers, stage, copies) -> None:
+    """The same of parts that lie apart (tiling.py): (source, first row, first column, columns, target).
+
+    Targets are rows of 64 columns as products read them, of which a copy writes those that a part has.
+    """
+    widths, types = [columns for *_, columns, _ in copies], [plgpu.RefType(), SPLAT]
+    for _ in copies:
+        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType(TILED)]
+
+    @plgpu.inline_mgpu(arg_types=tuple(types))
+    def start(context, barriers, stage, *operands):
+        none, i32 = ir.Type.parse("!llvm.void"), ir.IntegerType.get_signless(32)
+        barrier, one = _barrier(barriers, stage).get_ptr(), utils.single_thread_predicate(utils.ThreadSubset.WARP)
+        parts, total = [], 0
+        for columns, i in zip(widths, range(0, len(operands), 4)):
+            source, row, column, target = operands[i : i + 4]
+            tiles, _, rows, _ = ir.MemRefType(target.type).shape
+            parts.append((source, row.registers.item(), column.registers.item(), target, (tiles * rows, columns)))
+            total += tiles * rows * columns * utils.bytewidth(ir.MemRefType(target.type).element_type)
+        arrive = "@$2 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;"
+        llvm.inline_asm(none, [barrier, arith.constant(i32, total), one], arrive, "r,r,b", has_side_effects=True)
+        for source, row, column, target, box in parts:
+            descriptor = compat.copy_descriptor(context, source, box, SWIZZLE_BYTES)
+            operands = [utils.memref_ptr(target), descriptor, column, row, barrier, one]
+            copy = (
+                "@$5 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                "[$0], [$1, {$2, $3}], [$4];"
+            )
+            llvm.inline_asm(none, operands, copy, "r,l,r,r,r,b", has_side_effects=True)
+
+    flat = [x for source, row, column, _, target in copies for x in (source, row, jnp.int32(column), target)]
+    start(barriers, stage, *flat)
+
+
 def _copy_rows(source, row, column, target, barrier, predicate) -> None:
     """Copies so many columns of rows of bytes as a plain run of them, or where rows have more columns, one each."""
     i8, i32, i64 = (ir.IntegerType.get_signless(width) for width in (8, 32, 64))
@@ -91,6 +126,15 @@ def _copy_rows(source, row, column, target, barrier, predicate) -> None:
         place = utils.getelementptr(utils.memref_ptr(target), [i * columns], i8)
         operands = [place, utils.getelementptr(start, [i * width], i8), size, barrier.get_ptr(), predicate]
         llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, copy, "r,l,r,r,b", has_side_effects=True)
+
+
+def wait_for_block(plan, name: str, here, slot, done, i) -> None:
+    """Until block i of a piece has come to its slot in that ring, through which `done` blocks went before the piece."""
+    if name in plan.announced_together:
+        slots = plan.key_slots if name == "keys" else plan.slots
+        wait(here, slot, lax.div(done + i, jnp.int32(slots)))
+    else:
+        plgpu.barrier_wait(here.at[slot])
 
 
 def wait(barriers, stage, phase) -> None:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
+from paged_prefill.lowering.mosaic_gpu.hopper import narrow
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import COLUMNS, KEYS, ROWS, SWIZZLE_BYTES, TILED, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import OWN_BARRIER, anew, as_word
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import strips, tiled
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import matrix_of, tiled, whole
 
 arith, llvm, nvvm, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "vector")
 
@@ -34,84 +35,73 @@ def board_shape(rows: int) -> tuple[int, int]:
 
 def room_shape(rows: int, features: int) -> tuple[int, int]:
     """The shape of an output in shared memory, through which it is transposed, so many features at a time."""
-    return rows, whole_rows(min(features, WARPGROUP_COLUMNS)) + PAD
-
-
-def groups_of(features: int) -> list[int]:
-    """Of an output of so many features, those that the 64 rows of each wgmma begin with. A strip's last may have fewer."""
-    return [strip.first + i for strip in strips(features) for i in range(0, strip.features, WARPGROUP_ROWS)]
-
-
-def whole_rows(features: int) -> int:
-    """Rows of an output of so many features."""
-    return WARPGROUP_ROWS * len(groups_of(features))
-
-
-def row_of(feature: int, features: int) -> int:
-    """Where a feature is among the rows of an output of so many."""
-    group, first = max((i, first) for i, first in enumerate(groups_of(features)) if first <= feature)
-    return group * WARPGROUP_ROWS + feature - first
+    return rows, whole(min(features, WARPGROUP_COLUMNS)) + PAD
 
 
 def start_logits(query, keys):
     """Starts keys @ query.T, to be `settled`: arrays [block_kv, rows] whose sum it is.
 
-    Of each strip `query` [parts, rows, columns] and `keys` [block_kv, features] are tiled references to shared memory.
+    `query` [parts, rows, columns] and `keys` [block_kv, features], or their parts apart, are tiled references to shared
+    memory.
     """
-    sums, number = SUMS if keys[0].shape[1] > WARPGROUP_COLUMNS else 1, len(query)
-    its_type = plgpu.ShapeDtypeStruct((keys[0].shape[0], query[0].shape[1]), jnp.float32, layout=WGMMA)
+    sums, apart = SUMS if keys.shape[-1] > WARPGROUP_COLUMNS else 1, query.shape[-1] < COLUMNS
+    its_type = plgpu.ShapeDtypeStruct((keys.shape[-2], query.shape[1]), jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(*map(tiled, (*query, *keys)),), return_type=[its_type] * sums)
+    @plgpu.inline_mgpu(arg_types=(tiled(query), tiled(keys)), return_type=[its_type] * sums)
     def start(_, *operands):
         if sums > 1:
             operands = [*map(_anew, operands)]
+        query, keys = operands[0], matrix_of(operands[1])
         logits = [mgpu.WGMMAAccumulator.zero(*its_type.shape).value for _ in range(sums)]
-        factors = []
-        for query, keys in zip(operands[:number], operands[number:]):
-            for part in range(ir.MemRefType(query.type).shape[0]):
-                columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
-                factors.append((columns, mgpu.memref_transpose(mgpu.memref_slice(query, part), (1, 0, 3, 2))))
+        factors, firsts = [], []
+        for place in range(ir.MemRefType(query.type).shape[0]):
+            part, first = narrow.place_of(query, keys, place)
+            columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
+            factors.append((columns, mgpu.memref_transpose(mgpu.memref_slice(query, place), (1, 0, 3, 2))))
+            firsts.append(first)
         if sums > 1:
             for first in range(0, len(factors), sums):
                 some = factors[first : first + sums]
                 logits[: len(some)] = multiply_in_turns(logits[: len(some)], some)
+        elif apart:
+            acc = mgpu.WGMMAAccumulator.from_registers(*logits)
+            for matrices, first in zip(factors, firsts):
+                acc = narrow.multiply(acc, *matrices, first_of_a=first)
+            logits = [acc.value]
         else:
             for matrices in factors:
                 logits = [_multiply(*logits, *matrices)]
         start_group()
         return logits
 
-    return start(*query, *keys)
+    return start(query, keys)
 
 
-def start_output(acc, features: int, weights, values):
+def start_output(acc, weights, values):
     """Starts acc + values.T @ weights.T, to be `settled`.
 
-    `acc` [`whole_rows` of features, rows] is an array, `weights` [rows, block_kv] and of each strip `values` [block_kv, its
-    features] are tiled references. Values may have other features behind these. Rows for which there are none come to have
-    any numbers: a wgmma reads 64 features, the last of them from what lies behind the block.
+    `acc` [`whole` of features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features], or their
+    parts apart, are tiled references. Values may have other features behind these. Rows for which there are none come to
+    have any numbers: a wgmma reads 64 features, and behind the last of a part lies what nobody wrote.
     """
     its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled(weights), *map(tiled, values)), return_type=its_type)
-    def start(_, acc, weights, *values):
-        weights, is_wide, matrices = _transposed(weights), acc.shape[0] > WARPGROUP_COLUMNS, []
-        for strip, its_values in zip(strips(features), values):
-            its_values = mgpu.memref_slice(its_values, (slice(None), slice(0, strip.parts)))
-            its_values = _transposed(_anew(its_values) if is_wide else its_values)
-            size = WARPGROUP_ROWS // strip.columns
-            firsts = range(0, strip.parts, size)
-            matrices += [mgpu.memref_slice(its_values, slice(first, min(first + size, strip.parts))) for first in firsts]
-        if is_wide or features % COLUMNS:
+    @plgpu.inline_mgpu(arg_types=(WGMMA, tiled(weights), tiled(values)), return_type=its_type)
+    def start(_, acc, weights, values):
+        weights, is_wide, values = _transposed(weights), acc.shape[0] > WARPGROUP_COLUMNS, matrix_of(values)
+        parts = acc.shape[0] // COLUMNS
+        values = mgpu.memref_slice(values, (slice(None), slice(0, parts)))
+        values = _transposed(_anew(values) if is_wide else values)
+        if is_wide:
+            matrices = [mgpu.memref_slice(values, slice(part, part + 1)) for part in range(parts)]
             sums = [acc[row : row + WARPGROUP_ROWS] for row in range(0, acc.shape[0], WARPGROUP_ROWS)]
-            sums = multiply_in_turns(sums, [(matrix, weights) for matrix in matrices])
-            acc = joined(sums)
+            acc = joined(multiply_in_turns(sums, [(matrix, weights) for matrix in matrices]))
         else:
-            acc = _multiply(acc, its_values, weights)
+            acc = _multiply(acc, values, weights)
         start_group()
         return acc
 
-    return start(acc, weights, *values)
+    return start(acc, weights, values)
 
 
 def _transposed(matrix):
@@ -319,7 +309,7 @@ def turned(acc, features: int, room, team, sorted_by=(1, 8)):
             row = arith.minui(arith.addi(own, i32(8 * half)), i32(rows - 1))
             place = arith.addi(times(row, width), times(quarter, 2))
             for group, of_group in enumerate(registers.reshape(-1, 2)):
-                of_group[half] = _load(pair, room, place, row_of(group * GROUP, features))
+                of_group[half] = _load(pair, room, place, group * GROUP)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     return turn(acc, room, jnp.int32(team))

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper import threads
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import wait_for_block
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, WGMMA
@@ -23,7 +24,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, st
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, WARPGROUP_THREADS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import columns_of
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import lie_apart, parts_of
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
@@ -144,18 +145,17 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
 
 
-def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values, features: int | None = None):
+def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
 
-    A warpgroup's share of them; all where it is None. Of a strip, they are its `features`. A thread has a key: so this is
-    little code, and what is seldom done pushes nothing else out of the instructions' cache.
+    A warpgroup's share of them; all where it is None. A thread has a key: so this is little code, and what is seldom done
+    pushes nothing else out of the instructions' cache.
     """
     sharing = WARPGROUP_THREADS * (1 if warpgroup is None else plan.warpgroups)
     thread = lax.rem(threads.number(), jnp.int32(sharing))
     key, part = lax.rem(thread, jnp.int32(plan.block_kv)), lax.div(thread, jnp.int32(plan.block_kv))
     unseen = ~rows.held(i, key, threads.load)
-    features = features or plan.value_dim
-    parts = features // columns_of(features)
+    parts = len(parts_of(plan.value_dim))
     for first in range(0, parts, sharing // plan.block_kv):
         threads.zero(values, key, part + first, unseen & (part + first < parts))
     plgpu.commit_smem()
@@ -203,9 +203,9 @@ class _Attention:
 
         def step(i, _):
             slot, key_slot = self._slot_of(i), self._key_slot_of(i)
-            plgpu.barrier_wait(self.keys_here.at[key_slot])
+            self._wait_for_keys(i)
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
-            plgpu.barrier_wait(self.values_here.at[slot])
+            self._wait_for_values(i)
             self._clean_values(i)
             plgpu.barrier_arrive(self.values_free.at[slot])
 
@@ -251,7 +251,7 @@ class _Attention:
         def _():
             if not self.plan.quantised:
                 self._wait_for_query(following)
-            plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(last + 1)])
+            self._wait_for_keys(last + 1)
 
         parts, (_, query) = [*range(self.plan.query_parts)], self._query_of(following)
         logits = start_logits(query, self.keys.at[self._key_slot_of(last + 1)], jnp.int32(0), 1, parts)
@@ -273,7 +273,7 @@ class _Attention:
         @pl.when(exists)
         def _():
             self._wait_for_query(self.piece)
-            plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(0)])
+            self._wait_for_keys(0)
 
         to_logits = self._scale_rows(self.piece) if self.plan.quantised else None
         self._take_turn()
@@ -298,7 +298,7 @@ class _Attention:
         self.softmax = Softmax(self.plan, self._scale_rows(self.piece) if self.plan.quantised else None)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
-        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
+        self._wait_for_keys(i)
         self._take_turn()
         logits = self._logits_of(i)
         plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
@@ -308,7 +308,7 @@ class _Attention:
         """What is running after block i, the first, from its logits on."""
         acc, m, l = self.softmax.start()
         running = self._weigh(i, logits, lambda: acc, m, l, self.seen)
-        plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+        self._wait_for_values(i)
         self._clean_values(i)
         return running
 
@@ -377,7 +377,7 @@ class _Attention:
             plgpu.wgmma(output, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
 
-        if self.plan.fp8_terms:
+        if self.plan.fp8_terms or lie_apart(self.plan.value_dim):
             acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
             acc = settled(acc, still_running=0)
@@ -392,6 +392,11 @@ class _Attention:
 
     def _logits_of(self, i):
         """Block i's logits, with no other product beside them."""
+        if lie_apart(self.plan.head_dim):
+            parts = [*range(self.plan.query_parts)]
+            logits = start_logits(self.query, self.keys.at[self._key_slot_of(i)], jnp.int32(0), 1, parts)
+            self._pass_turn()
+            return settled(logits, still_running=0)
 
         def products(logits):
             parts, size = self.plan.query_parts, self.plan.query_columns
@@ -405,7 +410,7 @@ class _Attention:
 
     def _products_of(self, i, weights, acc):
         """Block i's logits; and a function that waits for the output of block i - 1, which is still being computed."""
-        plgpu.barrier_wait(self.keys_here.at[self._key_slot_of(i)])
+        self._wait_for_keys(i)
         self._take_turn()
         keys, values = self.keys.at[self._key_slot_of(i)], self.values.at[self._slot_of(i - 1)]
         if self.plan.chains:  # the other's logits may run between these and the output: over large heads it is no faster
@@ -416,7 +421,7 @@ class _Attention:
 
         def output():
             # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
-            plgpu.barrier_wait(self.values_here.at[self._slot_of(i)])
+            self._wait_for_values(i)
             done = settled(acc, still_running=0)
             plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
             return done
@@ -489,6 +494,12 @@ class _Attention:
 
     def _wait_for_query(self, piece):
         plgpu.barrier_wait(self.queries.here.at[self.plan.queries_of(piece, self.team, self.warpgroup)])
+
+    def _wait_for_keys(self, i):
+        wait_for_block(self.plan, "keys", self.keys_here, self._key_slot_of(i), self.done, i)
+
+    def _wait_for_values(self, i):
+        wait_for_block(self.plan, "values", self.values_here, self._slot_of(i), self.done, i)
 
     def _slot_of(self, i):
         return self.plan.slot_of(self.team, self.done + i)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper import columns, few_bytes
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import wait_for_block
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import OF_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Columns, Rows
@@ -26,7 +27,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILE
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import at
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
 
 
@@ -46,7 +47,7 @@ class FewRows:
         self.sources = [shared.sources[0], shared.sources[-1]]  # a latent cache's values are scaled as its keys are
         self.rows, columns_of_tile = (kind(plan, piece, warpgroup, shared.optional) for kind in (Rows, Columns))
         _, loaded, taken, *barriers = shared.queries
-        self.loaded_query, self.query = at(loaded, team), at(taken, team)
+        self.loaded_query, self.query = loaded.at[team], taken.at[team]
         self.query_here, self.query_free = (barrier.at[team] for barrier in barriers)
         self.keys, self.keys_here, self.keys_free = shared.keys
         self.values, self.values_here, self.values_free = shared.values
@@ -80,7 +81,7 @@ class FewRows:
 
         def result(first=0, end=0):
             """The output of some features and the lse."""
-            rows = slice(first, columns.whole_rows(end))
+            rows = slice(first, whole(end))
             order = few_bytes.FEATURES if self.plan.reads_bytes else ()
             some = columns.turned(acc[rows], end - first, self.room, self.team, *order) if end else ()
             return softmax.result(some, m, total, sinks, scales)
@@ -99,7 +100,7 @@ class FewRows:
         """
         rows = self.plan.rows
         m = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), OF_COLUMNS)
-        shapes = (columns.whole_rows(self.plan.value_dim), rows), (WARPGROUP_ROWS, rows)
+        shapes = (whole(self.plan.value_dim), rows), (WARPGROUP_ROWS, rows)
         acc, l = (plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for shape in shapes)
         return acc, m, l
 
@@ -107,19 +108,20 @@ class FewRows:
         """Block i: its logits, weights and output; unless it is masked, all rows see it."""
         running, fetched = carry
         key_slot, slot = self.plan.key_slot_of(self.team, self.done + i), self.plan.slot_of(self.team, self.done + i)
+        wait = functools.partial(wait_for_block, self.plan, done=self.done, i=i)
         if self.plan.reads_bytes:
             (key_scales, value_scales), fetched = self.fetches.next(i, fetched)
         else:
             key_scales, value_scales = (self._scales_of(i, scales) for scales in (self.key_scales, self.value_scales))
-        plgpu.barrier_wait(self.keys_here.at[key_slot])
-        sums = self._start_logits(at(self.keys, key_slot))
+        wait("keys", self.keys_here, key_slot)
+        sums = self._start_logits(self.keys.at[key_slot])
         logits = functools.reduce(jnp.add, [settled(some, still_running=0) for some in sums])
         if not self.plan.latent:  # whose keys are still to be values
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
-        values = at(self.values, slot)
+        values = self.values.at[slot]
         if self.plan.reads_bytes:  # and turned while weights are computed
-            plgpu.barrier_wait(self.values_here.at[slot])
-            values = few_bytes.taken_values(*values, self._held(i) if masked else None)
+            wait("values", self.values_here, slot)
+            values = few_bytes.taken_values(values, self._held(i) if masked else None)
             plgpu.barrier_arrive(self.values_free.at[slot])
         logits = self.softmax.logits(logits if key_scales is None else self.softmax.times(logits, key_scales))
         if masked:
@@ -137,16 +139,15 @@ class FewRows:
             columns.meet(self.team)
             return (settled(few_bytes.start_output(acc, self.weights, values), still_running=0), m, l), fetched
         if not self.plan.latent:
-            plgpu.barrier_wait(self.values_here.at[slot])
+            wait("values", self.values_here, slot)
         if masked:
 
             @pl.when(self.rows.may_hold_nothing(i))
             def _():
-                for strip, its_values in zip(self.plan.value_strips, values):
-                    zero_unseen(self.plan, self.rows, None, i, its_values, strip.features)
+                zero_unseen(self.plan, self.rows, None, i, values)
 
         columns.meet(self.team)
-        acc = settled(columns.start_output(acc, self.plan.value_dim, self.weights, values), still_running=0)
+        acc = settled(columns.start_output(acc, self.weights, values), still_running=0)
         plgpu.barrier_arrive(self.values_free.at[slot])
         return (acc, m, l), fetched
 
@@ -156,9 +157,9 @@ class FewRows:
         return self.rows.held(i, key, functools.partial(gathered, layout=KEYS))
 
     def _start_logits(self, keys):
-        """Arrays whose sum they are, of keys in strips: those that are read as bytes are one."""
+        """Arrays whose sum they are: those of keys that are read as bytes are one."""
         if self.plan.reads_bytes:
-            return [few_bytes.start_logits(*self.query, *keys)]
+            return [few_bytes.start_logits(self.query, keys)]
         return columns.start_logits(self.query, keys)
 
     def _follow(self, logits, acc, m, l):
@@ -189,7 +190,7 @@ class FewRows:
 
     def _scale_rows(self):
         """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
-        [loaded] = self.loaded_query
+        loaded = self.loaded_query
         largest = columns.largest_of_query(loaded, self.board, self.team)
         factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
         sorts = few_bytes.parts_together(self.plan.head_dim) if self.plan.reads_bytes else 0

@@ -5,9 +5,10 @@ write that comes later: each lane waits for its own, and then announces them.
 """
 
 from jax import lax
+import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARP_LANES
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import SWIZZLE_BYTES, columns_of
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, SWIZZLE_BYTES, parts_of
 
 COPY_BYTES = 16
 TILE_ROWS = 8  # after which the order of a swizzled row's copies begins anew
@@ -19,21 +20,17 @@ def lane(threads):
 
 
 def start(threads, source, row, column, features: int, target) -> None:
-    """Starts to copy so many features, from that column on, of the rows of all lanes to `target` [WARP_LANES, features],
-    tiled as products read it. A negative row is zeros, which nobody reads anywhere."""
-    columns = columns_of(features)
-    row_bytes, parts = columns * source.dtype.itemsize, features // columns
-    lanes, tile_bytes = row_bytes // COPY_BYTES, TILE_ROWS * row_bytes  # lanes that copy a part of a row side by side
+    """Starts to copy so many features, from that column on, of the rows of all lanes to `target`: WARP_LANES rows of whole
+    parts of 64, tiled as products read them. A negative row is zeros, which nobody reads anywhere, and so is what lies
+    behind the features."""
+    lanes, tile_bytes = SWIZZLE_BYTES // COPY_BYTES, TILE_ROWS * SWIZZLE_BYTES  # lanes that copy a part side by side
     of_rows, of_row = lax.div(lane(threads), lanes), lax.rem(lane(threads), lanes)
-    beyond, rows = 0, WARP_LANES // lanes  # at a time
-    if rows > TILE_ROWS:  # of two tiles
-        beyond = lax.div(of_rows, TILE_ROWS) * (parts * tile_bytes)
+    parts, rows = parts_of(features), WARP_LANES // lanes  # at a time
     for first in range(0, WARP_LANES, rows):
         in_tile, its_row = of_rows + first % TILE_ROWS, threads.of_lane(row, of_rows + first)
-        if rows > TILE_ROWS:
-            in_tile = lax.rem(of_rows, TILE_ROWS)
-        place = in_tile * row_bytes + (of_row ^ lax.div(in_tile, SWIZZLE_BYTES // row_bytes)) * COPY_BYTES + beyond
-        for part in range(parts):
-            tile = first // TILE_ROWS * parts + part
-            its_column = column + part * columns + of_row * (columns // lanes)
-            threads.copy_later(source, its_row, its_column, target, place + tile * tile_bytes)
+        place = in_tile * SWIZZLE_BYTES + (of_row ^ in_tile) * COPY_BYTES
+        for i, part in enumerate(parts):
+            of_part = of_row * (COLUMNS // lanes)
+            there = its_row if part.features == COLUMNS else jnp.where(of_part < part.features, its_row, -1)
+            tile = first // TILE_ROWS * len(parts) + i
+            threads.copy_later(source, there, column + part.first + of_part, target, place + tile * tile_bytes)

@@ -126,6 +126,8 @@ class _ThreadBlock:
     def compute(self, warpgroup) -> None:
         plan, pieces = self.plan, self.pieces
         _set_registers(plan.registers.computes, "increase")
+        if plan.announced_together:
+            plgpu.barrier_wait(self.shared.scratch["started"])
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(self.shared.scratch["turn"].at[0]))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
@@ -157,7 +159,7 @@ class _ThreadBlock:
         queries = Queries(plan, self.query, self.shared.queries)
         share = functools.partial(load, plan, self.pieces, self.pages, queries, sources)
         _set_registers(plan.registers.loads, "decrease")
-        if plan.widens:
+        if plan.widens or plan.announced_together:
             self._start_barriers()
 
         def work(warp):
@@ -169,9 +171,10 @@ class _ThreadBlock:
         _each_warp(work)
 
     def _start_barriers(self) -> None:
-        """Those that Pallas does not know, before the other warps of this warpgroup and those that widen use them."""
-        for source in self.shared.sources:
-            if source.wide_blocks is not None:
+        """Those that Pallas does not know, before the other warps of this warpgroup, and other warpgroups, use them."""
+        together = self.plan.announced_together
+        for name, source in zip(("keys", "values"), self.shared.sources):
+            if source.wide_blocks is not None or name in together:
                 initialise(source.here, loading_warps(self.plan))
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.shared.scratch["started"])

@@ -17,11 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper import gather, threads
-from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_together
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_parts, copy_together
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Places
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Strip
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Part, lie_apart, parts_of
 
 MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
 
@@ -37,9 +37,8 @@ class Source(NamedTuple):
     rows: jax.Array  # the cache as a matrix in global memory: each slot is a row, of all heads where those lie together
     beside: int  # rows of one head's features from a key to what this is about: its value, in one array with it; else 0
     features: int
-    strips: list[Strip]  # of them
     stages: int  # of the ring
-    blocks: list[jax.Array]  # the ring, in shared memory, of each strip of features
+    blocks: jax.Array  # the ring, in shared memory
     here: jax.Array  # barriers: a stage has been filled; it may be filled again
     free: jax.Array
     scale: str | None  # what has a scale of its own: a "tensor", a "head" or a "slot"
@@ -56,8 +55,8 @@ class Source(NamedTuple):
 def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
     """Keys, and unless they are values too, values."""
     kinds = (
-        ("keys", (0, plan.head_dim, plan.key_strips), plan.key_scale),
-        ("values", (plan.value_rows, plan.value_dim, plan.value_strips), plan.value_scale),
+        ("keys", (0, plan.head_dim), plan.key_scale),
+        ("values", (plan.value_rows, plan.value_dim), plan.value_scale),
     )
     found, names = [], ("key_scale", "value_scale")
     slot_scales = tuple(
@@ -66,11 +65,10 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
         if scale == "slot" and plan.widens
     )
     for i, (rows, (name, of_rows, scale)) in enumerate(zip(caches, kinds)):
-        blocks = scratch[f"rows_of_{name}" if plan.in_strips and not plan.gathers else name]
-        blocks = [blocks if plan.few_rows else [blocks], scratch[f"{name}_here"], scratch[f"{name}_free"]]
+        blocks = [scratch[name], scratch[f"{name}_here"], scratch[f"{name}_free"]]
         raw, is_widened = blocks, plan.widens_keys if name == "keys" else plan.widens
         if is_widened:
-            raw = [[scratch[f"raw_{name}"]], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
+            raw = [scratch[f"raw_{name}"], scratch["raw_here"].at[i], scratch[f"raw_{name}_free"]]
         wide = []
         if is_widened:
             if plan.shares_place:  # what comes next there waits for what was there
@@ -79,7 +77,6 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
             groups, turns = [[*range(plan.value_dim // COLUMNS)]], [0]
             if name == "keys":
                 groups, turns = plan.key_groups, plan.turns_before_keys
-            [blocks[0]] = blocks[0]  # all features are one strip
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
         stages = plan.slots if name == "values" and not plan.widens else plan.stages
         found.append(Source(rows, *of_rows, stages, *raw, scale, optional.get(names[i]), *wide))
@@ -107,23 +104,22 @@ class Queries:
             head, token = plan.head_and_token(row)
             token, head = piece.tile.start + token, piece.head + head
             rows = (token, pl.ds(head, plan.slab)) if plan.by_token else (pl.ds(token, plan.slab), head)
-            for slots, part, columns in self._parts():
+            for part, columns in self._parts():
                 its_rows = pl.ds(row % WARPGROUP_ROWS, plan.slab)
-                target = slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
+                target = self.places.slots.at[plan.query_of(piece, team, row // WARPGROUP_ROWS), part, its_rows]
                 plgpu.copy_gmem_to_smem(self.query.at[*rows, columns], target, self.places.here.at[queries])
 
     def _ask_for(self, piece) -> None:
         """Brings a piece's rows into the second cache, while the last one still has its place."""
         place = pl.ds(piece.tile.start, self.plan.block_q), pl.ds(piece.head, self.plan.heads)
-        for *_, columns in self._parts():
+        for _, columns in self._parts():
             plgpu.async_prefetch(self.query.at[*place, columns])
 
     def _parts(self):
-        """(places of a strip, one of its parts, the columns of that) of all parts."""
-        of_strips = self.places.slots if self.plan.few_rows else [self.places.slots]
-        for slots, strip in zip(of_strips, self.plan.key_strips):
-            for part in range(strip.parts):
-                yield slots, part, pl.ds(strip.first + part * strip.columns, strip.columns)
+        """(number, columns) of all parts."""
+        columns = self.plan.query_columns
+        for part in range(self.plan.query_parts):
+            yield part, pl.ds(part * columns, columns)
 
 
 @dataclass(frozen=True)
@@ -192,26 +188,27 @@ class Loading:
     def _copy_runs(self, piece, source: Source, slot, rows) -> None:
         """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
         plan, column = self.plan, self.plan.in_slot(piece, source.beside) * source.features
-        # Once for each strip, but where numbers are widened, of which all are one.
-        of_strips = [*zip(source.blocks, source.strips)]
-        targets = [
-            (row, strip, blocks.at[slot, pl.ds(offset, plan.run)])
+        blocks, parts = source.blocks, [((), Part(0, source.features))]
+        if lie_apart(source.features):
+            parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
+        copies = [
+            (source.rows, row, column + part.first, part.features, blocks.at[slot, *place, pl.ds(offset, plan.run)])
             for row, offset in zip(rows, self.offsets)
-            for blocks, strip in of_strips
+            for place, part in parts
         ]
         if plan.gathers:
-            for row, strip, target in targets:
-                gather.start(threads, source.rows, row, column + strip.first, strip.features, target)
+            for copy in copies:
+                gather.start(threads, *copy)
+        elif lie_apart(source.features):
+            copy_parts(source.here, slot, copies)
         elif source.wide_blocks is None:
-            for row, strip, target in targets:
+            for _, row, column, features, target in copies:
                 place = pl.ds(row, plan.run)
                 if plan.slot_rows > 1:  # of a slot, one head's columns
-                    place = place, pl.ds(column + strip.first, strip.features)
-                elif len(of_strips) > 1:
-                    place = place, pl.ds(strip.first, strip.features)
+                    place = place, pl.ds(column, features)
                 plgpu.copy_gmem_to_smem(source.rows.at[place], target, source.here.at[slot])
         else:
-            copies = [(source.rows, row, column, target) for row, _, target in targets]
+            copies = [(*where, target) for *where, _, target in copies]
             copy_together(source.here, slot, copies, tiled=plan.fp8_terms > 0)
 
     def _ask_for_block(self, piece, i) -> None:
@@ -281,7 +278,7 @@ def load(plan: Plan, pieces: Pieces, pages, queries: Queries, sources: list[Sour
 
 
 def copies_of(plan: Plan) -> int:
-    """Copies of a block of keys, for each strip of their columns."""
+    """Runs of a block of keys: a copy each, or one for each part where parts lie apart."""
     return plan.block_kv // plan.run
 
 
@@ -292,4 +289,6 @@ def copies_of_a_warp(plan: Plan) -> int:
 
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
-    return 1 if plan.loading_warpgroups == 1 else -(-copies_of(plan) // copies_of_a_warp(plan))
+    if plan.widens and plan.loading_warpgroups == 1:  # the others widen
+        return 1
+    return -(-copies_of(plan) // copies_of_a_warp(plan))

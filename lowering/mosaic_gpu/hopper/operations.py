@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, SWIZZLE_BYTES, TILED, TILED_BYTES, tiled
+from paged_prefill.lowering.mosaic_gpu.hopper import narrow
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, SWIZZLE_BYTES, TILED, TILED_BYTES
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import matrix_of, tiled
 
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
@@ -34,13 +36,11 @@ def start_products(query, keys, acc, weights, values, between=None):
 
     `between`, if given, is called when the first is started, and the second is not.
 
-    `query` [parts, 64, `columns_of` features], `keys` and `values` [block_kv, features] are tiled references to shared
-    memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum, one term of 8 bits behind
-    the other; values of 8 bits are [features, block_kv], and weights `packed`.
+    `query` [parts, 64, `columns_of` features], `keys` and `values` [block_kv, features], or their parts apart, are tiled
+    references to shared memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum,
+    one term of 8 bits behind the other; values of 8 bits are [features, block_kv], and weights `packed`.
     """
-    shape = (weights.shape[0], keys.shape[0])
-    swizzle = keys.dtype.itemsize * query.shape[-1]
-
+    shape = (weights.shape[0], keys.shape[-2])
     types = [plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)]
     as_settled = plgpu.ShapeDtypeStruct(weights.shape, weights.dtype, layout=WGMMA)
 
@@ -48,12 +48,8 @@ def start_products(query, keys, acc, weights, values, between=None):
         weights = mgpu.optimization_barrier(weights)
         output = mgpu.WGMMAAccumulator.from_registers(acc)
         logits = mgpu.WGMMAAccumulator.zero(*shape)
-        parts = ir.MemRefType(keys.type).shape[1]
         for place in range(ir.MemRefType(query.type).shape[0]):
-            part = place % parts
-            columns = mgpu.memref_slice(keys, (slice(None), slice(part, part + 1)))
-            columns = mgpu.memref_transpose(columns, (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, place), columns, swizzle=swizzle)
+            logits = narrow.add_part(logits, query, keys, place)
         _asm("wgmma.commit_group.sync.aligned;")
         return logits.value, output, weights
 
@@ -102,7 +98,11 @@ def start_weighted(acc, weights, values, share=None):
 
 
 def _multiply_settled(acc, a, b):
-    """acc + a @ b, as mgpu.wgmma has it, but for registers of `a` that are settled already."""
+    """acc + a @ b, as mgpu.wgmma has it, but for registers of `a` that are settled already.
+
+    Of the last part of `b` there are the columns that acc has.
+    """
+    b = matrix_of(b)
     columns = ir.MemRefType(b.type).shape[-1]
     swizzle = 2 * columns
     if a.mlir_dtype == ir.IntegerType.get_signless(32):
@@ -123,7 +123,7 @@ def _multiply_settled(acc, a, b):
             b_transpose=fastest != mma_utils.Dim.K,
             a_k_stride=None,
             b_k_stride=step[1][0],
-            n=width,
+            n=acc._value.shape[1],
             swizzle=swizzle,
             element_type=element_type,
         )
@@ -183,19 +183,19 @@ def start_logits(query, keys, share, shares: int, parts: list[int], started=None
     Both lie in shared memory; to be read only once `settled`. Of their columns these parts are multiplied, and added to
     the product `started` with others, which may be running.
     """
-    shape, swizzle = (query.shape[1], keys.shape[0] // shares), query.dtype.itemsize * query.shape[-1]
+    shape = (query.shape[1], keys.shape[-2] // shares)
     its_type = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
     before = () if started is None else (started,)
     types = tiled(query), tiled(keys), plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)
 
     @plgpu.inline_mgpu(arg_types=types, return_type=its_type)
     def start(_, query, keys, share, *before):
-        own, all_parts = _share(share, ir.MemRefType(keys.type).shape[0] // shares), ir.MemRefType(query.type).shape[0]
+        keys, all_parts = matrix_of(keys), ir.MemRefType(query.type).shape[0]
+        own = _share(share, ir.MemRefType(keys.type).shape[0] // shares)
         query = mgpu.memref_slice(query, mgpu.ds(anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
         logits = mgpu.WGMMAAccumulator.from_registers(*before) if before else _zero(shape)
         for part in parts:
-            columns = mgpu.memref_transpose(mgpu.memref_slice(keys, (own, slice(part, part + 1))), (1, 0, 3, 2))
-            logits = mgpu.wgmma(logits, mgpu.memref_slice(query, part), columns, swizzle=swizzle)
+            logits = narrow.add_part(logits, query, keys, part, own)
         _asm("wgmma.commit_group.sync.aligned;")
         return logits.value
 

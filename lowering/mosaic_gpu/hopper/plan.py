@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jax import lax
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Strip, columns_of, one_strip, strips
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, columns_of, lie_apart
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
@@ -384,35 +384,22 @@ class Plan:
         return min(self.pieces, self.cores)
 
     @property
-    def key_strips(self) -> list[Strip]:
-        """Of keys and of queries."""
-        return self._strips_of(self.head_dim)
+    def announced_together(self) -> list[str]:
+        """Rings whose parts lie apart: all copies of a block by one warp are announced together (arrivals.py).
 
-    @property
-    def value_strips(self) -> list[Strip]:
-        """Likewise of values."""
-        return self._strips_of(self.value_dim)
-
-    def _strips_of(self, features: int) -> list[Strip]:
-        """Several where a tile has few rows, and 64 features of values are the rows of a wgmma.
-
-        Else all are its columns: two wgmmas of some of them each take up to 30% longer.
+        Those that are gathered are announced otherwise.
         """
-        return strips(features) if self.few_rows else one_strip(features)
-
-    @property
-    def in_strips(self) -> bool:
-        """Whether keys or values lie in several arrays, each with some of their columns."""
-        return len(self.key_strips) + len(self.value_strips) > 2
+        rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
+        return [name for name, features in rings.items() if lie_apart(features) and not self.gathers]
 
     @property
     def query_parts(self) -> int:
-        """Parts of all strips, a swizzled row each; likewise of keys."""
-        return sum(strip.parts for strip in self.key_strips)
+        """Of one width, a swizzled row each; likewise of keys where they do not lie apart."""
+        return self.head_dim // self.query_columns
 
     @property
     def query_columns(self) -> int:
-        """Numbers of a swizzled row, where all features are one strip."""
+        """Numbers of a swizzled row of a query."""
         return columns_of(self.head_dim)
 
     @property

@@ -8,10 +8,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 
 
 class Ring(NamedTuple):
-    """Blocks of keys or values as products read them, and two barriers of each.
-
-    Where tiles have few rows, their columns are in strips: a list in place of an array. Likewise queries.
-    """
+    """Blocks of keys or values as products read them, and two barriers of each."""
 
     blocks: jax.Array
     here: jax.Array  # it has been filled
@@ -41,10 +38,7 @@ class Shared(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, optional, sources, scratch) -> "Shared":
-        if plan.few_rows:
-            views = ([view for [view] in of_strips] for of_strips in zip(*scratch["query_views"]))
-        else:
-            views = (view for [view] in scratch["query_views"])
+        views = (view for [view] in scratch["query_views"])
         names = ("keys", "keys" if plan.latent else "values")
         return cls(
             optional,

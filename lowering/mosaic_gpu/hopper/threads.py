@@ -14,7 +14,7 @@ from jax.interpreters.mlir import ir
 import jax.numpy as jnp
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import tiled
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import matrix_of, tiled
 
 arith, gpu, llvm, memref, scf, vector = compat.mlir_dialects("arith", "gpu", "llvm", "memref", "scf", "vector")
 
@@ -125,6 +125,7 @@ def zero(matrix, row, part, where) -> None:
     @plgpu.inline_mgpu(arg_types=(tiled(matrix), OWN, OWN, OWN))
     def write(_, matrix, row, part, where):
         i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
+        matrix = matrix_of(matrix)
         its_type = ir.MemRefType(matrix.type)
         (of_tile, of_part, of_row, _), _ = its_type.get_strides_and_offset()
         rows, columns = its_type.shape[2:]

@@ -1,58 +1,55 @@
 """How factors of products lie in shared memory: in tiles of 8 swizzled rows, which TMA writes and a wgmma reads.
 
-A row of so many features is cut into parts, the widest first: as many of 64 as there are, and what is left into one of
-32, of 16, or of both, swizzled over 128, 64 and 32 bytes. So heads of 96 or 80 features take the bytes and the products
-that they have, and nothing is filled up. Each part is a *strip* of columns, which lies in an array of its own, with copies
-of its own; where all are of 64, they are one strip, which one copy brings. What a single wgmma reads as its columns is
-one strip too, of parts as wide as all can be.
+Blocks of keys and of values lie in *parts* of 64 features, swizzled over 128 bytes. The last one may have fewer, of heads
+of 80 or 96: its rows have room for 64 all the same, of which products read those that there are, and nothing fills up the
+others. Such parts lie apart, [parts, rows, 64], each with copies of its own. Where all are whole, one copy brings them.
+
+Queries are few bytes. Their parts are as wide as all can be: 64, 32 or 16 features, swizzled over 128, 64 or 32 bytes.
 """
 
 import math
 from typing import NamedTuple
 
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters.mlir import ir
 import numpy as np
 
 SWIZZLE_BYTES = 128  # of the widest row
 LEAST_COLUMNS, COLUMNS = 16, 64  # 16-bit elements in a swizzled row, at least and at most
 
 
-class Strip(NamedTuple):
-    """Neighbouring columns of a row that lie in one array: a part, or several of 64."""
+class Part(NamedTuple):
+    """Neighbouring features of a block's rows, which lie in swizzled rows of 64."""
 
-    first: int  # feature
+    first: int
     features: int
-    columns: int  # of a part
-
-    @property
-    def parts(self) -> int:
-        return self.features // self.columns
 
 
-def strips(features: int) -> list[Strip]:
-    """Those of rows of so many features, the widest first."""
-    if features % COLUMNS == 0:
-        return one_strip(features)
-    found, first = [], 0
-    for columns in (64, 32, 16):
-        while features - first >= columns:
-            found.append(Strip(first, columns, columns))
-            first += columns
-    return found
+def parts_of(features: int) -> list[Part]:
+    """Those of rows of so many."""
+    return [Part(first, min(COLUMNS, features - first)) for first in range(0, features, COLUMNS)]
 
 
-def one_strip(features: int) -> list[Strip]:
-    """The same columns in one array."""
-    return [Strip(0, features, columns_of(features))]
+def whole(features: int) -> int:
+    """How many there is room for where so many are."""
+    return COLUMNS * len(parts_of(features))
 
 
-def at(references, *place):
-    """That place of each strip's array."""
-    return [reference.at[place] for reference in references]
+def lie_apart(features: int) -> bool:
+    """Whether the parts of a block do."""
+    return features != whole(features)
+
+
+def matrix_of(block):
+    """A block [rows / 8, parts, 8, columns], whether its parts lie apart or not: what is in shared memory, seen so."""
+    if ir.MemRefType(block.type).rank == 4:
+        return block
+    return mgpu.memref_transpose(mgpu.memref_slice(block, (slice(None), slice(None), 0)), (1, 0, 2, 3))
 
 
 def columns_of(features: int) -> int:
-    """Numbers of a swizzled row of a strip of so many features."""
+    """Numbers of a swizzled row where so many features are in parts of one width."""
     return math.gcd(COLUMNS, features)
 
 
