@@ -420,12 +420,9 @@ def _for_a_prompt_too(problem: Problem, device: Device, few: PrefillPageAttentio
         return None
     if shares_rows(problem) or not FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features):  # others are not measured
         return None
-    block_q = WARPGROUP_ROWS // pl.next_power_of_2(problem.group)
-    reads, fewer = (tiles_of_packs(problem, each)[1] for each in (few.block_q, block_q))
-    if reads < MOST_READS * fewer:
-        return None
-    tall = _sized(problem, block_q, 64, 1)
-    return _with_teams(problem, tall) or tall
+    tall = _sized(problem, WARPGROUP_ROWS // pl.next_power_of_2(problem.group), 64, 1)
+    reads, fewer = (tiles_of_packs(problem, each.block_q)[1] for each in (few, tall))
+    return None if reads < MOST_READS * fewer else _with_teams(problem, tall) or tall
 
 
 def _for_any_pack(problem: Problem) -> PrefillPageAttentionConfig:
