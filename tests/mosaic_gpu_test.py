@@ -184,6 +184,9 @@ class SupportsTest(parameterized.TestCase):
         ("a_last_tile_of_one_token", dict(tokens=3841, pages_per_seq=1090), 12),  # 5.1 rounds of three, 7.5 of two
         ("a_last_round_begun_by_half", dict(tokens=2151, q_heads=24, pages_per_seq=1177), 16),
         ("a_long_prompt_with_a_window", dict(tokens=8192, sliding_window=1024), 16),
+        ("narrow_heads", dict(tokens=8192, head_dim=80, value_dim=112), 16),
+        ("narrow_heads_with_a_window", dict(tokens=8192, head_dim=96, value_dim=96, sliding_window=1024), 16),
+        ("narrow_heads_over_a_long_context", dict(tokens=2048, head_dim=96, value_dim=96, pages_per_seq=1024), 12),
         ("ranges", dict(tokens=8192, features=frozenset({"key_ranges"})), 12),
     )
     def test_three_warpgroups_where_they_are_busy(self, changes, num_warps):
@@ -227,6 +230,8 @@ class SupportsTest(parameterized.TestCase):
         ("a_short_window", dict(pages_per_seq=512, sliding_window=300), 2), ("decode_steps", dict(tokens=8), 1),
         ("decode_steps_that_fill_the_chip", dict(tokens=64, seqs=64, pages_per_seq=512), 2),
         ("drafts_that_do", dict(tokens=32 * 4, seqs=32, pages_per_seq=512), 2),
+        ("drafts_of_narrow_heads", dict(tokens=32 * 4, seqs=32, pages_per_seq=512, head_dim=96, value_dim=96), 2),
+        ("decode_steps_of_narrow_heads", dict(tokens=64, seqs=64, pages_per_seq=512, head_dim=96, value_dim=96), 1),
         ("decode_steps_of_other_dims", dict(tokens=64, seqs=64, head_dim=64, value_dim=64), 1),
         ("no_room", dict(head_dim=256, value_dim=256), 1),
         ("wide", dict(head_dim=512, value_dim=512), 1), ("quantised", dict(cache_dtype="int8", features=("quantised",)), 1),

@@ -203,9 +203,9 @@ class _Attention:
 
         def step(i, _):
             slot, key_slot = self._slot_of(i), self._key_slot_of(i)
-            self._wait_for_keys(i)
+            wait_for_block(self.plan, "keys", self.keys_here, key_slot, self.done, i)
             plgpu.barrier_arrive(self.keys_free.at[key_slot])
-            self._wait_for_values(i)
+            wait_for_block(self.plan, "values", self.values_here, slot, self.done, i)
             self._clean_values(i)
             plgpu.barrier_arrive(self.values_free.at[slot])
 

@@ -191,24 +191,25 @@ class Loading:
         blocks, parts = source.blocks, [((), Part(0, source.features))]
         if lie_apart(source.features):
             parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
-        copies = [
-            (source.rows, row, column + part.first, part.features, blocks.at[slot, *place, pl.ds(offset, plan.run)])
+        targets = [
+            (row, part, blocks.at[slot, *place, pl.ds(offset, plan.run)])
             for row, offset in zip(rows, self.offsets)
             for place, part in parts
         ]
         if plan.gathers:
-            for copy in copies:
-                gather.start(threads, *copy)
+            for row, part, target in targets:
+                gather.start(threads, source.rows, row, column + part.first, part.features, target)
         elif lie_apart(source.features):
+            copies = [(source.rows, row, column + part.first, part.features, target) for row, part, target in targets]
             copy_parts(source.here, slot, copies)
         elif source.wide_blocks is None:
-            for _, row, column, features, target in copies:
+            for row, part, target in targets:
                 place = pl.ds(row, plan.run)
                 if plan.slot_rows > 1:  # of a slot, one head's columns
-                    place = place, pl.ds(column, features)
+                    place = place, pl.ds(column + part.first, part.features)
                 plgpu.copy_gmem_to_smem(source.rows.at[place], target, source.here.at[slot])
         else:
-            copies = [(*where, target) for *where, _, target in copies]
+            copies = [(source.rows, row, column, target) for row, _, target in targets]
             copy_together(source.here, slot, copies, tiled=plan.fp8_terms > 0)
 
     def _ask_for_block(self, piece, i) -> None:

@@ -123,7 +123,7 @@ def widen(plan: Plan, each_piece, pages, sources, warp) -> None:
 
                     if source is sources[0] and number == 0:
                         scales.store(slot_of_scales(plan, done + i), fetched)
-                    raw, wide = source.blocks[0].at[stage], source.wide_blocks.at[slot]
+                    raw, wide = source.blocks.at[stage], source.wide_blocks.at[slot]
                     if plan.fp8_terms:
                         transpose_block(plan, warp, raw, wide)
                     else:
