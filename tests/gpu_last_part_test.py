@@ -17,6 +17,7 @@ SEQUENCES = ((1, 300), (0, 7), (1, 44), (1, 700), (3, 513), (5, 0), (1, 1)) * 3
 UNEVEN = ((1, 9000), (0, 7), (1, 200), (1, 64), (1, 900)) * 5
 DRAFTS = ((4, 9000), (0, 7), (3, 200), (2, 64), (4, 900)) * 5
 SIZES = dict(sequences=SEQUENCES, q_heads=8, kv_heads=2, head_dim=128, page_size=16, tokens_before=3, dtype="bfloat16")
+LATENT = dict(latent=True, head_dim=576, value_dim=512, q_heads=64, kv_heads=1, page_size=64)
 REPEATED = 30
 
 
@@ -39,6 +40,10 @@ KINDS = dict(
         dict(cache_dtype="float8_e4m3fn", key_scale="head", value_scale="head", head_dim=512, q_heads=16),
         Config(num_splits=3),
     ),
+    latent=(LATENT | dict(sequences=UNEVEN), None),
+    latent_of_two_tiles=(LATENT | dict(sequences=UNEVEN, q_heads=100, sinks=True, dtype="float16"), None),
+    latent_drafts=(LATENT | dict(sequences=DRAFTS, q_heads=16, tree_words=1), Config(block_q=4, num_warps=12, num_splits=3)),
+    latent_and_quantised=(LATENT | dict(cache_dtype="int8", key_scale="slot"), Config(num_splits=3)),
     tree=(dict(tree_words=2), few(8)),
     ranges=(dict(key_ranges=True), few(8, 128)),
 )
@@ -48,18 +53,20 @@ class GpuLastPartTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         gpus_for(self, hopper=True)
+        self.enter_context(mock.patch.object(host, "_last_merges", return_value=True))  # also where it is not chosen
 
     @parameterized.parameters(*KINDS)
     def test_it_is_right_and_has_the_same_bits_each_time_and_beside_another_call(self, name):
         """Whichever part is the last; and of the sequences beside one, none changes its bits."""
         kind, cfg = KINDS[name]
         call = poisoned.make_call(1, **SIZES | kind)
-        attend = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg)
+        latent = dict(value_dim=kind["value_dim"]) if kind.get("latent") else {}
+        attend = functools.partial(ragged_paged_prefill, platform="cuda", return_lse=True, cfg=cfg, **latent)
         run = jax.jit(lambda call: attend(**call))
         with mock.patch.object(host, "launch", side_effect=host.launch) as launch:
             first = run(call)
         self.assertTrue(launch.call_args.args[0].last_merges)
-        oracle.assert_matches(call, *first)
+        oracle.assert_matches(call, *first, **latent)
         for _ in range(REPEATED):
             chex.assert_trees_all_equal(run(call), first)
 

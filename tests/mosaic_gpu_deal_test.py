@@ -13,6 +13,7 @@ from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import problems
 
 KERNEL, HOPPER = host.MosaicGpu(), Device("cuda", "NVIDIA H200", "9.0")
+LATENT = dict(head_dim=576, value_dim=512, q_heads=128, features=frozenset({"latent"}))
 BYTES_A_US = 22800  # of an H100's memory, a core
 
 
@@ -33,26 +34,34 @@ class EstimateTest(parameterized.TestCase):
         most=(500, 12000),
         in_cluster=(False, True),
         of_memory=deal.MEMORIES,
+        in_pairs=(False, True),
     )
-    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster, of_memory):
-        """Event by event: cores with work left share the memory, or the second cache, and each goes through its own steps."""
-        shape, contexts = launch(in_cluster=in_cluster), np.random.default_rng(0).integers(1, most, 9)
-        shared = deal.OF_HELD if most == 500 else of_memory
+    def test_a_launch_ends_when_all_parts_have_been_loaded(self, parts, most, in_cluster, of_memory, in_pairs):
+        """Event by event: cores with work left share the memory, or the second cache, and each goes through its own steps.
+
+        Where pairs are merged, tiles share keys that memory brings once, and each part but one of a tile is merged once.
+        """
+        shape = launch(in_cluster=in_cluster, in_pairs=in_pairs, sharing=2 if in_pairs else 1)
+        contexts = np.random.default_rng(0).integers(1, most, 9)
+        shared = (deal.OF_HELD if most == 500 else of_memory) / shape.sharing
+        in_pairs &= parts.vary or not in_cluster
         pieces = []
         for context in contexts:
             blocks = -(-context // 128)
-            share = int(parts.share(np.int32(blocks)))
-            pieces += [min(share, blocks - first) for first in range(0, blocks, share) for _ in range(10)]
+            share, number = (int(x(np.int32(blocks))) for x in (parts.share, parts.number))
+            beside = deal.PIECE_BYTES + (deal.PAIR_BYTES * (number - 1) / number if in_pairs else 0)
+            sizes = [min(share, blocks - first) * 2**16 + beside for first in range(0, blocks, share)]
+            pieces += [size for size in sizes for _ in range(10)]
         left = [0.0] * 132
-        for i, blocks in enumerate(sorted(pieces, reverse=True)):
+        for i, size in enumerate(sorted(pieces, reverse=True)):
             turn, place = divmod(i, 132)
-            left[131 - place if turn % 2 else place] += blocks * 2**16 + deal.PIECE_BYTES
+            left[131 - place if turn % 2 else place] += size
         time = deal.LAUNCH_BYTES
         while left := [work for work in left if work > 1e-3]:
             least = min(left)
             longer = math.sqrt((len(left) / 132 * shared) ** 2 + (deal.STEP_BYTES / 2**16) ** 2)
             left, time = [work - least for work in left], time + least * longer
-        if parts.vary or (parts.most > 1 and not in_cluster):
+        if not in_pairs and (parts.vary or (parts.most > 1 and not in_cluster)):
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
             time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES
             time += deal.RESULTS * of_memory * 2**18 / 132 * len(pieces) / 90
@@ -145,15 +154,23 @@ class ChoiceTest(parameterized.TestCase):
         self.assertFalse(parts_of(*call, **changes).vary)
 
     @parameterized.parameters(
-        (2, dict(head_dim=512), True), (2, dict(head_dim=512, tokens=64), False), (2, dict(head_dim=256), True),
-        (2, dict(head_dim=512, cache_dtype="int8", features=frozenset({"quantised"})), False),
-        (1, dict(head_dim=576, value_dim=512, q_heads=128, features=frozenset({"latent"})), False),
+        (8, 2, dict(head_dim=512), True), (8, 2, dict(head_dim=512, tokens=64), False), (8, 2, dict(head_dim=256), True),
+        (8, 2, dict(head_dim=512, cache_dtype="int8", features=frozenset({"quantised"})), False),
+        (40, 1, LATENT, True), (8, 1, LATENT, False),
+        (40, 1, LATENT | dict(features=frozenset({"latent", "quantised"}), cache_dtype="int8"), False),
     )  # fmt: skip
-    def test_where_warpgroups_share_rows_the_estimate_is_of_steps_in_16_bits(self, kv_heads, changes, asked):
+    def test_where_warpgroups_share_rows_the_estimate_is_of_what_was_measured(self, seqs, kv_heads, changes, asked):
+        """In 16 bits: steps of wide heads, and many latent tiles."""
         changes = dict(value_dim=changes["head_dim"], q_heads=16) | changes
         with mock.patch.object(host, "finer", wraps=deal.finer) as called:
-            parts_of(8, 31232, kv_heads=kv_heads, **changes)
+            parts_of(seqs, 31232, kv_heads=kv_heads, **changes)
         self.assertEqual(called.called, asked)
+
+    def test_a_long_latent_context_of_many_heads_is_halved_and_a_short_one_is_not(self):
+        """Without parts the longest is what all others wait for; and the fewer parts, the fewer results."""
+        parts = parts_of(64, 8192, kv_heads=1, **LATENT)
+        self.assertEqual([int(parts.number(np.int32(blocks))) for blocks in (10, 64, 65, 128)], [1, 1, 2, 2])
+        self.assertFalse(parts_of(64, 4096, kv_heads=1, **LATENT).vary)
 
     def test_steps_of_wide_heads_have_parts_that_suit_uneven_contexts(self):
         """Of six with one long context, 32 parts of at least 4 blocks took 67 us, and at least five of each tile 73. But

@@ -18,12 +18,11 @@ from paged_prefill.lowering.tiles import Parts, Tiles
 from paged_prefill.tests import plans
 from paged_prefill.tests.gpu_threads import Shared, Threads, counted
 
-# Tiles of few rows, of a warpgroup's, of two warpgroups, and of two that share rows.
+# Tiles of few rows, of a warpgroup's, and of two warpgroups.
 PLANS = dict(
     few_rows=dict(rows=8, block_q=1, warpgroups=1, block_kv=64),
     one=dict(block_q=16, warpgroups=1),
     two=dict(block_q=32),
-    wide=dict(block_q=8, head_dim=512, value_dim=512, group=16, block_kv=64),
 )
 
 
@@ -38,15 +37,9 @@ def piece_of(plan, index, **fields):
     return pieces.numbered(jnp.int32(index))
 
 
-def shares_of(plan):
-    """(warpgroup, first column) of those that have a part's rows and columns."""
-    return [(w, w * plan.output_columns if plan.wide else 0) for w in range(plan.warpgroups)]
-
-
 class LastPartTest(parameterized.TestCase):
     @parameterized.parameters(
         ("few_rows", 9, "bfloat16"), ("few_rows", 2, "float16"), ("one", 2, "bfloat16"), ("two", 2, "bfloat16"),
-        ("wide", 3, "bfloat16"),
     )  # fmt: skip
     def test_parts_are_merged_as_everywhere(self, name, parts, dtype):
         """Of rows that are there, and no others; some see no key in some parts, some in none, and one has NaN."""
@@ -61,24 +54,23 @@ class LastPartTest(parameterized.TestCase):
         piece = piece_of(plan, 0, start=start, length=length)
         want_out, want_lse = merge_splits(jnp.asarray(out), jnp.asarray(lse), jnp.dtype(dtype), by_head=True)
         heads = min(plan.heads, plan.group)
-        for warpgroup, first_column in shares_of(plan):
-            rows, columns = Rows(plan, piece, warpgroup, {}), slice(first_column, first_column + plan.output_columns)
+        for warpgroup in range(plan.warpgroups):
+            rows = Rows(plan, piece, warpgroup, {})
             results = np.full((plan.tokens * plan.q_heads, plan.value_dim), 77, dtype), Shared(0, np.full(lse[0].size, 77.0))
             of_parts = out.reshape(-1, plan.value_dim), Shared(0, lse.reshape(-1))
             threads = Threads(last_part.THREADS, [])
             with mock.patch.object(last_part.lax, "fori_loop", counted):
-                last_part.merge_rows(plan, threads, piece, rows, results, of_parts, first_column)
+                last_part.merge_rows(plan, threads, piece, rows, results, of_parts)
             got_out, got_lse = results[0].reshape(out.shape[1:]), results[1].values.reshape(lse.shape[1:])
             own = np.zeros((plan.tokens, plan.q_heads), bool)
             its_heads = range(heads) if plan.row_groups == 1 else range(2 * warpgroup, 2 * warpgroup + 2)
             own[start : start + length, [head for head in its_heads if head < heads]] = True
             each = [np.where(own[..., None], x, 77).astype(np.float32) for x in (want_out, got_out)]
-            np.testing.assert_allclose(each[1][..., columns], each[0][..., columns], 1e-2, 1e-5)
+            np.testing.assert_allclose(each[1], each[0], 1e-2, 1e-5)
             untouched = np.array(got_out).astype(np.float32)
-            untouched[own, columns] = 77
+            untouched[own] = 77
             np.testing.assert_array_equal(untouched, 77)
-            of_rows = own.T if first_column == 0 else np.zeros_like(own.T)
-            np.testing.assert_allclose(got_lse, np.where(of_rows, want_lse.T, 77), 1e-5)
+            np.testing.assert_allclose(got_lse, np.where(own.T, want_lse.T, 77), 1e-5)
 
     @parameterized.parameters(*PLANS)
     def test_every_tile_has_counters_of_its_own(self, name):

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, two_share_rows
+from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, two_share_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
+PAIR_BLOCKS = (32, 48, 64, 96)  # of parts, where pairs are merged: with 16, equal contexts take 24 to 36% longer than with 32
 SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
@@ -33,7 +34,9 @@ STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 # Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
 WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
+SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launches on an H200
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
+PAIR_BYTES = 500 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
@@ -48,7 +51,7 @@ FEW = 0.25  # tiles for each core, at most
 # How many times their least time, that of halves which clusters merge, contexts as long as the table may take over latent
 # keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
 # where results cost less of the time, have more parts.
-LATENT_EVENLY, WIDENED_LATENT_EVENLY = 1.115, 1.2
+LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
@@ -71,6 +74,8 @@ class Launch(NamedTuple):
     piece_bytes: float = PIECE_BYTES
     in_cluster: bool = False  # whether parts that do not vary are merged there
     evenly: float = math.inf  # how many times their least time contexts as long as the table may take
+    in_pairs: bool = False  # whether parts are merged where the later of two ends (hopper/pairs.py)
+    sharing: int = 1  # tiles that read the same keys, which memory brings once
 
 
 def dealt(
@@ -84,13 +89,17 @@ def dealt(
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
     piece_bytes, evenly, rows = PIECE_BYTES, math.inf, 0
-    if two_share_rows(problem, config):
-        step_bytes, piece_bytes, evenly = WIDE_STEP_BYTES, WIDE_PIECE_BYTES, WIDE_EVENLY
-    if is_latent(problem):
-        rows = LEAST_LATENT_ROWS * unsplit
+    in_pairs = is_latent(problem) and two_share_rows(problem, config)
+    if in_pairs:
+        step_bytes, evenly = SHARED_ROWS_STEP_BYTES, SHARED_ROWS_EVENLY
+    elif is_latent(problem):
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
         if is_quantised(problem):
             step_bytes, evenly = WIDENED_LATENT_STEP_BYTES, WIDENED_LATENT_EVENLY
+    elif two_share_rows(problem, config):
+        step_bytes, piece_bytes, evenly = WIDE_STEP_BYTES, WIDE_PIECE_BYTES, WIDE_EVENLY
+    if is_latent(problem):
+        rows = LEAST_LATENT_ROWS * unsplit
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
@@ -107,6 +116,8 @@ def dealt(
         piece_bytes=piece_bytes,
         in_cluster=in_cluster,
         evenly=evenly,
+        in_pairs=in_pairs,
+        sharing=-(-problem.group // (rows_of(problem, config) // config.block_q)) if in_pairs else 1,
     )
 
 
@@ -121,11 +132,12 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     if parts.vary and launch.evenly < math.inf:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.tiles_of_seq)  # of one long context, all at work at the same time
+    of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
+    of_parts = PAIR_BLOCKS if launch.in_pairs else of_parts
     # Tiles of few keys may have fewer parts than equal contexts want.
-    for size, bound, least in itertools.product(SIZES, (most, of_round), {parts.least: None, 1: None}):
-        of_part = -(-size // launch.block_bytes)
+    for of_part, bound, least in itertools.product(of_parts, (most, of_round), {parts.least: None, 1: None}):
         smaller = Parts(least, min(bound, -(-blocks // of_part)), of_part)
-        if size >= launch.smallest and smaller.most > parts.least:
+        if smaller.most > parts.least:
             found.append(smaller)
     if len(found) == 1:
         return parts
@@ -164,8 +176,13 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     share = np.ceil(blocks / np.minimum(np.maximum(np.ceil(blocks / parts.blocks), parts.least), parts.most))
     number = np.ceil(blocks / share).astype(int)
     sizes = np.concatenate([share.repeat(number - 1), blocks - share * (number - 1)])
+    sizes = sizes * launch.block_bytes + launch.piece_bytes
+    merging = launch.in_pairs and not (launch.in_cluster and not parts.vary)
+    if merging:
+        of_part = PAIR_BYTES * (1 - 1 / number)
+        sizes += np.concatenate([of_part.repeat(number - 1), of_part])
     sizes.sort()
-    sizes = (sizes[::-1] * launch.block_bytes + launch.piece_bytes).repeat(launch.tiles_of_seq)
+    sizes = sizes[::-1].repeat(launch.tiles_of_seq)
     rounds = np.zeros((-(-len(sizes) // launch.slots), launch.slots))
     rounds.ravel()[: len(sizes)] = sizes
     rounds[1::2] = rounds[1::2, ::-1]
@@ -173,12 +190,13 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     ends.sort()
     ends[1:] -= ends[:-1].copy()  # how long after the last one each ends
     at_work = np.arange(launch.slots, 0, -1)  # until then
-    loaded = blocks.sum() * launch.tiles_of_seq * launch.block_bytes
+    loaded = blocks.sum() * launch.tiles_of_seq / launch.sharing * launch.block_bytes
     memory = np.full_like(of_memory, OF_HELD) if loaded <= HELD_BYTES else of_memory
     step = launch.step_bytes / launch.block_bytes
     # One product each: all at once they would differ in their last bits, which decide between equals.
-    time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work / launch.cores * m, step) for m in memory.flat], memory.shape)
-    if parts.most == 1 or (launch.in_cluster and not parts.vary):
+    at_work = at_work / (launch.cores * launch.sharing)
+    time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work * m, step) for m in memory.flat], memory.shape)
+    if merging or parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
     results = RESULTS * of_memory * launch.result_bytes / launch.cores * (number.sum() / len(number))
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

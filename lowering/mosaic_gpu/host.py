@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.mosaic_gpu.deal import dealt, finer
+from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
@@ -301,7 +301,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
-        last_merges=not clusters and _last_merges(problem, config, parts),
+        last_merges=not clusters and _last_merges(problem, device, config, parts),
         exchanges_in_blocks=clusters and not exchange_fits(problem, config, parts.most),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
@@ -327,9 +327,11 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    # Where two warpgroups share a tile's rows, the estimate is of steps and drafts of wide heads in 16 bits alone.
-    others = is_latent(problem) or is_quantised(problem) or problem.tokens_per_seq >= SHORT_CALL
-    if of_prompts or (others and two_share_rows(problem, config)) or current_policy() == "invariant":
+    # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
+    # and drafts of wide heads.
+    measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
+    measured &= not is_quantised(problem)
+    if of_prompts or (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
@@ -345,14 +347,15 @@ def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
     return not parts.vary and in_cluster(problem, device, config, parts.most)
 
 
-def _last_merges(problem: Problem, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
-    """Whether a warpgroup merges a tile's parts that ends the last of them: of more numbers, a kernel takes no longer."""
+def _last_merges(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """Whether a warpgroup merges a tile's parts that ends the last of them. Of more numbers a kernel takes no longer, but
+    where two share the rows of many latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
+    if shares_rows(problem):  # few rows of latent keys have no registers for others' results; wide heads are not measured
+        merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
+        return merge and programs(problem, config) > FEW * device.cores
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
-    if shares_rows(problem) and not two_share_rows(problem, config):
-        return False  # nor has it registers for their results
-    columns = problem.value_dim // (2 if shares_rows(problem) else 1)
-    return parts.most > 1 and 4 * rows * columns * parts.most < LAST_MERGES_BYTES
+    return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
 
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:

@@ -13,8 +13,8 @@ chooses one:
 
 All of them use masks.py (who sees what), softmax.py (the online softmax), soft_cap.py (its tanh as a polynomial) and
 operations.py (wgmma that runs on beside other work, and more that Pallas has no words for). Quantised caches are
-converted by widen.py, for few rows by few_bytes.py, or transposed for products in 8 bits by transpose.py. Parts are merged by cluster.py, last_part.py
-or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy are gathered by gather.py. Kernels of their own are
+converted by widen.py, for few rows by few_bytes.py, or transposed for products in 8 bits by transpose.py. Parts are merged by cluster.py, pairs.py,
+last_part.py or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy are gathered by gather.py. Kernels of their own are
 schedule.py, merge.py, widen_pages.py and append.py; they are written for single threads, in the words of threads.py.
 
 The work:

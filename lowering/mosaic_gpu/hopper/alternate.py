@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import Merging, store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import Merging, store_of_pairs, store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import meet, post, posted, settled, start_logits
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_output, start_weighted, store_weights, swapped
@@ -33,7 +33,8 @@ def compute(plan: Plan, piece, done, *, warpgroup, shared: Shared, results):
     # Both write the lse, the same bits.
     if plan.clusters:
         return merging.store(rows, found, results, first_column)
-    store_results(plan, piece, rows, found, results, first_column)
+    store = store_of_pairs if plan.merges_in_pairs else store_results
+    store(plan, piece, rows, found, results, first_column)
 
 
 class _Attention:

@@ -93,13 +93,18 @@ def merge_in_cluster(plan: Plan, part, outputs, lse, owns, rooms, exchanged, rea
 
 def merged(outputs, lses):
     """Output and lse from those of disjoint parts, in their order: softmaxes add up by exp(lse)."""
-    largest = functools.reduce(jnp.maximum, lses)
-    base = jnp.where(largest == -jnp.inf, 0.0, largest)
-    weights = [jnp.exp(lse - base) for lse in lses]
-    factor, lse = factor_and_lse(functools.reduce(jnp.add, weights), largest)
+    weights, factor, lse = weights_of(lses)
     rows = lambda numbers: lax.broadcast_in_dim(numbers, outputs[0].shape, [0])
     summed = functools.reduce(jnp.add, [rows(weight) * output for weight, output in zip(weights, outputs)])
     return summed * rows(factor), lse
+
+
+def weights_of(lses):
+    """What the outputs of disjoint parts weigh, what their sum is to be multiplied with, and the lse of all."""
+    largest = functools.reduce(jnp.maximum, lses)
+    base = jnp.where(largest == -jnp.inf, 0.0, largest)
+    weights = [jnp.exp(lse - base) for lse in lses]
+    return weights, *factor_and_lse(functools.reduce(jnp.add, weights), largest)
 
 
 def _send(acc, lse, owns, room, exchanged, part, firsts: list[int], columns: int) -> None:

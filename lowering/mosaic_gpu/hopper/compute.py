@@ -21,6 +21,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, WGMMA
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import any_in_warpgroup, gathered, settled, store_numbers, store_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_products, start_weighted, store_terms
+from paged_prefill.lowering.mosaic_gpu.hopper.pairs import merge_in_pairs
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, WARPGROUP_THREADS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
@@ -143,6 +144,16 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
     pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
+
+
+def store_of_pairs(plan: Plan, piece, rows: Rows, found, results, first_column):
+    """Writes the results of a tile's rows, where these columns of all its parts have come together: once, by the last.
+
+    `results` are those of tiles, and the places and counters of pairs (pairs.py).
+    """
+    (out, lse, *of_pairs), warpgroup = results, lax.div(first_column, plan.output_columns)
+    found, whole = merge_in_pairs(plan, piece, warpgroup, found, *of_pairs)
+    pl.when(whole)(lambda: store_results(plan, piece, rows, found, (out, lse), first_column))
 
 
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):

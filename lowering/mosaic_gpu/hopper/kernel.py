@@ -22,6 +22,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import Queries, load, loading_warps, sources_of
+from paged_prefill.lowering.mosaic_gpu.hopper import pairs
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.scratch import apart, scratch_of
@@ -73,7 +74,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
     )
     operands = *schedule, query, *caches, *(array.reshape(-1) for array in optional.values())
     if plan.last_merges:
-        counters = jax.new_ref(jnp.zeros(counters_shape(plan), jnp.int32))
+        shape = pairs.counters_shape(plan) if plan.merges_in_pairs else counters_shape(plan)
+        counters = jax.new_ref(jnp.zeros(shape, jnp.int32))
         found = compat.takes_references(kernel)(*operands, counters)[:2]
     else:
         found = kernel(*operands)
@@ -86,6 +88,8 @@ def _results_of(plan: Plan) -> tuple[jax.ShapeDtypeStruct, ...]:
     for results in [1, plan.results] if plan.final_beside_parts else [plan.results]:
         rows, dtype = results * plan.tokens, jnp.dtype(plan.dtype) if results == 1 else jnp.float32
         found += [shape((rows, plan.q_heads, plan.value_dim), dtype), shape((rows * plan.q_heads,), jnp.float32)]
+    if plan.merges_in_pairs:
+        found.append(shape(pairs.places_shape(plan), jnp.float32))
     return tuple(found)
 
 
@@ -94,10 +98,12 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
 
     The loads run ahead from one piece of work into the next: the steps of the rings are counted on from piece to piece.
     """
-    results_at = len(others) - (4 if plan.final_beside_parts else 2)
+    results_at = len(others) - len(_results_of(plan))
     number = results_at - len(names) - plan.last_merges
     caches, optional, results = others[:number], others[number:results_at], others[results_at:]
     counters, optional = optional[-1] if plan.last_merges else None, dict(zip(names, optional))
+    if plan.merges_in_pairs:
+        results = *results, counters
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     slab = lax.rem(warpgroup, plan.slabs)
     part = lax.axis_index("part") if plan.clusters else None
@@ -132,7 +138,7 @@ class _ThreadBlock:
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(self.shared.scratch["turn"].at[0]))
         team, of_team = (warpgroup, jnp.int32(0)) if plan.teams > 1 else (0, warpgroup)
         self._attend(team, of_team)
-        if plan.last_merges:
+        if plan.last_merges and not plan.merges_in_pairs:
             of_pieces = functools.partial(pieces.index_of, team=team), lambda i: pieces.piece_of(i, team)[0]
             merge_where_last(plan, pieces.table, *of_pieces, of_team, self.shared.optional, self.results, self.counters)
 

@@ -1,4 +1,5 @@
-"""The merge of a tile's parts by the warpgroup that ends the last of them: no kernel follows.
+"""The merge of a tile's parts by the warpgroup that ends the last of them: no kernel follows. (Where two warpgroups share
+rows, pairs.py is in its place.)
 
 Parts end at any time, and nobody waits for another. Each tile has a counter in memory, one for each of the warpgroups
 that share it. A warpgroup that is done with all of its pieces counts itself in at the tiles of each, and merges those
@@ -55,9 +56,8 @@ def merge_where_last(plan: Plan, table, index_of, piece_of, warpgroup, optional,
             @pl.when(_any_thread(last & jnp.where(thread == i, 1, 0)))
             def _():
                 piece = piece_of(first + i)
-                first_column = warpgroup * plan.output_columns if plan.wide else 0
                 rows = Rows(plan, piece, warpgroup, optional)
-                merge_rows(plan, threads, piece, rows, results[:2], results[2:], first_column)
+                merge_rows(plan, threads, piece, rows, results[:2], results[2:])
 
         lax.fori_loop(0, jnp.minimum(turns - first, THREADS), one, None)
 
@@ -125,8 +125,8 @@ def _barrier():
     return arith.addi(utils.warpgroup_idx(sync=False), arith.constant(ir.IntegerType.get_signless(32), 1))
 
 
-def merge_rows(plan: Plan, threads, piece, rows, results, of_parts, first_column) -> None:
-    """What a thread does of a warpgroup's rows, in its columns. `threads` has the words for it."""
+def merge_rows(plan: Plan, threads, piece, rows, results, of_parts) -> None:
+    """What a thread does of a warpgroup's rows. `threads` has the words for it."""
     (out, lse), tile, size = results, piece.tile, plan.tokens * plan.q_heads
     (first_head, heads), (first_token, tokens) = rows.there()
     groups = plan.output_columns // NUMBERS
@@ -143,7 +143,7 @@ def merge_rows(plan: Plan, threads, piece, rows, results, of_parts, first_column
             index = thread + (i * at_a_time + j) * THREADS
             heres.append(index < number)
             index = jnp.minimum(index, number - 1)
-            row, column = lax.div(index, groups), first_column + lax.rem(index, groups) * NUMBERS
+            row, column = lax.div(index, groups), lax.rem(index, groups) * NUMBERS
             head = lax.shift_right_logical(row * inverse, 16)  # row / tokens, of up to 64 rows
             token = tile.start + first_token + (row - head * tokens)
             head += piece.head + first_head

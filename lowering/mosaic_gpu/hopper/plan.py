@@ -104,7 +104,7 @@ class Plan:
     stages: int
     parts: Parts  # of a tile's keys
     clusters: bool  # of the blocks that have a tile's parts, one each: they merge them in shared memory (cluster.py)
-    last_merges: bool  # whether a tile's parts are merged where the last of them ends (last_part.py)
+    last_merges: bool  # whether a tile's parts are merged where the last of them ends (last_part.py, pairs.py)
     exchanges_in_blocks: bool  # where keys and values were, since there is no room beside them
     softmax_scale: float
     soft_cap: float | None
@@ -284,7 +284,10 @@ class Plan:
         """Whether a piece's first values are asked for before its query, but those of a block's first piece.
 
         Where steps are as short as with heads of 64 features, they are wanted soon after. Longer ones are slower with it.
+        Parts of latent contexts wait for their first block longer than for their query, whose place is free later.
         """
+        if self.alternates and self.latent and not self.query_comes_first:
+            return self.pieces > self.cores
         return self.asks_ahead and not self.quantised and self.head_dim == COLUMNS
 
     @property
@@ -361,12 +364,17 @@ class Plan:
     @property
     def results(self) -> int:
         """Of each tile, in global memory."""
-        return 1 if self.clusters else self.splits
+        return 1 if self.clusters or self.merges_in_pairs else self.splits
+
+    @property
+    def merges_in_pairs(self) -> bool:
+        """Whether two of a tile's parts are merged where the later of them ends, and then such pairs (pairs.py)."""
+        return self.last_merges and self.wide
 
     @property
     def final_beside_parts(self) -> bool:
         """Whether there are results of whole tiles, beside those of each part."""
-        return self.parts.vary or self.last_merges
+        return (self.parts.vary or self.last_merges) and not self.merges_in_pairs
 
     @property
     def rows_of_table(self) -> int:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_results, zero_unseen
+from paged_prefill.lowering.mosaic_gpu.hopper.compute import store_of_pairs, store_results, zero_unseen
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import KEYS, ROWS, TILED, WGMMA, meet, settled
 from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, start_output, store_weights, swapped
@@ -40,7 +40,8 @@ def compute(plan: Plan, piece, done, *, warpgroup, shared: Shared, results):
     rows = Rows(plan, piece, warpgroup, shared.optional)
     found = _Attention(plan, piece, done, warpgroup, rows, shared).run()
     # Both write the lse, the same bits.
-    store_results(plan, piece, rows, found, results, warpgroup * plan.output_columns)
+    store = store_of_pairs if plan.merges_in_pairs else store_results
+    store(plan, piece, rows, found, results, warpgroup * plan.output_columns)
 
 
 class _Attention:
