@@ -1,4 +1,5 @@
-"""The kernels in Pallas Mosaic GPU, for NVIDIA Hopper. The words they use, and where to begin, are in hopper/__init__.py.
+"""The kernels in Pallas Mosaic GPU, for NVIDIA Hopper. The words they use, and where to begin, are in
+hopper/__init__.py.
 
 This folder is the host's side, which decides what is launched with which sizes; hopper/ is what a GPU runs:
 

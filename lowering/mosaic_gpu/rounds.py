@@ -1,7 +1,7 @@
 """When a launch of prompts ends, by an estimate: which of two sizes of tiles suits it better.
 
-Cores go through pieces, a tile's keys for each of its heads, those of most keys first, dealt to and fro. With few pieces
-a core, how many rows a tile has decides how long the others wait for the core with the most to do.
+Cores go through pieces, a tile's keys for each of its heads, those of most keys first, dealt to and fro. With few
+pieces a core, how many rows a tile has decides how long the others wait for the core with the most to do.
 """
 
 import math
@@ -18,7 +18,8 @@ WAIT = 0.8  # how far the end of a launch follows the core with the most to do, 
 
 
 class Pace(NamedTuple):
-    """Cycles of a core with heads of 128 features in 16 bits: by clocks in the kernel on an H100, and by 24 launches."""
+    """Cycles of a core with heads of 128 features in 16 bits: by clocks in the kernel on an H100, and by 24 launches.
+    """
 
     step: int  # over a block of keys
     ends: int  # of a piece's beginning and end, beside which no product runs
@@ -29,12 +30,14 @@ CHAIN, THREE_WARPGROUPS = Pace(2330, 4000, 1.0), Pace(1680, 5000, 0.55)
 
 
 def cycles(problem: Problem, config: PrefillPageAttentionConfig, pace: Pace, pieces: int, cores: int) -> float:
-    """Until a launch of so many pieces ends, were the new tokens the last of full tables, and as many in each sequence."""
+    """Until a launch of so many pieces ends, were the new tokens the last of full tables, and as many in each sequence.
+    """
     tokens, block_q, block_kv = problem.tokens_per_seq, config.block_q, config.block_kv
     starts = np.arange(0, tokens, block_q)
     ends = np.minimum(starts + block_q, tokens)
     keys = np.minimum(max(problem.capacity - tokens, 0) + ends, most_keys(problem, block_q))
-    # Warpgroups that go apart pass over blocks that only others of their tile see: of early tokens, and with a window of late.
+    # Warpgroups that go apart pass over blocks that only others of their tile see: of early tokens, and with a window
+    # of late.
     passed_over = max(block_q // block_kv - 1, 0) / (2 if problem.attention.sliding_window is None else 1)
     with_rows = np.ceil((ends - starts) / WARPGROUP_ROWS) / math.ceil(block_q / WARPGROUP_ROWS)  # a last tile has fewer
     step = pace.step * (pace.stays + (1 - pace.stays) * with_rows)

@@ -9,8 +9,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.schedule import Launch, fits, tabl
 from paged_prefill.lowering.tiles import Tiling, schedule
 from paged_prefill.primitive.context import current_policy
 
-# By the policy "invariant", tokens that are masked alike (`Tiling.whole_of`): so rows go through the same steps in tiles of any
-# height up to this.
+# By the policy "invariant", tokens that are masked alike (`Tiling.whole_of`): so rows go through the same steps in
+# tiles of any height up to this.
 WHOLE_OF = 128
 
 

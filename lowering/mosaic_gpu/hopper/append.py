@@ -1,4 +1,5 @@
-"""The kernel that writes new tokens into their pages on Hopper: a thread moves 16 bytes of a token's keys, and of its values.
+"""The kernel that writes new tokens into their pages on Hopper: a thread moves 16 bytes of a token's keys, and of its
+values.
 
 A block finds the sequence that owns its token, and its slot, from the index arrays as users give them, so that nothing
 runs before it. A token without a slot is not stored; nothing else of the caches is touched.
@@ -73,7 +74,10 @@ def append(launch: Launch, indices, new, caches):
 
 
 def write_chunks(launch: Launch, threads, block, indices, new, caches):
-    """What a thread does. `threads` has the words for it, `block()` is (the token of all packs, the share of its chunks)."""
+    """What a thread does.
+
+    `threads` has the words for it, `block()` is (the token of all packs, the share of its chunks).
+    """
     token, share = block()
     number = share * THREADS + threads.number()
     # What is written is on its way while its place is being found.

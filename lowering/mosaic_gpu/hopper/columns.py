@@ -29,7 +29,9 @@ PAD = 4  # numbers behind a row of a turned output, so that threads that write a
 
 
 def board_shape(rows: int) -> tuple[int, int]:
-    """The shape of what the warps of a warpgroup tell each other: a number of each row from each warp, and one more row."""
+    """The shape of what the warps of a warpgroup tell each other: a number of each row from each warp, and one more
+    row.
+    """
     return WARPS + 1, rows
 
 
@@ -80,9 +82,9 @@ def start_logits(query, keys):
 def start_output(acc, weights, values):
     """Starts acc + values.T @ weights.T, to be `settled`.
 
-    `acc` [`whole` of features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features], or their
-    parts apart, are tiled references. Values may have other features behind these. Rows for which there are none come to
-    have any numbers: a wgmma reads 64 features, and behind the last of a part lies what nobody wrote.
+    `acc` [`whole` of features, rows] is an array, `weights` [rows, block_kv] and `values` [block_kv, features], or
+    their parts apart, are tiled references. Values may have other features behind these. Rows for which there are none
+    come to have any numbers: a wgmma reads 64 features, and behind the last of a part lies what nobody wrote.
     """
     its_type = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
@@ -228,7 +230,8 @@ def largest(numbers, board, team):
 
 
 def largest_of_query(query, board, team):
-    """The largest magnitude of each row of a loaded query [parts of 64 columns, rows, 64], for all threads, which meet."""
+    """The largest magnitude of each row of a loaded query [parts of 64 columns, rows, 64], for all threads, which meet.
+    """
     rows = query.shape[1]
     its_type = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=OF_COLUMNS)
 
@@ -259,8 +262,8 @@ def largest_of_query(query, board, team):
 def scale_query(query, factor, board, dtype, sorts=0) -> None:
     """Writes a loaded query's rows times their factors [rows] to where they are, in another dtype of 16 bits.
 
-    Pairs of features of so many parts together change places where it `sorts` them: from the first one on, four that are a
-    quarter of all apart, then from the second one on, and so on.
+    Pairs of features of so many parts together change places where it `sorts` them: from the first one on, four that
+    are a quarter of all apart, then from the second one on, and so on.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), OF_COLUMNS, plgpu.RefType()))
@@ -283,7 +286,8 @@ def scale_query(query, factor, board, dtype, sorts=0) -> None:
 
 
 def turned(acc, features: int, room, team, sorted_by=(1, 8)):
-    """The first features of acc [features, rows] as [64, features]. Others than the first rows come to have any numbers.
+    """The first features of acc [features, rows] as [64, features]. Others than the first rows come to have any
+    numbers.
 
     `sorted_by` says how far features lie apart of a warp's neighbouring rows, and of its row 0 and row 8.
     """
@@ -316,7 +320,8 @@ def turned(acc, features: int, room, team, sorted_by=(1, 8)):
 
 
 def turned_numbers(m, l, board, team):
-    """m [rows] and the sums over the rows of l [64, rows], both as [64], by rows; of others than the first any numbers."""
+    """m [rows] and the sums over the rows of l [64, rows], both as [64], by rows; of others than the first any numbers.
+    """
     types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
 
     @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=types)
@@ -345,7 +350,8 @@ def _quarter_and_row():
 
 
 def _of_warp(numbers, combine):
-    """All rows of a warp's share of [rows, columns], combined: for every 8 columns a thread's two, in all its threads."""
+    """All rows of a warp's share of [rows, columns], combined: for every 8 columns a thread's two, in all its threads.
+    """
     columns = numbers.registers.reshape(-1, numbers.shape[1] // GROUP, 2)
     found = [functools.reduce(combine, columns[:, group].flat) for group in range(columns.shape[1])]
     for distance in (4, 8, 16):  # lanes that hold the same columns

@@ -1,12 +1,13 @@
 """Products of tiles of few rows over a quantised cache: its numbers are widened in registers, on their way to a wgmma.
 
-Keys, and features of values, are rows of those products (columns.py), and rows may come from registers. So blocks lie as
-they came, half as large as those of 16 bits, and nobody writes them again and reads them twice.
+Keys, and features of values, are rows of those products (columns.py), and rows may come from registers. So blocks lie
+as they came, half as large as those of 16 bits, and nobody writes them again and reads them twice.
 
-Rows in shared memory are as wide as they can be: of rows of 64 bytes a chip loads some 3.3 TB/s, of 128 as much as it has.
-Which features of a key a thread takes for a step of the product is free, as long as the query has them in the same order:
-those of 16 or 32 that lie together (columns.scale_query). Values are transposed by `ldmatrix`, which takes two features of a key
-for one number. So the even ones of 16 features are the first eight rows of a warp's 16, and the odd ones the others.
+Rows in shared memory are as wide as they can be: of rows of 64 bytes a chip loads some 3.3 TB/s, of 128 as much as it
+has. Which features of a key a thread takes for a step of the product is free, as long as the query has them in the same
+order: those of 16 or 32 that lie together (columns.scale_query). Values are transposed by `ldmatrix`, which takes two
+features of a key for one number. So the even ones of 16 features are the first eight rows of a warp's 16, and the odd
+ones the others.
 """
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -33,7 +34,8 @@ FEATURES = ((2, 1),)  # how far those of an output's rows lie apart: `sorted_by`
 
 
 def start_logits(query, keys):
-    """columns.start_logits, of keys [block_kv, features] in 8 bits and a query that `columns.scale_query` has sorted."""
+    """columns.start_logits, of keys [block_kv, features] in 8 bits and a query that `columns.scale_query` has sorted.
+    """
     dtype = str(keys.dtype)
     its_type = plgpu.ShapeDtypeStruct((keys.shape[0], query.shape[1]), jnp.float32, layout=WGMMA)
 
@@ -101,7 +103,9 @@ class _Block:
         self.chunks = self.width // CHUNK  # of a row of a tile
 
     def pointer(self, row, chunk):
-        """To a chunk of the first tile of some row: in its tile, it lies at chunk ^ row, or half the row where there are 4."""
+        """To a chunk of the first tile of some row: in its tile, it lies at chunk ^ row, or half the row where there
+        are 4.
+        """
         in_tile = columns.rem(row, TILE_ROWS)
         place = arith.xori(chunk, arith.divui(in_tile, columns.i32(TILE_ROWS // self.chunks)))
         byte = arith.addi(columns.times(in_tile, self.width), columns.times(place, CHUNK))
@@ -144,7 +148,8 @@ def _rows_of_features(values, dtype, held=None):
     four = llvm.StructType.get_literal([_word()] * 4)
     assembly = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     for tile, chunk in np.ndindex(block.across, len(chunks)):
-        factor = np.empty((block.tile_rows, 2), dtype=object)  # two of every 8 keys, of an even feature and of an odd one
+        # two of every 8 keys, of an even feature and of an odd one
+        factor = np.empty((block.tile_rows, 2), dtype=object)
         for first in range(0, block.tile_rows, KEYS_AT_ONCE // TILE_ROWS):
             place = block.further(chunks[chunk], first, tile)
             words = llvm.inline_asm(four, [place], assembly, "=r,=r,=r,=r,r", has_side_effects=True)
@@ -163,7 +168,8 @@ def _widened(word, assembly):
 
 
 def _array(words):
-    """[64, columns] in float16 of the words that a thread has of it: for every 8 columns one of each of its two rows."""
+    """[64, columns] in float16 of the words that a thread has of it: for every 8 columns one of each of its two rows.
+    """
     shape = WARPGROUP_ROWS, words.size // 2 * TILE_ROWS
     registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
     pair, flat = ir.VectorType.get((2,), ir.F16Type.get()), registers.reshape(-1)

@@ -1,11 +1,11 @@
 """What a compute warpgroup does with a piece of a tile of few rows (Plan.few_rows), as decode steps have.
 
-Its products have their operands changed: keys, and features of values, are rows of a wgmma, and the tile's rows columns.
-So all that is computed is as little as there are rows, and a short call, which waits for each step, is shorter. The
-steps of a block follow one another: other blocks come meanwhile. A latent cache's keys are its values too.
+Its products have their operands changed: keys, and features of values, are rows of a wgmma, and the tile's rows
+columns. So all that is computed is as little as there are rows, and a short call, which waits for each step, is
+shorter. The steps of a block follow one another: other blocks come meanwhile. A latent cache's keys are its values too.
 
-A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys: they
-vote on whether any has, and only then tell each other their largest.
+A row's maximum stays until a logit has passed it by far. It is the same for all threads, which hold different keys:
+they vote on whether any has, and only then tell each other their largest.
 
 Blocks of a quantised cache are read as they came (few_bytes.py), but for a latent one, whose blocks are widened.
 """
@@ -217,7 +217,8 @@ class _Scales:
         return self._pages_of(i + 1), self._scales_of(i, self._pages_of(i))
 
     def next(self, i, fetched):
-        """(Functions that give block i's scales of keys and of values, or None; what is fetched before the next block)."""
+        """(Functions that give block i's scales of keys and of values, or None; what is fetched before the next block).
+        """
         if not self.sources:
             return (None, None), ()
         pages, scales = fetched

@@ -1,7 +1,7 @@
 """Keys that lie anywhere, brought to a block one by one: where pages are no runs of its rows, as pages of 1.
 
-Each lane of a loading warp has looked up one row, and all copy each of them, 16 bytes a lane. Such a copy is an ordinary
-write that comes later: each lane waits for its own, and then announces them.
+Each lane of a loading warp has looked up one row, and all copy each of them, 16 bytes a lane. Such a copy is an
+ordinary write that comes later: each lane waits for its own, and then announces them.
 """
 
 from jax import lax
@@ -20,9 +20,9 @@ def lane(threads):
 
 
 def start(threads, source, row, column, features: int, target) -> None:
-    """Starts to copy so many features, from that column on, of the rows of all lanes to `target`: WARP_LANES rows of whole
-    parts of 64, tiled as products read them. A negative row is zeros, which nobody reads anywhere, and so is what lies
-    behind the features."""
+    """Starts to copy so many features, from that column on, of the rows of all lanes to `target`: WARP_LANES rows of
+    whole parts of 64, tiled as products read them. A negative row is zeros, which nobody reads anywhere, and so is what
+    lies behind the features."""
     lanes, tile_bytes = SWIZZLE_BYTES // COPY_BYTES, TILE_ROWS * SWIZZLE_BYTES  # lanes that copy a part side by side
     of_rows, of_row = lax.div(lane(threads), lanes), lax.rem(lane(threads), lanes)
     parts, rows = parts_of(features), WARP_LANES // lanes  # at a time

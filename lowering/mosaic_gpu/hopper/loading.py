@@ -1,8 +1,9 @@
-"""What the loading warps of a thread block do: they bring queries, keys and values into shared memory, piece after piece.
+"""What the loading warps of a thread block do: they bring queries, keys and values into shared memory, piece after
+piece.
 
 Half a block of keys, or of values, is a warp's work, a quarter where there are keys alone, and all where there are two
-teams; where other warps of the warpgroup widen, everything is one's. They run ahead of those that compute, as far as the
-rings have room.
+teams; where other warps of the warpgroup widen, everything is one's. They run ahead of those that compute, as far as
+the rings have room.
 """
 
 from dataclasses import dataclass
@@ -29,9 +30,9 @@ MOST_ASKED_COLUMNS = 256  # that are brought into the second cache together
 class Source(NamedTuple):
     """The keys, or the values: where they lie in global memory, and the ring of blocks that copies fill.
 
-    Blocks of a quantised cache come as they are, and unless products of few rows read them so, are widened into a second
-    ring (`wide_*`), which is what products read. There, where each slot has its own scale, those of keys and values are
-    fetched with the keys.
+    Blocks of a quantised cache come as they are, and unless products of few rows read them so, are widened into a
+    second ring (`wide_*`), which is what products read. There, where each slot has its own scale, those of keys and
+    values are fetched with the keys.
     """
 
     rows: jax.Array  # the cache as a matrix in global memory: each slot is a row, of all heads where those lie together
@@ -136,7 +137,8 @@ class Loading:
     has_queries: bool = True
 
     def copy_piece(self, piece, done) -> None:
-        """Copies a piece's blocks, and its query beside the first; `done` blocks went through the team's rings before."""
+        """Copies a piece's blocks, and its query beside the first; `done` blocks went through the team's rings before.
+        """
         plan, steps = self.plan, piece.steps
         last_queries = plan.queries_of(piece, self.team, plan.row_groups - 1)
         ahead = 1 if self.has_keys else 0  # blocks that the first query takes along

@@ -23,8 +23,8 @@ class Rows:
 
     They are rows of its arrays of logits, and blocks of keys the columns.
 
-    Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges, the
-    words of the trees, and the sinks that there are in global memory, as vectors.
+    Where warpgroups share rows and blocks, each asks for its own share of a block's keys. `optional` are the ranges,
+    the words of the trees, and the sinks that there are in global memory, as vectors.
     """
 
     layout, axis = ROWS, 0  # of a number for each; and theirs in an array of logits
@@ -103,7 +103,8 @@ class Rows:
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
 
         def limits():
-            """(The first key counted, the last one that each row sees, and the last before its first, if it has one.)"""
+            """(The first key counted, the last one that each row sees, and the last before its first, if it has one.)
+            """
             if self.ranges is None:  # positions relative to the tile's first token
                 before = None if plan.window is None else token - plan.window
                 return tile.position, jnp.minimum(token, tile.end_key - tile.position - 1), before
@@ -167,7 +168,9 @@ class Rows:
         return asks | ((first + self.plan.block_kv > 0) & (first < 32 * self.plan.tree_words))
 
     def held(self, i, key, load):
-        """Whether some row of the tile may look at keys of block i, counted from its first; `load(array, places)` reads."""
+        """Whether some row of the tile may look at keys of block i, counted from its first; `load(array, places)`
+        reads.
+        """
         tile, start = self.tile, self.first_key_of(i)
         holds = (start + key >= tile.first_key) & (start + key < tile.end_key)
         return holds & (self._seen_by_some(start, key, load) != 0) if self.plan.masks_any_block else holds

@@ -24,8 +24,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.tiling import matrix_of, tiled
 arith, llvm, nvvm, scf, vector = compat.mlir_dialects("arith", "llvm", "nvvm", "scf", "vector")
 
 QUAD = 4  # threads that hold the same rows of a wgmma
-# Named barriers, of 16; Pallas uses the first five. The first warpgroup's own, behind which the others' are; and one for several
-# together, which one may wait at while another is still at its own.
+# Named barriers, of 16; Pallas uses the first five. The first warpgroup's own, behind which the others' are; and one
+# for several together, which one may wait at while another is still at its own.
 OWN_BARRIER, MEETING_BARRIER = 8, 12
 WGMMA = plgpu.Layout.WGMMA
 ROWS, KEYS = WGMMA.reduce(1), WGMMA.reduce(0)  # numbers of its rows, and of its columns
@@ -36,9 +36,9 @@ def start_products(query, keys, acc, weights, values, between=None):
 
     `between`, if given, is called when the first is started, and the second is not.
 
-    `query` [parts, 64, `columns_of` features], `keys` and `values` [block_kv, features], or their parts apart, are tiled
-    references to shared memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a sum,
-    one term of 8 bits behind the other; values of 8 bits are [features, block_kv], and weights `packed`.
+    `query` [parts, 64, `columns_of` features], `keys` and `values` [block_kv, features], or their parts apart, are
+    tiled references to shared memory, `acc` and `weights` arrays in registers. A query of more parts than the keys is a
+    sum, one term of 8 bits behind the other; values of 8 bits are [features, block_kv], and weights `packed`.
     """
     shape = (weights.shape[0], keys.shape[-2])
     types = [plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, acc.shape)]
@@ -293,7 +293,8 @@ def store_terms(numbers, targets) -> None:
         thread = arith.remui(utils.thread_idx(), constant(128))
         warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
         row, quarter = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
-        # Of 8 columns a thread holds what `store_weights` says. A chunk of 16 lies at column ^ half the row of its tile.
+        # Of 8 columns a thread holds what `store_weights` says. A chunk of 16 lies at column ^ half the row of its
+        # tile.
         start = arith.addi(times(warp, 16 * COLUMNS), arith.addi(times(row, COLUMNS), times(quarter, 2)))
         for column, pairs in enumerate(numbers.registers.reshape(-1, 2)):
             chunk = arith.xori(constant(column // 2), arith.shrui(row, constant(1)))

@@ -46,8 +46,8 @@ class Running(NamedTuple):
 def scaled_rows(plan: Plan, largest, key_scale):
     """(factors of a query's rows, what turns its products to logits), where caches are quantised.
 
-    Rows with these largest magnitudes come to have one of 1, so that float16 has room, or one from 128 to 256 where they
-    become sums of 8 bits. Both are of rows; the second is positive.
+    Rows with these largest magnitudes come to have one of 1, so that float16 has room, or one from 128 to 256 where
+    they become sums of 8 bits. Both are of rows; the second is positive.
     """
     # Nobody may look at a scale that is not finite where no row sees a key; `scaled_results` does where one does.
     scale = jnp.where(jnp.abs(key_scale) < jnp.inf, key_scale, 1.0) * plan.softmax_scale

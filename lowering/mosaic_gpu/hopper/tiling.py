@@ -1,8 +1,9 @@
 """How factors of products lie in shared memory: in tiles of 8 swizzled rows, which TMA writes and a wgmma reads.
 
-Blocks of keys and of values lie in *parts* of 64 features, swizzled over 128 bytes. The last one may have fewer, of heads
-of 80 or 96: its rows have room for 64 all the same, of which products read those that there are, and nothing fills up the
-others. Such parts lie apart, [parts, rows, 64], each with copies of its own. Where all are whole, one copy brings them.
+Blocks of keys and of values lie in *parts* of 64 features, swizzled over 128 bytes. The last one may have fewer, of
+heads of 80 or 96: its rows have room for 64 all the same, of which products read those that there are, and nothing
+fills up the others. Such parts lie apart, [parts, rows, 64], each with copies of its own. Where all are whole, one copy
+brings them.
 
 Queries are few bytes. Their parts are as wide as all can be: 64, 32 or 16 features, swizzled over 128, 64 or 32 bytes.
 """

@@ -1,8 +1,10 @@
-"""Values of 8 bits as their products read them: features of all keys of a block, where caches have keys of all features.
+"""Values of 8 bits as their products read them: features of all keys of a block, where caches have keys of all
+features.
 
-Tensor cores transpose numbers of 16 bits alone, so the warps that widen do it here. `ldmatrix` transposes pairs of bytes,
-two features of a key: what a thread then has of two matrices are four keys of either feature, and `prmt` sorts them. Of
-every 16 keys, 0, 1, 8 and 9 come to lie together, then 2, 3, 10 and 11: as threads hold weights (operations.packed).
+Tensor cores transpose numbers of 16 bits alone, so the warps that widen do it here. `ldmatrix` transposes pairs of
+bytes, two features of a key: what a thread then has of two matrices are four keys of either feature, and `prmt` sorts
+them. Of every 16 keys, 0, 1, 8 and 9 come to lie together, then 2, 3, 10 and 11: as threads hold weights
+(operations.packed).
 """
 
 import functools
