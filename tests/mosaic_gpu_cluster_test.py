@@ -14,7 +14,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper import cluster, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS
 from paged_prefill.lowering.splits import merge_splits
-from paged_prefill.lowering.tiles import Tiles
+from paged_prefill.lowering.tiles import Parts, Tiles
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import plans, problems
 
@@ -183,7 +183,7 @@ class ClusterTest(parameterized.TestCase):
     @parameterized.parameters(1, 2, 5)
     def test_parts_that_take_part_follow_a_tiles_own_keys(self, fewest):
         """Those of its cluster's blocks; a tile of one part is its first block's alone."""
-        plan = plans.plan(parts=host.Parts(4, 4, fewest=fewest), clusters=True, warpgroups=1, tiles=5)
+        plan = plans.plan(parts=Parts(4, 4, fewest=fewest), clusters=True, warpgroups=1, tiles=5)
         blocks, columns = [0, 1, 3, 8, 17], plan.columns
         table = np.zeros((5, columns), np.int32)
         table[:, Tiles._fields.index("end_block")] = blocks
@@ -199,7 +199,7 @@ class ClusterTest(parameterized.TestCase):
             self.assertEqual(steps, [max(1, min(share, its_blocks - part * share)) for part in range(4)])
 
     def test_a_block_has_one_part_and_writes_the_tile_once(self):
-        plan = plans.plan(parts=host.Parts(4, 4), clusters=True, warpgroups=1)
+        plan = plans.plan(parts=Parts(4, 4), clusters=True, warpgroups=1)
         self.assertEqual((plan.splits, plan.results), (4, 1))
 
 

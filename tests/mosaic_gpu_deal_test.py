@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 import numpy as np
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.mosaic_gpu import deal, host
+from paged_prefill.lowering.mosaic_gpu import deal, host, parts as parts_module
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import problems
 
@@ -106,7 +106,7 @@ class EstimateTest(parameterized.TestCase):
     @parameterized.parameters(7, 17, 33)
     def test_parts_of_many_tiles_are_not_the_smallest(self, seqs):
         fewest = 3 * 2**17 if 3 * seqs > deal.FEW * 132 else 2**17
-        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+        with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             parts_of(seqs, 31744, 9, 3, head_dim=64, value_dim=64)
         self.assertEqual(called.call_args.args[1].smallest, fewest)
 
@@ -135,7 +135,7 @@ class ChoiceTest(parameterized.TestCase):
             gained.append(np.log(before / after).max())
             return found
 
-        with mock.patch.object(host, "finer", recorded):
+        with mock.patch.object(parts_module, "finer", recorded):
             for _ in range(100):
                 seqs, kv_heads, group = rng.integers(2, 129), 2 ** rng.integers(0, 4), rng.integers(1, 17)
                 parts_of(int(seqs), int(2 ** rng.uniform(8, 16)), int(group * kv_heads), int(kv_heads))
@@ -162,7 +162,7 @@ class ChoiceTest(parameterized.TestCase):
     def test_where_warpgroups_share_rows_the_estimate_is_of_what_was_measured(self, seqs, kv_heads, changes, asked):
         """In 16 bits: steps of wide heads, and many latent tiles."""
         changes = dict(value_dim=changes["head_dim"], q_heads=16) | changes
-        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+        with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             parts_of(seqs, 31232, kv_heads=kv_heads, **changes)
         self.assertEqual(called.called, asked)
 
@@ -197,7 +197,7 @@ class ChoiceTest(parameterized.TestCase):
         """Also beside tiles that are all cut into the fewest parts."""
         features = frozenset({"latent", "quantised"} if quantised else {"latent"})
         latent = dict(head_dim=576, value_dim=512, cache_dtype="int8" if quantised else "bfloat16", features=features)
-        with mock.patch.object(host, "finer", wraps=deal.finer) as called:
+        with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             found = parts_of(*call, heads, 1, **latent)
         parts, launch = called.call_args.args
         time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))

@@ -14,37 +14,30 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
-from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
-from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, LEAST_COLUMNS
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
-from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, few_rows, fewest_stages
+from paged_prefill.lowering.mosaic_gpu.parts import MOST_IN_LARGE_CLUSTER, exchange_fits, in_cluster, last_merges
+from paged_prefill.lowering.mosaic_gpu.parts import merged_in_cluster, merges_in_cluster, parts_of_tiles
+from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, few_rows, fewest_stages
 from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, heads_of_prompts, is_latent, is_quantised, keys_of_tiles
 from paged_prefill.lowering.mosaic_gpu.room import programs, reads_bytes, rows_of, shared_bytes, shares_rows, teams_of
 from paged_prefill.lowering.mosaic_gpu.room import tiles_of_packs, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, SHORT_CALL, best_splits, bytes_of_key, mean_keys
-from paged_prefill.lowering.splits import merge_splits, most_keys, parts_of
-from paged_prefill.lowering.tiles import Parts, tiles_at_most
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, best_splits, bytes_of_key, mean_keys
+from paged_prefill.lowering.splits import merge_splits, most_keys
+from paged_prefill.lowering.tiles import tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
 
-EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
 MOST_STAGES = {1: 4, 2: 4, 3: 5, 4: 5}  # by the number of computing warpgroups
 MOST_QUANTISED_STAGES = 6  # of half the bytes
-CORE_GROUP = 16  # cores that a cluster's blocks must share (a GPC); the last group of a chip may lack some of them
-# The most thread blocks of a cluster: on any Hopper GPU, and on those of at least CORES_OF_LARGE_GROUPS cores, whose groups
-# have room for more (an H20's have ten cores).
-MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 MERGED_BYTES = 2**16  # the fewest of a part that a cluster merges, in 16 bits: a single block takes no longer with fewer
-# Results of a tile with the most parts it may have: from so many on, a kernel merges them sooner than one warpgroup.
-LAST_MERGES_BYTES = 2**16
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from so many on three warpgroups are considered
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
@@ -59,7 +52,6 @@ FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 MOST_DRAFTED, MOST_READS = 8, 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
-SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 # How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
 # and 1.13 to 1.16 were measured.
 FASTER = {3: 1.04, 4: 1.15}
@@ -76,7 +68,7 @@ class MosaicGpu(Kernel):
     """Where the device is not known, it is taken to be a Hopper GPU."""
 
     name = "mosaic_gpu"
-    version = 23
+    version = 24
     platforms = ("cuda",)
     features = frozenset(
         {"key_ranges", "latent", "quantised", "slot_scales", "tree_mask"} | ({*LAYOUTS} & {*FEATURES})
@@ -268,7 +260,7 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
 
 def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Plan:
     problem, parts = call.problem, parts_of_tiles(call.problem, device, config)
-    clusters = _merged_in_cluster(problem, device, config, parts)
+    clusters = merged_in_cluster(problem, device, config, parts)
     if clusters:
         block_bytes = 2 * config.block_kv * (problem.head_dim + (0 if is_latent(problem) else problem.value_dim))
         parts = replace(parts, fewest=max(MERGED_BYTES // block_bytes, 1))
@@ -301,7 +293,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         stages=config.num_stages,
         parts=parts,
         clusters=clusters,
-        last_merges=not clusters and _last_merges(problem, device, config, parts),
+        last_merges=not clusters and last_merges(problem, device, config, parts),
         exchanges_in_blocks=clusters and not exchange_fits(problem, config, parts.most),
         softmax_scale=problem.attention.softmax_scale,
         soft_cap=problem.attention.attn_logits_soft_cap,
@@ -315,67 +307,6 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         value_scale=value_scale,
         fp8_terms=config.fp8_terms or 0,
     )
-
-
-def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
-    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
-    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
-    """
-    unsplit, least = programs(problem, config), config.num_splits
-    smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
-    sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
-    parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
-    parts = parts if parts.most >= 2 * least else Parts(least, least)
-    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
-    # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
-    # and drafts of wide heads.
-    measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
-    measured &= not is_quantised(problem)
-    if of_prompts or (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
-        return parts
-    clusters = in_cluster(problem, device, config, least)
-    slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
-    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
-
-
-def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
-    """Whether the blocks that have a tile's parts merge them, in a call with these sizes."""
-    return _merged_in_cluster(problem, device, config, parts_of_tiles(problem, device, config))
-
-
-def _merged_in_cluster(problem, device, config, parts: Parts) -> bool:
-    return not parts.vary and in_cluster(problem, device, config, parts.most)
-
-
-def _last_merges(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
-    """Whether a warpgroup merges a tile's parts that ends the last of them. Of more numbers a kernel takes no longer, but
-    where two share the rows of many latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
-    if shares_rows(problem):  # few rows of latent keys have no registers for others' results; wide heads are not measured
-        merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
-        return merge and programs(problem, config) > FEW * device.cores
-    tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
-    rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
-    return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
-
-
-def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
-    """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
-    large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
-    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER):
-        return False
-    if two_share_rows(problem, config) and (is_quantised(problem) or not is_latent(problem)):  # not measured
-        return False
-    at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
-    in_place_of = bytes_of_blocks(problem, config)
-    return programs(problem, config) <= at_a_time and exchange_fits(problem, config, parts, in_place_of)
-
-
-def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
-    """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
-    columns = problem.value_dim // (2 if two_share_rows(problem, config) else 1)
-    outputs = -(-columns // WARPGROUP_COLUMNS)
-    exchanged = 4 * math.prod(exchange_shape(outputs * warpgroups_of(config), parts, columns // outputs))
-    return shared_bytes(problem, config) + max(0, exchanged + EXCHANGE_BYTES - in_place_of) <= SHARED_BYTES
 
 
 def _block_kv(problem: Problem) -> int | None:

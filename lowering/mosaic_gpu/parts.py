@@ -1,0 +1,85 @@
+"""Into how many parts the keys of the Hopper kernel's tiles are cut, and who merges their results."""
+
+import math
+
+from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
+from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
+from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, is_latent, is_quantised, programs, rows_of
+from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, parts_of
+from paged_prefill.lowering.tiles import Parts
+from paged_prefill.primitive.config import PrefillPageAttentionConfig
+from paged_prefill.primitive.context import current_policy
+
+EXCHANGE_BYTES = 1024  # for the barriers of what a cluster's blocks send each other, and where it begins
+CORE_GROUP = 16  # cores that a cluster's blocks must share (a GPC); the last group of a chip may lack some of them
+# The most thread blocks of a cluster: on any Hopper GPU, and on those of at least CORES_OF_LARGE_GROUPS cores, whose groups
+# have room for more (an H20's have ten cores).
+MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
+# Results of a tile with the most parts it may have: from so many on, a kernel merges them sooner than one warpgroup.
+LAST_MERGES_BYTES = 2**16
+SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
+
+
+def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
+    """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
+    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
+    """
+    unsplit, least = programs(problem, config), config.num_splits
+    smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
+    sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
+    parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
+    parts = parts if parts.most >= 2 * least else Parts(least, least)
+    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
+    # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
+    # and drafts of wide heads.
+    measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
+    measured &= not is_quantised(problem)
+    if of_prompts or (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+        return parts
+    clusters = in_cluster(problem, device, config, least)
+    slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
+    return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
+
+
+def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
+    """Whether the blocks that have a tile's parts merge them, in a call with these sizes."""
+    return merged_in_cluster(problem, device, config, parts_of_tiles(problem, device, config))
+
+
+def merged_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """The same, of these parts."""
+    return not parts.vary and in_cluster(problem, device, config, parts.most)
+
+
+def last_merges(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """Whether a warpgroup merges a tile's parts that ends the last of them. Of more numbers a kernel takes no longer, but
+    where two share the rows of many latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
+    if shares_rows(problem):  # few rows of latent keys have no registers for others' results; wide heads are not measured
+        merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
+        return merge and programs(problem, config) > FEW * device.cores
+    tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
+    rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
+    return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
+
+
+def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:
+    """Whether they would, of so many parts: where the chip has room for all clusters at a time."""
+    large = device.known and device.cores >= CORES_OF_LARGE_GROUPS
+    if not 1 < parts <= (MOST_IN_LARGE_CLUSTER if large else MOST_IN_CLUSTER):
+        return False
+    if two_share_rows(problem, config) and (is_quantised(problem) or not is_latent(problem)):  # not measured
+        return False
+    at_a_time = device.cores // 2 if parts == 2 else (device.cores // CORE_GROUP - 1) * (CORE_GROUP // parts)
+    in_place_of = bytes_of_blocks(problem, config)
+    return programs(problem, config) <= at_a_time and exchange_fits(problem, config, parts, in_place_of)
+
+
+def exchange_fits(problem: Problem, config: PrefillPageAttentionConfig, parts: int, in_place_of: int = 0) -> bool:
+    """Whether there is room for what a cluster's blocks send each other, in place of so many bytes."""
+    columns = problem.value_dim // (2 if two_share_rows(problem, config) else 1)
+    outputs = -(-columns // WARPGROUP_COLUMNS)
+    exchanged = 4 * math.prod(exchange_shape(outputs * warpgroups_of(config), parts, columns // outputs))
+    return shared_bytes(problem, config) + max(0, exchanged + EXCHANGE_BYTES - in_place_of) <= SHARED_BYTES
