@@ -53,7 +53,8 @@ class GpuLastPartTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         gpus_for(self, hopper=True)
-        self.enter_context(mock.patch.object(host, "last_merges", return_value=True))  # also where it is not chosen
+        # Also where it is not chosen, or a cluster merges.
+        self.enter_context(mock.patch.multiple(host, last_merges=lambda *_: True, merged_in_cluster=lambda *_: False))
 
     @parameterized.parameters(*KINDS)
     def test_it_is_right_and_has_the_same_bits_each_time_and_beside_another_call(self, name):

@@ -11,7 +11,8 @@ import numpy as np
 
 from paged_prefill import ragged_paged_prefill
 from paged_prefill.lowering.choose import KERNELS
-from paged_prefill.lowering.mosaic_gpu import host
+from paged_prefill.lowering.mosaic_gpu import host, parts as hopper_parts
+from paged_prefill.lowering.splits import parts_of
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host as triton_host, parts as triton_parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -28,7 +29,7 @@ UNEVEN = ((1, 300), (1, 1), (1, 1900), (3, 700), (0, 7), (5, 0), (1, 64))
 DTYPES = {"triton": ("bfloat16", "float16", "float32"), "mosaic_gpu": ("bfloat16", "float16")}
 PLATFORMS = {"triton": "triton", "mosaic_gpu": "cuda"}
 HOSTS = {"triton": triton_host, "mosaic_gpu": host}
-PARTS = {"triton": triton_parts, "mosaic_gpu": host}
+PARTS = {"triton": triton_parts, "mosaic_gpu": hopper_parts}
 
 ALONE = dict(
     key_ranges=dict(key_ranges=True),
@@ -234,12 +235,12 @@ class GpuSecondFormTest(parameterized.TestCase):
         lengths, contexts = [1] * 28, [9000, 40, 16000, 513, 1, 4000, 4200, 7, 8192, 300, 128, 12345] + [64] * 16
         usual = dict(kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", tokens_before=0)
         call = poisoned.make_call(16, list(zip(lengths, contexts)), **usual | kind)
-        spied = mock.patch.object(PARTS[kernel], "parts_of", side_effect=host.parts_of)
+        spied = mock.patch.object(PARTS[kernel], "parts_of", side_effect=parts_of)
         run = self.compiled(kernel)
         with spied as rule:
             together = run(call)
         asked = rule.call_args
-        parts = host.parts_of(*asked.args, **asked.kwargs)
+        parts = parts_of(*asked.args, **asked.kwargs)
         self.assertGreater(parts.most, parts.least)
         oracle.assert_matches(call, *together)
         for seq in range(len(contexts)):

@@ -286,7 +286,7 @@ class Plan:
         Where steps are as short as with heads of 64 features, they are wanted soon after. Longer ones are slower with it.
         Parts of latent contexts wait for their first block longer than for their query, whose place is free later.
         """
-        if self.alternates and self.latent and not self.query_comes_first:
+        if self.alternates and self.latent and self.parts.most > 1 and not self.query_comes_first:
             return self.pieces > self.cores
         return self.asks_ahead and not self.quantised and self.head_dim == COLUMNS
 
