@@ -21,7 +21,9 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
-PAIR_BLOCKS = (32, 48, 64, 96)  # of parts, where pairs are merged: with 16, equal contexts take 24 to 36% longer than with 32
+# Of parts, where pairs are merged: with 32, equal contexts take 15 to 20% longer than with 53 or 64, and uneven ones of long
+# tables no less.
+PAIR_BLOCKS = (48, 64, 96)
 SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
