@@ -1,5 +1,4 @@
-"""`append_to_pages` through Pallas Mosaic GPU: one launch for keys and values, in the memory of the caches it is given.
-"""
+"""`append_to_pages` through Pallas Mosaic GPU: one launch for keys and values, in the memory of the given caches."""
 
 import math
 

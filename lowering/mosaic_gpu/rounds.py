@@ -18,8 +18,7 @@ WAIT = 0.8  # how far the end of a launch follows the core with the most to do, 
 
 
 class Pace(NamedTuple):
-    """Cycles of a core with heads of 128 features in 16 bits: by clocks in the kernel on an H100, and by 24 launches.
-    """
+    """Cycles of a core with heads of 128 features in 16 bits: on an H100, by clocks in the kernel and 24 launches."""
 
     step: int  # over a block of keys
     ends: int  # of a piece's beginning and end, beside which no product runs
@@ -30,8 +29,7 @@ CHAIN, THREE_WARPGROUPS = Pace(2330, 4000, 1.0), Pace(1680, 5000, 0.55)
 
 
 def cycles(problem: Problem, config: PrefillPageAttentionConfig, pace: Pace, pieces: int, cores: int) -> float:
-    """Until a launch of so many pieces ends, were the new tokens the last of full tables, and as many in each sequence.
-    """
+    """Until a launch of so many pieces ends, were the new tokens the last of full tables, as many in each."""
     tokens, block_q, block_kv = problem.tokens_per_seq, config.block_q, config.block_kv
     starts = np.arange(0, tokens, block_q)
     ends = np.minimum(starts + block_q, tokens)

@@ -123,7 +123,7 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
             sizes = sizes if leaves_cores(problem, device, DECODE.rows) else sizes._replace(rows=FEW_ROWS)
     elif current_policy() != "invariant" and has_low_tiles(problem, device):
         low = LOW_TILES[0].rows
-        # else parts are short
+        # Else parts of the lowest are short.
         lowest = device.cores / 2 <= tiles_of(problem, low) or leaves_cores(problem, device, low)
         fitting = [each for each in LOW_TILES[not lowest :] if tiles_of(problem, each.rows) <= device.cores]
         sizes = fitting[0] if fitting else sizes

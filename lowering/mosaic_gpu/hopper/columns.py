@@ -29,9 +29,7 @@ PAD = 4  # numbers behind a row of a turned output, so that threads that write a
 
 
 def board_shape(rows: int) -> tuple[int, int]:
-    """The shape of what the warps of a warpgroup tell each other: a number of each row from each warp, and one more
-    row.
-    """
+    """Of what the warps of a warpgroup tell each other: a number of each row from each warp, and a row more."""
     return WARPS + 1, rows
 
 
@@ -230,8 +228,7 @@ def largest(numbers, board, team):
 
 
 def largest_of_query(query, board, team):
-    """The largest magnitude of each row of a loaded query [parts of 64 columns, rows, 64], for all threads, which meet.
-    """
+    """The largest magnitude of each row of a query [parts of 64 columns, rows, 64], for all threads, which meet."""
     rows = query.shape[1]
     its_type = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=OF_COLUMNS)
 
@@ -320,8 +317,7 @@ def turned(acc, features: int, room, team, sorted_by=(1, 8)):
 
 
 def turned_numbers(m, l, board, team):
-    """m [rows] and the sums over the rows of l [64, rows], both as [64], by rows; of others than the first any numbers.
-    """
+    """m [rows] and the sums over the rows of l [64, rows], as [64], by rows; of others than the first anything."""
     types = [plgpu.ShapeDtypeStruct((WARPGROUP_ROWS,), jnp.float32, layout=ROWS)] * 2
 
     @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=types)
@@ -350,8 +346,7 @@ def _quarter_and_row():
 
 
 def _of_warp(numbers, combine):
-    """All rows of a warp's share of [rows, columns], combined: for every 8 columns a thread's two, in all its threads.
-    """
+    """All rows of a warp's [rows, columns], combined: a thread's two of every 8 columns, in all its threads."""
     columns = numbers.registers.reshape(-1, numbers.shape[1] // GROUP, 2)
     found = [functools.reduce(combine, columns[:, group].flat) for group in range(columns.shape[1])]
     for distance in (4, 8, 16):  # lanes that hold the same columns

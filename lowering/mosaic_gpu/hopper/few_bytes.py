@@ -34,8 +34,7 @@ FEATURES = ((2, 1),)  # how far those of an output's rows lie apart: `sorted_by`
 
 
 def start_logits(query, keys):
-    """columns.start_logits, of keys [block_kv, features] in 8 bits and a query that `columns.scale_query` has sorted.
-    """
+    """columns.start_logits, of keys [block_kv, features] in 8 bits and a query sorted by `columns.scale_query`."""
     dtype = str(keys.dtype)
     its_type = plgpu.ShapeDtypeStruct((keys.shape[0], query.shape[1]), jnp.float32, layout=WGMMA)
 
@@ -103,9 +102,7 @@ class _Block:
         self.chunks = self.width // CHUNK  # of a row of a tile
 
     def pointer(self, row, chunk):
-        """To a chunk of the first tile of some row: in its tile, it lies at chunk ^ row, or half the row where there
-        are 4.
-        """
+        """To a chunk of a row's first tile: in its tile, it lies at chunk ^ row, or half the row where there are 4."""
         in_tile = columns.rem(row, TILE_ROWS)
         place = arith.xori(chunk, arith.divui(in_tile, columns.i32(TILE_ROWS // self.chunks)))
         byte = arith.addi(columns.times(in_tile, self.width), columns.times(place, CHUNK))
@@ -168,8 +165,7 @@ def _widened(word, assembly):
 
 
 def _array(words):
-    """[64, columns] in float16 of the words that a thread has of it: for every 8 columns one of each of its two rows.
-    """
+    """[64, columns] in float16 of a thread's words of it: for every 8 columns one of each of its two rows."""
     shape = WARPGROUP_ROWS, words.size // 2 * TILE_ROWS
     registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
     pair, flat = ir.VectorType.get((2,), ir.F16Type.get()), registers.reshape(-1)

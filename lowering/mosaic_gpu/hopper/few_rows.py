@@ -217,8 +217,7 @@ class _Scales:
         return self._pages_of(i + 1), self._scales_of(i, self._pages_of(i))
 
     def next(self, i, fetched):
-        """(Functions that give block i's scales of keys and of values, or None; what is fetched before the next block).
-        """
+        """(Functions that give block i's scales of keys and values, or None; what is fetched before the next)."""
         if not self.sources:
             return (None, None), ()
         pages, scales = fetched

@@ -137,8 +137,7 @@ class Loading:
     has_queries: bool = True
 
     def copy_piece(self, piece, done) -> None:
-        """Copies a piece's blocks, and its query beside the first; `done` blocks went through the team's rings before.
-        """
+        """Copies a piece's blocks, its query beside the first; `done` blocks went through the team's rings before."""
         plan, steps = self.plan, piece.steps
         last_queries = plan.queries_of(piece, self.team, plan.row_groups - 1)
         ahead = 1 if self.has_keys else 0  # blocks that the first query takes along

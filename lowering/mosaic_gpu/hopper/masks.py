@@ -103,8 +103,7 @@ class Rows:
         here = jnp.minimum(token, tile.length - 1)  # others have no ranges of their own, and see whatever they like
 
         def limits():
-            """(The first key counted, the last one that each row sees, and the last before its first, if it has one.)
-            """
+            """(The first key counted; each row's last; and the last before its first, if it has one.)"""
             if self.ranges is None:  # positions relative to the tile's first token
                 before = None if plan.window is None else token - plan.window
                 return tile.position, jnp.minimum(token, tile.end_key - tile.position - 1), before
@@ -168,9 +167,7 @@ class Rows:
         return asks | ((first + self.plan.block_kv > 0) & (first < 32 * self.plan.tree_words))
 
     def held(self, i, key, load):
-        """Whether some row of the tile may look at keys of block i, counted from its first; `load(array, places)`
-        reads.
-        """
+        """Whether some row may look at keys of block i, counted from its first; `load(array, places)` reads."""
         tile, start = self.tile, self.first_key_of(i)
         holds = (start + key >= tile.first_key) & (start + key < tile.end_key)
         return holds & (self._seen_by_some(start, key, load) != 0) if self.plan.masks_any_block else holds

@@ -47,9 +47,7 @@ class Pieces:
         return i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
 
     def piece_of(self, i, team=0, pieces=None):
-        """A team's i-th piece, and whether there is one, of so many in all: of as many as there may be at most, if
-        None.
-        """
+        """A team's i-th piece, and whether there is one, of so many in all; if None, of as many as there may be."""
         index = self.index_of(i, team)
         piece = self.numbered(jnp.minimum(index, self.plan.pieces - 1))._replace(number=i)
         return piece, (index < (self.plan.pieces if pieces is None else pieces)) & (piece.tile.length > 0)

@@ -88,8 +88,7 @@ def store_words(words, matrix, row, column, where) -> None:
 
 
 def store_numbers(numbers, matrix, row, column, where) -> None:
-    """Writes numbers in the matrix' dtype to matrix[row], from that column on, a multiple of their number, if `where`.
-    """
+    """Writes numbers in the matrix' dtype to matrix[row], if `where`, from a column on that their number divides."""
     store_words([number.astype(matrix.dtype) for number in numbers], matrix, row, column, where)
 
 

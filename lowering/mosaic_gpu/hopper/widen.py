@@ -30,9 +30,7 @@ LOADED = {40: 3, 32: 3, 168: 4, 56: 3}  # by the registers that it has
 TILE_ROWS, TILE_BYTES = 8, 8 * 2 * COLUMNS
 
 def _halves(dtype: str, low: tuple[int, int], high: tuple[int, int]) -> str:
-    """Assembly: from 4 bytes in $2 those numbered `low` to two numbers of float16 in $0, and those numbered `high` in
-    $1.
-    """
+    """Assembly: of 4 bytes in $2 those numbered `low` to two numbers of float16 in $0, and `high` to two in $1."""
     (a, b), (c, d) = low, high
     match dtype:
         case "float8_e4m3fn":
