@@ -18,6 +18,8 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
 
+LATENT = dict(head_dim=576, value_dim=512, latent=True, block_kv=64, block_q=1, group=128, num_kv_heads=1)
+
 
 FIRST, SECOND, THIRD = (mock.Mock(number=number) for number in range(3))  # pieces of a thread block
 
@@ -114,8 +116,10 @@ class QueriesTest(parameterized.TestCase):
         ("large_heads", dict(head_dim=256, value_dim=256, block_kv=64), False),
         ("one_piece_each", dict(head_dim=64, value_dim=64, tiles=2), False),
         ("window", dict(head_dim=64, value_dim=64, window=100), False),
+        ("latent_chunk", LATENT | dict(tiles=2048, tokens=2048), False),  # where it costs a register
+        ("parts_of_latent_steps", LATENT | dict(tiles=200, tokens=200, parts=Parts(1, 6, 48)), True),
     )
-    def test_the_first_values_come_before_the_query_where_steps_are_short(self, changes, before):
+    def test_the_first_values_come_before_the_query_where_steps_are_short_or_parts_begin(self, changes, before):
         plan = plans.plan(**(dict(tiles=67, tokens=2000, soft_cap=None) | changes))
         self.assertEqual(plan.values_before_query, before)
 

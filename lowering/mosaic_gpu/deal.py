@@ -152,7 +152,9 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     weights = np.tile(weights, len(MEMORIES))
     # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
     longer = times / times.min(axis=0)
-    return found[int(np.argmin(np.where(longer[:, 0] <= launch.evenly, np.log(longer) ** power @ weights, np.inf)))]
+    costs = np.where(longer[:, 0] <= launch.evenly, np.log(longer) ** power @ weights, np.inf)
+    # Rounded: the last bits differ from machine to machine, and processes that share a program must choose the same.
+    return found[int(np.argmin(np.round(costs, 9)))]
 
 
 def _kinds(launch: Launch) -> list:
