@@ -19,8 +19,6 @@ from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import plans
 
 LATENT = dict(head_dim=576, value_dim=512, latent=True, block_kv=64, block_q=1, group=128, num_kv_heads=1)
-
-
 FIRST, SECOND, THIRD = (mock.Mock(number=number) for number in range(3))  # pieces of a thread block
 
 
