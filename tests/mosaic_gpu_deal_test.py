@@ -18,7 +18,7 @@ BYTES_A_US = 22800  # of an H100's memory, a core
 
 
 def launch(**changes):
-    sizes = dict(seqs=9, tiles_of_seq=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
+    sizes = dict(seqs=9, head_tiles=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
     return deal.Launch(**(sizes | dict(result_bytes=2**18, slots=132, cores=132, smallest=2**17) | changes))
 
 
@@ -65,19 +65,19 @@ class EstimateTest(parameterized.TestCase):
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
             time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES
             time += deal.RESULTS * of_memory * 2**18 / 132 * len(pieces) / 90
-        self.assertAlmostEqual(deal._time(shape, parts, contexts, of_memory) / time, 1)
+        self.assertAlmostEqual(deal._time(shape, parts, deal._evenly(shape, contexts), of_memory) / time, 1)
 
     @parameterized.named_parameters(
-        ("teams", launch(seqs=64, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+        ("teams", launch(seqs=64, head_tiles=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
                          result_bytes=2**20, slots=264), {"1/1": (709.2, 94.8, 80.7), "4/32": (721.3, 97.7, 48.0)}),
-        ("wide", launch(seqs=16, tiles_of_seq=8, capacity=4096, most_keys=4096, block_kv=64, result_bytes=2**18),
+        ("wide", launch(seqs=16, head_tiles=8, capacity=4096, most_keys=4096, block_kv=64, result_bytes=2**18),
          {"1/1": (179.0, 26.9, 47.1), "4/16": (184.0, 28.7, 25.6)}),
-        ("one_group", launch(seqs=64, tiles_of_seq=1, capacity=4096, most_keys=4096, result_bytes=2**18),
+        ("one_group", launch(seqs=64, head_tiles=1, capacity=4096, most_keys=4096, result_bytes=2**18),
          {"1/1": (49.0, None, 24.7), "4/8": (52.8, None, 10.6)}),
-        ("wide_heads_on_an_h200", launch(seqs=8, tiles_of_seq=2, capacity=16384, most_keys=16384, block_kv=64, block_bytes=2**17,
+        ("wide_heads_on_an_h200", launch(seqs=8, head_tiles=2, capacity=16384, most_keys=16384, block_kv=64, block_bytes=2**17,
                           result_bytes=2**18, step_bytes=deal.WIDE_STEP_BYTES, piece_bytes=deal.WIDE_PIECE_BYTES),
          {"1/1": (589.3, 75.8, 558.2), "16/16": (143.4, 48.0, 49.8), "32/8": (150.0, 32.8, 36.7)}, 0.7),
-        ("drafts", launch(seqs=32, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+        ("drafts", launch(seqs=32, head_tiles=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
                           result_bytes=2**21, slots=264), {"1/1": (359.0, 50.5, 83.5), "2/64": (366.4, 53.7, 52.3)}),
     )  # fmt: skip
     def test_so_long_launches_took(self, shape, taken, memory=1.0):
@@ -90,7 +90,8 @@ class EstimateTest(parameterized.TestCase):
             most, blocks = map(int, parts.split("/"))
             for share, time in zip(contexts, times):
                 if time is not None:
-                    estimate = deal._time(shape, Parts(1, most, blocks), share * shape.capacity, memory)
+                    pack = deal._evenly(shape, share * shape.capacity)
+                    estimate = deal._time(shape, Parts(1, most, blocks), pack, memory)
                     errors.append(math.log(estimate / BYTES_A_US / time))
         self.assertLess(np.abs(errors).max(), 0.18)
         self.assertLess(np.sqrt(np.mean(np.square(errors))), 0.08)
@@ -113,10 +114,12 @@ class EstimateTest(parameterized.TestCase):
     @parameterized.parameters((4096, 30000), (4096, 5000), (9000, 5000))
     def test_contexts_behind_a_window_count_as_far_as_tiles_see(self, most_keys, capacity):
         """However wide the table is, some kinds have contexts that differ in what tiles see of them."""
-        kinds = deal._kinds(launch(capacity=capacity, most_keys=most_keys))
-        longest = max(contexts.max() for contexts, _ in kinds)
-        self.assertEqual(longest, min(capacity, deal.REACH * most_keys))
-        self.assertLess(np.minimum(kinds[2][0], most_keys).mean(), 0.4 * most_keys)
+        shape = launch(capacity=capacity, most_keys=most_keys, seqs=20)
+        blocks = [kind.blocks for kind, _ in deal._kinds(shape)]
+        longest = min(capacity, deal.REACH * most_keys)
+        self.assertEqual([each.max() for each in blocks[:3]], [-(-min(longest, most_keys) // 128)] * 3)
+        self.assertAlmostEqual(blocks[1].min(), longest / 20 / 128, delta=1)
+        self.assertLess(blocks[2].mean(), 0.4 * most_keys / 128)
 
     def test_results_of_all_parts_have_room(self):
         self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
@@ -200,7 +203,7 @@ class ChoiceTest(parameterized.TestCase):
         with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             found = parts_of(*call, heads, 1, **latent)
         parts, launch = called.call_args.args
-        time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))
+        time = functools.partial(deal._time, launch, tiles=deal._evenly(launch, np.full(call[0], launch.capacity)))
         longest = 1.2 if quantised else 1.115
         self.assertLessEqual(time(found), longest * min(time(parts), time(Parts(parts.least, parts.least))))
         if call == (64, 16384):  # their results are little beside so many keys, and uneven contexts are dealt by them

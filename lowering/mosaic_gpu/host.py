@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.deal import MOST_DRAFTED
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
@@ -49,7 +50,7 @@ FEATURES_OF_MASKED_STEPS = frozenset({"key_ranges", "tree_mask", "quantised"})  
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 # Of more, all but one sequence may have one, and that one a prompt. Were it so, tiles of few rows are left from so many times
 # the reads of its keys on that tiles of 64 rows have.
-MOST_DRAFTED, MOST_READS = 8, 1.15
+MOST_READS = 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 # How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
