@@ -28,6 +28,11 @@ def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
     return host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
 
 
+def number_of(parts, blocks, tiles=1):
+    """Parts of a tile of so many blocks, whose sequence has so many tiles."""
+    return int(parts.number(np.int32(blocks), parts.most_of(np.int32(tiles))))
+
+
 class EstimateTest(parameterized.TestCase):
     @parameterized.product(
         parts=(Parts(), Parts(2, 2), Parts(1, 7, 4), Parts(3, 5, 16)),
@@ -66,6 +71,32 @@ class EstimateTest(parameterized.TestCase):
             time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES
             time += deal.RESULTS * of_memory * 2**18 / 132 * len(pieces) / 90
         self.assertAlmostEqual(deal._time(shape, parts, deal._evenly(shape, contexts), of_memory) / time, 1)
+
+    @parameterized.product(parts=(Parts(), Parts(1, 6, 4), Parts(2, 6, 4, together=12), Parts(1, 6, 4, together=6)), context=(60, 3000))
+    def test_a_prompt_beside_steps_is_as_many_pieces_as_the_kernel_has(self, parts, context):
+        """Its tiles see the more keys the later they are, and have the fewer parts the more they are; results of whole tiles
+        are no parts'."""
+        shape = launch(seqs=9, head_tiles=10, block_q=16, prompt=100, tiles_of_seq=1, cores=10**4, slots=10**4)
+        contexts = np.array([context, *np.random.default_rng(0).integers(1, 12000, 8)])
+        keys = [max(context - 100, 0) + end for end in (16, 32, 48, 64, 80, 96, 100)]
+        tiles = [(-(-k // 128), 7, tokens) for k, tokens in zip(keys, [16] * 6 + [4])]
+        tiles += [(-(-k // 128), 1, 1) for k in contexts[1:]]
+        longest = loaded = written = 0
+        for blocks, of_seq, tokens in tiles:
+            most = parts.most_of(np.int32(of_seq)) if parts.vary else None
+            share, number = (int(find(np.int32(blocks), most)) for find in (parts.share, parts.number))
+            longest, loaded = max(longest, share), loaded + 10 * blocks
+            written += number * tokens / 108 * (number > 1)
+        pack = deal._beside_prompt(shape, contexts)
+        self.assertEqual([*zip(pack.blocks, pack.of_seq)], [tile[:2] for tile in tiles])
+        np.testing.assert_allclose(pack.results, [tokens / 108 for _, _, tokens in tiles])
+        one = launch(seqs=1, head_tiles=1, cores=10**4, slots=10**4)
+        alone = deal._time(one, Parts(), deal._evenly(one, np.array([longest * 128])))
+        time = deal._time(shape, parts, pack)
+        if parts.most > 1:
+            most = max(int(parts.number(np.int32(blocks), parts.most_of(np.int32(n)))) for blocks, n, _ in tiles)
+            time -= deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + deal.RESULTS * 2**18 / 10**4 * written
+        self.assertAlmostEqual(time / alone, 1, delta=0.02)  # cores for all pieces: the longest is what all wait for
 
     @parameterized.named_parameters(
         ("teams", launch(seqs=64, head_tiles=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
@@ -239,6 +270,35 @@ class ChoiceTest(parameterized.TestCase):
         parts = parts_of(11, 155648, 4, 1, tokens=61)
         self.assertEqual(parts.number(np.int32(6)), 1)
         self.assertGreater(parts.number(np.int32(150)), 8)
+
+    @parameterized.named_parameters(
+        ("many_heads", 17, 281, (71, 1, 64), 37504, 196, (34, 3), 8),
+        ("large_heads", 5, 1766, (8, 4, 256), 6640, 104, (28, 28), 3),
+        ("more_tiles_than_cores", 7, 515, (64, 4, 128), 16928, 133, (16, 4), 3),
+        ("fewer", 4, 141, (4, 2, 128), 15008, 157, (5, 4), 16),
+    )
+    def test_one_long_context_beside_a_prompt_has_parts(self, seqs, tokens, heads, keys, blocks, prompt, fewest):
+        """And the prompt's own tiles, which see few keys, have none, or its many tiles too few to be cut."""
+        problem = problems.problem(
+            tokens=tokens, seqs=seqs, q_heads=heads[0], num_kv_heads=heads[1], cache_kv_heads=heads[1], head_dim=heads[2],
+            value_dim=heads[2], pages_per_seq=keys // 16,
+        )  # fmt: skip
+        parts = host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
+        tiles, its_blocks = prompt
+        self.assertGreaterEqual(number_of(parts, blocks), fewest)
+        self.assertEqual(number_of(parts, its_blocks, tiles), 1)
+
+    def test_few_keys_in_a_wide_table_are_no_36_parts_of_a_block(self):
+        """As many parts as contexts as long as the table want leave each a block, whose results are merged."""
+        parts = parts_of(2, 18240, 7, 1, tokens=14)
+        self.assertLessEqual(number_of(parts, 18), 9)
+        self.assertGreaterEqual(number_of(parts, 142), 16)
+
+    @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3))
+    def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):
+        """Which a kernel would look for to merge them, also in wider tables."""
+        parts = parts_of(seqs, -(-context // 16) * 16, q_heads, kv_heads, tokens=tokens)
+        self.assertFalse(parts.vary, parts)
 
 
 if __name__ == "__main__":

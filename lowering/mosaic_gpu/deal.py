@@ -109,7 +109,7 @@ def dealt(
     if is_latent(problem):
         rows = LEAST_LATENT_ROWS * unsplit
     tiles_of_seq = -(-problem.tokens_per_seq // config.block_q)
-    prompt = problem.tokens - seqs + 1 if problem.tokens_per_seq > MOST_DRAFTED else 0
+    prompt = min(problem.tokens - seqs + 1, problem.capacity) if problem.tokens_per_seq > MOST_DRAFTED else 0
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
@@ -193,7 +193,10 @@ def _kinds(launch: Launch) -> list:
     kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
     contexts = [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
     packs = [(_evenly(launch, each), weight) for each, weight in contexts]
-    return packs + [(_beside_prompt(launch, each), weight) for each, weight in contexts if launch.prompt]
+    if launch.prompt:
+        packs += [(_beside_prompt(launch, each), weight) for each, weight in contexts]
+        packs.append((_evenly(launch, np.full(launch.seqs, launch.tiles_of_seq * launch.block_q)), OF_EQUAL))
+    return packs
 
 
 def _evenly(launch: Launch, contexts) -> Pack:
@@ -248,6 +251,6 @@ def _time(launch: Launch, parts: Parts, tiles: Pack, of_memory=1.0):
     time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work * m, step) for m in memory.flat], memory.shape)
     if merging or parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
-    written = np.where((number > 1) | (tiles.of_seq == 1), number, 0) @ tiles.results
+    written = (np.where(number > 1, number, 0) if launch.prompt else number) @ tiles.results
     results = RESULTS * of_memory * launch.result_bytes / launch.cores * written
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

@@ -32,12 +32,11 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
     # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
     # and drafts of wide heads.
     measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
     measured &= not is_quantised(problem)
-    if of_prompts or (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+    if (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
