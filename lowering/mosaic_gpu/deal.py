@@ -3,7 +3,7 @@
 Tiles of few tokens wait for memory, and a launch ends with its longest part. So `_time` estimates when a launch ends whose
 pieces are dealt to thread blocks as the kernel deals them, for parts of several sizes and contexts of several kinds
 (`_kinds`), and the size is taken that is best over all kinds. A part's size follows what is static, and the tile's own
-context.
+context and sequence.
 """
 
 import functools
@@ -51,6 +51,8 @@ OF_EQUAL, OF_SHORT, OF_WIDE = 3.0, 3.0, 0.5
 MEMORIES = (1.0, 0.7)
 # Tokens of each sequence: of more, all but one may have one, and that one a prompt.
 MOST_DRAFTED = 8
+# Rounds over the cores that parts of a sequence of several tiles may make: 0 where these have no more parts together than
+# one tile alone, so that a prompt's tiles stay whole where a step beside it is cut.
 PROMPT_ROUNDS = (0, 2)
 FEW = 0.25  # tiles for each core, at most
 # How many times their least time, that of halves which clusters merge, contexts as long as the table may take over latent
@@ -147,9 +149,9 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
     of_parts = PAIR_BLOCKS if launch.in_pairs else of_parts
-    # Tiles of few keys may have fewer parts than equal contexts want.
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
     rounds = PROMPT_ROUNDS if several else [None]
+    # Tiles of few keys may have fewer parts than equal contexts want.
     sizes = of_parts, (most, of_round), {parts.least: None, 1: None}, rounds
     for of_part, bound, least, of_prompt in itertools.product(*sizes):
         bound = min(bound, -(-blocks // of_part))
@@ -184,8 +186,8 @@ class Pack(NamedTuple):
 
 def _kinds(launch: Launch) -> list:
     """Packs, and how much each counts. Contexts are all equal; spread evenly from short to long; and spread exponentially,
-    so that most are short. Each again in a table eight times as wide; and all with the tokens spread evenly over the
-    sequences, and with those of a prompt, which has the shortest context, beside steps.
+    so that most are short. Each again in a table eight times as wide. So are the tokens, or a prompt has all but one of
+    each other sequence, and the shortest context; or all sequences are prompts that begin.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
     longest = min(launch.capacity, REACH * launch.most_keys)

@@ -3,7 +3,7 @@
 import math
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
+from paged_prefill.lowering.mosaic_gpu.deal import FEW, MOST_DRAFTED, dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, is_latent, is_quantised, programs, rows_of
@@ -33,10 +33,12 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
-    # and drafts of wide heads.
-    measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
-    measured &= not is_quantised(problem)
+    # and drafts of wide heads. Prompts over latent keys are not.
+    prompts = problem.tokens_per_seq >= SHORT_CALL
+    measured = (unsplit > FEW * device.cores if is_latent(problem) else not prompts) and not is_quantised(problem)
     if (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+        return parts
+    if is_latent(problem) and prompts and unsplit > device.cores:
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
@@ -60,6 +62,8 @@ def last_merges(problem: Problem, device: Device, config: PrefillPageAttentionCo
         merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
         return merge and programs(problem, config) > FEW * device.cores
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
+    if parts.vary and problem.tokens_per_seq > MOST_DRAFTED:  # tiles of many parts are those of steps beside a prompt
+        tokens = 1
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
     return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
 
