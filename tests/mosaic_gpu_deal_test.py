@@ -288,6 +288,12 @@ class ChoiceTest(parameterized.TestCase):
         self.assertGreaterEqual(number_of(parts, blocks), fewest)
         self.assertEqual(number_of(parts, its_blocks, tiles), 1)
 
+    @parameterized.parameters("int8", "bfloat16")
+    def test_parts_of_prompts_are_chosen_over_keys_that_they_were_measured_with(self, dtype):
+        features = frozenset({"quantised"} if dtype == "int8" else ())
+        parts = parts_of(2, 4096, tokens=1024, cache_dtype=dtype, features=features)
+        self.assertEqual(parts.vary, dtype == "bfloat16")
+
     def test_few_keys_in_a_wide_table_are_no_36_parts_of_a_block(self):
         """As many parts as contexts as long as the table want leave each a block, whose results are merged."""
         parts = parts_of(2, 18240, 7, 1, tokens=14)

@@ -25,7 +25,8 @@ SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
-    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
+    also where contexts that differ gain by it, or a prompt may lie beside steps (deal.py). But what merges in clusters is
+    not given up for more of them.
     """
     unsplit, least = programs(problem, config), config.num_splits
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
@@ -33,12 +34,12 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
     # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
-    # and drafts of wide heads. Prompts over latent keys are not.
-    prompts = problem.tokens_per_seq >= SHORT_CALL
-    measured = (unsplit > FEW * device.cores if is_latent(problem) else not prompts) and not is_quantised(problem)
+    # and drafts of wide heads. Nor were many tiles of prompts measured over latent or quantised keys.
+    prompts, quantised = problem.tokens_per_seq >= SHORT_CALL, is_quantised(problem)
+    measured = (unsplit > FEW * device.cores if is_latent(problem) else not prompts) and not quantised
     if (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
         return parts
-    if is_latent(problem) and prompts and unsplit > device.cores:
+    if prompts and unsplit > device.cores and (is_latent(problem) or quantised):
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
