@@ -98,8 +98,8 @@ class Parts:
 
     def share(self, blocks, most=None):
         """How many blocks each part but the last has, of a tile of `blocks` blocks that has at most so many parts."""
-        most = self.most if most is None else most
-        parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), jnp.minimum(self.least, most), most)
+        least, most = (self.least, self.most) if most is None else (jnp.minimum(self.least, most), most)
+        parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), least, most)
         return jnp.maximum(lax.div(blocks + (parts - 1), parts), self.fewest)
 
     def number(self, blocks, most=None):
