@@ -117,6 +117,7 @@ class Plan:
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
     value_scale: str | None
     fp8_terms: int  # whose sum is a query, where products are of 8 bits; 0 where caches are widened
+    rows_together: int  # of the table, whose tiles of a head come one after another (../rounds.py); 1 if each has its turn
 
     @property
     def quantised(self) -> bool:
@@ -380,6 +381,12 @@ class Plan:
     def rows_of_table(self) -> int:
         """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
         return self.tiles * (self.splits if self.parts.vary else 1)
+
+    @property
+    def pieces_together(self) -> int:
+        """Those of rows that have their turn together: of rows that there are, however the tokens are spread."""
+        rows = -(-self.tokens // self.block_q)
+        return (rows - rows % self.rows_together) * self.head_tiles
 
     @property
     def pieces(self) -> int:
