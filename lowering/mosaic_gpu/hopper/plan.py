@@ -32,6 +32,11 @@ def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
+def reads_bytes(quantised: bool, few_rows: bool, latent: bool) -> bool:
+    """Whether products of few rows widen the keys and values of a quantised cache in registers (few_bytes.py)."""
+    return quantised and few_rows and not latent
+
+
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -126,8 +131,7 @@ class Plan:
 
     @property
     def reads_bytes(self) -> bool:
-        """Whether products of few rows widen keys and values in registers (few_bytes.py)."""
-        return self.quantised and self.few_rows and not self.latent
+        return reads_bytes(self.quantised, self.few_rows, self.latent)
 
     @property
     def widens(self) -> bool:
