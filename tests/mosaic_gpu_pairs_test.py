@@ -36,9 +36,8 @@ class Memory:
         assert int(number) not in self.places
         self.places[int(number)] = outputs, lse
 
-    def with_other(self, outputs, lse, is_second, places, counters, number, warpgroup):
-        each = [(outputs, lse), self.places.pop(int(number))]
-        outputs, lses = zip(*(reversed(each) if is_second else each))
+    def with_other(self, outputs, lse, places, counters, number, warpgroup):
+        outputs, lses = zip((outputs, lse), self.places.pop(int(number)))
         merge = lambda *outputs: merged(outputs, lses)
         return [merge(*each)[0] for each in zip(*outputs)], merge(*(x[0] for x in outputs))[1]
 

@@ -26,12 +26,12 @@ from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, few_rows, fewes
 from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, heads_of_prompts, is_latent, is_quantised, keys_of_tiles
 from paged_prefill.lowering.mosaic_gpu.room import programs, reads_bytes, rows_of, shared_bytes, shares_rows, teams_of
 from paged_prefill.lowering.mosaic_gpu.room import tiles_of_packs, two_share_rows, warpgroups_of
-from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles
+from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles, rows_together
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, best_splits, bytes_of_key, mean_keys
 from paged_prefill.lowering.splits import merge_splits, most_keys
-from paged_prefill.lowering.tiles import tiles_at_most
+from paged_prefill.lowering.tiles import Parts, tiles_at_most
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
 from paged_prefill.primitive.layout import LAYOUTS
@@ -307,6 +307,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         key_scale=key_scale,
         value_scale=value_scale,
         fp8_terms=config.fp8_terms or 0,
+        rows_together=rows_together(problem, config, device.cores) if parts == Parts() else 1,
     )
 
 

@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 
 from paged_prefill.lowering.call import Problem
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
+from paged_prefill.lowering.mosaic_gpu.hopper import plan
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
 from paged_prefill.lowering.splits import most_keys
@@ -52,8 +53,8 @@ def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None
 
 
 def reads_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
-    """Whether products widen a quantised cache themselves, as those of few rows do (hopper/few_bytes.py)."""
-    return is_quantised(problem) and not is_latent(problem) and few_rows(problem, config) is not None
+    """Whether products widen a quantised cache themselves (`plan.reads_bytes`)."""
+    return plan.reads_bytes(is_quantised(problem), few_rows(problem, config) is not None, is_latent(problem))
 
 
 def two_share_rows(problem: Problem, config: PrefillPageAttentionConfig) -> bool:

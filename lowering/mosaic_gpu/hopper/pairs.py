@@ -59,12 +59,12 @@ def merge_in_pairs(plan: Plan, piece, warpgroup, found, places, counters):
         size, _, outputs, lse = carry
         node = lax.div(part, size)
         second = lax.rem(node, 2)
-        has_other = (second == 1) | ((node + 1) * size < parts)
+        has_other = (node + 1 - 2 * second) * size < parts
         number = (of_tile + (node + 1 - second) * size - 1) * plan.warpgroups + warpgroup
         is_last = _comes_last(counters, number, has_other, warpgroup)
         is_first = has_other & ~is_last
         pl.when(is_first)(lambda: _leave(outputs, lse, places, counters, number, warpgroup))
-        merge = lambda: _with_other(outputs, lse, second == 1, places, counters, number, warpgroup)
+        merge = lambda: _with_other(outputs, lse, places, counters, number, warpgroup)
         return size * 2, ~is_first, *lax.cond(is_last, merge, lambda: (outputs, lse))
 
     goes_on = lambda carry: carry[1] & (carry[0] < parts)
@@ -114,13 +114,10 @@ def _leave(outputs, lse, places, counters, number, warpgroup) -> None:
     leave(places, counters, number, warpgroup, lse, *outputs)
 
 
-def _with_other(outputs, lse, is_second, places, counters, number, warpgroup):
+def _with_other(outputs, lse, places, counters, number, warpgroup):
     """A warpgroup's results and those of its pair's other part, which has come before and may still be writing them."""
-    its_lse = _lse_of_other(places, counters, number, warpgroup)
-    lses = jnp.where(is_second, its_lse, lse), jnp.where(is_second, lse, its_lse)
-    weights, factor, merged = weights_of(lses)
-    first, second = (weight * factor for weight in weights)
-    factors = jnp.where(is_second, second, first), jnp.where(is_second, first, second)
+    weights, factor, merged = weights_of((lse, _lse_of_other(places, counters, number, warpgroup)))
+    factors = [weight * factor for weight in weights]
     types = plgpu.RefType(), SCALAR, ROWS, ROWS, *[WGMMA] * len(outputs)
     found = [plgpu.ShapeDtypeStruct(output.shape, jnp.float32, layout=WGMMA) for output in outputs]
 

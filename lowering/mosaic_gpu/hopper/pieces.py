@@ -89,8 +89,7 @@ class Pieces:
     def numbered(self, index, part=None) -> Piece:
         """A piece by its number: of all tiles if `part` says which of a tile's it is, and else of all parts."""
         plan = self.plan
-        head_tile = lax.rem(index, plan.head_tiles)
-        row = lax.div(index, plan.head_tiles)
+        row, head_tile = self._row_and_head_tile(index)
         if part is None and not plan.parts.vary:
             row, part = lax.div(row, plan.splits), lax.rem(row, plan.splits)
         tile = self._tile(row)
@@ -118,6 +117,18 @@ class Pieces:
             heads_left=plan.group - in_group,
             first_row=pool * plan.pool_rows + (self.kv_head_start[0] + kv_head) * plan.head_rows,
         )
+
+    def _row_and_head_tile(self, index):
+        """The row of the table and the tile of heads of a piece by its number."""
+        plan, of_head = self.plan, self.plan.head_tiles_per_group
+        each = lax.div(index, plan.head_tiles), lax.rem(index, plan.head_tiles)
+        if plan.rows_together == 1:
+            return each
+        turn, within = (op(index, plan.rows_together * plan.head_tiles) for op in (lax.div, lax.rem))
+        kv_head, within = (op(within, plan.rows_together * of_head) for op in (lax.div, lax.rem))
+        row, of_head_tile = lax.div(within, of_head), lax.rem(within, of_head)
+        together = turn * plan.rows_together + row, kv_head * of_head + of_head_tile
+        return [jnp.where(index < plan.pieces_together, *either) for either in zip(together, each)]
 
     def _tile(self, row) -> Tiles:
         """A row of the table."""

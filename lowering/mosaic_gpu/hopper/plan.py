@@ -32,6 +32,11 @@ def is_wide(head_dim: int, value_dim: int, latent: bool) -> bool:
     return latent or max(head_dim, value_dim) > WARPGROUP_COLUMNS
 
 
+def reads_bytes(quantised: bool, few_rows: bool, latent: bool) -> bool:
+    """Whether products of few rows widen the keys and values of a quantised cache in registers (few_bytes.py)."""
+    return quantised and few_rows and not latent
+
+
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -117,6 +122,7 @@ class Plan:
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
     value_scale: str | None
     fp8_terms: int  # whose sum is a query, where products are of 8 bits; 0 where caches are widened
+    rows_together: int  # of the table, whose tiles of a head come one after another (../rounds.py); 1 if each has its turn
 
     @property
     def quantised(self) -> bool:
@@ -125,8 +131,7 @@ class Plan:
 
     @property
     def reads_bytes(self) -> bool:
-        """Whether products of few rows widen keys and values in registers (few_bytes.py)."""
-        return self.quantised and self.few_rows and not self.latent
+        return reads_bytes(self.quantised, self.few_rows, self.latent)
 
     @property
     def widens(self) -> bool:
@@ -386,6 +391,12 @@ class Plan:
     def rows_of_table(self) -> int:
         """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
         return self.tiles * (self.splits if self.parts.vary else 1)
+
+    @property
+    def pieces_together(self) -> int:
+        """Those of rows that have their turn together: of rows that there are, however the tokens are spread."""
+        rows = -(-self.tokens // self.block_q)
+        return (rows - rows % self.rows_together) * self.head_tiles
 
     @property
     def pieces(self) -> int:
