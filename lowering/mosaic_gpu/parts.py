@@ -3,11 +3,12 @@
 import math
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.deal import FEW, MOST_DRAFTED, dealt, finer
+from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, is_latent, is_quantised, programs, rows_of
 from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.rounds import rows_together
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, parts_of
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -41,6 +42,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         return parts
     if prompts and unsplit > device.cores and (is_latent(problem) or quantised):
         return parts
+    if parts == Parts() and rows_together(problem, config, device.cores) > 1:  # which tiles of any parts are not
+        return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
@@ -63,8 +66,6 @@ def last_merges(problem: Problem, device: Device, config: PrefillPageAttentionCo
         merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
         return merge and programs(problem, config) > FEW * device.cores
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
-    if parts.vary and problem.tokens_per_seq > MOST_DRAFTED:  # tiles of many parts are those of steps beside a prompt
-        tokens = 1
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
     return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
 
