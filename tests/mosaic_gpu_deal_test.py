@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 import numpy as np
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.mosaic_gpu import deal, host, parts as parts_module
+from paged_prefill.lowering.mosaic_gpu import deal, host, parts as parts_module, rounds
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import problems
 
@@ -24,7 +24,7 @@ def launch(**changes):
 
 def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
     sizes = dict(tokens=tokens * seqs, seqs=seqs, q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads)
-    problem = problems.problem(**sizes, page_size=16, pages_per_seq=context // 16, **changes)
+    problem = problems.problem(**(sizes | dict(page_size=16, pages_per_seq=context // 16) | changes))
     return host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
 
 
@@ -293,6 +293,18 @@ class ChoiceTest(parameterized.TestCase):
         features = frozenset({"quantised"} if dtype == "int8" else ())
         parts = parts_of(2, 4096, tokens=1024, cache_dtype=dtype, features=features)
         self.assertEqual(parts.vary, dtype == "bfloat16")
+
+    def test_prompts_whose_tiles_of_a_head_go_one_after_another_have_no_parts(self):
+        """Of a table of parts none of them would."""
+        problem = problems.problem(tokens=1024, seqs=4, pages_per_seq=256)
+        self.assertGreater(rounds.rows_together(problem, KERNEL.heuristic(problem, HOPPER), 132), 1)
+        self.assertFalse(parts_of(4, 4096, tokens=256).vary)
+
+    @parameterized.parameters(((33, 7936, 64, 8), 5, 62), ((17, 110400, 64, 8), 1, 108), ((19, 14592, 4, 2), 5, 114))
+    def test_keys_that_are_copied_one_by_one_are_cut_into_smaller_parts(self, call, tokens, blocks):
+        """Whose steps take longer, so that the longest part is waited for longer."""
+        few, many = (number_of(parts_of(*call, tokens=tokens, **page), blocks) for page in ({}, dict(page_size=1, pages_per_seq=call[1])))
+        self.assertGreater(many, few)
 
     def test_few_keys_in_a_wide_table_are_no_36_parts_of_a_block(self):
         """As many parts as contexts as long as the table want leave each a block, whose results are merged."""
