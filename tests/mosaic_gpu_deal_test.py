@@ -312,7 +312,7 @@ class ChoiceTest(parameterized.TestCase):
         self.assertLessEqual(number_of(parts, 18), 9)
         self.assertGreaterEqual(number_of(parts, 142), 16)
 
-    @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3))
+    @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3), (7, 87, 1456, 7, 1))
     def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):
         """Which a kernel would look for to merge them, also in wider tables."""
         parts = parts_of(seqs, -(-context // 16) * 16, q_heads, kv_heads, tokens=tokens)
