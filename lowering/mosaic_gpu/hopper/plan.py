@@ -437,7 +437,7 @@ class Plan:
 
     @property
     def follow_one_another(self) -> bool:
-        """Whether a thread block has several pieces, each of so long that the next is looked up beside it: not parts of steps."""
+        """Whether a thread block has several pieces, so long that the next is looked up beside each: not parts of steps."""
         return self.pieces > self.cores and not self.clusters and (self.of_prompts or not self.parts.vary)
 
     @property
