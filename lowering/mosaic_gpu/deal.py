@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import are_gathered
 from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, two_share_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
@@ -34,7 +33,6 @@ PIECE_BYTES = 5 * 2**10  # to begin and to end a part
 # Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap; of latent keys, in 16 and in 8 bits, by 37 more
 # launches of 8 to 32 heads, over equal and uneven contexts.
 STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
-GATHERED_STEPS = 1.8  # times as much, where keys are copied one by one: by six launches on an H200
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 # Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
 WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
@@ -100,7 +98,6 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    step_bytes *= GATHERED_STEPS if are_gathered(problem.page_size, config.block_kv) else 1
     piece_bytes, evenly, rows = PIECE_BYTES, math.inf, 0
     in_pairs = is_latent(problem) and two_share_rows(problem, config)
     if in_pairs:

@@ -41,8 +41,6 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 MERGED_BYTES = 2**16  # the fewest of a part that a cluster merges, in 16 bits: a single block takes no longer with fewer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from so many on three warpgroups are considered
-# Of a tile, which are merged side by side. Those of prompts are more, but most have no parts, and each is looked for.
-MERGED_TOKENS = 16
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
 # The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
@@ -255,7 +253,7 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
-        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq, MERGED_TOKENS),
+        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
     )
