@@ -69,6 +69,7 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
+GATHERING_REGISTERS = Registers(232, 40)  # of two warpgroups, beside lanes that have more than one key's numbers
 # By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
 WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
@@ -211,6 +212,8 @@ class Plan:
     def registers(self) -> Registers:
         if self.wide:
             return WIDE_REGISTERS[self.quantised]
+        if self.gathers and self.computing_warpgroups == 2:
+            return GATHERING_REGISTERS
         return REGISTERS[self.computing_warpgroups, self.widens]
 
     @property
