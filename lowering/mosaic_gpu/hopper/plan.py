@@ -37,6 +37,13 @@ def reads_bytes(quantised: bool, few_rows: bool, latent: bool) -> bool:
     return quantised and few_rows and not latent
 
 
+def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
+    """Blocks of values that few rows have room for, of so many of keys: of wide heads one less. So two blocks are on their
+    way while one is multiplied, where there is no room for four.
+    """
+    return max(stages - is_wide(head_dim, value_dim, False), 1)
+
+
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -142,6 +149,8 @@ class Plan:
     @property
     def slots(self) -> int:
         """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
+        if self.few_rows and not (self.widens or self.latent):
+            return value_stages(self.stages, self.head_dim, self.value_dim)
         if not self.widens:
             return self.stages - (self.query_places - 1)
         if self.fp8_terms:
