@@ -286,6 +286,21 @@ class SupportsTest(parameterized.TestCase):
         self.assertEqual(host.rows_of(given, config), 64)
         self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
 
+    @parameterized.parameters(
+        (445, 27784, (2, 1, 256), dict(sliding_window=1024), 1),
+        (300, 2000, (4, 1, 128), {}, 1),
+        (400, 4096, (4, 4, 64), {}, 1),
+        (200, 8192, (8, 2, 128), {}, 2),  # parts of 1700 keys
+        (300, 2000, (4, 1, 128), dict(attn_logits_soft_cap=50.0), 2),
+        (300, 2000, (4, 1, 128), dict(features=frozenset({"key_ranges"})), 2),
+    )  # fmt: skip
+    def test_a_lone_chunk_of_short_parts_has_tiles_of_one_warpgroup(self, tokens, context, heads, changes, warpgroups):
+        """By two, twice as many parts of it were merged: 14.0 us for 10.7, with a window and 256 features 19.2 for 12.5."""
+        q_heads, kv_heads, dim = heads
+        sizes = dict(q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        given = problem(tokens=tokens, pages_per_seq=-(-context // 16), **sizes, **changes)
+        self.assertEqual(host.warpgroups_of(KERNEL.heuristic(given, HOPPER)), warpgroups)
+
     def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
         for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):
             given = problem(tokens=8 * tokens, seqs=8, q_heads=2 * group, pages_per_seq=32)
