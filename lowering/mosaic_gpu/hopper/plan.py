@@ -38,9 +38,7 @@ def reads_bytes(quantised: bool, few_rows: bool, latent: bool) -> bool:
 
 
 def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
-    """Blocks of values that few rows have room for, of so many of keys: of wide heads one less. So two blocks are on their
-    way while one is multiplied, where there is no room for four.
-    """
+    """Of few rows, of so many of keys: of wide heads one less, so that two blocks are on their way beside products."""
     return max(stages - is_wide(head_dim, value_dim, False), 1)
 
 
@@ -221,9 +219,8 @@ class Plan:
     def registers(self) -> Registers:
         if self.wide:
             return WIDE_REGISTERS[self.quantised]
-        if self.gathers and self.computing_warpgroups == 2:
-            return GATHERING_REGISTERS
-        return REGISTERS[self.computing_warpgroups, self.widens]
+        gathering = self.gathers and self.computing_warpgroups == 2
+        return GATHERING_REGISTERS if gathering else REGISTERS[self.computing_warpgroups, self.widens]
 
     @property
     def q_heads(self) -> int:
