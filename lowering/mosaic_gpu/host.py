@@ -54,7 +54,7 @@ FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 # the reads of its keys on that tiles of 64 rows have.
 MOST_READS = 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
-LONGEST_SHORT_PART = 1024  # keys of each core's part of a lone chunk: with as many 19% are gained, with 1700 6% are lost
+LONGEST_SHORT_PART = 1024  # keys of a lone chunk's parts: with as many 19% are gained, with twice as many 6% are lost
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 # How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
 # and 1.13 to 1.16 were measured.
@@ -121,7 +121,7 @@ class MosaicGpu(Kernel):
         config = _for_a_prompt_too(problem, device, config) or config
         teams = _with_teams(problem, config)
         short = _has_short_prompts(problem)
-        apart = widens and (short or _has_short_parts(problem, device, config))
+        apart = widens and (short or self._has_short_parts(problem, device, config))
         small = _with_one_warpgroup(problem, device) if apart else None
         many = teams is not None and _has_many_steps(problem, device, config)
         if teams is not None and (many or short):
@@ -147,6 +147,22 @@ class MosaicGpu(Kernel):
             if merges_in_cluster(problem, device, small):
                 return small
         return of_parts
+
+    def _has_short_parts(self, problem: Problem, device: Device, two: PrefillPageAttentionConfig) -> bool:
+        """Whether a lone chunk has so few rows that even tiles of one warpgroup are cut into short parts.
+
+        Then those of two, which have twice as many rows, would be cut into twice as many, and more were merged.
+        """
+        plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
+        plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
+        if min(problem.seqs, problem.tokens) > 1 or problem.tokens < WARPGROUP_ROWS or not plain:
+            return False
+        one = _with_one_warpgroup(problem, device)
+        if one is None:
+            return False
+        one = replace(one, num_stages=min(one.num_stages, STAGES_OF_A_PART))
+        splits = self.num_splits(problem, device, one)
+        return splits > 1 and mean_keys(problem, one.block_q) <= LONGEST_SHORT_PART * splits
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""
@@ -469,21 +485,6 @@ def _has_short_prompts(problem: Problem) -> bool:
     if min(problem.seqs, problem.tokens) > 1 and filled:  # whole prompts in a wide table see as few as they have: both count
         keys = math.sqrt(keys * min(keys, problem.tokens_per_seq / 2))
     return problem.tokens_per_seq >= tokens and keys <= SHORT
-
-
-def _has_short_parts(problem: Problem, device: Device, two: PrefillPageAttentionConfig) -> bool:
-    """Whether a lone chunk has so few rows and keys that its parts are short over all cores, however long its context.
-
-    Then as many rows of one warpgroup each have half the parts to merge that those of two have.
-    """
-    plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
-    plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
-    if min(problem.seqs, problem.tokens) > 1 or problem.tokens < WARPGROUP_ROWS or not plain:
-        return False
-    one = _with_one_warpgroup(problem, device)
-    if one is None:
-        return False
-    return programs(problem, one) * mean_keys(problem, one.block_q) <= LONGEST_SHORT_PART * device.cores
 
 
 def _are_like_128(problem: Problem) -> bool:
