@@ -170,7 +170,7 @@ class Loading:
         first = (piece.last - i) * self.plan.block_kv
         if self.plan.gathers:
             first += gather.lane(threads)
-        return [first + offset for offset in self.offsets]
+        return (first + offset for offset in self.offsets)
 
     def _looked_up(self, piece, i):
         """Where block i is gathered, the pages of its keys, a block ahead: they take as long to come as the keys do."""
@@ -179,14 +179,14 @@ class Loading:
 
     def _rows_of(self, piece, i, pages=()):
         """The rows of the cache at which the runs of block i begin, by `Source.beside`."""
-        besides, keys = {source.beside for source in self.sources}, self._keys_of(piece, i)
-        pages = pages or [self.pages[self.plan.page_of(piece, key)] for key in keys]
-        return {beside: [self._row_of(piece, *each, beside) for each in zip(pages, keys)] for beside in besides}
+        besides, pages = {source.beside for source in self.sources}, pages or [None] * len(self.offsets)
+        each = lambda: zip(pages, self._keys_of(piece, i))
+        return {beside: [self._row_of(piece, page, key, beside) for page, key in each()] for beside in besides}
 
     def _row_of(self, piece, page, key, beside):
-        row = self.plan.row_of(piece, page, key, beside)
         if not self.plan.gathers:
-            return row
+            return self.plan.row_of(piece, self.pages[self.plan.page_of(piece, key)], key, beside)
+        row = self.plan.row_of(piece, page, key, beside)
         return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
 
     def _free_stage(self, source: Source, i, done):
