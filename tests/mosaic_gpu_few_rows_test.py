@@ -1,6 +1,7 @@
 """The loop of tiles of few rows, where no GPU is needed."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, softmax
+from paged_prefill.lowering.mosaic_gpu import host, room
+from paged_prefill.lowering.mosaic_gpu.hopper import columns, compute, few_bytes, few_rows, masks, scratch, softmax
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.room import rows_of, teams_of
 from paged_prefill.lowering.tiles import Slabs, Tiles
@@ -287,6 +288,21 @@ class ChoiceTest(parameterized.TestCase):
         given = problems.problem(tokens=9 * tokens, seqs=9, q_heads=2 * group, num_kv_heads=2, cache_kv_heads=2)
         config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
         self.assertEqual(rows_of(given, config), rows)
+
+    @parameterized.parameters((8, 512, 512), (3, 512, 512), (5, 384, 384), (8, 320, 256), (1, 512, 256), (7, 128, 384))
+    def test_few_rows_of_wide_heads_have_a_block_more_of_keys_than_of_values(self, group, head_dim, value_dim):
+        """Two of each have no room at 512 features, and with one of each memory waits while it is multiplied."""
+        of_heads = dict(q_heads=2 * group, num_kv_heads=2, cache_kv_heads=2, head_dim=head_dim, value_dim=value_dim)
+        given = problems.problem(tokens=9, seqs=9, **of_heads)
+        config = host.MosaicGpu().heuristic(given, Device("cuda", "NVIDIA H200", "9.0"))
+        self.assertEqual((rows_of(given, config), config.num_stages), (8, 2))
+        self.assertLessEqual(room.shared_bytes(given, config), room.SHARED_BYTES)
+        sizes = dict(rows=8, block_q=1, block_kv=64, warpgroups=1, stages=2, tiles=500, soft_cap=None)
+        plan = plans.plan(group=group, head_dim=head_dim, value_dim=value_dim, **sizes)
+        rings = scratch.scratch_of(plan)
+        self.assertEqual([rings[name].shape[0] for name in ("keys", "values")], [2, 1])
+        of_rings = sum(2 * math.prod(rings[name].shape) for name in ("keys", "values"))
+        self.assertEqual(room.bytes_of_blocks(given, config), of_rings)
 
     @parameterized.parameters((64, 8, 128), (16, 8, 128), (64, 4, 256))
     def test_two_teams_read_bytes_whatever_the_steps(self, seqs, kv_heads, dim):

@@ -1,15 +1,19 @@
 """Keys that a Hopper warp gathers one by one, run on a CPU."""
 
+import itertools
+from types import SimpleNamespace
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 import jax.numpy as jnp
 import numpy as np
 
 from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
-from paged_prefill.lowering.mosaic_gpu.hopper import gather
+from paged_prefill.lowering.mosaic_gpu.hopper import gather, loading
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARP_LANES
-from paged_prefill.tests import problems
-from paged_prefill.tests.gpu_threads import Threads
+from paged_prefill.tests import plans, problems
+from paged_prefill.tests.gpu_threads import Shared, Threads, counted
 
 
 class Lanes(Threads):
@@ -18,6 +22,12 @@ class Lanes(Threads):
     def __init__(self, size):
         super().__init__(WARP_LANES, [])
         self.copied, self.written = np.zeros(size, np.uint8), np.zeros(size, int)
+
+    def close_group(self):
+        pass
+
+    def wait_for_groups(self, left):
+        pass
 
     def of_lane(self, value, lane):
         return jnp.asarray(value)[lane]
@@ -50,6 +60,49 @@ class GatherTest(parameterized.TestCase):
             if row >= 0:
                 expected[:features] = source[row, column : column + features]
             np.testing.assert_array_equal(copies.reshape(-1), expected)
+
+
+class Ring:
+    at = property(lambda self: self)
+
+    def __getitem__(self, place):
+        return place
+
+
+class LoadingTest(parameterized.TestCase):
+    @parameterized.product(page_size=(1, 5, 24), keys=((0, 300), (150, 290), (260, 261), (0, 1)), done=(0, 7))
+    def test_each_block_has_its_own_keys_however_early_they_are_looked_up(self, page_size, keys, done):
+        """Keys that the tile does not see have no row; each block is announced once, to the stage it lies in."""
+        rng, (first_key, end_key) = np.random.default_rng(page_size), keys
+        pages_per_seq, seq = -(-300 // page_size), 2 if first_key else 0
+        plan = plans.plan(page_size=page_size, page_rows=page_size, pages_per_seq=pages_per_seq, num_pages=700, soft_cap=None)
+        self.assertTrue(plan.gathers)
+        table = rng.integers(0, plan.num_pages, (3, pages_per_seq)).astype(np.int32)
+        first_block, end_block = first_key // plan.block_kv, -(-end_key // plan.block_kv)
+        piece = SimpleNamespace(
+            tile=SimpleNamespace(seq=seq, first_key=first_key, end_key=end_key),
+            last=end_block - 1, steps=end_block - first_block, first_row=40)  # fmt: skip
+        source = SimpleNamespace(rows="cache", beside=0, features=128, stages=2, blocks=Ring(), here=SimpleNamespace(at=range(2)))
+        pages, started, announced = Shared(table.size, table.reshape(-1)), [], []
+        source.free = source.here
+        share = loading.Loading(plan, pages, mock.MagicMock(), [source], range(64, 128, 32), has_queries=False)
+        python = SimpleNamespace(fori_loop=counted, rem=lambda a, b: int(a) % b)
+        warps = SimpleNamespace(barrier_wait=lambda slot: None, barrier_arrive=announced.append)
+        start = lambda threads, rows, row, column, features, target: started.append((target, np.asarray(row)))
+        when = lambda true: lambda do: do() if true else None
+        with (
+            mock.patch.multiple(loading, lax=python, threads=Lanes(0), plgpu=warps, pl=SimpleNamespace(when=when, ds=slice)),
+            mock.patch.object(gather, "start", start),
+        ):
+            share.copy_piece(piece, done)
+        self.assertEqual(announced, [(done + i) % 2 for i in range(piece.steps) for _ in share.offsets])
+        blocks = itertools.product(range(piece.steps), (64, 96))
+        for (i, offset), (target, rows) in zip(blocks, started, strict=True):
+            self.assertEqual((int(target[0]), target[1]), ((done + i) % 2, slice(offset, 32)))
+            of_lanes = (piece.last - i) * plan.block_kv + offset + np.arange(WARP_LANES)
+            seen = (first_key <= of_lanes) & (of_lanes < end_key)
+            places = table[seq, np.minimum(of_lanes // page_size, pages_per_seq - 1)] * page_size + of_lanes % page_size
+            np.testing.assert_array_equal(rows, np.where(seen, piece.first_row + places, -1))
 
 
 class SizesTest(parameterized.TestCase):

@@ -112,8 +112,8 @@ class SupportsTest(parameterized.TestCase):
         self.assertLess(-(-group // heads) * heads, group + 8, "too many rows are empty")
 
     @parameterized.parameters(
-        (96, 1, 1), (80, 1, 1), (112, 1, 1), (48, 1, 1), (24, 1, 2), (12, 1, 4), (8, 1, 8), (96, 1000, 2), (80, 1000, 4),
-        (128, 1000, 1), (24, 1000, 8), (12, 1000, 16), (8, 1000, 8), (6, 1000, 32), (3, 1000, 64), (1, 1, 64),
+        (96, 1, 1), (80, 1, 1), (112, 1, 1), (48, 1, 1), (96, 1000, 2), (80, 1000, 4),
+        (128, 1000, 1), (24, 1000, 8), (12, 1000, 16), (8, 1000, 8), (6, 1000, 32), (3, 1000, 64), (24, 3, 2), (8, 5, 8), (1, 40, 64),
     )  # fmt: skip
     def test_tiles_of_wide_heads_are_as_few_as_they_can_be(self, group, tokens_per_seq, block_q):
         given = problem(head_dim=512, value_dim=512, q_heads=2 * group, seqs=7, tokens=7 * tokens_per_seq)
@@ -285,6 +285,23 @@ class SupportsTest(parameterized.TestCase):
         config = KERNEL.heuristic(given, HOPPER)
         self.assertEqual(host.rows_of(given, config), 64)
         self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
+
+    @parameterized.parameters(
+        (445, 27784, (2, 1, 256), dict(sliding_window=1024), 1),
+        (300, 2000, (4, 1, 128), {}, 1),
+        (400, 4096, (4, 4, 64), {}, 1),
+        (200, 8192, (8, 2, 128), {}, 2),  # parts of 2000 keys
+        (454, 1373, (9, 3, 64), {}, 2),  # tiles of one warpgroup for half of the cores, which are not cut
+        (151, 1062, (28, 4, 128), {}, 2),
+        (300, 2000, (4, 1, 128), dict(attn_logits_soft_cap=50.0), 2),
+        (300, 2000, (4, 1, 128), dict(features=frozenset({"key_ranges"})), 2),
+    )  # fmt: skip
+    def test_a_lone_chunk_of_short_parts_has_tiles_of_one_warpgroup(self, tokens, context, heads, changes, warpgroups):
+        """By two, twice as many parts of it were merged: 14.0 us for 10.7, with a window and 256 features 19.2 for 12.5."""
+        q_heads, kv_heads, dim = heads
+        sizes = dict(q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        given = problem(tokens=tokens, pages_per_seq=-(-context // 16), **sizes, **changes)
+        self.assertEqual(host.warpgroups_of(KERNEL.heuristic(given, HOPPER)), warpgroups)
 
     def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
         for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, two_share_rows
+from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, shares_rows, two_share_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -36,6 +36,7 @@ STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 # Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
 WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
+FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wide rows, by 35 launches on an H200
 SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launches on an H200
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 PAIR_BYTES = 500 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
@@ -106,6 +107,8 @@ def dealt(
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
         if is_quantised(problem):
             step_bytes, evenly = WIDENED_LATENT_STEP_BYTES, WIDENED_LATENT_EVENLY
+    elif shares_rows(problem) and few_rows(problem, config) is not None:
+        step_bytes, piece_bytes, evenly = FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES, WIDE_EVENLY
     elif two_share_rows(problem, config):
         step_bytes, piece_bytes, evenly = WIDE_STEP_BYTES, WIDE_PIECE_BYTES, WIDE_EVENLY
     if is_latent(problem):

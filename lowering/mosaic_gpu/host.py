@@ -52,6 +52,7 @@ FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 # the reads of its keys on that tiles of 64 rows have.
 MOST_READS = 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
+LONGEST_SHORT_PART = 1024  # keys of a lone chunk's parts: with as many 19% are gained, with twice as many 6% are lost
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 # How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
 # and 1.13 to 1.16 were measured.
@@ -117,9 +118,11 @@ class MosaicGpu(Kernel):
         more, config = _with_more_warpgroups(problem), _with_at_most_two(problem, widens)
         config = _for_a_prompt_too(problem, device, config) or config
         teams = _with_teams(problem, config)
-        small = _with_one_warpgroup(problem, device) if widens and _has_short_prompts(problem) else None
+        short = _has_short_prompts(problem)
+        apart = widens and (short or self._has_short_parts(problem, device, config))
+        small = _with_one_warpgroup(problem, device) if apart else None
         many = teams is not None and _has_many_steps(problem, device, config)
-        if teams is not None and (many or _has_short_prompts(problem)):
+        if teams is not None and (many or short):
             config = more if _fills_four_warpgroups(problem, device, more, teams) else teams
             if many and not reads_bytes(problem, config):  # memory serves fewer copies at a time 1 to 2% faster
                 config = replace(config, num_stages=2 + are_gathered(problem.page_size, config.block_kv))
@@ -142,6 +145,22 @@ class MosaicGpu(Kernel):
             if merges_in_cluster(problem, device, small):
                 return small
         return of_parts
+
+    def _has_short_parts(self, problem: Problem, device: Device, two: PrefillPageAttentionConfig) -> bool:
+        """Whether a lone chunk has so few rows that even tiles of one warpgroup are cut into short parts.
+
+        Then those of two, which have twice as many rows, would be cut into twice as many, and more were merged.
+        """
+        plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
+        plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
+        if min(problem.seqs, problem.tokens) > 1 or problem.tokens < WARPGROUP_ROWS or not plain:
+            return False
+        one = _with_one_warpgroup(problem, device)
+        if one is None:
+            return False
+        one = replace(one, num_stages=min(one.num_stages, STAGES_OF_A_PART))
+        splits = self.num_splits(problem, device, one)
+        return splits > 1 and mean_keys(problem, one.block_q) <= LONGEST_SHORT_PART * splits
 
     def candidates(self, problem: Problem, device: Device) -> list[PrefillPageAttentionConfig]:
         """The heuristic sizes first, then their neighbours: other stages, heads, blocks and warpgroups."""

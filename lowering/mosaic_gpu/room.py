@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from paged_prefill.lowering.call import Problem
 from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_shape
 from paged_prefill.lowering.mosaic_gpu.hopper import plan
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, widened
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, value_stages, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
 from paged_prefill.lowering.splits import most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -45,8 +45,8 @@ def rows_of(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 
 def few_rows(problem: Problem, config: PrefillPageAttentionConfig) -> int | None:
     """The rows of a tile whose products are transposed (hopper/few_rows.py): at least 8, which a copy brings; else None."""
-    wide = shares_rows(problem) and not is_latent(problem)
-    if config.fp8_terms or wide or warpgroups_of(config) > 1:
+    widens_wide = shares_rows(problem) and is_quantised(problem) and not is_latent(problem)
+    if config.fp8_terms or widens_wide or warpgroups_of(config) > 1:
         return None
     rows = config.block_q * max(pl.next_power_of_2(problem.group), 8 if config.block_q < 8 else 1)
     return rows if rows <= MOST_FEW_ROWS else None
@@ -58,7 +58,7 @@ def reads_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
 
 
 def two_share_rows(problem: Problem, config: PrefillPageAttentionConfig) -> bool:
-    """Whether two warpgroups share the rows of a tile of these sizes. Few rows, of latent keys, are one's."""
+    """Whether two warpgroups share the rows of a tile of these sizes. Few rows are one's, but over wide caches of 8 bits."""
     return shares_rows(problem) and few_rows(problem, config) is None
 
 
@@ -76,11 +76,21 @@ def features_of_blocks(problem: Problem) -> int:
     return whole(problem.head_dim) + (0 if is_latent(problem) else whole(problem.value_dim))
 
 
+def features_of_stages(problem: Problem, config: PrefillPageAttentionConfig) -> int:
+    """Those of all stages."""
+    stages, of_keys = config.num_stages, config.num_stages * whole(problem.head_dim)
+    if is_latent(problem):
+        return of_keys
+    of_few = few_rows(problem, config) is not None
+    of_values = value_stages(stages, problem.head_dim, problem.value_dim) if of_few else stages
+    return of_keys + of_values * whole(problem.value_dim)
+
+
 def shared_bytes(problem: Problem, config: PrefillPageAttentionConfig) -> int:
     """Shared memory of a thread block with one tile at a time."""
     block, features = config.block_kv, features_of_blocks(problem)
-    rows, blocks = rows_of(problem, config), config.num_stages * block * features
     few = few_rows(problem, config) is not None
+    rows, blocks = rows_of(problem, config), block * features_of_stages(problem, config)
     fixed = 2 * rows * (problem.head_dim + (block if few or shares_rows(problem) else 0)) + RESERVED_BYTES
     if few:
         fixed += 4 * sum(map(math.prod, (board_shape(rows), room_shape(rows, problem.value_dim))))
@@ -104,7 +114,7 @@ def bytes_of_blocks(problem: Problem, config: PrefillPageAttentionConfig) -> int
     if config.fp8_terms:
         return block * (config.num_stages * features + FP8_SLOTS * problem.value_dim)
     if not is_quantised(problem):
-        return 2 * block * features * config.num_stages
+        return 2 * block * features_of_stages(problem, config)
     if reads_bytes(problem, config):
         return block * features * config.num_stages
     return block * features * (2 * widened(block, features, shares_rows(problem)) + config.num_stages)

@@ -145,8 +145,9 @@ class Loading:
         if self.has_queries:
             pl.when(done == 0 if plan.values_before_query else True)(copy_query)
 
-        def step(i, _):
-            rows = self._rows_of(piece, i)
+        def step(i, pages):
+            rows = self._rows_of(piece, i, pages)
+            pages = self._looked_up(piece, i + 1)
             if plan.query_comes_first:
                 here = self.queries.places.here
                 pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(here.at[last_queries]))
@@ -159,23 +160,34 @@ class Loading:
                 pl.when(i + 1 < steps)(functools.partial(self._ask_for_block, piece, i + 1))
             if self.has_queries and plan.values_before_query:
                 pl.when((done > 0) & (i == 0))(copy_query)
+            return pages
 
-        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(0, steps, step, self._looked_up(piece, 0))
         self._announce_rest(steps, done)
 
-    def _rows_of(self, piece, i):
-        """The rows of the cache at which the runs of block i begin, by `Source.beside`."""
+    def _keys_of(self, piece, i):
+        """The first keys of the runs of block i; where they are gathered, each lane's own key of each."""
         first = (piece.last - i) * self.plan.block_kv
-        besides = {source.beside for source in self.sources}
-        return {beside: [self._row_of(piece, first + offset, beside) for offset in self.offsets] for beside in besides}
+        if self.plan.gathers:
+            first += gather.lane(threads)
+        return (first + offset for offset in self.offsets)
 
-    def _row_of(self, piece, key, beside):
-        plan = self.plan
-        if plan.gathers:  # each lane its own
-            key += gather.lane(threads)
-            row = plan.row_of(piece, threads.load(self.pages, plan.page_of(piece, key)), key, beside)
-            return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
-        return plan.row_of(piece, self.pages[plan.page_of(piece, key)], key, beside)
+    def _looked_up(self, piece, i):
+        """Where block i is gathered, the pages of its keys, a block ahead: they take as long to come as the keys do."""
+        keys = self._keys_of(piece, i) if self.plan.gathers else ()
+        return tuple(threads.load(self.pages, self.plan.page_of(piece, jnp.maximum(key, 0))) for key in keys)
+
+    def _rows_of(self, piece, i, pages=()):
+        """The rows of the cache at which the runs of block i begin, by `Source.beside`."""
+        besides, pages = {source.beside for source in self.sources}, pages or [None] * len(self.offsets)
+        each = lambda: zip(pages, self._keys_of(piece, i))
+        return {beside: [self._row_of(piece, page, key, beside) for page, key in each()] for beside in besides}
+
+    def _row_of(self, piece, page, key, beside):
+        if not self.plan.gathers:
+            return self.plan.row_of(piece, self.pages[self.plan.page_of(piece, key)], key, beside)
+        row = self.plan.row_of(piece, page, key, beside)
+        return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
 
     def _free_stage(self, source: Source, i, done):
         """Where block i of a piece goes, once nothing reads there."""

@@ -37,6 +37,11 @@ def reads_bytes(quantised: bool, few_rows: bool, latent: bool) -> bool:
     return quantised and few_rows and not latent
 
 
+def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
+    """Of few rows, of so many of keys: of wide heads one less, so that two blocks are on their way beside products."""
+    return max(stages - is_wide(head_dim, value_dim, False), 1)
+
+
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -69,6 +74,7 @@ REGISTERS = {
     (2, True): Registers(232, 40),
     (3, True): Registers(160, 32),
 }
+GATHERING_REGISTERS = Registers(232, 40)  # of two warpgroups, beside lanes that have more than one key's numbers
 # By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
 WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
@@ -141,6 +147,8 @@ class Plan:
     @property
     def slots(self) -> int:
         """Blocks of values that lie ready for products; and of keys, but where those are multiplied as they come."""
+        if self.few_rows and not (self.widens or self.latent):
+            return value_stages(self.stages, self.head_dim, self.value_dim)
         if not self.widens:
             return self.stages - (self.query_places - 1)
         if self.fp8_terms:
@@ -211,7 +219,8 @@ class Plan:
     def registers(self) -> Registers:
         if self.wide:
             return WIDE_REGISTERS[self.quantised]
-        return REGISTERS[self.computing_warpgroups, self.widens]
+        gathering = self.gathers and self.computing_warpgroups == 2
+        return GATHERING_REGISTERS if gathering else REGISTERS[self.computing_warpgroups, self.widens]
 
     @property
     def q_heads(self) -> int:
