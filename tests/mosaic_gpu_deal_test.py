@@ -206,6 +206,33 @@ class ChoiceTest(parameterized.TestCase):
         self.assertEqual([int(parts.number(np.int32(blocks))) for blocks in (10, 64, 65, 128)], [1, 1, 2, 2])
         self.assertFalse(parts_of(64, 4096, kv_heads=1, **LATENT).vary)
 
+    def test_a_latent_tile_that_has_its_keys_alone_has_finer_parts(self):
+        """64 uneven contexts of up to 8192 keys took 86 us by parts of 32 blocks, and 122 by halves; equal ones 184 and 160. Of
+        16384 parts of 64 do for both: equal ones took 331 by those, and 379 by 32.
+        """
+        alone = LATENT | dict(q_heads=64)
+        parts = parts_of(64, 8192, kv_heads=1, **alone)
+        self.assertEqual([int(parts.share(np.int32(blocks))) for blocks in (20, 64, 128)], [10, 32, 32])
+        self.assertBetween(parts_of(40, 20032, kv_heads=1, **alone).blocks, 32, 60)
+        self.assertEqual(parts_of(64, 16384, kv_heads=1, **alone).blocks, 64)
+        self.assertEqual(parts_of(64, 4096, kv_heads=1, **alone), Parts(2, 2))
+
+    @parameterized.parameters((48, 1.2), (64, 1.2), (96, 1.1), (128, 1.1))
+    def test_contexts_as_long_as_the_table_pay_little_where_pairs_are_merged(self, q_heads, longest):
+        """And their parts are of one size: each costs as much as many blocks. Over random decode steps."""
+        rng, varied = np.random.default_rng(q_heads), 0
+        for _ in range(20):
+            seqs, context = int(rng.integers(40, 300)), 64 * int(2 ** rng.uniform(5, 10))
+            with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
+                parts = parts_of(seqs, context, kv_heads=1, **(LATENT | dict(q_heads=q_heads)))
+            before, launch = called.call_args.args
+            time = functools.partial(deal._time, launch, tiles=deal._evenly(launch, np.full(seqs, launch.capacity)))
+            self.assertLessEqual(time(parts), longest * min(time(before), time(Parts(before.least, before.least))))
+            if parts != before and parts.vary:
+                blocks, varied = context // 64, varied + 1
+                self.assertLess(int(parts.share(np.int32(blocks))) * int(parts.number(np.int32(blocks))) - blocks, parts.most)
+        self.assertGreater(varied, 2)
+
     def test_steps_of_wide_heads_have_parts_that_suit_uneven_contexts(self):
         """Of six with one long context, 32 parts of at least 4 blocks took 67 us, and at least five of each tile 73. But
         where nearly every core has a tile, contexts as long as the table took 304 by parts of 6 blocks, and 277 by 16.

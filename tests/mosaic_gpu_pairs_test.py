@@ -98,10 +98,10 @@ class PairsTest(parameterized.TestCase):
         self.assertEqual(len(numbers), len(set(numbers)))
         self.assertLess(max(numbers), pairs.counters_shape(plan)[0])
 
-    @parameterized.parameters((128, 64, True), (128, 4, False), (64, 64, False))
-    def test_many_latent_tiles_whose_parts_vary_lower_to_a_program_without_a_merge(self, heads, seqs, in_pairs):
+    @parameterized.parameters((128, 64, 128, True), (128, 4, 128, False), (64, 64, 128, True), (64, 64, 64, False))
+    def test_many_latent_tiles_whose_parts_vary_lower_to_a_program_without_a_merge(self, heads, seqs, pages, in_pairs):
         operands = [((seqs, heads, 576), "bfloat16"), ((1, 2048, 64, 576), "bfloat16"), ((seqs,), "int32")]
-        operands += [((seqs, 128), "int32"), ((seqs + 1,), "int32")]
+        operands += [((seqs, pages), "int32"), ((seqs + 1,), "int32")]
         call = lambda query, keys, *indices: ragged_paged_prefill(query, keys, None, *indices, value_dim=512, platform="cuda")
         operands = [jax.ShapeDtypeStruct(*operand) for operand in operands]
         device = Device("cuda", "NVIDIA H200", "9.0")

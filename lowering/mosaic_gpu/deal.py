@@ -21,9 +21,9 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
-# Of parts, where pairs are merged: with 32, equal contexts take 15 to 20% longer than with 53 or 64, and uneven ones of long
-# tables no less.
-PAIR_BLOCKS = (48, 64, 96)
+# The fewest of a part, where pairs are merged, of tiles that share their keys, and of one that has them alone: with 32, two
+# tiles of equal contexts take 15 to 20% longer than with 53 or 64, and those of uneven ones in long tables no less.
+PAIR_BLOCKS, PAIR_BLOCKS_ALONE = 48, 32
 SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
@@ -60,6 +60,9 @@ FEW = 0.25  # tiles for each core, at most
 # keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
 # where results cost less of the time, have more parts.
 LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
+# Likewise where a tile of 64 such rows has its keys alone, and so all have as many parts: uneven contexts take half as long
+# again by those as by parts of 32 blocks.
+ALONE_EVENLY = 1.2
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
@@ -151,7 +154,9 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
-    of_parts = PAIR_BLOCKS if launch.in_pairs else of_parts
+    if launch.in_pairs:  # each costs as much as many blocks: so those of a context as long as the table are of one size
+        fewest = PAIR_BLOCKS if launch.sharing > 1 else PAIR_BLOCKS_ALONE
+        of_parts = sorted({max(-(-blocks // number), fewest) for number in range(2, MOST_PARTS + 1)})
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
     rounds = PROMPT_ROUNDS if several else [None]
     # Tiles of few keys may have fewer parts than equal contexts want.
@@ -174,9 +179,12 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     weights = np.tile(weights, len(MEMORIES))
     # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
     longer = times / times.min(axis=0)
-    costs = np.where(longer[:, 0] <= launch.evenly, np.log(longer) ** power @ weights, np.inf)
     # Rounded: the last bits differ from machine to machine, and processes that share a program must choose the same.
-    return found[int(np.argmin(np.round(costs, 9)))]
+    costs = np.round(np.log(longer) ** power @ weights, 9)
+    best = lambda evenly: found[int(np.argmin(np.where(longer[:, 0] <= evenly, costs, np.inf)))]
+    chosen = best(launch.evenly)
+    alone = launch.in_pairs and launch.sharing == 1
+    return best(ALONE_EVENLY) if alone and not chosen.vary else chosen
 
 
 class Pack(NamedTuple):
