@@ -137,8 +137,9 @@ COMPILED = {
     "sm_89": [
         (GEMMA_4, dict(ranges=True)),
         (CAPPED | dict(dtype="float32"), {}),
-        (WIDE | dict(dtype="float32"), {}),
+        (WIDE | dict(dtype="float32", features=("tree_mask",)), dict(tree=True)),
         (dict(cache_dtype="float8_e4m3fn", features=("quantised",)), dict(scale="head")),
+        (MLA | dict(cache_dtype="int8", features=("latent", *SLOTS)), dict(scale="slot")),
         (MLA | dict(q_heads=128, cache_dtype="int8", features=("latent", *SLOTS)), dict(scale="slot")),
     ],
     "sm_90": [
@@ -148,6 +149,7 @@ COMPILED = {
         (WIDE | dict(sliding_window=4096, page_size=128, pages_per_seq=128), {}),
         (GEMMA_4, dict(ranges=True)),
         (MLA | dict(sliding_window=4096), {}),
+        (MLA | dict(features=("latent", "tree_mask", "key_ranges")), dict(tree=True, ranges=True)),
         (MLA | DECODE | dict(q_heads=128), {}),
         (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
     ],
@@ -155,7 +157,7 @@ COMPILED = {
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
         (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
+    "sm_120": [(WIDE, {}), (WIDE | dict(dtype="float32"), {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }

@@ -190,7 +190,8 @@ def _tile(call: Call, device: Device, config: PrefillPageAttentionConfig, parts:
         widths=widths,
         all_masked=all_masked,
         key_shares=key_shares,
-        sum_last=rows <= FEW_ROWS and key_shares == 1,
+        # In float32, whose products of six parts take all registers, each step sums its own.
+        sum_last=rows <= FEW_ROWS and key_shares == 1 and problem.dtype != "float32",
         lanes=LANES,
         spread=config.num_warps if _spreads(problem, device, config, rows) else 0,
         float16_products=_float16_products(problem, device, rows),

@@ -87,13 +87,16 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     sizes = by_width[sum(width > most for most in (64, 128, 256))]
     if problem.dtype == "float32":
         sizes = narrow_float32 if width <= 128 else wide_float32
+        if width > 128 and "tree_mask" in problem.features and device_class(device) == "ampere":
+            sizes = sizes._replace(block_kv=32, num_warps=8)  # a tree's words leave four warps too few registers
     elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
         # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
         sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
     elif device.platform == "rocm" and "key_ranges" in problem.features and width <= 128:
         sizes = sizes._replace(num_warps=8)
     elif device_class(device) == "ampere" and problem.cache_dtype != problem.dtype and width > 64:
-        sizes = sizes._replace(rows=32 if width > 256 else 64)
+        # Of half as many bytes three stages fit. Of two, a latent tile's registers are cut to let in a second one.
+        sizes = sizes._replace(rows=32, num_stages=3) if width > 256 else sizes._replace(rows=64)
     elif device_class(device) == "blackwell" and 128 < width <= 192:
         sizes = sizes._replace(num_warps=4)
     elif device_class(device) == "blackwell" and problem.cache_dtype != problem.dtype and is_wide_latent(problem):
