@@ -140,6 +140,8 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     elif current_policy() != "invariant" and _is_lone_chunk(problem, device):
         sizes = LONE_CHUNK
     rows = min(sizes.rows, power_of_2(rows_per_seq))
+    if rows == FEW_ROWS and current_policy() != "invariant" and _has_drafts(problem, device):
+        rows = SHORT.rows  # then each warp has rows of its own, and waits for no other in a step
     if rows == TALL_ROWS and current_policy() != "invariant" and _is_tall_step(problem, device):
         sizes = sizes._replace(block_kv=TALL_STEP)
     if rows < sizes.rows and width <= 128:
@@ -183,10 +185,14 @@ def leaves_cores(problem: Problem, device: Device, rows: int) -> bool:
 
 def _has_few_drafts(problem: Problem, device: Device) -> bool:
     """Whether drafts have so few of the lowest tiles that warps may have keys of their own, as in decode."""
-    drafts = 1 < problem.tokens_per_seq <= DRAFTS and problem.group <= DECODE.rows
-    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
     few = tiles_of(problem, DECODE.rows) < device.cores // 8
-    return drafts and of_16_bits and few and _of_narrow_heads(problem, device)
+    return few and problem.group <= DECODE.rows and _has_drafts(problem, device)
+
+
+def _has_drafts(problem: Problem, device: Device) -> bool:
+    """Whether sequences have a few tokens each, of narrow heads in 16 bits."""
+    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
+    return 1 < problem.tokens_per_seq <= DRAFTS and of_16_bits and _of_narrow_heads(problem, device)
 
 
 def _is_tall_step(problem: Problem, device: Device) -> bool:
