@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     owned: Int[Array, " tiles"]  # 1 where a sequence owns its tokens
     holes: Int[Array, " tiles"]  # 1 where between first_key and end_key may lie keys that no row sees
     part: Int[Array, " tiles"]  # which of the tile's
-    parts: Int[Array, " tiles"]  # that it has
+    parts: Int[Array, " tiles"]  # that it has; before a schedule cuts it, the most that it may have
     slabs: Slabs
 
 
@@ -75,31 +75,41 @@ class Parts:
       least, most: the fewest and the most parts of a tile.
       blocks: how many blocks of keys a part has, as far as `least` and `most` allow.
       fewest: the fewest blocks of a part.
+      together: where their number varies, the most parts of all tiles of a sequence together, unless there are more tiles:
+        those of a prompt are work for many cores as they are. None where that is no bound.
     """
 
     least: int = 1
     most: int = 1
     blocks: int = 1
     fewest: int = 1
+    together: int | None = None
 
     @property
     def vary(self) -> bool:
         """Whether tiles may have different numbers of parts."""
         return self.most > self.least
 
-    def share(self, blocks):
-        """How many blocks each part but the last has, of a tile of `blocks` blocks."""
-        parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), self.least, self.most)
+    def most_of(self, tiles):
+        """The most parts of each tile of a sequence that has so many."""
+        if self.together is None:
+            return jnp.full_like(tiles, self.most)
+        return jnp.clip(lax.div(jnp.int32(self.together), jnp.maximum(tiles, 1)), 1, self.most)
+
+    def share(self, blocks, most=None):
+        """How many blocks each part but the last has, of a tile of `blocks` blocks that has at most so many parts."""
+        least, most = (self.least, self.most) if most is None else (jnp.minimum(self.least, most), most)
+        parts = jnp.clip(lax.div(blocks + (self.blocks - 1), jnp.int32(self.blocks)), least, most)
         return jnp.maximum(lax.div(blocks + (parts - 1), parts), self.fewest)
 
-    def number(self, blocks):
-        """How many parts of a tile of `blocks` blocks have any; at least 1, so that there is always a result."""
-        share = self.share(blocks)
+    def number(self, blocks, most=None):
+        """How many parts of such a tile have any; at least 1, so that there is always a result."""
+        share = self.share(blocks, most)
         return jnp.maximum(lax.div(blocks + (share - 1), share), 1)
 
     def part(self, tile: Tiles, part, number) -> Tiles:
         """Part `part` of the `number` parts of a tile."""
-        share = self.share(tile.end_block - tile.first_block)
+        share = self.share(tile.end_block - tile.first_block, tile.parts if self.vary else None)
         first_block = tile.first_block + part * share
         end_block = jnp.minimum(tile.end_block, first_block + share)
         return tile._replace(first_block=first_block, end_block=end_block, part=part, parts=number)
@@ -186,7 +196,7 @@ class Tiling:
             owned=jnp.where(stretch.owned, 1, 0),
             holes=jnp.zeros_like(length),
             part=jnp.zeros_like(length),
-            parts=jnp.ones_like(length),
+            parts=self.parts.most_of(self.tiles_of(stretch.size)) if self.parts.vary else jnp.ones_like(length),
             slabs=[slab(token) for token in range(0, self.block_q, self.slab)],
         )
 
@@ -266,7 +276,8 @@ def _come_before(work):
 def _parts_of(tiles: Tiles, parts: Parts):
     """The parts of tiles, those of most blocks first, and how many there are; what lies behind them is any part."""
     blocks = tiles.end_block - tiles.first_block
-    share, number = parts.share(blocks), jnp.where(tiles.length > 0, parts.number(blocks), 0)
+    share = parts.share(blocks, tiles.parts)
+    number = jnp.where(tiles.length > 0, parts.number(blocks, tiles.parts), 0)
     first = jnp.sum(jnp.where(_come_before(share), number[None, :], 0), axis=1, dtype=jnp.int32)
     index = jnp.arange(tiles.length.shape[0] * parts.most, dtype=jnp.int32)
     within = (index[:, None] >= first[None, :]) & (index[:, None] < (first + number)[None, :])

@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 import numpy as np
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.mosaic_gpu import deal, host, parts as parts_module
+from paged_prefill.lowering.mosaic_gpu import deal, host, parts as parts_module, rounds
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.tests import problems
 
@@ -18,14 +18,19 @@ BYTES_A_US = 22800  # of an H100's memory, a core
 
 
 def launch(**changes):
-    sizes = dict(seqs=9, tiles_of_seq=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
+    sizes = dict(seqs=9, head_tiles=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
     return deal.Launch(**(sizes | dict(result_bytes=2**18, slots=132, cores=132, smallest=2**17) | changes))
 
 
 def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
     sizes = dict(tokens=tokens * seqs, seqs=seqs, q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads)
-    problem = problems.problem(**sizes, page_size=16, pages_per_seq=context // 16, **changes)
+    problem = problems.problem(**(sizes | dict(page_size=16, pages_per_seq=context // 16) | changes))
     return host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
+
+
+def number_of(parts, blocks, tiles=1):
+    """Parts of a tile of so many blocks, whose sequence has so many tiles."""
+    return int(parts.number(np.int32(blocks), parts.most_of(np.int32(tiles))))
 
 
 class EstimateTest(parameterized.TestCase):
@@ -65,19 +70,45 @@ class EstimateTest(parameterized.TestCase):
             most = max(int(parts.number(np.int32(-(-context // 128)))) for context in contexts)
             time += deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES
             time += deal.RESULTS * of_memory * 2**18 / 132 * len(pieces) / 90
-        self.assertAlmostEqual(deal._time(shape, parts, contexts, of_memory) / time, 1)
+        self.assertAlmostEqual(deal._time(shape, parts, deal._evenly(shape, contexts), of_memory) / time, 1)
+
+    @parameterized.product(parts=(Parts(), Parts(1, 6, 4), Parts(2, 6, 4, together=12), Parts(1, 6, 4, together=6)), context=(60, 3000))
+    def test_a_prompt_beside_steps_is_as_many_pieces_as_the_kernel_has(self, parts, context):
+        """Its tiles see the more keys the later they are, and have the fewer parts the more they are; results of whole tiles
+        are no parts'."""
+        shape = launch(seqs=9, head_tiles=10, block_q=16, prompt=100, tiles_of_seq=1, cores=10**4, slots=10**4)
+        contexts = np.array([context, *np.random.default_rng(0).integers(1, 12000, 8)])
+        keys = [max(context - 100, 0) + end for end in (16, 32, 48, 64, 80, 96, 100)]
+        tiles = [(-(-k // 128), 7, tokens) for k, tokens in zip(keys, [16] * 6 + [4])]
+        tiles += [(-(-k // 128), 1, 1) for k in contexts[1:]]
+        longest = loaded = written = 0
+        for blocks, of_seq, tokens in tiles:
+            most = parts.most_of(np.int32(of_seq)) if parts.vary else None
+            share, number = (int(find(np.int32(blocks), most)) for find in (parts.share, parts.number))
+            longest, loaded = max(longest, share), loaded + 10 * blocks
+            written += number * tokens / 108 * (number > 1)
+        pack = deal._beside_prompt(shape, contexts)
+        self.assertEqual([*zip(pack.blocks, pack.of_seq)], [tile[:2] for tile in tiles])
+        np.testing.assert_allclose(pack.results, [tokens / 108 for _, _, tokens in tiles])
+        one = launch(seqs=1, head_tiles=1, cores=10**4, slots=10**4)
+        alone = deal._time(one, Parts(), deal._evenly(one, np.array([longest * 128])))
+        time = deal._time(shape, parts, pack)
+        if parts.most > 1:
+            most = max(int(parts.number(np.int32(blocks), parts.most_of(np.int32(n)))) for blocks, n, _ in tiles)
+            time -= deal.MERGE_BYTES + most * deal.MERGED_PART_BYTES + deal.RESULTS * 2**18 / 10**4 * written
+        self.assertAlmostEqual(time / alone, 1, delta=0.02)  # cores for all pieces: the longest is what all wait for
 
     @parameterized.named_parameters(
-        ("teams", launch(seqs=64, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+        ("teams", launch(seqs=64, head_tiles=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
                          result_bytes=2**20, slots=264), {"1/1": (709.2, 94.8, 80.7), "4/32": (721.3, 97.7, 48.0)}),
-        ("wide", launch(seqs=16, tiles_of_seq=8, capacity=4096, most_keys=4096, block_kv=64, result_bytes=2**18),
+        ("wide", launch(seqs=16, head_tiles=8, capacity=4096, most_keys=4096, block_kv=64, result_bytes=2**18),
          {"1/1": (179.0, 26.9, 47.1), "4/16": (184.0, 28.7, 25.6)}),
-        ("one_group", launch(seqs=64, tiles_of_seq=1, capacity=4096, most_keys=4096, result_bytes=2**18),
+        ("one_group", launch(seqs=64, head_tiles=1, capacity=4096, most_keys=4096, result_bytes=2**18),
          {"1/1": (49.0, None, 24.7), "4/8": (52.8, None, 10.6)}),
-        ("wide_heads_on_an_h200", launch(seqs=8, tiles_of_seq=2, capacity=16384, most_keys=16384, block_kv=64, block_bytes=2**17,
+        ("wide_heads_on_an_h200", launch(seqs=8, head_tiles=2, capacity=16384, most_keys=16384, block_kv=64, block_bytes=2**17,
                           result_bytes=2**18, step_bytes=deal.WIDE_STEP_BYTES, piece_bytes=deal.WIDE_PIECE_BYTES),
          {"1/1": (589.3, 75.8, 558.2), "16/16": (143.4, 48.0, 49.8), "32/8": (150.0, 32.8, 36.7)}, 0.7),
-        ("drafts", launch(seqs=32, tiles_of_seq=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
+        ("drafts", launch(seqs=32, head_tiles=8, capacity=8192, most_keys=8192, block_kv=64, block_bytes=2**15,
                           result_bytes=2**21, slots=264), {"1/1": (359.0, 50.5, 83.5), "2/64": (366.4, 53.7, 52.3)}),
     )  # fmt: skip
     def test_so_long_launches_took(self, shape, taken, memory=1.0):
@@ -90,7 +121,8 @@ class EstimateTest(parameterized.TestCase):
             most, blocks = map(int, parts.split("/"))
             for share, time in zip(contexts, times):
                 if time is not None:
-                    estimate = deal._time(shape, Parts(1, most, blocks), share * shape.capacity, memory)
+                    pack = deal._evenly(shape, share * shape.capacity)
+                    estimate = deal._time(shape, Parts(1, most, blocks), pack, memory)
                     errors.append(math.log(estimate / BYTES_A_US / time))
         self.assertLess(np.abs(errors).max(), 0.18)
         self.assertLess(np.sqrt(np.mean(np.square(errors))), 0.08)
@@ -113,10 +145,12 @@ class EstimateTest(parameterized.TestCase):
     @parameterized.parameters((4096, 30000), (4096, 5000), (9000, 5000))
     def test_contexts_behind_a_window_count_as_far_as_tiles_see(self, most_keys, capacity):
         """However wide the table is, some kinds have contexts that differ in what tiles see of them."""
-        kinds = deal._kinds(launch(capacity=capacity, most_keys=most_keys))
-        longest = max(contexts.max() for contexts, _ in kinds)
-        self.assertEqual(longest, min(capacity, deal.REACH * most_keys))
-        self.assertLess(np.minimum(kinds[2][0], most_keys).mean(), 0.4 * most_keys)
+        shape = launch(capacity=capacity, most_keys=most_keys, seqs=20)
+        blocks = [kind.blocks for kind, _ in deal._kinds(shape)]
+        longest = min(capacity, deal.REACH * most_keys)
+        self.assertEqual([each.max() for each in blocks[:3]], [-(-min(longest, most_keys) // 128)] * 3)
+        self.assertAlmostEqual(blocks[1].min(), longest / 20 / 128, delta=1)
+        self.assertLess(blocks[2].mean(), 0.4 * most_keys / 128)
 
     def test_results_of_all_parts_have_room(self):
         self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
@@ -200,7 +234,7 @@ class ChoiceTest(parameterized.TestCase):
         with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             found = parts_of(*call, heads, 1, **latent)
         parts, launch = called.call_args.args
-        time = functools.partial(deal._time, launch, contexts=np.full(call[0], launch.capacity))
+        time = functools.partial(deal._time, launch, tiles=deal._evenly(launch, np.full(call[0], launch.capacity)))
         longest = 1.2 if quantised else 1.115
         self.assertLessEqual(time(found), longest * min(time(parts), time(Parts(parts.least, parts.least))))
         if call == (64, 16384):  # their results are little beside so many keys, and uneven contexts are dealt by them
@@ -236,6 +270,53 @@ class ChoiceTest(parameterized.TestCase):
         parts = parts_of(11, 155648, 4, 1, tokens=61)
         self.assertEqual(parts.number(np.int32(6)), 1)
         self.assertGreater(parts.number(np.int32(150)), 8)
+
+    @parameterized.named_parameters(
+        ("many_heads", 17, 281, (71, 1, 64), 37504, 196, (34, 3), 8),
+        ("large_heads", 5, 1766, (8, 4, 256), 6640, 104, (28, 28), 3),
+        ("more_tiles_than_cores", 7, 515, (64, 4, 128), 16928, 133, (16, 4), 3),
+        ("fewer", 4, 141, (4, 2, 128), 15008, 157, (5, 4), 16),
+    )
+    def test_one_long_context_beside_a_prompt_has_parts(self, seqs, tokens, heads, keys, blocks, prompt, fewest):
+        """And the prompt's own tiles, which see few keys, have none, or its many tiles too few to be cut."""
+        problem = problems.problem(
+            tokens=tokens, seqs=seqs, q_heads=heads[0], num_kv_heads=heads[1], cache_kv_heads=heads[1], head_dim=heads[2],
+            value_dim=heads[2], pages_per_seq=keys // 16,
+        )  # fmt: skip
+        parts = host.parts_of_tiles(problem, HOPPER, KERNEL.heuristic(problem, HOPPER))
+        tiles, its_blocks = prompt
+        self.assertGreaterEqual(number_of(parts, blocks), fewest)
+        self.assertEqual(number_of(parts, its_blocks, tiles), 1)
+
+    @parameterized.parameters("int8", "bfloat16")
+    def test_parts_of_prompts_are_chosen_over_keys_that_they_were_measured_with(self, dtype):
+        features = frozenset({"quantised"} if dtype == "int8" else ())
+        parts = parts_of(2, 4096, tokens=1024, cache_dtype=dtype, features=features)
+        self.assertEqual(parts.vary, dtype == "bfloat16")
+
+    def test_prompts_whose_tiles_of_a_head_go_one_after_another_have_no_parts(self):
+        """Of a table of parts none of them would."""
+        problem = problems.problem(tokens=1024, seqs=4, pages_per_seq=256)
+        self.assertGreater(rounds.rows_together(problem, KERNEL.heuristic(problem, HOPPER), 132), 1)
+        self.assertFalse(parts_of(4, 4096, tokens=256).vary)
+
+    @parameterized.parameters(((33, 7936, 64, 8), 5, 62), ((17, 110400, 64, 8), 1, 108), ((19, 14592, 4, 2), 5, 114))
+    def test_keys_that_are_copied_one_by_one_are_cut_into_smaller_parts(self, call, tokens, blocks):
+        """Whose steps take longer, so that the longest part is waited for longer."""
+        few, many = (number_of(parts_of(*call, tokens=tokens, **page), blocks) for page in ({}, dict(page_size=1, pages_per_seq=call[1])))
+        self.assertGreater(many, few)
+
+    def test_few_keys_in_a_wide_table_are_no_36_parts_of_a_block(self):
+        """As many parts as contexts as long as the table want leave each a block, whose results are merged."""
+        parts = parts_of(2, 18240, 7, 1, tokens=14)
+        self.assertLessEqual(number_of(parts, 18), 9)
+        self.assertGreaterEqual(number_of(parts, 142), 16)
+
+    @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3), (7, 87, 1456, 7, 1))
+    def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):
+        """Which a kernel would look for to merge them, also in wider tables."""
+        parts = parts_of(seqs, -(-context // 16) * 16, q_heads, kv_heads, tokens=tokens)
+        self.assertFalse(parts.vary, parts)
 
 
 if __name__ == "__main__":

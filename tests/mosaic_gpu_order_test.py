@@ -42,8 +42,8 @@ class OrderTest(parameterized.TestCase):
 
     @parameterized.parameters((512, 1), (500, 2), (700, 5))
     def test_rows_that_may_be_empty_come_last(self, tokens, seqs):
-        """The table has room for sequences that begin anywhere: where all tokens are of one, some rows are no tiles. Were they
-        dealt with others, some thread blocks would have nothing but them.
+        """The table has room for sequences that begin anywhere: where all tokens are of one, some rows are no tiles. Were
+        they dealt with others, some thread blocks would have nothing but them.
         """
         for together in (2, 4, 8):
             rows, _, plan = order(tokens, together, seqs)
@@ -55,13 +55,14 @@ class OrderTest(parameterized.TestCase):
         ("many_heads", dict(q_heads=128, num_kv_heads=128), True),
         ("many_wide_keys", dict(q_heads=128, num_kv_heads=128, head_dim=192), True),
         ("few_tiles", dict(q_heads=128, num_kv_heads=128, tokens=512, pages_per_seq=256), True),
-        ("a_window", dict(q_heads=64, num_kv_heads=64, tokens=8192, pages_per_seq=512, sliding_window=1024), True),
         ("several_prompts", dict(q_heads=128, num_kv_heads=128, tokens=4 * 2048, seqs=4), True),
         ("a_sequence_for_each_row", dict(q_heads=128, num_kv_heads=128, tokens=16 * 2048, seqs=16), False),
         ("keys_that_the_second_cache_holds", dict(q_heads=32, num_kv_heads=32), False),
         ("few_keys_for_many_heads", dict(q_heads=128, num_kv_heads=8), False),
         ("one_tile_each", dict(q_heads=128, num_kv_heads=128, tokens=100, pages_per_seq=512), False),
         ("decode_steps", dict(q_heads=128, num_kv_heads=128, tokens=256, seqs=256), False),
+        ("products_that_bind", dict(q_heads=64, num_kv_heads=64, tokens=4096, pages_per_seq=256), False),
+        ("a_window", dict(q_heads=64, num_kv_heads=64, tokens=8192, pages_per_seq=512, sliding_window=1024), False),
         ("several_rows_at_once_anyway", dict(q_heads=32, num_kv_heads=32, tokens=8192, pages_per_seq=512), False),
     )
     def test_rows_are_together_where_memory_would_bring_keys_for_each(self, changes, together):
@@ -69,6 +70,11 @@ class OrderTest(parameterized.TestCase):
         given = problems.problem(**dict(tokens=2048, pages_per_seq=128) | changes)
         found = rows_together(given, kernel.heuristic(given, HOPPER), HOPPER.cores)
         self.assertEqual(found > 1, together, found)
+
+    def test_no_more_rows_than_gain(self):
+        """Of 16 rows together, four bring most of what all would."""
+        kernel, given = host.MosaicGpu(), problems.problem(q_heads=128, num_kv_heads=128, tokens=2048, pages_per_seq=128)
+        self.assertEqual(rows_together(given, kernel.heuristic(given, HOPPER), HOPPER.cores), 4)
 
     def test_no_more_rows_than_there_are(self):
         """Four tiles of 512 tokens."""

@@ -140,6 +140,7 @@ class ChainTest(parameterized.TestCase):
         ("three_warpgroups", dict(warpgroups=3, block_q=192), False),
         ("a_polynomial", dict(soft_cap=50.0), False),
         ("parts_of_some", dict(parts=Parts(1, 4, 8)), False),
+        ("parts_of_steps_beside_prompts", dict(parts=Parts(1, 4, 8), tokens=67 * 16), True),
         ("parts", dict(parts=Parts(5, 5)), True),
         ("parts_that_merge_in_clusters", dict(parts=Parts(5, 5), clusters=True), False),
         ("heads_of_96", dict(head_dim=96, value_dim=80), True),
@@ -152,6 +153,19 @@ class ChainTest(parameterized.TestCase):
     )
     def test_pieces_are_a_chain_where_warpgroups_take_turns(self, changes, chains):
         self.assertEqual(plans.plan(**(dict(tiles=67, soft_cap=None) | changes)).chains, chains)
+
+    @parameterized.parameters((1, 67), (7, 67), (33, 67), (67, 67))
+    def test_a_chain_goes_through_as_many_pieces_as_there_are_parts(self, number, tiles):
+        """Behind them the table has anything."""
+        plan = plans.plan(tiles=tiles, tokens=16 * tiles, soft_cap=None, parts=Parts(1, 4, 8), cores=5)
+        self.assertTrue(plan.chains)
+        table = np.ones(plan.rows_of_table * plan.columns + 1, np.int32)
+        table[-1] = number
+        found = 0
+        for block in range(plan.thread_blocks):
+            pieces = Pieces(plan, jnp.asarray(table), *[jnp.zeros(1, jnp.int32)] * 2, block=jnp.int32(block), slab=jnp.int32(0))
+            found += sum(int(pieces.piece_of(jnp.int32(i))[1]) for i in range(4 * tiles * plan.head_tiles // plan.thread_blocks))
+        self.assertEqual(found, number * plan.head_tiles)
 
     def test_a_prompt_beside_decode_steps_has_more_clusters_than_the_chip_has_room_for_and_no_chain(self):
         """Whoever loads goes by clusters, and would wait for ever for those that compute by a chain."""

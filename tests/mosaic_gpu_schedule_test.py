@@ -56,6 +56,8 @@ class ScheduleInOneTest(parameterized.TestCase):
             dict(kind="valid", ordered=True, window=None, slabs=1, parts=tiles.Parts(1, 7, 3)),
             dict(kind="steps", ordered=False, window=None, slabs=1, parts=tiles.Parts(3, 3)),
             dict(kind="hostile", ordered=True, window=500, slabs=2, parts=tiles.Parts(2, 5, 2)),
+            dict(kind="steps", ordered=True, window=None, slabs=1, parts=tiles.Parts(2, 7, 2, together=9)),
+            dict(kind="hostile", ordered=True, window=None, slabs=2, parts=tiles.Parts(1, 5, 2, together=6)),
         ),
     )
     def test_it_is_the_schedule_that_xla_works_out(

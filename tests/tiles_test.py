@@ -134,7 +134,10 @@ class ScheduleTest(parameterized.TestCase):
                 np.testing.assert_array_equal(np.arange(*fields[2:]), every)
         self.assertGreater(without_holes, 0)
 
-    @parameterized.product(parts=(tiles.Parts(1, 6, 2), tiles.Parts(2, 4, 3)), window=(None, 300))
+    @parameterized.product(
+        parts=(tiles.Parts(1, 6, 2), tiles.Parts(2, 4, 3), tiles.Parts(1, 6, 2, together=8), tiles.Parts(3, 6, 2, together=2)),
+        window=(None, 300),
+    )
     def test_parts_hold_all_blocks_of_their_tile_whatever_else_is_in_the_pack(self, parts, window):
         lengths, contexts, others = [1, 5, 0, 40, 1, 1], [640, 30, 20, 513, 4, 900], [640, 2, 640, 100, 4, 0]
         starts = 3 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -152,10 +155,11 @@ class ScheduleTest(parameterized.TestCase):
                 there[int(tile.start)].append(tile)
             return there
 
-        found = by_start(contexts, dataclasses.replace(whole, parts=parts))
+        found, uncut = (by_start(contexts, tiling) for tiling in (dataclasses.replace(whole, parts=parts), whole))
         shares = []
-        for start, [tile] in by_start(contexts, whole).items():
-            own, blocks = found.pop(start), range(tile.first_block, tile.end_block)
+        for start, own in found.items():
+            [tile] = uncut.pop(start)
+            blocks = range(tile.first_block, tile.end_block)
             shares += [max(1, *(part.end_block - part.first_block for part in own), 0)]
             for field, value in tile._asdict().items():  # but for their blocks they are what the tile is
                 if field not in ("first_block", "end_block", "part", "parts"):
@@ -163,9 +167,12 @@ class ScheduleTest(parameterized.TestCase):
             own = sorted(own, key=lambda part: part.part)
             self.assertEqual([(part.part, part.parts) for part in own], [(i, len(own)) for i in range(len(own))])
             self.assertEqual([b for part in own for b in range(part.first_block, part.end_block)], list(blocks))
-            want = np.clip(-(-len(blocks) // parts.blocks), parts.least, parts.most)
-            self.assertLessEqual(shares[-1], max(1, -(-len(blocks) // want)))
-        self.assertEmpty(found)
+            tiles_of_seq = -(-lengths[tile.seq] // 16) if tile.owned else 1
+            most = np.clip(parts.together // tiles_of_seq, 1, parts.most) if parts.together else parts.most
+            want = np.clip(-(-len(blocks) // parts.blocks), min(parts.least, most), most)
+            self.assertEqual(shares[-1], max(1, -(-len(blocks) // want)))
+            self.assertLessEqual(len(own), most)
+        self.assertEmpty(uncut)
         self.assertEqual(shares, sorted(shares, reverse=True))
         found, beside_others = (by_start(x, dataclasses.replace(whole, parts=parts)) for x in (contexts, others))
         for seq in (0, 4):

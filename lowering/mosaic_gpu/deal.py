@@ -3,7 +3,7 @@
 Tiles of few tokens wait for memory, and a launch ends with its longest part. So `_time` estimates when a launch ends whose
 pieces are dealt to thread blocks as the kernel deals them, for parts of several sizes and contexts of several kinds
 (`_kinds`), and the size is taken that is best over all kinds. A part's size follows what is static, and the tile's own
-context.
+context and sequence.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import are_gathered
 from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, two_share_rows
 from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
@@ -33,6 +34,7 @@ PIECE_BYTES = 5 * 2**10  # to begin and to end a part
 # Of a block, were memory endless; of 64 rows and 128 keys, or with a soft cap; of latent keys, in 16 and in 8 bits, by 37 more
 # launches of 8 to 32 heads, over equal and uneven contexts.
 STEP_BYTES, LONG_STEP_BYTES = 12.5 * 2**10, 20 * 2**10
+GATHERED_STEPS = 1.8  # times as much, where keys are copied one by one: by six launches on an H200
 LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 # Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
 WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
@@ -49,6 +51,11 @@ OF_EQUAL, OF_SHORT, OF_WIDE = 3.0, 3.0, 0.5
 # What memory takes of an H100's time, on an H100 and on an H200: where it takes less, cores without work cost more. Parts
 # suit both, so that they follow the number of cores alone.
 MEMORIES = (1.0, 0.7)
+# Tokens of each sequence: of more, all but one may have one, and that one a prompt.
+MOST_DRAFTED = 8
+# Rounds over the cores that parts of a sequence of several tiles may make: 0 where these have no more parts together than
+# one tile alone, so that a prompt's tiles stay whole where a step beside it is cut.
+PROMPT_ROUNDS = (0, 2)
 FEW = 0.25  # tiles for each core, at most
 # How many times their least time, that of halves which clusters merge, contexts as long as the table may take over latent
 # keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
@@ -63,7 +70,7 @@ class Launch(NamedTuple):
     """What is static about a launch, as far as the estimate needs it."""
 
     seqs: int
-    tiles_of_seq: int  # of all heads
+    head_tiles: int  # of the same tokens
     capacity: int  # of a sequence's table, in keys
     most_keys: int  # that a tile sees
     block_kv: int
@@ -78,6 +85,9 @@ class Launch(NamedTuple):
     evenly: float = math.inf  # how many times their least time contexts as long as the table may take
     in_pairs: bool = False  # whether parts are merged where the later of two ends (hopper/pairs.py)
     sharing: int = 1  # tiles that read the same keys, which memory brings once
+    tiles_of_seq: int = 1  # of one head's, were all sequences to have as many tokens
+    block_q: int = 1  # tokens of a tile
+    prompt: int = 0  # tokens of a sequence, were all others to have one; 0 where so few are drafts
 
 
 def dealt(
@@ -90,6 +100,7 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
+    step_bytes *= GATHERED_STEPS if are_gathered(problem.page_size, config.block_kv) else 1
     piece_bytes, evenly, rows = PIECE_BYTES, math.inf, 0
     in_pairs = is_latent(problem) and two_share_rows(problem, config)
     if in_pairs:
@@ -102,10 +113,12 @@ def dealt(
         step_bytes, piece_bytes, evenly = WIDE_STEP_BYTES, WIDE_PIECE_BYTES, WIDE_EVENLY
     if is_latent(problem):
         rows = LEAST_LATENT_ROWS * unsplit
+    tiles_of_seq = -(-problem.tokens_per_seq // config.block_q)
+    prompt = min(problem.tokens - seqs + 1, problem.capacity) if problem.tokens_per_seq > MOST_DRAFTED else 0
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
-        tiles_of_seq=-(-unsplit // seqs),
+        head_tiles=unsplit // (seqs * tiles_of_seq),
         capacity=problem.capacity,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
@@ -120,6 +133,9 @@ def dealt(
         evenly=evenly,
         in_pairs=in_pairs,
         sharing=-(-problem.group // (rows_of(problem, config) // config.block_q)) if in_pairs else 1,
+        tiles_of_seq=tiles_of_seq,
+        block_q=config.block_q,
+        prompt=prompt,
     )
 
 
@@ -133,21 +149,27 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     found = [parts]
     if parts.vary and launch.evenly < math.inf:
         found.append(Parts(parts.least, parts.least))
-    of_round = min(most, launch.slots // launch.tiles_of_seq)  # of one long context, all at work at the same time
+    of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
     of_parts = PAIR_BLOCKS if launch.in_pairs else of_parts
+    several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
+    rounds = PROMPT_ROUNDS if several else [None]
     # Tiles of few keys may have fewer parts than equal contexts want.
-    for of_part, bound, least in itertools.product(of_parts, (most, of_round), {parts.least: None, 1: None}):
-        smaller = Parts(least, min(bound, -(-blocks // of_part)), of_part)
-        if smaller.most > parts.least:
+    sizes = of_parts, (most, of_round), {parts.least: None, 1: None}, rounds
+    for of_part, bound, least, of_prompt in itertools.product(*sizes):
+        bound = min(bound, -(-blocks // of_part))
+        together = None if of_prompt is None else max(of_prompt * launch.slots // launch.head_tiles, bound)
+        smaller = Parts(least, bound, of_part, together=together)
+        if smaller.most > (1 if launch.prompt else parts.least):
             found.append(smaller)
+    found = list(dict.fromkeys(found))
     if len(found) == 1:
         return parts
     kinds = _kinds(launch)
-    times = np.array([[_time(launch, each, contexts, MEMORIES) for contexts, _ in kinds] for each in found])
+    times = np.array([[_time(launch, each, tiles, MEMORIES) for tiles, _ in kinds] for each in found])
     times = times.swapaxes(1, 2).reshape(len(found), -1)  # all kinds by the first memory, then by the next
     weights, power = np.array([weight for _, weight in kinds]), 2
-    if launch.seqs * launch.tiles_of_seq >= launch.cores:
+    if not launch.prompt and launch.seqs * launch.tiles_of_seq * launch.head_tiles >= launch.cores:
         weights[0], power = FULL * weights[0], 1
     weights = np.tile(weights, len(MEMORIES))
     # Squared, a few per cent of every kind matter less than one kind that takes half as long again.
@@ -157,18 +179,48 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     return found[int(np.argmin(np.round(costs, 9)))]
 
 
+class Pack(NamedTuple):
+    """The tiles of one head's tokens, an entry each."""
+
+    blocks: np.ndarray  # of keys that it sees
+    of_seq: np.ndarray  # tiles of its sequence
+    results: np.ndarray  # its share of all results
+
+
 def _kinds(launch: Launch) -> list:
-    """Contexts of all sequences, in keys, and how much each kind counts: all equal; spread evenly from short to long; and
-    spread exponentially, so that most are short. Each again in a table eight times as wide.
+    """Packs, and how much each counts. Contexts are all equal; spread evenly from short to long; and spread exponentially,
+    so that most are short. Each again in a table eight times as wide. So are the tokens, or a prompt has all but one of
+    each other sequence, and the shortest context; or all sequences are prompts that begin.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
     longest = min(launch.capacity, REACH * launch.most_keys)
     kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
     kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
-    return [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
+    contexts = [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
+    packs = [(_evenly(launch, each), weight) for each, weight in contexts]
+    if launch.prompt:
+        packs += [(_beside_prompt(launch, each), weight) for each, weight in contexts]
+        packs.append((_evenly(launch, np.full(launch.seqs, launch.tiles_of_seq * launch.block_q)), OF_EQUAL))
+    return packs
 
 
-def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
+def _evenly(launch: Launch, contexts) -> Pack:
+    """Of sequences with as many tokens each."""
+    blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv).repeat(launch.tiles_of_seq)
+    return Pack(blocks, np.full(len(blocks), launch.tiles_of_seq), np.full(len(blocks), 1 / len(blocks)))
+
+
+def _beside_prompt(launch: Launch, contexts) -> Pack:
+    """Of a prompt with the first context, and of steps with the others."""
+    ends = np.minimum(np.arange(launch.block_q, launch.prompt + launch.block_q, launch.block_q), launch.prompt)
+    keys = np.concatenate([max(contexts[0] - launch.prompt, 0) + ends, contexts[1:]])
+    blocks = -(-np.minimum(keys, launch.most_keys) // launch.block_kv)
+    tokens = np.concatenate([np.diff(ends, prepend=0), np.ones(launch.seqs - 1)])
+    of_seq = np.concatenate([np.full(len(ends), len(ends)), np.ones(launch.seqs - 1, int)])
+    return Pack(blocks, of_seq, tokens / tokens.sum())
+
+
+def _time(launch: Launch, parts: Parts, tiles: Pack, of_memory=1.0):
     """When a launch ends, in bytes that a core of an H100 loads meanwhile, with its pieces dealt longest first, to and fro;
     by one memory, or by each of several.
 
@@ -176,8 +228,10 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     steps, where many are, mostly for memory.
     """
     of_memory = np.asarray(of_memory, float)
-    blocks = -(-np.minimum(contexts, launch.most_keys) // launch.block_kv)
-    share = np.ceil(blocks / np.minimum(np.maximum(np.ceil(blocks / parts.blocks), parts.least), parts.most))
+    blocks, most = tiles.blocks, parts.most
+    if parts.vary and parts.together is not None:
+        most = np.clip(parts.together // tiles.of_seq, 1, most)
+    share = np.ceil(blocks / np.minimum(np.maximum(np.ceil(blocks / parts.blocks), parts.least), most))
     number = np.ceil(blocks / share).astype(int)
     sizes = np.concatenate([share.repeat(number - 1), blocks - share * (number - 1)])
     sizes = sizes * launch.block_bytes + launch.piece_bytes
@@ -186,7 +240,7 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
         of_part = PAIR_BYTES * (1 - 1 / number)
         sizes += np.concatenate([of_part.repeat(number - 1), of_part])
     sizes.sort()
-    sizes = sizes[::-1].repeat(launch.tiles_of_seq)
+    sizes = sizes[::-1].repeat(launch.head_tiles)
     rounds = np.zeros((-(-len(sizes) // launch.slots), launch.slots))
     rounds.ravel()[: len(sizes)] = sizes
     rounds[1::2] = rounds[1::2, ::-1]
@@ -194,7 +248,7 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     ends.sort()
     ends[1:] -= ends[:-1].copy()  # how long after the last one each ends
     at_work = np.arange(launch.slots, 0, -1)  # until then
-    loaded = blocks.sum() * launch.tiles_of_seq / launch.sharing * launch.block_bytes
+    loaded = blocks.sum() * launch.head_tiles / launch.sharing * launch.block_bytes
     memory = np.full_like(of_memory, OF_HELD) if loaded <= HELD_BYTES else of_memory
     step = launch.step_bytes / launch.block_bytes
     # One product each: all at once they would differ in their last bits, which decide between equals.
@@ -202,5 +256,6 @@ def _time(launch: Launch, parts: Parts, contexts, of_memory=1.0):
     time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work * m, step) for m in memory.flat], memory.shape)
     if merging or parts.most == 1 or (launch.in_cluster and not parts.vary):
         return time
-    results = RESULTS * of_memory * launch.result_bytes / launch.cores * (number.sum() / len(number))
+    written = (np.where(number > 1, number, 0) if launch.prompt else number) @ tiles.results
+    results = RESULTS * of_memory * launch.result_bytes / launch.cores * written
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

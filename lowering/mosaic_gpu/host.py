@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from paged_prefill.lowering.call import FEATURES, Call, Device, Problem, granularity
 from paged_prefill.lowering.kernel import Kernel
+from paged_prefill.lowering.mosaic_gpu.deal import MOST_DRAFTED
 from paged_prefill.lowering.mosaic_gpu.hopper.kernel import launch
 from paged_prefill.lowering.mosaic_gpu.hopper.merge import Launch as Merging, merge
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS, Plan, are_gathered
@@ -40,6 +41,8 @@ MOST_QUANTISED_STAGES = 6  # of half the bytes
 MERGED_BYTES = 2**16  # the fewest of a part that a cluster merges, in 16 bits: a single block takes no longer with fewer
 STAGES_OF_A_PART = 2  # where keys are split, a part has few blocks: more in flight only make it start later
 ROUNDS = 4  # of tiles over the cores: from so many on three warpgroups are considered
+# Of a tile, which are merged side by side. Those of prompts are more, but most have no parts, and each is looked for.
+MERGED_TOKENS = 16
 MOST_HEAD_DIM, MOST_VALUE_DIM = 576, 512
 WIDE = f"a latent cache or a head_dim or value_dim above {WARPGROUP_COLUMNS}"  # of which two warpgroups share rows
 # The most rows of a tile of several tokens whose products are transposed (hopper/few_rows.py): so they are 1 to 30% faster,
@@ -49,7 +52,7 @@ FEATURES_OF_MASKED_STEPS = frozenset({"key_ranges", "tree_mask", "quantised"})  
 FEW_TOKENS = 16  # new tokens of each sequence: with fewer they are no prompts
 # Of more, all but one sequence may have one, and that one a prompt. Were it so, tiles of few rows are left from so many times
 # the reads of its keys on that tiles of 64 rows have.
-MOST_DRAFTED, MOST_READS = 8, 1.15
+MOST_READS = 1.15
 SHORT = 768  # the most keys that tiles of short prompts see on average: with as many, two teams gain 1%
 MOST_CORES = 1.5  # tiles of decode steps for each core: from so many on, two teams a thread block are considered
 # How many times the rows of two warpgroups three and four compute in the same time, where all tiles have work: 1.02 to 1.06
@@ -252,7 +255,7 @@ def _merging(problem: Problem, plan: Plan) -> Merging:
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
-        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
+        tokens_of_tile=min(plan.block_q, problem.tokens_per_seq, MERGED_TOKENS),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
     )

@@ -8,6 +8,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, is_latent, is_quantised, programs, rows_of
 from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
+from paged_prefill.lowering.mosaic_gpu.rounds import rows_together
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, parts_of
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -25,19 +26,23 @@ SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts 
 
 def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> Parts:
     """A core has room for one thread block. The fewer tiles there are, the more a long one is felt: so parts are smaller,
-    also where contexts that differ gain by it (deal.py). But what merges in clusters is not given up for more of them.
+    also where contexts that differ gain by it, or a prompt may lie beside steps (deal.py). But what merges in clusters is
+    not given up for more of them.
     """
     unsplit, least = programs(problem, config), config.num_splits
     smaller = next((by for few, by in SMALLER_PARTS if few * unsplit <= device.cores), 1)
     sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    of_prompts = problem.tokens_per_seq >= SHORT_CALL and unsplit > device.cores
     # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
-    # and drafts of wide heads.
-    measured = unsplit > FEW * device.cores if is_latent(problem) else problem.tokens_per_seq < SHORT_CALL
-    measured &= not is_quantised(problem)
-    if of_prompts or (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+    # and drafts of wide heads. Nor were many tiles of prompts measured over latent or quantised keys.
+    prompts, quantised = problem.tokens_per_seq >= SHORT_CALL, is_quantised(problem)
+    measured = (unsplit > FEW * device.cores if is_latent(problem) else not prompts) and not quantised
+    if (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+        return parts
+    if prompts and unsplit > device.cores and (is_latent(problem) or quantised):
+        return parts
+    if parts == Parts() and rows_together(problem, config, device.cores) > 1:  # which tiles of any parts are not
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))

@@ -1,4 +1,4 @@
-"""When a launch of prompts ends, by an estimate: which of two sizes of tiles suits it better, and in which order they go.
+"""When a launch of prompts ends, by an estimate: which of two sizes of tiles suits it better, and in which order.
 
 Cores go through pieces, a tile's keys for each of its heads, those of most keys first, dealt to and fro. With few
 pieces a core, how many rows a tile has decides how long the others wait for the core with the most to do.
@@ -20,11 +20,13 @@ from paged_prefill.lowering.splits import bytes_of_key, most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 WAIT = 0.8  # how far the end of a launch follows the core with the most to do, and not the mean of all: an exponent
-# Rows of the table that may have their turn together, and how many times as long a launch must take without: the estimate is
-# no better than this.
-TOGETHER, WORTH = (2, 3, 4, 6, 8, 12, 16), 1.03
+# Rows of the table that may have their turn together, and how much longer the estimate must say that a launch takes
+# without: tiles that go in step ask for the same lines at the same time, and take 2 to 4% longer by it. Also what more
+# rows must gain.
+TOGETHER, WORTH, NEARLY = (2, 3, 4, 6, 8, 12, 16), 0.08, 0.02
 HELD_BYTES = 6 * 10**7  # of keys and values: little more than the second cache holds, which brings most of them once
-MEMORY = 2400  # bytes that memory brings in a cycle of a core: between an H100's 2000 and an H200's 2800
+MEMORY = 2800  # bytes that memory brings in a cycle of a core of an H200; an H100's brings 2000
+APART = 3  # products and memory go on beside one another: the exponent by which their times add up, by 12 launches
 # Cycles of a step for each of its products of two numbers, 2048 a cycle at most, and for each of its exponentials.
 PRODUCT, EXPONENTIAL, ENDS = 1.12 / 2048, 0.1, 4000
 
@@ -69,8 +71,8 @@ def _end(of_pieces, cores: int) -> float:
 def rows_together(problem: Problem, config: PrefillPageAttentionConfig, cores: int) -> int:
     """How many rows of the table have their turn together: of each KV head all their tiles, before the next head's.
 
-    1 unless that ends sooner, of sequences that are equal and of those that are not. The rows of a turn should differ
-    little, since whoever has the longest has them in every round but on the way back.
+    1 unless that ends sooner, and later for no kind of sequences: equal ones, and such whose tokens or contexts are
+    spread. The rows of a turn should differ little, since whoever has the longest has them in every second round.
     """
     seqs = min(problem.seqs, problem.tokens)
     of_key = problem.num_kv_heads * bytes_of_key(problem)
@@ -81,7 +83,7 @@ def rows_together(problem: Problem, config: PrefillPageAttentionConfig, cores: i
     head_tiles, block_kv = -(-problem.group // heads), config.block_kv
     step = heads * config.block_q * block_kv * max(PRODUCT * features, EXPONENTIAL)
     whole = -(-problem.tokens // config.block_q)  # rows that there are, however the tokens are spread
-    at_once = cores // (problem.num_kv_heads * head_tiles)  # rows, one after the other
+    at_once = cores / (problem.num_kv_heads * head_tiles)  # rows, one after the other
     places = cores * teams_of(problem, config)
 
     def time(together, rows):
@@ -91,28 +93,32 @@ def rows_together(problem: Problem, config: PrefillPageAttentionConfig, cores: i
         groups = of_rows[:grouped].reshape(-1, 1, together).repeat(problem.num_kv_heads, axis=1)
         of_pieces = np.append(groups, of_rows[grouped:].repeat(problem.num_kv_heads)).repeat(head_tiles)
         # Of each sequence that has rows in a turn, memory brings the keys once that any of them sees.
-        turn = np.arange(len(seq)) // max(together, at_once) * seqs + seq
+        sharing = max(together, at_once)
+        turn = np.arange(len(seq)) // int(sharing) * seqs + seq
         order = np.argsort(turn, kind="stable")
         _, first = np.unique(turn[order], return_index=True)
         read = np.maximum.reduceat(end[order], first) - np.minimum.reduceat(start[order], first)
-        return math.hypot(_end(of_pieces, places), of_key * read.sum() / MEMORY)
+        memory = of_key * read.sum() * int(sharing) / sharing / MEMORY
+        return (_end(of_pieces, places) ** APART + memory**APART) ** (1 / APART)
 
-    kinds = [_rows(problem, config.block_q, share) for share in ([1.0] * seqs, np.arange(1, seqs + 1) * 2 / (seqs + 1))]
-    kinds = kinds[: min(seqs, 2)]
+    even, spread = np.ones(seqs), np.arange(1, seqs + 1) * 2 / (seqs + 1)
+    kinds = [(even, even), (spread, spread), (even, spread)][: 1 if seqs == 1 else None]
+    kinds = [_rows(problem, config.block_q, *shares) for shares in kinds]
     times = np.array([[time(together, rows) for rows in kinds] for together in (1, *TOGETHER) if together <= whole])
     gains = np.round(np.log(times[0] / times), 9)  # as everywhere: last bits differ between machines
-    best = int(np.argmax(np.where(gains.min(axis=1) >= 0, gains.sum(axis=1), 0)))
-    return (1, *TOGETHER)[best] if gains[best].mean() > math.log(WORTH) else 1
+    gains = np.where(gains.min(axis=1) >= 0, gains.mean(axis=1), 0)
+    # The fewer rows, the less they differ, whatever the sequences are.
+    return (1, *TOGETHER)[int(np.argmax(gains >= gains.max() - NEARLY))] if gains.max() > WORTH else 1
 
 
-def _rows(problem: Problem, block_q: int, shares):
-    """Of the table's rows, those of most keys first: the sequence, and the first and the last key that its tokens see. The
-    sequences have such shares of a mean one's tokens, and of the longest one's context.
+def _rows(problem: Problem, block_q: int, of_tokens, of_context):
+    """Of the table's rows, those of most keys first: the sequence, and the first and the last key that its tokens see.
+    The sequences have such shares of a mean one's tokens, and in proportion to the longest one's, of the table's keys.
     """
     found = []
-    for seq, share in enumerate(shares):
-        size = max(round(problem.tokens_per_seq * share), 1)
-        context = max(round(problem.capacity * share / max(shares)), size)
+    for seq, (tokens, keys) in enumerate(zip(of_tokens, of_context)):
+        size = max(round(problem.tokens_per_seq * tokens), 1)
+        context = max(round(problem.capacity * keys / max(of_context)), size)
         end = context - size + np.minimum(np.arange(0, size, block_q) + block_q, size)[::-1]
         found.append((np.full_like(end, seq), np.maximum(end - most_keys(problem, block_q), 0), end))
     seq, start, end = map(np.concatenate, zip(*found))

@@ -22,7 +22,7 @@ The work:
     row         a token for one query head; a wgmma has 64
     tile        some tokens of one sequence (`block_q`) for some query heads that share a KV head (`heads`)
     part        a share of the blocks of keys that a tile sees, where they are split (split-K). All tiles have as many, or
-                their number varies with their keys (`parts.vary`)
+                their number varies with their keys and their sequence (`parts.vary`)
     piece       one part of one tile: the unit of work. All pieces of a pack are numbered, those of most work first where
                 there are more of them than thread blocks
     deal        how pieces go to thread blocks: each takes one a round, and every second round runs backwards ("to and

@@ -120,7 +120,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     head, token = piece.head + head, piece.tile.start + token
     owns = rows.owns(rows.rows())
 
-    def store(out, lse, part):
+    def store(out, lse, part, copy_out=copy_out):
         def place_of(within):
             return jnp.where(owns, part * (plan.tokens * plan.q_heads) + within, -1)
 
@@ -143,7 +143,7 @@ def store_results(plan: Plan, piece, rows: Rows, found, results, first_column=0,
     if not plan.final_beside_parts:
         return store(*results, piece.tile.part if plan.results > 1 else 0)
     pl.when(piece.tile.parts == 1)(lambda: store(*results[:2], 0))
-    pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part))
+    pl.when(piece.tile.parts > 1)(lambda: store(*results[2:], piece.tile.part, copy_out=None))
 
 
 def store_of_pairs(plan: Plan, piece, rows: Rows, found, results, first_column):

@@ -46,11 +46,18 @@ class Pieces:
         place, places = team * blocks + self.block, self.plan.teams * blocks
         return i * places + jnp.where(lax.rem(i, 2) == 0, place, places - 1 - place)
 
+    def number_of_all(self):
+        """How many pieces there are, of all teams: at most, where tiles have as many parts."""
+        if not self.plan.parts.vary:
+            return self.plan.pieces
+        return self.table[self.plan.rows_of_table * self.plan.columns] * self.plan.head_tiles
+
     def piece_of(self, i, team=0, pieces=None):
-        """A team's i-th piece, and whether there is one, of so many in all; if None, of as many as there may be."""
+        """A team's i-th piece, and whether there is one, of so many in all (`number_of_all`)."""
         index = self.index_of(i, team)
         piece = self.numbered(jnp.minimum(index, self.plan.pieces - 1))._replace(number=i)
-        return piece, (index < (self.plan.pieces if pieces is None else pieces)) & (piece.tile.length > 0)
+        pieces = self.number_of_all() if pieces is None else pieces
+        return piece, (index < pieces) & (piece.tile.length > 0)
 
     def each(self, do, team=0) -> None:
         """Calls do(piece, steps already done) for a team's pieces: the steps are counted on from piece to piece.
@@ -71,7 +78,7 @@ class Pieces:
         def turn_of_parts(carry):
             """Asks how many there are beside asking for one: neither waits for the other."""
             i, done, _ = carry
-            pieces = self.table[self.plan.rows_of_table * self.plan.columns] * self.plan.head_tiles
+            pieces = self.number_of_all()
             return i + 1, turn(i, done, pieces), (i + 1) * places < pieces
 
         if self.plan.parts.vary:

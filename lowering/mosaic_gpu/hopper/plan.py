@@ -264,7 +264,12 @@ class Plan:
         All at once take as long as the rings are large. That is well where memory is what all wait for, as in decode
         steps and in parts of tiles; but products can begin with a query and a block of keys.
         """
-        return self.splits == 1 and self.tokens >= FEW_TOKENS * self.tiles
+        return (self.splits == 1 or self.parts.vary) and self.of_prompts
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether tiles have so many tokens that some are a prompt's."""
+        return self.tokens >= FEW_TOKENS * self.tiles
 
     @property
     def asks_ahead(self) -> bool:
@@ -316,7 +321,8 @@ class Plan:
     @property
     def copies_results(self) -> bool:
         """Whether a whole tile's output leaves by copies, from where its query was, while the next one has another place."""
-        return self.query_places > 1 and self.value_dim == self.head_dim and self.results == 1 and not self.by_token
+        whole = self.results == 1 or self.final_beside_parts
+        return self.query_places > 1 and self.value_dim == self.head_dim and whole and not self.by_token
 
     @property
     def row_groups(self) -> int:
@@ -430,6 +436,11 @@ class Plan:
         return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
     @property
+    def follow_one_another(self) -> bool:
+        """Whether a thread block has several pieces, so long that the next is looked up beside each: not parts of steps."""
+        return self.pieces > self.cores and not self.clusters and (self.of_prompts or not self.parts.vary)
+
+    @property
     def chains(self) -> bool:
         """Whether a piece's first logits are computed beside the last product of the piece before, and its results.
 
@@ -438,7 +449,7 @@ class Plan:
         steps are short, even with two places for queries; of more, results and next logits want the same registers. Over
         widened caches its steps take 2% longer: so only where pieces are short. Not measured with scales of slots.
         """
-        if not self.takes_turns or self.parts.vary or self.clusters or self.pieces <= self.cores:
+        if not self.takes_turns or not self.follow_one_another:
             return False
         long = self.pages_per_seq * self.page_size > MOST_WIDENED_KEYS
         if self.quantised and (long or "slot" in (self.key_scale, self.value_scale)):
@@ -451,7 +462,7 @@ class Plan:
 
         With a window they are short. Without one nothing is gained, and up to 4% lost with a soft cap.
         """
-        return self.window is not None and self.pieces > self.cores and not (self.clusters or self.parts.vary)
+        return self.window is not None and self.follow_one_another
 
     @property
     def rounds_late(self) -> bool:

@@ -193,8 +193,9 @@ def _weigh(launch, threads, thread, tile_of, *, works, numbers=None, **_) -> Non
         if not tiling.parts.vary:
             return threads.store(works, each, tiling.work(described.length, described.slabs))
         blocks = described.end_block - described.first_block
-        threads.store(works, each, tiling.parts.share(blocks))
-        threads.store(numbers, each, jnp.where(described.length > 0, tiling.parts.number(blocks), 0))
+        share, number = (find(blocks, described.parts) for find in (tiling.parts.share, tiling.parts.number))
+        threads.store(works, each, share)
+        threads.store(numbers, each, jnp.where(described.length > 0, number, 0))
 
     lax.fori_loop(0, launch.rounds, weigh, None)
     threads.synchronise()
