@@ -137,8 +137,9 @@ COMPILED = {
     "sm_89": [
         (GEMMA_4, dict(ranges=True)),
         (CAPPED | dict(dtype="float32"), {}),
-        (WIDE | dict(dtype="float32"), {}),
+        (WIDE | dict(dtype="float32", features=("tree_mask",)), dict(tree=True)),
         (dict(cache_dtype="float8_e4m3fn", features=("quantised",)), dict(scale="head")),
+        (MLA | dict(cache_dtype="int8", features=("latent", *SLOTS)), dict(scale="slot")),
         (MLA | dict(q_heads=128, cache_dtype="int8", features=("latent", *SLOTS)), dict(scale="slot")),
     ],
     "sm_90": [
@@ -148,6 +149,7 @@ COMPILED = {
         (WIDE | dict(sliding_window=4096, page_size=128, pages_per_seq=128), {}),
         (GEMMA_4, dict(ranges=True)),
         (MLA | dict(sliding_window=4096), {}),
+        (MLA | dict(features=("latent", "tree_mask", "key_ranges")), dict(tree=True, ranges=True)),
         (MLA | DECODE | dict(q_heads=128), {}),
         (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
     ],
@@ -155,7 +157,7 @@ COMPILED = {
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
         (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_120": [(WIDE, {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
+    "sm_120": [(WIDE, {}), (WIDE | dict(dtype="float32"), {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
     "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
@@ -331,7 +333,9 @@ class HeuristicTest(parameterized.TestCase):
         ("a_decode_step_has_three_tiles_a_core", DECODE, (16, 64, 4, 3)),
         ("a_short_one_four_stages", dict(tokens=8, seqs=8, pages_per_seq=64), (16, 64, 4, 4)),
         ("few_drafts_are_low", dict(tokens=33, seqs=7, pages_per_seq=7424, q_heads=5) | ONE_HEAD, (16, 64, 4, 3)),
-        ("more_are_not", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (32, 64, 4, 3)),
+        ("more_have_a_warp_for_each_16_rows", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (64, 64, 4, 3)),
+        ("a_lone_prompt_does_not", dict(tokens=20, pages_per_seq=1024, q_heads=1) | ONE_HEAD, (32, 64, 4, 3)),
+        ("nor_in_8_bits", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5, cache_dtype="int8", features=("quantised",)) | ONE_HEAD, (32, 64, 4, 3)),
         ("a_wide_chunk_of_few_tiles_is_lower", dict(WIDE, tokens=64, q_heads=4) | TWO_HEADS, (64, 32, 4, 3)),
         ("of_more_tiles_it_is_not", dict(WIDE, tokens=64), (128, 64, 8, 2)),
         ("but_over_few_keys", dict(WIDE, tokens=64, pages_per_seq=128), (64, 32, 4, 3)),

@@ -73,6 +73,7 @@ class Rows(NamedTuple):
     first: tl.tensor
     number: tl.tensor  # within the interval
     exist: tl.tensor
+    first_token: tl.tensor
     token: tl.tensor
     length: tl.tensor  # tokens of the interval
 
@@ -158,7 +159,7 @@ def _rows_of(piece, CALL: tl.constexpr, SCHEDULE: tl.constexpr, TILE: tl.constex
     number = first + tl.arange(0, TILE.rows)
     part = within % piece.parts
     exist = number < length * CALL.group
-    return Rows(part, first, number, exist, start + number // CALL.group, length)
+    return Rows(part, first, number, exist, start + first // CALL.group, start + number // CALL.group, length)
 
 
 @triton.jit
@@ -315,11 +316,10 @@ def _in_tree(tree, rows, key, first_new, WORDS: tl.constexpr):
     """Whether rows see keys as far as the tree says: it is about the first 32 * WORDS tokens of their chunk."""
     new = key - first_new
     told = (new >= 0) & (new < 32 * WORDS)
-    word = tl.load(
-        tree + rows.token.to(tl.int64)[:, None] * WORDS + (new >> 5)[None, :],
-        mask=told[None, :] & rows.exist[:, None],
-        other=0,
-    )
+    # From the tile's first token on, offsets have 32 bits: half the registers through the loop.
+    of_tile = tree + rows.first_token.to(tl.int64) * WORDS
+    place = (rows.token - rows.first_token)[:, None] * WORDS + (new >> 5)[None, :]
+    word = tl.load(of_tile + place, mask=told[None, :] & rows.exist[:, None], other=0)
     bit = (word >> (new & 31).to(tl.uint32)[None, :]) & 1
     return (bit != 0) | (new < 0)[None, :] | (new >= 32 * WORDS)[None, :]
 

@@ -87,13 +87,16 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     sizes = by_width[sum(width > most for most in (64, 128, 256))]
     if problem.dtype == "float32":
         sizes = narrow_float32 if width <= 128 else wide_float32
+        if width > 128 and "tree_mask" in problem.features and device_class(device) == "ampere":
+            sizes = sizes._replace(block_kv=32, num_warps=8)  # a tree's words leave four warps too few registers
     elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
         # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
         sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
     elif device.platform == "rocm" and "key_ranges" in problem.features and width <= 128:
         sizes = sizes._replace(num_warps=8)
     elif device_class(device) == "ampere" and problem.cache_dtype != problem.dtype and width > 64:
-        sizes = sizes._replace(rows=32 if width > 256 else 64)
+        # Of half as many bytes three stages fit. Of two, a latent tile's registers are cut to let in a second one.
+        sizes = sizes._replace(rows=32, num_stages=3) if width > 256 else sizes._replace(rows=64)
     elif device_class(device) == "blackwell" and 128 < width <= 192:
         sizes = sizes._replace(num_warps=4)
     elif device_class(device) == "blackwell" and problem.cache_dtype != problem.dtype and is_wide_latent(problem):
@@ -137,6 +140,8 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
     elif current_policy() != "invariant" and _is_lone_chunk(problem, device):
         sizes = LONE_CHUNK
     rows = min(sizes.rows, power_of_2(rows_per_seq))
+    if rows == FEW_ROWS and current_policy() != "invariant" and _has_drafts(problem, device):
+        rows = SHORT.rows  # then each warp has rows of its own, and waits for no other in a step
     if rows == TALL_ROWS and current_policy() != "invariant" and _is_tall_step(problem, device):
         sizes = sizes._replace(block_kv=TALL_STEP)
     if rows < sizes.rows and width <= 128:
@@ -180,10 +185,14 @@ def leaves_cores(problem: Problem, device: Device, rows: int) -> bool:
 
 def _has_few_drafts(problem: Problem, device: Device) -> bool:
     """Whether drafts have so few of the lowest tiles that warps may have keys of their own, as in decode."""
-    drafts = 1 < problem.tokens_per_seq <= DRAFTS and problem.group <= DECODE.rows
-    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
     few = tiles_of(problem, DECODE.rows) < device.cores // 8
-    return drafts and of_16_bits and few and _of_narrow_heads(problem, device)
+    return few and problem.group <= DECODE.rows and _has_drafts(problem, device)
+
+
+def _has_drafts(problem: Problem, device: Device) -> bool:
+    """Whether sequences have a few tokens each, of narrow heads in 16 bits."""
+    of_16_bits = problem.cache_dtype == problem.dtype != "float32"
+    return 1 < problem.tokens_per_seq <= DRAFTS and of_16_bits and _of_narrow_heads(problem, device)
 
 
 def _is_tall_step(problem: Problem, device: Device) -> bool:
