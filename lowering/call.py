@@ -282,12 +282,12 @@ def flatten(
     tokens, q_heads, head_dim = query.shape[-3:]
     sizes = layout.sizes(operands["key_cache"].shape)
     key_cache, value_cache = (operands.get(name) for name in ("key_cache", "value_cache"))
-    offsets = harmless_offsets(operands["query_offsets"], tokens)
-    pack = jax.lax.broadcasted_iota(jnp.int32, (packs, seqs), 0)
+    indices = folded.indices()
+    start, length, context_len = stretches(indices.query_offsets, indices.context_lens, tokens)
     sequences = Sequences(
-        start=(offsets[..., :-1].reshape(packs, seqs) + pack * tokens).reshape(-1),
-        length=jnp.diff(offsets).reshape(-1),
-        context_len=harmless_contexts(folded.per_sequence("context_lens")),
+        start=start,
+        length=length,
+        context_len=context_len,
         pool=folded.pool_among(folded.own),
         page_indices=jnp.clip(folded.per_sequence("page_indices"), 0, jax.core.max_dim(last_index(sizes["num_pages"]), 0)),
     )
@@ -310,8 +310,16 @@ def flatten(
         value_scale=folded.scale("value_scale"),
         key_pool=folded.pool_apart(key_cache),
         value_pool=folded.pool_apart(value_cache),
-        indices=folded.indices(),
+        indices=indices,
     )
+
+
+def stretches(query_offsets: Int[Array, "packs seqs_of_pack_plus_1"], context_lens: Int[Array, " seqs"], tokens):
+    """Where in the flat pack each sequence starts, its length and its context, made harmless; of packs of `tokens`."""
+    offsets = harmless_offsets(query_offsets, tokens)
+    pack = jax.lax.broadcasted_iota(jnp.int32, jnp.diff(offsets).shape, 0)
+    start = (offsets[:, :-1] + pack * tokens).reshape(-1)
+    return start, jnp.diff(offsets).reshape(-1), harmless_contexts(context_lens)
 
 
 class _Folded:

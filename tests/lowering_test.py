@@ -15,7 +15,7 @@ from paged_prefill.lowering.call import Device, flatten
 from paged_prefill.lowering.choose import XLA
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.xla import host, kernel, softmax, walks
-from paged_prefill.primitive.attention import Attention
+from paged_prefill.primitive.attention import Attention, factor_and_lse
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
 from paged_prefill.tests import cases, compiling, packs, poisoned
@@ -35,6 +35,15 @@ def temporaries(chunk, pages_per_seq, *, seqs=1, num_pages=4096, dtype=jnp.float
         compiler_options=compiling.FUSED_AS_USERS_DO
     )
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def tiles_of(lengths, heights):
+    """Of each height, how many tiles sequences of these lengths have, and their first rows that are in one."""
+
+    def described(lengths):
+        return walks.tiles_of(lengths, heights, heights, lambda tiles, first, _: (tiles, first))
+
+    return dict(zip(heights, zip(*map(np.asarray, jax.jit(described)(jnp.asarray(lengths, jnp.int32))))))
 
 
 class MemoryTest(parameterized.TestCase):
@@ -159,6 +168,45 @@ class CostTest(parameterized.TestCase):
         )
         self.assertNotIn("stablehlo.while", jax.jit(ragged_paged_prefill).lower(query, cache, cache, *rest).as_text())
 
+    def decode(self, **closed_over):
+        """Eight steps over 1024 keys, lowered; of arrays that are given, as constants."""
+        shapes = dict(query=(8, 32, 64), key_cache=(8, 9, 32, 64), value_cache=(8, 9, 32, 64))
+        shapes |= dict(context_lens=(8,), page_indices=(8, 32), query_offsets=(9,))
+        given = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) > 2 else jnp.int32)
+            for name, shape in shapes.items()
+            if name not in closed_over
+        }
+        return jax.jit(lambda given: ragged_paged_prefill(**given, **closed_over)).lower(given)
+
+    def test_what_is_known_of_tiles_is_a_kernel_a_turn(self):
+        """Each kernel takes 10 to 20 ms to compile: they were 66, of which 24 made integers alone."""
+        text = self.decode().compile().as_text()
+        parts = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+        calls = re.findall(r"to_apply=%?([\w.-]+), frontend_attributes=\{[^}]*xla_cpu_small_call", text)
+        self.assertGreaterEqual(len(calls), 5)  # tables, two plans, and twice what is running
+        within = set()
+        while calls:
+            within.add(name := calls.pop())
+            calls += set(re.findall(r"(?:to_apply|body|condition)=%?([\w.-]+)", parts[name])) - within
+        kernels = [line for name, part in parts.items() if name not in within for line in part.split("\n")]
+        kernels = [line for line in kernels if " fusion(" in line]
+        integers = [line for line in kernels if re.search(r"= s32\[", line)]
+        self.assertLessEqual(len(kernels), 48)
+        self.assertLessEqual(len(integers), 8)
+
+    def test_each_argument_of_a_kernel_of_many_steps_has_a_use_and_is_no_constant(self):
+        """XLA ends the process of a caller whose arguments lose their use, as a constant that it copies within does."""
+        text = self.decode(context_lens=jnp.full(8, 1024), query_offsets=jnp.arange(9)).as_text()
+        calls = re.findall(r"call @(\w+)\(([^)]*)\) \{mhlo.frontend_attributes = \{[^}]*xla_cpu_small_call", text)
+        self.assertGreaterEqual(len(calls), 5)
+        for name, arguments in calls:
+            body = text[text.index(f"@{name}(", text.index("func.func private @" + name + "(") - 1) :].split("\n  }")[0]
+            for i, argument in enumerate(filter(None, arguments.split(", "))):
+                self.assertGreaterEqual(len(re.findall(rf"%arg{i}\b", body)), 2, (name, i))
+                source = re.escape(argument.split("#")[0])
+                self.assertRegex(text, rf"{source}(:\d+)? = stablehlo.optimization_barrier|{source}: ", (name, i))
+
     def entry(self, tokens, pages_per_seq) -> tuple[str, str]:
         """The optimised program of one prompt, and its part outside of loops."""
         query, cache = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4, 64), (2, 9, 16, 64)))
@@ -209,14 +257,17 @@ class CostTest(parameterized.TestCase):
 class XlaTest(parameterized.TestCase):
     CONFIG = PrefillPageAttentionConfig(block_q=128, block_kv=128)
 
-    @parameterized.parameters((True, "bf16"), (False, "f32"))
-    def test_bfloat16_is_right_in_the_products_of_either_kind_of_cpu(self, multiplies, dtype):
+    @parameterized.parameters((True, "bf16", 0.2), (False, "f32", 0.2), (True, "bf16", -0.2), (True, "bf16", 0.0))
+    def test_bfloat16_is_right_in_the_products_of_either_kind_of_cpu(self, multiplies, dtype, scale):
+        """By any scale: the largest logit is looked for before one is multiplied by it."""
         pack = cases.Case("products", ((70, 133), (1, 40), (3, 9)), dtype="bfloat16").pack()
-        call = jax.jit(lambda *p: ragged_paged_prefill(*p, return_lse=True, cfg=cases.SMALL_TILES))
+        call = jax.jit(
+            lambda *p: ragged_paged_prefill(*p, return_lse=True, softmax_scale=scale, cfg=cases.SMALL_TILES)
+        )
         with mock.patch.object(host, "_cpu_multiplies_bfloat16", return_value=multiplies):
             lowered = call.lower(*pack)
         self.assertEqual(set(re.findall(r"dot_general .*: \(tensor<\S*x(\w+)>", lowered.as_text())), {dtype})
-        packs.assert_matches_reference(pack, *lowered.compile()(*pack))
+        packs.assert_matches_reference(pack, *lowered.compile()(*pack), softmax_scale=scale)
 
     @parameterized.parameters(
         ("vendor_id : AuthenticAMD\nflags\t\t: fpu avx512_bf16\n", True),
@@ -259,9 +310,10 @@ class XlaTest(parameterized.TestCase):
         lengths = np.arange(1, 3 * 1024 + 2, dtype=np.int32)  # of one shape, since each compiles all that runs on it
         heights = walks.heights_of(block_q, parts)
         self.assertEqual(heights, tuple(sorted(set(heights), reverse=True)))
+        tiles = tiles_of(lengths, heights)
         counts, rows = {}, np.zeros(len(lengths), np.int32)
         for height in heights:
-            counts[height], first = map(np.asarray, walks.tiles_of(jnp.asarray(lengths), height, heights))
+            counts[height], first = tiles[height]
             np.testing.assert_array_equal(first[counts[height] > 0], rows[counts[height] > 0])  # behind the taller
             rows += height * counts[height]
         in_vain = rows - lengths
@@ -276,7 +328,7 @@ class XlaTest(parameterized.TestCase):
     def test_few_tokens_take_low_tiles_on_a_cpu(self, length, tiles):
         """Five drafted tokens in a tile of 32 rows took four times as long."""
         heights = walks.heights_of(256, walks.CPU_TURNS.part_heights)
-        counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
+        counts = {height: int(tiles) for height, (tiles, _) in tiles_of(length, heights).items()}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 
     @parameterized.parameters(
@@ -284,7 +336,7 @@ class XlaTest(parameterized.TestCase):
     )
     def test_what_tall_tiles_leave_takes_tiles_that_are_as_fast(self, block_q, length, tiles):
         heights = walks.heights_of(block_q, walks.CPU_TURNS.part_heights)
-        counts = {height: int(walks.tiles_of(jnp.int32(length), height, heights)[0]) for height in heights}
+        counts = {height: int(tiles) for height, (tiles, _) in tiles_of(length, heights).items()}
         self.assertEqual({height: n for height, n in counts.items() if n}, tiles)
 
     @parameterized.product(group=(1, 3, 7, 8), dtype=("float32", "bfloat16", "float16"))
@@ -392,13 +444,16 @@ class SplitsTest(parameterized.TestCase):
         unnormalised = rng.normal(size=(lanes, *rows, 4))
         for unseen in (np.s_[1], np.s_[:, 1, 2]):  # a lane without a block, and a row that sees no key
             largest[unseen], total[unseen], unnormalised[unseen] = -np.inf, 0, 0
-        running = softmax.Running(*map(jnp.float32, (largest, total, unnormalised)))
+        factor, _ = factor_and_lse(jnp.float32(total), jnp.float32(largest))
+        running = softmax.Running(*map(jnp.float32, (largest, total, factor, unnormalised)))
         merged = softmax.merge_lanes(running, jnp.arange(lanes) < splits, splits)
         for x, before in zip(merged, running, strict=True):
             np.testing.assert_array_equal(x[splits:], before[splits:])
         top = largest[:splits].max(0)
         weights = np.exp(largest[:splits] - np.where(np.isneginf(top), 0, top))
-        wanted = top, (total[:splits] * weights).sum(0), (unnormalised[:splits] * weights[..., None]).sum(0)
+        total = (total[:splits] * weights).sum(0)
+        factor = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
+        wanted = top, total, factor, (unnormalised[:splits] * weights[..., None]).sum(0)
         for x, want in zip(merged, wanted, strict=True):
             np.testing.assert_allclose(x[0], want, rtol=1e-5, atol=1e-6)
 

@@ -1,6 +1,7 @@
 """The streaming lowering, in plain XLA operations, which runs anywhere: host.py has the `Kernel`, kernel.py its loops.
 
-walks.py says how tiles go over their keys, softmax.py adds up, append.py writes new tokens. The words of these files:
+walks.py says how tiles go over their keys, plan.py what there is to know of them, softmax.py adds up, append.py writes
+new tokens. The words of these files:
 
     height    query tokens of a tile; a sequence is cut into tiles of a few heights
     walk      how the tiles of one height go over their keys: sizes alone

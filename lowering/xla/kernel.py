@@ -12,17 +12,18 @@ tiles that look at half of the block at most take half, or what a prompt's first
 """
 
 import functools
-from typing import NamedTuple
+import math
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt32
 
-from paged_prefill.lowering.call import Call, sinks_joined
+from paged_prefill.lowering.call import Call, sinks_joined, stretches
 from paged_prefill.lowering.xla import softmax
+from paged_prefill.lowering.xla.plan import Plan, Seen, Sequence, Table, Tile
+from paged_prefill.lowering.xla.plan import divided, in_one, packed, sum_of, taken
 from paged_prefill.lowering.xla.walks import Turns, Walk, heights_of, shared, tiles_of, walks
-from paged_prefill.primitive.attention import normalised
+from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 
@@ -32,24 +33,33 @@ def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns:
     out = _scattered(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
     walkers = [Walker(call, walk, heights, product_dtype) for walk in walks(problem, config, turns)]
-    for some in (walkers[:-1], walkers[-1:]):  # tiles of more rows, and single rows: many calls have only one kind
+    tables = in_one(
+        turns.in_one,
+        functools.partial(_tables, walkers, problem.tokens),
+        call.indices.query_offsets,
+        call.indices.context_lens,
+        [pool if pool is not None else call.sequences.pool for pool in (None, call.key_pool, call.value_pool)],
+        call.ranges if any(walker.orders for walker in walkers) else None,
+    )
+    walks_of = list(zip(walkers, tables, strict=True))
+    for some in (walks_of[:-1], walks_of[-1:]):  # tiles of more rows, and single rows: many calls have only one kind
         results = _attend(some, results)
     out, lse = results
     return _floats(out, call.query.dtype), lse
 
 
-def _attend(walkers: "list[Walker]", results):
+def _attend(walks_of: "list[tuple[Walker, Table]]", results):
     """Adds the results of all tiles of these heights, if there are any."""
 
     def attend_all(results):
-        for walker in walkers:
-            results = walker.attend(results)
+        for walker, table in walks_of:
+            results = walker.attend(table, results)
         return results
 
-    if not any(walker.walk.skips for walker in walkers):
+    if not any(walker.walk.skips for walker, _ in walks_of):
         return attend_all(results)
-    tiles = sum(walker.tiles()[0] for walker in walkers)
-    return lax.cond(jnp.any(tiles > 0), attend_all, lambda results: results, results)
+    any_tiles = functools.reduce(jnp.logical_or, [table.any_tiles for _, table in walks_of])
+    return lax.cond(any_tiles, attend_all, lambda results: results, results)
 
 
 # Whether XLA's CPU compiler scatters floats of 16 bits in wider ones, so that results are bits until all is done.
@@ -65,6 +75,7 @@ class Walker:
         self.walk, self.heights, self.product_dtype = walk, heights, product_dtype
         seqs = self.problem.seqs
         self.lane_of_each = walk.alone and walk.most_blocks == 1 and isinstance(seqs, int) and seqs <= walk.lanes
+        self.orders = walk.lanes > 1 and walk.most_blocks != 1
         self.runs_per_page = self.problem.page_size // walk.run
         self.pages = {
             name: self._in_runs(array)
@@ -86,190 +97,199 @@ class Walker:
         at = 1 + self.problem.layout.apart.index("page_size")
         return pages.reshape(*pages.shape[:at], self.runs_per_page, self.walk.run, *pages.shape[at + 1 :])
 
-    def tiles(self):
-        """How many tiles each sequence has, and its first row that is in one."""
-        return tiles_of(self.call.sequences.length, self.walk.height, self.heights)
-
-    def attend(self, results):
+    def attend(self, table: Table, results):
         """Adds the results of all tiles of this height, group by group."""
-        groups, tiles_of_group = self._groups()
         head_blocks = self.problem.num_kv_heads // self.walk.heads
         shapes = [x.shape for x in results]
         results = tuple(x.reshape(x.shape[0] * head_blocks, -1, *x.shape[2:]) for x in results)
 
         def body(turn, results):
             turn, *arrays = _kept_in_loop(turn, *self.of_tokens.values())
-            group = _divided(turn, head_blocks)
-            head_block = turn - group * head_blocks
-            by_token = dict(zip(self.of_tokens, arrays))
-            return self._attend_group(turn, *tiles_of_group(group), head_block, by_token, results)
+            return self._attend_group(turn, table, dict(zip(self.of_tokens, arrays)), results)
 
-        turns = groups * head_blocks
-        if isinstance(turns, int) and turns == 1:
+        alone = self.lane_of_each and self.problem.tokens == 1
+        if head_blocks == 1 and (alone or (self.walk.at_once and self.walk.lanes == self.problem.seqs)):
             results = body(jnp.int32(0), results)
         else:
-            results = lax.fori_loop(0, turns, body, results)
+            results = lax.fori_loop(0, table.turns, body, results)
         return tuple(x.reshape(shape) for x, shape in zip(results, shapes))
 
-    def _groups(self):
-        """How many groups of tiles walk one after the other, and which: each lane's sequence, and a number in it."""
-        sequences, lanes = self._sequences(), self.walk.lanes
-        if self.walk.at_once and lanes == self.problem.seqs:  # no loop, and so nothing to take together
-            return 1, lambda group: (sequences, jnp.zeros(lanes, jnp.int32))
-        # XLA compiles a kernel for every array that a loop's body takes from outside: these are taken together.
-        all_numbers = _packed(sequences)
+    def table(self, numbers, tiles, ranges) -> Table:
+        """What its turns are told from; of the numbers of its sequences, and of how many tiles there are."""
+        lanes, any_tiles = self.walk.lanes, tiles > 0
+        if self.orders:
+            numbers, tiles = self._ordered(numbers, ranges)
+        groups = divided(tiles + (lanes - 1), lanes)
+        if self.lane_of_each:  # a token alone is such a tile, or is in none
+            groups = jnp.int32(1) if self.problem.tokens == 1 else jnp.minimum(tiles, 1)
+        return Table(numbers, groups * (self.problem.num_kv_heads // self.walk.heads), any_tiles)
 
-        def numbers_in_loop(group):
-            # What does not follow the loop's counter is computed ahead of the loop, even if that has no turn.
-            group, numbers = _kept_in_loop(group, all_numbers)
-            return group * lanes + jnp.arange(lanes, dtype=jnp.int32), numbers
+    def _ordered(self, numbers, ranges):
+        """The numbers of sequences of which those with most blocks are taken first, by as many lanes as these need."""
 
-        if self.lane_of_each:
-
-            def lane_of_each(group):
-                seq, numbers = numbers_in_loop(group)
-                sequence = _Sequence(*jnp.unstack(_taken(numbers, seq), axis=1))
-                return sequence, (seq >= self.problem.seqs).astype(jnp.int32)
-
-            # A token alone is such a tile, or is in none.
-            return 1 if self.problem.tokens == 1 else jnp.max(sequences.tiles, initial=0), lane_of_each
-
-        def tiles_of_group(group):
-            number, numbers = numbers_in_loop(group)
-            first, tiles = (numbers[None, :, _Sequence._fields.index(name)] for name in ("first_tile", "tiles"))
-            own = (first <= number[:, None]) & (number[:, None] < first + tiles)
-            # As a sum of all numbers, what is found is computed once for all that needs it.
-            found = jnp.sum(jnp.where(own[:, :, None], numbers[None], 0), axis=1, dtype=jnp.int32)
-            sequence = _Sequence(*jnp.unstack(found, axis=1))
-            return sequence, number - sequence.first_tile
-
-        return _divided(jnp.sum(sequences.tiles, dtype=jnp.int32) + (lanes - 1), lanes), tiles_of_group
-
-    def _sequences(self) -> "_Sequence":
-        """The sequences, how many tiles of this height each has, and in which order these are taken."""
-        call, seqs = self.call, self.call.sequences
-        pools = [seqs.pool if x is None else x for x in (call.key_pool, call.value_pool)]
-        tiles, first_row = self.tiles()
-        seq = jnp.arange(seqs.length.shape[0], dtype=jnp.int32)
-        none, one, height = (jnp.full_like(tiles, x) for x in (0, 1, self.walk.height))
-        sequences = _Sequence(seq, *seqs[:4], *pools, first_row, tiles, none, one, height)
-        before = seq[:, None] < seq[None, :]
-        if self.walk.lanes > 1 and self.walk.most_blocks != 1:
-            ranges = None if call.ranges is None else _taken(call.ranges, seqs.start + first_row)[:, None]
-            tile, _, _ = self._tile(sequences, none, tiles, ranges)
+        def counted(numbers, ranges):
+            sequences = Sequence.of(numbers)
+            tiles = sequences.tiles
+            ranges = None if ranges is None else taken(ranges, sequences.start + sequences.first_row)[:, None]
+            tile, _, _ = self._tile(sequences, jnp.zeros_like(tiles), tiles, ranges)
             blocks = jnp.where(tiles > 0, self._blocks(tile), 0)
             splits = jnp.where(shared(blocks, self.walk.splits), self.walk.splits, 1)
-            if call.sinks is None:  # else a row that sees no key has a result too
+            if self.call.sinks is None:  # else a row that sees no key has a result too
                 tiles = jnp.where(blocks > 0, tiles, 0)
-            sequences = sequences._replace(tiles=tiles * splits, splits=splits)
-            more = blocks[:, None] > blocks[None, :]
-            before = more | (before & (blocks[:, None] == blocks[None, :]))
-        # A sum over all pairs is one kernel, where a sort and a running sum are ten.
-        first_tile = jnp.sum(jnp.where(before, sequences.tiles[:, None], 0), axis=0, dtype=jnp.int32)
-        return sequences._replace(first_tile=first_tile)
+            return blocks, splits, tiles * splits
 
-    def _attend_group(self, turn, sequence: "_Sequence", number, head_block, by_token, results):
-        """Adds the results of tiles that walk side by side: of each lane's sequence that with this number."""
-        problem, walk, softmax_scale = self.problem, self.walk, self.attention.softmax_scale
-        height, lanes, group = walk.height, walk.lanes, problem.group
+        blocks, splits, tiles = in_one(self.walk.in_one, counted, numbers, ranges)
+        seq = numbers[:, 0]
+        more, as_many = blocks[:, None] > blocks[None, :], blocks[:, None] == blocks[None, :]
+        before = more | (as_many & (seq[:, None] < seq[None, :]))
+        sequences = Sequence.of(numbers)._replace(tiles=tiles, splits=splits, first_tile=sum_of(before, tiles))
+        return packed(sequences), jnp.sum(tiles, dtype=jnp.int32)
+
+    def _lanes(self, group, numbers):
+        """The numbers of each lane's sequence in a group, and the number of its tile in that."""
+        lanes = self.walk.lanes
+        number = group * lanes + jnp.arange(lanes, dtype=jnp.int32)
+        if self.lane_of_each:
+            return taken(numbers, number), (number >= self.problem.seqs).astype(jnp.int32)
+        first, tiles = (numbers[None, :, Sequence._fields.index(name)] for name in ("first_tile", "tiles"))
+        own = (first <= number[:, None]) & (number[:, None] < first + tiles)
+        seq = jnp.arange(numbers.shape[0], dtype=jnp.int32)[None, :]
+        found = taken(numbers, jnp.sum(jnp.where(own, seq, 0), axis=1, dtype=jnp.int32))
+        return found, number - Sequence.of(found).first_tile
+
+    def _plan(self, turn, numbers, kv_head_start, page_indices, by_token) -> Plan:
+        """What there is to know of the tiles of a turn, and of their results."""
+        problem, walk = self.problem, self.walk
+        head_blocks = problem.num_kv_heads // walk.heads
+        group = divided(turn, head_blocks)
+        head_block = turn - group * head_blocks
+        numbers, number = self._lanes(group, numbers)
+        sequence = Sequence.of(numbers)
         split = jnp.zeros_like(number)
         live = number < sequence.tiles
         if walk.splits > 1:  # lanes of one sequence have its one tile of this height
             number, split = split, number
-        # Which tile is computed from the height as a number like others: then XLA compiles it once for all heights.
         first = sequence.first_row + number * sequence.height
         rows = jnp.where(live, jnp.minimum(sequence.height, sequence.length - first), 0)
-        row = jnp.arange(height, dtype=jnp.int32)[None, :]
-        exists = row < rows[:, None]
-        token = jnp.where(exists, (sequence.start + first)[:, None] + row, problem.tokens)
-        here = {name: _taken(x, token) for name, x in by_token.items() if name != "query"}
+        row = jnp.arange(walk.height, dtype=jnp.int32)[None, :]
+        token = jnp.where(row < rows[:, None], (sequence.start + first)[:, None] + row, problem.tokens)
+        here = {name: taken(x, token) for name, x in by_token.items()}
         tile, low, high = self._tile(sequence, number, rows, here.get("ranges"))
-        seen = _Seen(low, high, here.get("tree"))
-
-        head_blocks = problem.num_kv_heads // walk.heads
         place = token * head_blocks + head_block
-        query = by_token["query"].reshape(problem.tokens * head_blocks, walk.heads, group, problem.head_dim)
-        queries = _taken(query, place)
+        result = place
+        if walk.splits > 1:  # the first has it all
+            result = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)
+        few = [jnp.any(self._blocks(tile, shorter) > 1).astype(jnp.int32) for shorter in self._shorter()]
+        plan = Plan(
+            tile, Seen(low, high, here.get("tree")), jnp.any(live), place.reshape(-1), result.reshape(-1),
+            head_block, kv_head_start + head_block * walk.heads, too_short=sum(few) if few else None,
+        )  # fmt: skip
+        if walk.most_blocks == 1:
+            return plan._replace(runs=self._runs(page_indices, tile, tile.first_run))
+        left = self._blocks(tile) - split
+        return plan._replace(
+            turns=jnp.max(divided(jnp.maximum(left + (sequence.splits - 1), 0), sequence.splits)),
+            split=split if walk.splits > 1 else None,
+            splits=sequence.splits if walk.splits > 1 else None,
+            seen_by_all=(None if low is None else jnp.max(low, axis=1), jnp.min(high, axis=1)),
+            start=softmax.start((walk.lanes, walk.heads, self._rows())),
+        )
+
+    def _attend_group(self, turn, table: Table, by_token, results):
+        """Adds the results of tiles that walk side by side: of each lane's sequence that with this number."""
+        problem, walk, softmax_scale = self.problem, self.walk, self.attention.softmax_scale
+        height, lanes, group = walk.height, walk.lanes, problem.group
+        head_blocks = problem.num_kv_heads // walk.heads
+        query = by_token.pop("query")
+        plan = in_one(
+            walk.in_one,
+            self._plan,
+            turn,
+            table.numbers,
+            self.call.kv_head_start,
+            self.call.sequences.page_indices if walk.most_blocks == 1 else None,
+            by_token,
+        )
+
+        query = query.reshape(problem.tokens * head_blocks, walk.heads, group, problem.head_dim)
+        queries = taken(query, plan.place)
+        queries = queries.reshape(lanes, height, *queries.shape[1:])
         queries = queries.transpose(0, 2, 1, 3, 4).reshape(lanes, walk.heads, -1, problem.head_dim)
-        if queries.shape[2] == 1:  # XLA multiplies by a single row one number after the other
-            queries = jnp.broadcast_to(queries, (lanes, walk.heads, 2, problem.head_dim))
+        queries = jnp.broadcast_to(queries, (lanes, walk.heads, self._rows(), problem.head_dim))
         queries, scale = queries.astype(self.product_dtype), softmax_scale
         if walk.in_place and walk.most_blocks == 1:
             # In a loop, as longer tables have one: else XLA scales and converts them anew for every key.
             queries, scale = queries.astype(jnp.float32), 1.0
-            queries = softmax.where_needed(jnp.any(live), lambda x: x * softmax_scale, queries)
+            queries = softmax.where_needed(plan.live, lambda x: x * softmax_scale, queries)
         elif self.product_dtype == jnp.float32:
             queries, scale = queries * softmax_scale, 1.0  # once for each query, not for each logit
-        first_head = self.call.kv_head_start + head_block * walk.heads
+        elif softmax_scale <= 0:
+            queries, scale = queries * math.copysign(bool(softmax_scale), softmax_scale), abs(softmax_scale) or 1.0
 
-        # Of a single block once, of however many lengths it may be.
-        runs = self._runs(tile, tile.first_run) if walk.most_blocks == 1 else None
-
-        def step(i, running, tile=tile, number=split, walker=self):
+        def step(i, running, number=None, walker=self):
             _, *pages = _kept_in_loop(i, *self.pages.values())
-            block, visible, hidden = walker._block(tile, number, seen, first_head, pages, runs)
+            block, mask = walker._block(plan, number, pages)
             soft_cap = self.attention.attn_logits_soft_cap
             # Where the results are copied in the end, there would be too little room for weights beside logits.
-            in_use = jnp.any(live) if walker.walk.skips_masks and HOLDS_BITS else None
+            in_use = plan.live if walker.walk.skips_masks and HOLDS_BITS else None
             return softmax.fold(
-                running, queries, block, visible, hidden, scale, soft_cap, walk.in_place, walk.at_once, in_use
-            )
+                running, queries, block, mask, scale, soft_cap, walk.in_place, walk.at_once, in_use,
+                functools.partial(in_one, walk.in_one),
+            )  # fmt: skip
 
         def all_blocks():
             if walk.most_blocks == 1:
                 return step(turn, None)
-            # A loop is handed its tiles packed into one array.
-            packed = lax.optimization_barrier(jnp.stack([*tile, split, sequence.splits], axis=1))
 
             def step_of_loop(i, running):
-                *tile, split, splits = jnp.unstack(packed, axis=1)
-                return step(i, running, _Tile(*tile), i * splits + split)
+                return step(i, running, i if plan.split is None else i * plan.splits + plan.split)
 
-            left = self._blocks(tile) - split
-            turns = jnp.max(_divided(jnp.maximum(left + (sequence.splits - 1), 0), sequence.splits))
-            return lax.fori_loop(0, turns, step_of_loop, softmax.start(queries, problem.value_dim))
+            nothing = jnp.zeros((*queries.shape[:-1], problem.value_dim), jnp.float32)
+            return lax.fori_loop(0, plan.turns, step_of_loop, softmax.Running(*plan.start, nothing))
 
-        running = self._shortest(tile, lambda few: step(turn, None, walker=few), all_blocks)
+        shorter = [Walker(self.call, walk, self.heights, self.product_dtype) for walk in self._shorter()]
+        few = [functools.partial(step, turn, None, walker=walker) for walker in shorter]
+        running = lax.switch(plan.too_short, [*few, all_blocks]) if few else all_blocks()
         if walk.splits > 1:
-            running = softmax.merge_lanes(running, sequence.splits > 1, walk.splits)
-            place = jnp.where(split[:, None] > 0, problem.tokens * head_blocks, place)  # the first has it all
-        out, lse = normalised(running.unnormalised, running.total, running.largest)
+            running = softmax.merge_lanes(running, plan.splits > 1, walk.splits)
+        largest, total, factor, _ = running
+        out = jnp.where((total == 0)[..., None], 0.0, running.unnormalised * factor[..., None])
+        lse = factor_and_lse(total, largest)[1]
         if self.call.sinks is not None:
-            out, lse = sinks_joined(out, lse, self._sinks(sequence.seq, head_block))
+            out, lse = sinks_joined(out, lse, self._sinks(plan.tile.seq, plan.head_block))
 
         def rows_first(x):
             x = x.reshape(lanes, walk.heads, height, -1, *x.shape[3:])[:, :, :, :group]
             return jnp.moveaxis(x, 1, 2).reshape(lanes * height, walk.heads * group, *x.shape[4:])
 
-        place = place.reshape(-1)
         return tuple(
-            result.at[place].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
+            result.at[plan.result].set(rows_first(x), mode="drop", unique_indices=True, wrap_negative_indices=False)
             for result, x in zip(results, (_scattered(out.astype(self.call.query.dtype)), lse), strict=True)
         )
 
-    def _shortest(self, tile: "_Tile", attend_few, attend_all):
-        """What comes of the shortest block that holds all keys of these tiles: of a `Walker` with fewer runs, if any."""
-        if not self.walk.few_runs:
-            return attend_all()
-        shorter = [self.walk._replace(runs=runs, skips_masks=False) for runs in self.walk.few_runs]
-        shorter = [Walker(self.call, walk, self.heights, self.product_dtype) for walk in shorter]
-        too_short = sum(jnp.any(few._blocks(tile) > 1).astype(jnp.int32) for few in shorter)
-        return lax.switch(too_short, [*(functools.partial(attend_few, few) for few in shorter), attend_all])
+    def _shorter(self) -> list[Walk]:
+        """Those with fewer runs, the fewest first: the shortest block that holds all keys of some tiles will do."""
+        return [self.walk._replace(runs=runs, few_runs=(), skips_masks=False) for runs in self.walk.few_runs]
+
+    def _rows(self) -> int:
+        """Rows of a tile and a KV head: two for one, by which XLA would multiply one number after the other."""
+        return max(2, self.walk.height * self.problem.group)
 
     def _sinks(self, seq, head_block):
         """The sinks of each row of a group, [lanes, kv_heads, height * group]."""
         walk, packs = self.walk, self.call.sinks.shape[0]
         sinks = self.call.sinks.reshape(packs, -1, walk.heads, 1, self.problem.group)
-        sinks = _taken(sinks, _divided(seq, self.problem.seqs // packs), head_block)
+        sinks = taken(sinks, divided(seq, self.problem.seqs // packs), head_block)
         shape = walk.lanes, walk.heads, walk.height, self.problem.group
         return jnp.broadcast_to(sinks, shape).reshape(*shape[:2], -1)
 
-    def _blocks(self, tile: "_Tile"):
-        """How many blocks tiles walk over."""
-        keys = jnp.maximum(tile.end_key - tile.first_run * self.walk.run, 0)
-        return _divided(keys + (self.walk.block_kv - 1), self.walk.block_kv)
+    def _blocks(self, tile: Tile, walk: Walk | None = None):
+        """How many blocks tiles walk over; those of another walk if that is given."""
+        walk = walk or self.walk
+        keys = jnp.maximum(tile.end_key - tile.first_run * walk.run, 0)
+        return divided(keys + (walk.block_kv - 1), walk.block_kv)
 
-    def _tile(self, sequence: "_Sequence", number, rows, ranges):
+    def _tile(self, sequence: Sequence, number, rows, ranges):
         """What there is to know of tiles, and the keys low <= j < high that each of their rows sees; low None for 0.
 
         By causality and window both ends grow with the row, so that the first row and the last say it for all.
@@ -291,44 +311,60 @@ class Walker:
         if self.call.ranges is not None or self.call.tree is not None:
             high = jnp.where(row < rows[:, None], high, 0)  # rows past the sequence's are another's: they see nothing
         start_key, end_key = jnp.minimum(start_key, end), jnp.where(rows > 0, jnp.minimum(end_key, end), 0)
-        tile = _Tile(
+        tile = Tile(
             sequence.seq, sequence.pool, sequence.key_pool, sequence.value_pool, start_key, end_key,
-            _divided(start_key, self.walk.run), first_new,
+            divided(start_key, self.walk.run), first_new,
         )  # fmt: skip
         return tile, low, jnp.minimum(high, end_key[:, None])
 
-    def _block(self, tile: "_Tile", number, seen: "_Seen", first_head, pages, runs):
-        """Blocks of tiles with these numbers, which tokens see which keys, and whether any is hidden, if asked."""
-        first_run = tile.first_run + number * self.walk.runs
-        block = self._fetch(tile, self._runs(tile, first_run) if runs is None else runs, first_head, pages)
+    def _block(self, plan: Plan, number, pages):
+        """Blocks of tiles with these numbers, which tokens see which keys, and whether any is hidden, if asked.
+
+        The first, where there is no number.
+        """
+        tile = plan.tile
+        first_run = tile.first_run if number is None else tile.first_run + number * self.walk.runs
+        runs = self._runs(self.call.sequences.page_indices, tile, first_run) if plan.runs is None else plan.runs
+        block = self._fetch(tile, runs, plan.first_head, pages)
         key = (first_run * self.walk.run)[:, None] + jnp.arange(self.walk.block_kv, dtype=jnp.int32)[None, :]
-        visible = seen.visible(key, tile.first_new)
         # Slots that no row sees may hold anything, and 0 * NaN is NaN: a weight of zero is not enough.
         if self.call.ranges is None and self.call.tree is None:
             some = (key >= tile.start_key[:, None]) & (key < tile.end_key[:, None])
         else:
-            some = jnp.any(visible, axis=1)
+            some = jnp.any(plan.seen.visible(key, tile.first_new), axis=1)
         hidden = None
-        if self.walk.skips_masks and seen.tree is None:
-            hidden = jnp.any(key[:, -1:] >= seen.high)
-            if seen.low is not None:
-                hidden |= jnp.any(key[:, :1] < seen.low)
+        if self.walk.skips_masks and plan.seen.tree is None:
+            low, high = plan.seen_by_all
+            hidden = jnp.any(key[:, -1] >= high)
+            if low is not None:
+                hidden |= jnp.any(key[:, 0] < low)
         values = softmax.where_needed(hidden, lambda x: jnp.where(some[:, None, :, None], x, 0), _bits(block.values))
         block = block._replace(values=_floats(values, block.values.dtype))
         if block.value_scale is not None:
             block = block._replace(value_scale=jnp.where(some[:, None, :], block.value_scale, 0.0))
-        return block, visible, hidden
 
-    def _runs(self, tile: "_Tile", first_run):
+        def mask(logits):
+            lanes, kv_heads, _, keys = logits.shape
+            of_tokens = logits.reshape(lanes, kv_heads, self.walk.height, -1, keys)
+            masked = softmax.where_needed(
+                hidden,
+                lambda x: jnp.where(plan.seen.visible(key, tile.first_new)[:, None, :, None, :], x, -jnp.inf),
+                of_tokens,
+            )
+            return masked.reshape(logits.shape)
+
+        return block, mask
+
+    def _runs(self, page_indices, tile: Tile, first_run):
         """Where the runs of a block of each lane lie: their pages, and their numbers in these."""
         index = first_run[:, None] + jnp.arange(self.walk.runs, dtype=jnp.int32)[None, :]
-        column = _divided(index, self.runs_per_page)
-        page = _taken(
-            self.call.sequences.page_indices, tile.seq[:, None], jnp.minimum(column, self.problem.columns - 1)
+        column = divided(index, self.runs_per_page)
+        page = taken(
+            page_indices, tile.seq[:, None], jnp.minimum(column, self.problem.columns - 1)
         )
         return page, index - column * self.runs_per_page
 
-    def _fetch(self, tile: "_Tile", runs, first_head, pages) -> softmax.Block:
+    def _fetch(self, tile: Tile, runs, first_head, pages) -> softmax.Block:
         """A block of keys and values of each lane, as they are multiplied, from the arrays `self.pages`.
 
         Of `runs`, which `_runs` says, those of its own length.
@@ -380,90 +416,37 @@ class Walker:
         both = _floats(both, array.dtype)
         return dict(zip((name, PARTNERS[name]), both)) if layout.combined else {name: both[0]}
 
-    def _scale(self, tile: "_Tile", first_head, scale, of_each_slot):
+    def _scale(self, tile: Tile, first_head, scale, of_each_slot):
         """A block's scales, [lanes, kv_heads or 1, keys or 1], or None."""
         if of_each_slot is not None or scale is None:
             return of_each_slot
-        here = _taken(scale, tile.pool)
+        here = taken(scale, tile.pool)
         if here.ndim == 2:
             here = lax.dynamic_slice_in_dim(here, first_head, self.walk.heads, axis=1)
         return here.reshape(self.walk.lanes, -1, 1)
 
 
+def _tables(walkers: "list[Walker]", tokens, query_offsets, context_lens, pools, ranges) -> "list[Table]":
+    """What the turns of each walk are told from."""
+    tokens = tokens // query_offsets.shape[0]
+    start, length, context_len = in_one(
+        walkers[0].walk.in_one, functools.partial(stretches, tokens=tokens), query_offsets, context_lens
+    )
+    seq = jnp.arange(length.shape[0], dtype=jnp.int32)
+
+    def described(tiles, first_row, height):
+        first_tile = sum_of(seq[:, None] < seq[None, :], tiles)
+        one, height = jnp.ones_like(tiles), jnp.broadcast_to(height, tiles.shape)
+        sequences = Sequence(seq, start, length, context_len, *pools, first_row, tiles, first_tile, one, height)
+        return packed(sequences), jnp.sum(tiles, dtype=jnp.int32)
+
+    numbers, tiles = tiles_of(length, walkers[0].heights, [walker.walk.height for walker in walkers], described)
+    return [walker.table(*of_walk, ranges) for walker, *of_walk in zip(walkers, numbers, tiles)]
+
+
 def _of_each_slot(scale):
     """Scales of slots, which are pages too; None for others."""
     return None if scale is None or scale.ndim <= 2 else scale
-
-
-class _Sequence(NamedTuple):
-    """What there is to know of sequences, all int32."""
-
-    seq: Int[Array, " seqs"]
-    start: Int[Array, " seqs"]
-    length: Int[Array, " seqs"]
-    context_len: Int[Array, " seqs"]
-    pool: Int[Array, " seqs"]
-    key_pool: Int[Array, " seqs"]
-    value_pool: Int[Array, " seqs"]
-    first_row: Int[Array, " seqs"]  # that is in a tile of this height
-    tiles: Int[Array, " seqs"]  # of this height; a tile in several lanes counts as many
-    first_tile: Int[Array, " seqs"]  # its number among those of all sequences
-    splits: Int[Array, " seqs"]  # lanes that share a tile
-    height: Int[Array, " seqs"]
-
-
-class _Tile(NamedTuple):
-    """What there is to know of tiles, all int32."""
-
-    seq: Int[Array, " lanes"]
-    pool: Int[Array, " lanes"]
-    key_pool: Int[Array, " lanes"]
-    value_pool: Int[Array, " lanes"]
-    start_key: Int[Array, " lanes"]  # no row looks at keys outside start_key : end_key
-    end_key: Int[Array, " lanes"]
-    first_run: Int[Array, " lanes"]  # that holds start_key
-    first_new: Int[Array, " lanes"]  # where the sequence's first new token stands
-
-
-class _Seen(NamedTuple):
-    """What each token of a tile sees: keys low <= j < high, and of its chunk those with a bit in `tree`, if given."""
-
-    low: Int[Array, "lanes height"] | None
-    high: Int[Array, "lanes height"]
-    tree: UInt32[Array, "lanes height words"] | None
-
-    def visible(self, key: Int[Array, "lanes keys"], first_new) -> Bool[Array, "lanes height keys"]:
-        """Which tokens see which keys."""
-        key = key[:, None, :]
-        visible = key < self.high[:, :, None]
-        if self.low is not None:
-            visible &= key >= self.low[:, :, None]
-        if self.tree is None:
-            return visible
-        new = key - first_new[:, None, None]
-        word = jnp.take_along_axis(self.tree, jnp.maximum(new, 0) >> 5, axis=2, mode="clip")
-        bit = (word >> (new & 31).astype(jnp.uint32)) & jnp.uint32(1)
-        in_tree = (new >= 0) & (new < 32 * self.tree.shape[2])
-        return visible & ((bit != 0) | ~in_tree)
-
-
-def _taken(array, *indices):
-    """array[indices], for indices that are not negative; those too large count as the largest."""
-    return array.at[indices].get(mode="clip", wrap_negative_indices=False)
-
-
-def _packed(columns):
-    """Vectors of integers as the columns of one array, by choices: XLA's CPU compiler fuses those, and no `stack`."""
-    at = jnp.arange(len(columns), dtype=jnp.int32)[None, :]
-    packed = columns[0][:, None]
-    for i, column in enumerate(columns[1:], 1):
-        packed = jnp.where(at < i, packed, column[:, None])
-    return packed
-
-
-def _divided(number, by):
-    """number // by, neither negative: one operation, where rounding down for negative numbers would take seven."""
-    return lax.div(number, jnp.asarray(by, number.dtype))
 
 
 def _kept_in_loop(i, *arrays):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from paged_prefill.lowering.xla.walks import largest_divisor
+from paged_prefill.primitive.attention import factor_and_lse
 
 # Products of so few rows are made from keys times queries: the other way round, XLA's CPU compiler transposes the keys.
 FEW_ROWS = 8
@@ -36,49 +37,45 @@ class Running(NamedTuple):
 
     largest: Float[Array, "lanes kv_heads rows"]
     total: Float[Array, "lanes kv_heads rows"]
+    factor: Float[Array, "lanes kv_heads rows"]  # of the output in the end
     unnormalised: Float[Array, "lanes kv_heads rows value_dim"]
 
 
-def start(queries: Float[Array, "lanes kv_heads rows head_dim"], value_dim: int) -> Running:
-    """Before the first block."""
-    largest = jnp.full(queries.shape[:-1], -jnp.inf, jnp.float32)
-    return Running(largest, jnp.zeros_like(largest), jnp.zeros((*largest.shape, value_dim), jnp.float32))
+def start(shape):
+    """The numbers before the first block, of so many lanes, KV heads and rows."""
+    total = jnp.zeros(shape, jnp.float32)
+    return jnp.full(shape, -jnp.inf, jnp.float32), total, total
 
 
 def fold(
     running: Running | None,
     queries: Float[Array, "lanes kv_heads rows head_dim"],
     block: Block,
-    visible: Bool[Array, "lanes height keys"] | None,
-    hidden: Bool[Array, ""] | None,
+    mask,
     scale: float,
     soft_cap: float | None,
     in_place: bool,
     any_lanes: bool,
     live: Bool[Array, ""] | None,
+    in_one,
 ) -> Running:
     """What is running once a block has joined, the first of all where nothing runs yet.
 
-    `visible` says which tokens see which keys, None that all see all. `hidden` is whether any is hidden from any, None
-    if that was not asked. `in_place` is whether keys and values are multiplied where they lie in the pages, which pays
-    for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes there are. `live` is whether any
-    lane is in use, if that is given: then weights are made where the logits lie.
+    `mask(logits)` makes those -inf that are not seen. `in_place` is whether keys and values are multiplied where they
+    lie in the pages, which pays for a few rows. `any_lanes` is whether a row's bits may not depend on how many lanes
+    there are. `live` is whether any lane is in use, if that is given: then weights are made where the logits lie.
+    `in_one(function, *arrays)` computes small arrays. The scale is positive, so that the largest logit is the largest
+    before it is scaled too, and weights are scaled where they are made.
     """
-    logits = (_logits_in_place if in_place else _logits)(queries, block.keys) * scale
+    logits = (_logits_in_place if in_place else _logits)(queries, block.keys)
     if block.key_scale is not None:
         logits *= block.key_scale[:, :, None, :]
     if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    if visible is not None:
-        lanes, height, keys = visible.shape
-        of_tokens = logits.reshape(lanes, logits.shape[1], height, -1, keys)
-        of_tokens = where_needed(hidden, lambda x: jnp.where(visible[:, None, :, None, :], x, -jnp.inf), of_tokens)
-        logits = of_tokens.reshape(logits.shape)
-    largest = jnp.max(logits, axis=-1)
-    if running is not None:
-        largest = jnp.maximum(running.largest, largest)
-    shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weights = where_needed(live, lambda x: jnp.exp(x - shift[..., None]), logits)
+        logits, scale = soft_cap * jnp.tanh(logits * (scale / soft_cap)), 1.0
+    logits = mask(logits)
+    before, block_largest = None if running is None else running.largest, jnp.max(logits, axis=-1)
+    _, shift = _largest(before, block_largest, scale)
+    weights = where_needed(live, lambda x: jnp.exp(x * scale - shift[..., None]), logits)
     if any_lanes:  # a library's sum, and a product whose rows are those of all lanes, follow how many there are
         ones = jnp.ones((*weights.shape[:2], weights.shape[3]), jnp.float32)
         total = _product("lhqk,lhk->lhq", weights, ones)
@@ -96,9 +93,27 @@ def fold(
     if value_scale is not None:
         update *= value_scale[..., None]
     if running is None:
-        return Running(largest, total, update)
-    fade = jnp.exp(running.largest - shift)
-    return Running(largest, running.total * fade + total, running.unnormalised * fade[..., None] + update)
+        largest, _ = _largest(None, block_largest, scale)
+        return Running(largest, total, factor_and_lse(total, largest)[0], update)
+
+    def joined(before, total_before, block_largest, block_total):
+        largest, shift = _largest(before, block_largest, scale)
+        fade = jnp.exp(before - shift)
+        total = total_before * fade + block_total
+        return largest, total, factor_and_lse(total, largest)[0], fade
+
+    # In one dimension: LLVM writes out short loops within others.
+    numbers = (x.reshape(-1) for x in (before, running.total, block_largest, total))
+    largest, total, factor, fade = (x.reshape(before.shape) for x in in_one(joined, *numbers))
+    return Running(largest, total, factor, running.unnormalised * fade[..., None] + update)
+
+
+def _largest(before, of_block, scale):
+    """The largest logits, and what they all are reduced by: finite, even where no key was seen."""
+    largest = of_block * scale
+    if before is not None:
+        largest = jnp.maximum(before, largest)
+    return largest, jnp.where(jnp.isneginf(largest), 0.0, largest)
 
 
 def where_needed(needed, change, array):
@@ -125,11 +140,10 @@ def merge_lanes(running: Running, shared: Bool[Array, " lanes"], splits: int) ->
     def joined(merged, x, shared):
         return jnp.where(shared, merged[:, None], x).reshape(-1, *x.shape[2:])
 
-    return Running(
-        largest.reshape(running.largest.shape),
-        joined(totals[..., 0], parts.total, shared),
-        joined(unnormalised, parts.unnormalised, shared[..., None]),
-    )
+    total = joined(totals[..., 0], parts.total, shared)
+    largest = largest.reshape(total.shape)
+    unnormalised = joined(unnormalised, parts.unnormalised, shared[..., None])
+    return Running(largest, total, factor_and_lse(total, largest)[0], unnormalised)
 
 
 def _logits(queries, keys):

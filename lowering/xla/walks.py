@@ -7,6 +7,7 @@ costs one row, and the bits of a sequence do not depend on the pack it is in.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -44,6 +45,7 @@ class Turns(NamedTuple):
       bytes: what a block of keys, or its logits, may take.
       skips: whether a step is left out for nothing, without a word between a device and its host.
       rows_in_place: up to so many rows of a tile are multiplied by keys and values where they lie in the pages.
+      in_one: whether what is small is computed by one kernel (`plan.in_one`).
     """
 
     part_heights: tuple[int, ...]
@@ -52,13 +54,16 @@ class Turns(NamedTuple):
     bytes: int
     rows_in_place: int
     skips: bool
+    in_one: bool
 
 
-ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False)
+ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False, in_one=False)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one,
 # so that a sequence alone should leave few.
-CPU_TURNS = Turns((256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True)
+CPU_TURNS = Turns(
+    (256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True, in_one=True
+)
 
 
 class Walk(NamedTuple):
@@ -79,6 +84,7 @@ class Walk(NamedTuple):
       in_place: whether keys and values are multiplied where they lie in the pages, without a copy of the block.
       skips: whether it is first asked if there are such tiles.
       skips_masks: whether it is first asked if anything of a block is hidden from a row.
+      in_one: that of `Turns`.
     """
 
     height: int
@@ -94,6 +100,7 @@ class Walk(NamedTuple):
     in_place: bool
     skips: bool
     skips_masks: bool
+    in_one: bool
 
     @property
     def block_kv(self) -> int:
@@ -160,7 +167,8 @@ def _walk(problem, config, turns, heights, height) -> Walk:
     few_runs = _few_runs(first, height, run, runs) if halves else ()
     splits = splits if shares else 1
     return Walk(
-        height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks
+        height, run, runs, few_runs, lanes, splits, heads, most_blocks, alone, at_once, in_place, skips, skips_masks,
+        turns.in_one,
     )  # fmt: skip
 
 
@@ -172,7 +180,7 @@ def _one_block(capacity, config: PrefillPageAttentionConfig) -> bool:
 def _first_keys(heights: tuple[int, ...], height: int) -> int:
     """How many keys a tile of a height looks at, at most, if no tile and no context is before it."""
     taller = heights.index(height) - 1
-    return height if taller < 0 else _most_for_lower(heights, heights[taller])
+    return height if taller < 0 else most_for_lower(heights, heights[taller])
 
 
 def _few_runs(first: int, height: int, run: int, runs: int) -> tuple[int, ...]:
@@ -201,29 +209,36 @@ def heights_of(block_q: int, part_heights: tuple[int, ...]) -> tuple[int, ...]:
 
 def needed_heights(heights: tuple[int, ...], tokens) -> list[int]:
     """Those of `heights` that so many tokens can need."""
-    return [h for h in heights if not isinstance(tokens, int) or tokens > (_most_for_lower(heights, h) if h > 1 else 0)]
+    return [h for h in heights if not isinstance(tokens, int) or tokens > (most_for_lower(heights, h) if h > 1 else 0)]
 
 
-def tiles_of(length, height: int, heights: tuple[int, ...]):
-    """How many tiles of a height a sequence of `length` rows has, and its first row that is in one.
+def tiles_of(length, heights: tuple[int, ...], walked: list[int], described):
+    """Of each of the last heights, how many tiles a sequence of `length` rows has, and its first row that is in one.
 
     As many tiles of the tallest height as are full, and one more if what is left fills more than half of it; where the
     next height is tall too, if it fills all but half of one of those. What is left then goes to the next height in the
     same way, but that the lowest above 1 leaves no more than a single row.
+
+    `walked` are the heights that the rows can need. Returns what `described(tiles, first_row, height)` says of each: in
+    a loop, so that XLA compiles it once for all.
     """
-    first, left = jnp.zeros_like(length), length
-    for taller in heights[: heights.index(height)]:
-        rows = _tiles(left, taller, heights) * taller
-        first, left = first + jnp.minimum(rows, left), jnp.maximum(left - rows, 0)
-    return _tiles(left, height, heights), first
+    numbers = jnp.array([(height, most_for_lower(heights, height)) for height in walked], jnp.int32)
+
+    def of_height(rows, height_and_most):
+        first, left = rows
+        height, most = height_and_most
+        tiles = lax.div(left, height)
+        tiles += (left - tiles * height > most).astype(jnp.int32)
+        rows = tiles * height
+        return (first + jnp.minimum(rows, left), jnp.maximum(left - rows, 0)), described(tiles, first, height)
+
+    rows = jnp.zeros_like(length), length
+    if len(walked) == 1:
+        return jax.tree.map(lambda x: x[None], of_height(rows, numbers[0])[1])
+    return lax.scan(of_height, rows, numbers)[1]
 
 
-def _tiles(left, height, heights):
-    whole = lax.div(left, jnp.int32(height))
-    return whole + (left - whole * height > _most_for_lower(heights, height)).astype(jnp.int32)
-
-
-def _most_for_lower(heights, height) -> int:
+def most_for_lower(heights, height) -> int:
     """The most rows left by whole tiles of a height that are not one more."""
     if height == 1:
         return 0
