@@ -33,11 +33,14 @@ def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns:
     out = _scattered(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
     walkers = [Walker(call, walk, heights, product_dtype) for walk in walks(problem, config, turns)]
+    made, given = None, call.sequences[:3]  # start, length and context_len
+    if call.indices is not None:
+        packs = call.indices.query_offsets.shape[0]
+        made, given = functools.partial(stretches, tokens=problem.tokens // packs), call.indices[:2]
     tables = in_one(
         turns.in_one,
-        functools.partial(_tables, walkers, problem.tokens),
-        call.indices.query_offsets,
-        call.indices.context_lens,
+        functools.partial(_tables, walkers, made),
+        given,
         [pool if pool is not None else call.sequences.pool for pool in (None, call.key_pool, call.value_pool)],
         call.ranges if any(walker.orders for walker in walkers) else None,
     )
@@ -426,12 +429,9 @@ class Walker:
         return here.reshape(self.walk.lanes, -1, 1)
 
 
-def _tables(walkers: "list[Walker]", tokens, query_offsets, context_lens, pools, ranges) -> "list[Table]":
-    """What the turns of each walk are told from."""
-    tokens = tokens // query_offsets.shape[0]
-    start, length, context_len = in_one(
-        walkers[0].walk.in_one, functools.partial(stretches, tokens=tokens), query_offsets, context_lens
-    )
+def _tables(walkers: "list[Walker]", made, given, pools, ranges) -> "list[Table]":
+    """What the turns of each walk are told from; `made` makes of what is given where each sequence lies, if need be."""
+    start, length, context_len = given if made is None else in_one(walkers[0].walk.in_one, made, *given)
     seq = jnp.arange(length.shape[0], dtype=jnp.int32)
 
     def described(tiles, first_row, height):
