@@ -109,6 +109,15 @@ class SizesTest(parameterized.TestCase):
     def sizes(self, **changes):
         return host.MosaicGpu().heuristic(problems.problem(**changes), Device("cuda", "NVIDIA H200", "9.0"))
 
+    @parameterized.parameters(dict(warpgroups=2), dict(warpgroups=1, teams=2))
+    def test_lanes_that_have_several_keys_have_registers_for_them(self, **sizes):
+        """24 are too few for the pages of four keys, and were spilled beside each block."""
+        plan = plans.plan(page_size=1, page_rows=1, pages_per_seq=300, **sizes)
+        self.assertEqual((plan.gathers, plan.computing_warpgroups), (True, 2))
+        computes, loads, _ = plan.registers
+        self.assertGreaterEqual(loads, 40)
+        self.assertLessEqual(128 * (2 * computes + loads), 65536)
+
     @parameterized.parameters((16, 2), (1, 3), (24, 3))
     def test_parts_have_one_more_block_on_its_way_where_keys_are_gathered(self, page_size, stages):
         config = self.sizes(tokens=9, seqs=9, q_heads=4, num_kv_heads=1, page_size=page_size, pages_per_seq=28800 // page_size)
