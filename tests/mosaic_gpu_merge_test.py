@@ -18,13 +18,14 @@ jitted_merge = jax.jit(merge_splits, static_argnums=2, static_argnames="by_head"
 
 
 def table_of(rng, tiles, room):
-    """A row for each part of tiles (start, length, parts), in any order, junk behind them, and their number."""
+    """A row for each part of tiles (start, length, parts), in any order, junk behind them, and their number twice: of all, and of those
+    that a merge looks through."""
     table = rng.integers(-(2**31), 2**31, (room, COLUMNS), dtype=np.int32)
     rows = [dict(start=a, length=b, part=i, parts=n) for a, b, n in tiles for i in range(n)]
     for place, row in zip(rng.permutation(len(rows)), rows):
         for name, value in row.items():
             table[place, Tiles._fields.index(name)] = value
-    return np.append(table, np.int32(len(rows)))
+    return np.append(table, np.int32([len(rows)] * 2))
 
 
 def merged_by_threads(launch, table, of_parts, results):
@@ -64,6 +65,17 @@ class MergeTest(parameterized.TestCase):
         for a, b, tolerance in zip(got, want, (1e-2, 1e-6)):
             np.testing.assert_allclose(a.reshape(b.shape).astype(np.float32), b.astype(np.float32), tolerance)
         self.assertTrue(np.isnan(got[0].reshape(before[0].shape)[5, 2].astype(np.float32)).all())
+
+    def test_no_row_is_looked_up_where_no_tile_is_cut(self):
+        """By the second number alone: rows that it does not count may say what they like."""
+        launch = merge.Launch(1, 8, COLUMNS, tokens=4, tokens_of_tile=1, q_heads=10, value_dim=64)
+        table = table_of(np.random.default_rng(0), [(0, 4, 8)], 8)
+        of_parts = np.zeros((8, 4, 10, 64), np.float32), np.zeros((8, 10, 4), np.float32)
+        for rows, untouched in ((8, False), (0, True)):
+            table[-1] = rows
+            before = np.full((4, 10, 64), 77, np.float16), np.full((10, 4), 77, np.float32)
+            got = merged_by_threads(launch, table, of_parts, before)
+            self.assertEqual(all((x == 77).all() for x in got), untouched)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Launch:
     """Everything static about a launch of the merge."""
 
     cores: int
-    rows: int  # that the table has room for; behind them is how many there are
+    rows: int  # that the table has room for; behind them is how many there are, and how many are looked through here
     columns: int  # of a row
     tokens: int
     tokens_of_tile: int  # of most: they are merged side by side, and others after them
@@ -98,7 +98,7 @@ def merge_shares(launch: Launch, threads, block, table, of_parts, results):
         length = jnp.where((part == 0) & (parts > 1), length - own, 0)
         lax.fori_loop(0, lax.div(jnp.maximum(length, 0) + (launch.tokens_of_tile - 1), launch.tokens_of_tile), token, None)
 
-    number = table[launch.rows * launch.columns] * launch.shares
+    number = table[launch.rows * launch.columns + 1] * launch.shares
     lax.fori_loop(0, lax.div(jnp.maximum(number - block, 0) + (launch.blocks - 1), launch.blocks), turn, None)
 
 

@@ -398,7 +398,8 @@ class Plan:
 
     @property
     def rows_of_table(self) -> int:
-        """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
+        """Those that the table of tiles, or of their parts, has room for. Behind those of parts are two numbers
+        (kernel.table_of)."""
         return self.tiles * (self.splits if self.parts.vary else 1)
 
     @property
