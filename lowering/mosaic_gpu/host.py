@@ -269,12 +269,14 @@ class MosaicGpu(Kernel):
 def _merging(problem: Problem, plan: Plan) -> Merging:
     return Merging(
         cores=plan.cores,
+        tiles=plan.tiles,
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
+        most=plan.splits,
     )
 
 
