@@ -303,6 +303,7 @@ class ChoiceTest(parameterized.TestCase):
         ("large_heads", 5, 1766, (8, 4, 256), 6640, 104, (28, 28), 3),
         ("more_tiles_than_cores", 7, 515, (64, 4, 128), 16928, 133, (16, 4), 3),
         ("fewer", 4, 141, (4, 2, 128), 15008, 157, (5, 4), 16),
+        ("wide_heads", 11, 465, (4, 1, 512), 34560, 360, (29, 8), 30),  # whose results are 117 MB
     )
     def test_one_long_context_beside_a_prompt_has_parts(self, seqs, tokens, heads, keys, blocks, prompt, fewest):
         """And the prompt's own tiles, which see few keys, have none, or its many tiles too few to be cut."""

@@ -159,8 +159,8 @@ class ChainTest(parameterized.TestCase):
         """Behind them the table has anything."""
         plan = plans.plan(tiles=tiles, tokens=16 * tiles, soft_cap=None, parts=Parts(1, 4, 8), cores=5)
         self.assertTrue(plan.chains)
-        table = np.ones(plan.rows_of_table * plan.columns + 2, np.int32)
-        table[-2:] = number, 0
+        table = np.ones(plan.rows_of_table * plan.columns + 1, np.int32)
+        table[-1] = number
         found = 0
         for block in range(plan.thread_blocks):
             pieces = Pieces(plan, jnp.asarray(table), *[jnp.zeros(1, jnp.int32)] * 2, block=jnp.int32(block), slab=jnp.int32(0))

@@ -398,7 +398,7 @@ class Plan:
 
     @property
     def rows_of_table(self) -> int:
-        """Those that the table of tiles, or of their parts, has room for. Behind those of parts are two numbers of rows."""
+        """Those that the table of tiles, or of their parts, has room for. Behind those of parts is their number."""
         return self.tiles * (self.splits if self.parts.vary else 1)
 
     @property

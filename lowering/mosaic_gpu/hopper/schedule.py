@@ -53,8 +53,13 @@ class Launch:
 
     @property
     def size(self) -> int:
-        """Numbers of the table: where parts vary, two numbers of rows stand behind them (kernel.table_of)."""
-        return self.tiling.rows * self.columns + 2 * self.tiling.parts.vary
+        """Numbers of the table: where parts vary, how many there are stands behind their rows, and first parts' rows."""
+        return self.number_at + (1 + self.tiling.tiles if self.tiling.parts.vary else 0)
+
+    @property
+    def number_at(self) -> int:
+        """Where the number of parts stands."""
+        return self.tiling.rows * self.columns
 
 
 def fits(tiling: Tiling) -> bool:
@@ -85,7 +90,7 @@ def scratch(launch: Launch) -> dict[str, int]:
     of_tiles = ["works", "numbers"] if launch.tiling.parts.vary else ["works"]
     of_sequences = ["starts", "ends", "tile_ends", "lengths"]
     sizes = dict.fromkeys(of_sequences, THREADS) | dict.fromkeys(of_tiles, launch.rounds * THREADS)
-    return sizes | dict(scanned=4 * THREADS, sums=3 * THREADS)
+    return sizes | dict(scanned=4 * THREADS, sums=2 * THREADS)
 
 
 def write_table(launch: Launch, threads, block, offsets, contexts, table, **scratch):
@@ -99,10 +104,11 @@ def write_table(launch: Launch, threads, block, offsets, contexts, table, **scra
     row, number = tile, jnp.int32(1)
     if tiling.parts.vary or (tiling.ordered and tiling.seqs > 1):
         _weigh(launch, threads, thread, tile_of, **scratch)
-        row, number, of_all, several = _rank(launch, threads, thread, tile, share, **scratch)
+        row, number, of_all = _rank(launch, threads, thread, tile, share, **scratch)
         if tiling.parts.vary:
-            for place, rows in ((launch.size - 2, of_all), (launch.size - 1, jnp.where(several > 0, of_all, 0))):
-                threads.store(table, jnp.int32(place), rows, (block == 0) & (thread == 0))
+            threads.store(table, jnp.int32(launch.number_at), of_all, (block == 0) & (thread == 0))
+            its_place = launch.number_at + 1 + jnp.minimum(tile, tiling.tiles - 1)
+            threads.store(table, its_place, jnp.where(number > 1, row, -1), (share == 0) & (tile < tiling.tiles))
     elif tiling.ordered:
         end, tiles = (threads.load(scratch[name], jnp.int32(0)) for name in ("ends", "tile_ends"))
         tile = tiling.reversed(tile, tiles + tiling.tiles_of(tiling.tokens - end))
@@ -205,27 +211,26 @@ def _weigh(launch, threads, thread, tile_of, *, works, numbers=None, **_) -> Non
 def _rank(launch, threads, thread, tile, share, *, works, sums, numbers=None, **_):
     """How many rows come before those of this tile, since there is more work in them, or as much and they come before.
 
-    And its own number of rows, that of all tiles, and how many tiles have several.
+    And its own number of rows, and that of all tiles.
     """
     mine, length = threads.load(works, tile), UNROLLED * -(-launch.tiling.tiles // (UNROLLED * SHARES))
 
     def compare(i, counts):
-        before, of_all, several = counts
+        before, of_all = counts
         for j in range(UNROLLED):
             other = share * length + i * UNROLLED + j
             work = threads.load(works, other)
             number = 1 if numbers is None else threads.load(numbers, other)
             before += jnp.where((work > mine) | ((work == mine) & (other < tile)), number, 0)
             of_all += number
-            several += jnp.where(number > 1, 1, 0)
-        return before, of_all, several
+        return before, of_all
 
-    counts = lax.fori_loop(0, length // UNROLLED, compare, (jnp.int32(0),) * 3)
+    counts = lax.fori_loop(0, length // UNROLLED, compare, (jnp.int32(0), jnp.int32(0)))
     for i, count in enumerate(counts):
         threads.store(sums, i * THREADS + thread, count)
     threads.synchronise()
-    before, of_all, several = (
+    before, of_all = (
         sum(threads.load(sums, i * THREADS + j * TILES + lax.rem(thread, jnp.int32(TILES))) for j in range(SHARES))
         for i in range(len(counts))
     )
-    return before, jnp.int32(1) if numbers is None else threads.load(numbers, tile), of_all, several
+    return before, jnp.int32(1) if numbers is None else threads.load(numbers, tile), of_all
