@@ -228,7 +228,7 @@ class ChoiceTest(parameterized.TestCase):
         """
         alone = LATENT | dict(q_heads=64)
         parts = parts_of(64, 8192, kv_heads=1, **alone)
-        self.assertEqual([int(parts.share(np.int32(blocks))) for blocks in (20, 64, 128)], [10, 32, 32])
+        self.assertEqual([int(parts.share(np.int32(blocks))) for blocks in (20, 64, 128)], [20, 32, 32])
         self.assertBetween(parts_of(40, 20032, kv_heads=1, **alone).blocks, 32, 60)
         self.assertEqual(parts_of(64, 16384, kv_heads=1, **alone).blocks, 64)
         self.assertEqual(parts_of(64, 4096, kv_heads=1, **alone), Parts(2, 2))

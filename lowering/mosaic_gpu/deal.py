@@ -39,7 +39,7 @@ WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
 FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wide rows, by 35 launches on an H200
 SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launches on an H200
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
-PAIR_BYTES = 500 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
+PAIR_BYTES = 600 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
@@ -158,8 +158,9 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
-    if launch.in_pairs:  # each costs as much as many blocks: so those of a context as long as the table are of one size
-        of_parts = sorted({max(-(-blocks // number), PAIR_BLOCKS) for number in range(2, MOST_PARTS + 1)})
+    if launch.in_pairs:  # each costs as much as many blocks: so those of the longest context are of one size
+        longest = -(-min(launch.most_keys, _longest(launch)) // launch.block_kv)
+        of_parts = sorted({max(-(-longest // number), PAIR_BLOCKS) for number in range(2, MOST_PARTS + 1)})
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
     rounds = PROMPT_ROUNDS if several else [None]
     # Tiles of few keys may have fewer parts than equal contexts want.
