@@ -335,6 +335,12 @@ class ChoiceTest(parameterized.TestCase):
         self.assertLessEqual(number_of(parts, 18), 9)
         self.assertGreaterEqual(number_of(parts, 142), 16)
 
+    @parameterized.parameters((1, 28416, 4, 2), (2, 51200, 4, 1))
+    def test_a_short_context_in_a_wide_table_is_not_merged_from_as_many_parts_as_the_table_wants(self, seqs, context, *heads):
+        parts = parts_of(seqs, context, *heads)
+        self.assertGreater(number_of(parts, context // 128), 50)
+        self.assertEqual(number_of(parts, 10), 5)
+
     @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3), (7, 87, 1456, 7, 1))
     def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):
         """Which a kernel would look for to merge them, also in wider tables."""
