@@ -290,6 +290,9 @@ class SupportsTest(parameterized.TestCase):
         (445, 27784, (2, 1, 256), dict(sliding_window=1024), 1),
         (300, 2000, (4, 1, 128), {}, 1),
         (400, 4096, (4, 4, 64), {}, 1),
+        (35, 1712, (8, 1, 128), {}, 1),
+        (17, 1696, (32, 4, 128), {}, 1),
+        (5, 1664, (71, 1, 64), {}, 2),  # most rows of a tile would be empty
         (200, 8192, (8, 2, 128), {}, 2),  # parts of 2000 keys
         (454, 1373, (9, 3, 64), {}, 2),  # tiles of one warpgroup for half of the cores, which are not cut
         (151, 1062, (28, 4, 128), {}, 2),

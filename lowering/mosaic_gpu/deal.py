@@ -16,7 +16,7 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, shares_rows, two_share_rows
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -41,6 +41,7 @@ SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launc
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 PAIR_BYTES = 600 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
+RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
 HELD_BYTES, OF_HELD = 40 * 10**6, 0.55

@@ -153,10 +153,10 @@ class MosaicGpu(Kernel):
         """
         plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
         plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
-        if min(problem.seqs, problem.tokens) > 1 or problem.tokens < WARPGROUP_ROWS or not plain:
+        if min(problem.seqs, problem.tokens) > 1 or not plain:
             return False
         one = _with_one_warpgroup(problem, device)
-        if one is None:
+        if one is None or programs(problem, one) > 2 * programs(problem, two):  # few tokens would fill a share of their rows
             return False
         one = replace(one, num_stages=min(one.num_stages, STAGES_OF_A_PART))
         splits = self.num_splits(problem, device, one)
@@ -269,12 +269,14 @@ class MosaicGpu(Kernel):
 def _merging(problem: Problem, plan: Plan) -> Merging:
     return Merging(
         cores=plan.cores,
+        tiles=plan.tiles,
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
+        most=plan.splits,
     )
 
 
