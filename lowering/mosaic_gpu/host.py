@@ -156,7 +156,7 @@ class MosaicGpu(Kernel):
         if min(problem.seqs, problem.tokens) > 1 or not plain:
             return False
         one = _with_one_warpgroup(problem, device)
-        if one is None or programs(problem, one) > 2 * programs(problem, two):  # few tokens would fill a share of their rows
+        if one is None:
             return False
         one = replace(one, num_stages=min(one.num_stages, STAGES_OF_A_PART))
         splits = self.num_splits(problem, device, one)
@@ -438,11 +438,18 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads."""
+    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads.
+
+    Of fewer tokens, those of as many heads as make for the fewest tiles, and of these the ones with most empty rows, whose
+    parts merge sooner.
+    """
     if shares_rows(problem):
         return None
-    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
-    config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
+    heads = [math.gcd(problem.group, 2)]
+    if problem.tokens_per_seq <= WARPGROUP_ROWS:
+        heads = [number for number in (1, 2, 4, 8) if number < 2 * problem.group]
+    sizes = [_sized(problem, WARPGROUP_ROWS // number, 64, 1) for number in heads]
+    config = min(sizes, key=functools.partial(programs, problem))
     return config if programs(problem, config) <= device.cores else None
 
 
