@@ -19,7 +19,8 @@ BYTES_A_US = 22800  # of an H100's memory, a core
 
 def launch(**changes):
     sizes = dict(seqs=9, head_tiles=10, capacity=12000, most_keys=12000, block_kv=128, block_bytes=2**16)
-    return deal.Launch(**(sizes | dict(result_bytes=2**18, slots=132, cores=132, smallest=2**17) | changes))
+    sizes |= dict(held=10**9, result_bytes=2**18, slots=132, cores=132, smallest=2**17)
+    return deal.Launch(**(sizes | changes))
 
 
 def parts_of(seqs, context, q_heads=32, kv_heads=8, *, tokens=1, **changes):
@@ -152,6 +153,21 @@ class EstimateTest(parameterized.TestCase):
         self.assertAlmostEqual(blocks[1].min(), longest / 20 / 128, delta=1)
         self.assertLess(blocks[2].mean(), 0.4 * most_keys / 128)
 
+    @parameterized.product(seqs=(2, 9, 64), capacity=(1024, 12000, 100000), held=(5000, 40000, 10**6))
+    def test_contexts_have_room_in_the_pool(self, seqs, capacity, held):
+        """Together, and those of unequal length are the longer for it."""
+        shape = launch(seqs=seqs, capacity=capacity, most_keys=capacity, held=held, head_tiles=1)
+        for pack, _ in deal._kinds(shape):
+            self.assertLessEqual(128 * (pack.blocks - 1).sum(), max(held, 128 * seqs))
+        longest = [pack.blocks.max() for pack, _ in deal._kinds(shape)[:3]]
+        self.assertEqual(longest[1:], [-(-deal._longest(shape) // 128)] * 2)
+        self.assertEqual(longest[0] == longest[1], held >= seqs * deal._longest(shape))
+
+    def test_a_table_is_no_longer_than_a_context_that_the_pool_holds(self):
+        """Tables are as wide as a model's longest context, whatever the pool has room for."""
+        same = [launch(seqs=20, capacity=capacity, most_keys=capacity, held=30000) for capacity in (30000, 10**6)]
+        self.assertEqual(*map(deal._longest, same))
+
     def test_results_of_all_parts_have_room(self):
         self.assertEqual(deal.finer(Parts(), launch(result_bytes=2**26)), Parts())
         self.assertLessEqual(deal.finer(Parts(), launch(result_bytes=2**24)).most, 4)
@@ -212,10 +228,20 @@ class ChoiceTest(parameterized.TestCase):
         """
         alone = LATENT | dict(q_heads=64)
         parts = parts_of(64, 8192, kv_heads=1, **alone)
-        self.assertEqual([int(parts.share(np.int32(blocks))) for blocks in (20, 64, 128)], [10, 32, 32])
+        self.assertEqual([int(parts.share(np.int32(blocks))) for blocks in (20, 64, 128)], [20, 32, 32])
         self.assertBetween(parts_of(40, 20032, kv_heads=1, **alone).blocks, 32, 60)
         self.assertEqual(parts_of(64, 16384, kv_heads=1, **alone).blocks, 64)
         self.assertEqual(parts_of(64, 4096, kv_heads=1, **alone), Parts(2, 2))
+
+    @parameterized.product(q_heads=(48, 64, 96, 128), seqs=(48, 64, 200))
+    def test_a_long_latent_context_has_more_parts_where_the_pool_has_no_room_for_many(self, q_heads, seqs):
+        """One context of 8192 keys of 64 heads among others of a 16th of it took 70 us by four parts."""
+        parts = [
+            parts_of(seqs, 8192, kv_heads=1, **(LATENT | dict(q_heads=q_heads, num_pages=seqs * 512 // share)))
+            for share in (1, 10)
+        ]
+        full, small = [number_of(each, 128) for each in parts]
+        self.assertGreaterEqual(small, 2 * full)
 
     @parameterized.parameters((48, 1.2), (64, 1.2), (96, 1.1), (128, 1.1))
     def test_contexts_as_long_as_the_table_pay_little_where_pairs_are_merged(self, q_heads, longest):
@@ -334,6 +360,12 @@ class ChoiceTest(parameterized.TestCase):
         parts = parts_of(2, 18240, 7, 1, tokens=14)
         self.assertLessEqual(number_of(parts, 18), 9)
         self.assertGreaterEqual(number_of(parts, 142), 16)
+
+    @parameterized.parameters((1, 28416, 4, 2), (2, 51200, 4, 1))
+    def test_a_short_context_in_a_wide_table_is_not_merged_from_as_many_parts_as_the_table_wants(self, seqs, context, *heads):
+        parts = parts_of(seqs, context, *heads)
+        self.assertGreater(number_of(parts, context // 128), 50)
+        self.assertEqual(number_of(parts, 10), 5)
 
     @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3), (7, 87, 1456, 7, 1))
     def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):

@@ -13,4 +13,6 @@ def problem(*, softmax_scale=0.1, attn_logits_soft_cap=None, sliding_window=None
     """The usual problem with `changes` of its fields; the caches have the query's dtype unless one says otherwise."""
     fields = USUAL | changes
     fields.setdefault("cache_dtype", fields["dtype"])
+    if "num_pages" not in changes:  # as many as all tables have room for
+        fields["num_pages"] = fields["seqs"] * fields["pages_per_seq"]
     return Problem(attention=Attention(softmax_scale, attn_logits_soft_cap, sliding_window), **fields)

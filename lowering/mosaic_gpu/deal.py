@@ -3,7 +3,8 @@
 Tiles of few tokens wait for memory, and a launch ends with its longest part. So `_time` estimates when a launch ends whose
 pieces are dealt to thread blocks as the kernel deals them, for parts of several sizes and contexts of several kinds
 (`_kinds`), and the size is taken that is best over all kinds. A part's size follows what is static, and the tile's own
-context and sequence.
+context and sequence. The size of the page pool is static too: it bounds what contexts have together, so that where a table
+is as wide as the longest of them, it says how long the others can be, unless sequences share pages.
 """
 
 import functools
@@ -21,9 +22,8 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
-# The fewest of a part, where pairs are merged, of tiles that share their keys, and of one that has them alone: with 32, two
-# tiles of equal contexts take 15 to 20% longer than with 53 or 64, and those of uneven ones in long tables no less.
-PAIR_BLOCKS, PAIR_BLOCKS_ALONE = 48, 32
+PAIR_BLOCKS = 8  # the fewest of a part, where pairs are merged
+PAIR_RESULT_BYTES = 2**28  # of the places of all pairs, at most: few are ever written, where one context is long
 SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
 # What takes time, in bytes of keys and values that a core loads meanwhile with all others at work, 22.8 KB a us on an
@@ -39,7 +39,7 @@ WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
 FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wide rows, by 35 launches on an H200
 SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launches on an H200
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
-PAIR_BYTES = 500 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
+PAIR_BYTES = 600 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
@@ -66,6 +66,7 @@ LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
 ALONE_EVENLY = 1.2
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
+SPREAD = 8  # times a mean context, were the pool full, at most
 FULL = 4  # times as much count contexts as long as the table, if every core has a tile without any parts
 
 
@@ -75,6 +76,7 @@ class Launch(NamedTuple):
     seqs: int
     head_tiles: int  # of the same tokens
     capacity: int  # of a sequence's table, in keys
+    held: int  # keys that the pool has room for, of all sequences
     most_keys: int  # that a tile sees
     block_kv: int
     block_bytes: int  # of keys and values
@@ -124,6 +126,7 @@ def dealt(
         seqs=seqs,
         head_tiles=unsplit // (seqs * tiles_of_seq),
         capacity=problem.capacity,
+        held=problem.num_pages * problem.page_size,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,
         block_bytes=config.block_kv * bytes_of_key(problem),
@@ -149,15 +152,16 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     if launch.seqs == 1:
         return parts
     blocks = -(-launch.most_keys // launch.block_kv)
-    most = max(1, min(MOST_PARTS, RESULT_BYTES // launch.result_bytes))
+    results = PAIR_RESULT_BYTES if launch.in_pairs else RESULT_BYTES
+    most = max(1, min(MOST_PARTS, results // launch.result_bytes))
     found = [parts]
     if parts.vary and launch.evenly < math.inf:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
-    if launch.in_pairs:  # each costs as much as many blocks: so those of a context as long as the table are of one size
-        fewest = PAIR_BLOCKS if launch.sharing > 1 else PAIR_BLOCKS_ALONE
-        of_parts = sorted({max(-(-blocks // number), fewest) for number in range(2, MOST_PARTS + 1)})
+    if launch.in_pairs:  # each costs as much as many blocks: so those of the longest context are of one size
+        longest = -(-min(launch.most_keys, _longest(launch)) // launch.block_kv)
+        of_parts = sorted({max(-(-longest // number), PAIR_BLOCKS) for number in range(2, MOST_PARTS + 1)})
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
     rounds = PROMPT_ROUNDS if several else [None]
     # Tiles of few keys may have fewer parts than equal contexts want.
@@ -182,7 +186,8 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     longer = times / times.min(axis=0)
     # Rounded: the last bits differ from machine to machine, and processes that share a program must choose the same.
     costs = np.round(np.log(longer) ** power @ weights, 9)
-    best = lambda evenly: found[int(np.argmin(np.where(longer[:, 0] <= evenly, costs, np.inf)))]
+    room = _room(launch)  # contexts of equal length count less, the less there is of it
+    best = lambda evenly: found[int(np.argmin(np.where(longer[:, 0] * room <= evenly, costs, np.inf)))]
     chosen = best(launch.evenly)
     alone = launch.in_pairs and launch.sharing == 1
     return best(ALONE_EVENLY) if alone and not chosen.vary else chosen
@@ -202,15 +207,36 @@ def _kinds(launch: Launch) -> list:
     each other sequence, and the shortest context; or all sequences are prompts that begin.
     """
     place = np.arange(1, launch.seqs + 1) / launch.seqs
-    longest = min(launch.capacity, REACH * launch.most_keys)
-    kinds = [(1.0, OF_EQUAL), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
+    longest = _longest(launch)
+    of_equal = 1 + (OF_EQUAL - 1) * _room(launch)
+    kinds = [(np.ones(launch.seqs), of_equal), (place, 1.0), (2.0 ** (8 * (place - 1)), OF_SHORT)]
     kinds += [(share / 8, OF_WIDE) for share, _ in kinds]
-    contexts = [(np.maximum(np.ones(launch.seqs) * share * longest, 1), weight) for share, weight in kinds]
+    contexts = [(np.maximum(_that_fit(share, _room(launch) * launch.seqs) * longest, 1), weight) for share, weight in kinds]
     packs = [(_evenly(launch, each), weight) for each, weight in contexts]
     if launch.prompt:
         packs += [(_beside_prompt(launch, each), weight) for each, weight in contexts]
         packs.append((_evenly(launch, np.full(launch.seqs, launch.tiles_of_seq * launch.block_q)), OF_EQUAL))
     return packs
+
+
+def _longest(launch: Launch) -> int:
+    """The longest context that is considered, in keys."""
+    return min(launch.capacity, REACH * launch.most_keys, -(-SPREAD * launch.held // launch.seqs), launch.held)
+
+
+def _room(launch: Launch) -> float:
+    """For which share of the longest context the pool has room in each sequence."""
+    return min(launch.held / (launch.seqs * _longest(launch)), 1)
+
+
+def _that_fit(shares, room: float):
+    """Shares of the longest context that take no more room than there is: the more they differ, the longer one may be."""
+    if shares.sum() <= room:
+        return shares
+    if shares.min() == shares.max():
+        return np.full_like(shares, room / len(shares))
+    steeper = [shares ** 2.0 ** (quarters / 4) for quarters in range(1, 25)]
+    return next((found for found in steeper if found.sum() <= room), steeper[-1])
 
 
 def _evenly(launch: Launch, contexts) -> Pack:

@@ -156,7 +156,7 @@ class MosaicGpu(Kernel):
         if min(problem.seqs, problem.tokens) > 1 or problem.tokens <= MOST_DRAFTED or not plain:  # nor are drafts
             return False
         one = _with_one_warpgroup(problem, device)
-        if one is None or programs(problem, one) > 2 * programs(problem, two):  # few tokens would fill a share of their rows
+        if one is None:
             return False
         one = replace(one, num_stages=min(one.num_stages, STAGES_OF_A_PART))
         splits = self.num_splits(problem, device, one)
