@@ -217,7 +217,8 @@ def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"
     Tokens that no sequence owns form tiles of sequences without a context, so that a kernel writes every token once.
     `sequences` ascend in the pack, as `call.flatten` lays them. What rows see is said by `ranges`, if there are any.
 
-    Returns as many entries as there can be, and how many there are: all of the tiles, or some of their parts.
+    Returns as many entries as there can be, and how many there are: all of the tiles, or some of their parts. Of parts
+    also where the first one stands of each tile that has several, and else -1; None of tiles.
     """
     seqs, block_q = tiling.seqs, tiling.block_q
     few = seqs <= FEW_SEQUENCES
@@ -254,15 +255,15 @@ def schedule(sequences: Sequences, tiling: Tiling, ranges: Int[Array, "tokens 2"
     if tiling.parts.vary:
         return _parts_of(describe(index), tiling.parts)
     if not tiling.ordered:
-        return describe(index), tiling.tiles
+        return describe(index), tiling.tiles, None
     if seqs == 1 and ranges is None:
-        return describe(tiling.reversed(index, ends[-1])), tiling.tiles
+        return describe(tiling.reversed(index, ends[-1])), tiling.tiles, None
     natural = describe(index)
     work = tiling.work(natural.length, [Slabs(*columns) for columns in zip(*(field.T for field in natural.slabs))])
     rank = jnp.sum(_come_before(work), axis=1, dtype=jnp.int32)
     order = jnp.sum(jnp.where(rank[None, :] == index[:, None], index[None, :], 0), axis=1, dtype=jnp.int32)
     ordered = describe(order) if few and ranges is None else jax.tree.map(lambda field: field[order], natural)
-    return ordered, tiling.tiles
+    return ordered, tiling.tiles, None
 
 
 def _come_before(work):
@@ -274,7 +275,10 @@ def _come_before(work):
 
 
 def _parts_of(tiles: Tiles, parts: Parts):
-    """The parts of tiles, those of most blocks first, and how many there are; what lies behind them is any part."""
+    """The parts of tiles, those of most blocks first, how many there are, and the first of each tile that has several.
+
+    What lies behind them is any part.
+    """
     blocks = tiles.end_block - tiles.first_block
     share = parts.share(blocks, tiles.parts)
     number = jnp.where(tiles.length > 0, parts.number(blocks, tiles.parts), 0)
@@ -283,7 +287,7 @@ def _parts_of(tiles: Tiles, parts: Parts):
     within = (index[:, None] >= first[None, :]) & (index[:, None] < (first + number)[None, :])
     tile = jnp.argmax(within, axis=1)
     found = parts.part(jax.tree.map(lambda field: field[tile], tiles), index - first[tile], number[tile])
-    return found, jnp.sum(number, dtype=jnp.int32)
+    return found, jnp.sum(number, dtype=jnp.int32), jnp.where(number > 1, first, -1)
 
 
 def _slabs_of_ranges(ranges, start, length, end_key, block_q, slab):

@@ -84,6 +84,13 @@ class Threads:
             raise IndexError(f"{row}, {column} of {matrix.shape}")
         return (row * matrix.shape[1] + column) // size * number + np.arange(number)[:, None]
 
+    def of_lane(self, value, lane):
+        """What threads of the same warp have."""
+        lane = np.asarray(lane)
+        if not ((0 <= lane) & (lane < 32)).all():
+            raise IndexError(f"lane {lane}")
+        return jnp.asarray(value)[self.numbers // 32 * 32 + lane]
+
     def synchronise(self):
         for array in self.arrays:
             array.synchronise()

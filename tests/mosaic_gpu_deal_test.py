@@ -331,6 +331,7 @@ class ChoiceTest(parameterized.TestCase):
         ("large_heads", 5, 1766, (8, 4, 256), 6640, 104, (28, 28), 3),
         ("more_tiles_than_cores", 7, 515, (64, 4, 128), 16928, 133, (16, 4), 3),
         ("fewer", 4, 141, (4, 2, 128), 15008, 157, (5, 4), 16),
+        ("wide_heads", 11, 465, (4, 1, 512), 34560, 360, (29, 8), 30),  # whose results are 117 MB
     )
     def test_one_long_context_beside_a_prompt_has_parts(self, seqs, tokens, heads, keys, blocks, prompt, fewest):
         """And the prompt's own tiles, which see few keys, have none, or its many tiles too few to be cut."""
@@ -361,6 +362,12 @@ class ChoiceTest(parameterized.TestCase):
         parts = parts_of(2, 18240, 7, 1, tokens=14)
         self.assertLessEqual(number_of(parts, 18), 9)
         self.assertGreaterEqual(number_of(parts, 142), 16)
+
+    @parameterized.parameters((1, 28416, 4, 2), (2, 51200, 4, 1))
+    def test_a_short_context_in_a_wide_table_is_not_merged_from_as_many_parts_as_the_table_wants(self, seqs, context, *heads):
+        parts = parts_of(seqs, context, *heads)
+        self.assertGreater(number_of(parts, context // 128), 50)
+        self.assertEqual(number_of(parts, 10), 5)
 
     @parameterized.parameters((5, 354, 354, 8, 4), (3, 700, 700, 16, 16), (8, 512, 4096, 32, 8), (12, 64, 512, 9, 3), (7, 87, 1456, 7, 1))
     def test_whole_prompts_have_no_parts(self, seqs, tokens, context, q_heads, kv_heads):

@@ -18,13 +18,17 @@ jitted_merge = jax.jit(merge_splits, static_argnums=2, static_argnames="by_head"
 
 
 def table_of(rng, tiles, room):
-    """A row for each part of tiles (start, length, parts), in any order, junk behind them, and their number."""
+    """A row for each part of tiles (start, length, parts), in any order, junk behind them, their number, and of each tile the
+    first part's row if it has several. A tile more has no tokens.
+    """
     table = rng.integers(-(2**31), 2**31, (room, COLUMNS), dtype=np.int32)
     rows = [dict(start=a, length=b, part=i, parts=n) for a, b, n in tiles for i in range(n)]
-    for place, row in zip(rng.permutation(len(rows)), rows):
+    places = rng.permutation(len(rows))
+    for place, row in zip(places, rows):
         for name, value in row.items():
             table[place, Tiles._fields.index(name)] = value
-    return np.append(table, np.int32(len(rows)))
+    firsts = [place if row["parts"] > 1 else -1 for place, row in zip(places, rows) if row["part"] == 0]
+    return np.concatenate([table.reshape(-1), [len(rows), *firsts, -1]]).astype(np.int32)
 
 
 def merged_by_threads(launch, table, of_parts, results):
@@ -39,9 +43,12 @@ def merged_by_threads(launch, table, of_parts, results):
 
 
 class MergeTest(parameterized.TestCase):
-    @parameterized.parameters((1, 1, "bfloat16", 17), (40, 1, "float16", 5), (40, 2, "bfloat16", 17))
-    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(self, cores, tokens_of_tile, dtype, splits):
-        """A block has many rows of the table, or one. Rows that see no key, rows of NaN, parts that nobody wrote."""
+    @parameterized.parameters((1, 1, "bfloat16", 17, 1), (40, 1, "float16", 5, 1), (40, 2, "bfloat16", 17, 4))
+    def test_tiles_of_several_parts_are_merged_and_others_left_as_they_are(
+        self, cores, tokens_of_tile, dtype, splits, ways
+    ):
+        """A block has many rows of the table, or one; a thread has all parts, or lanes share them. Rows that see no key, rows
+        of NaN, parts that nobody wrote."""
         rng, tiles = np.random.default_rng(cores), [(0, 1, 1), (1, 3, 4), (4, 2, 2), (6, 5, splits), (11, 1, 1)]
         tokens, heads, value_dim = 12, 10, 64
         table = table_of(rng, tiles, len(tiles) * splits)
@@ -51,7 +58,8 @@ class MergeTest(parameterized.TestCase):
         lse[:, 1, 2] = -np.inf
         lse[1, 2, 5] = np.nan
         out[np.isneginf(lse).swapaxes(1, 2)] = 0
-        launch = merge.Launch(cores, len(tiles) * splits, COLUMNS, tokens, tokens_of_tile, heads, value_dim)
+        launch = merge.Launch(cores, len(tiles) + 1, len(tiles) * splits, COLUMNS, tokens, tokens_of_tile, heads, value_dim, splits)
+        self.assertEqual(launch.ways, ways)
         before = np.full(out.shape[1:], 77, dtype), np.full(lse.shape[1:], 77, np.float32)
         want = [x.copy() for x in before]
         for start, length, parts in tiles:

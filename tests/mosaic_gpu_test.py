@@ -290,6 +290,9 @@ class SupportsTest(parameterized.TestCase):
         (445, 27784, (2, 1, 256), dict(sliding_window=1024), 1),
         (300, 2000, (4, 1, 128), {}, 1),
         (400, 4096, (4, 4, 64), {}, 1),
+        (35, 1712, (8, 1, 128), {}, 1),
+        (17, 1696, (32, 4, 128), {}, 1),
+        (12, 1500, (64, 8, 128), {}, 1),
         (200, 8192, (8, 2, 128), {}, 2),  # parts of 2000 keys
         (454, 1373, (9, 3, 64), {}, 2),  # tiles of one warpgroup for half of the cores, which are not cut
         (151, 1062, (28, 4, 128), {}, 2),
@@ -302,6 +305,16 @@ class SupportsTest(parameterized.TestCase):
         sizes = dict(q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
         given = problem(tokens=tokens, pages_per_seq=-(-context // 16), **sizes, **changes)
         self.assertEqual(host.warpgroups_of(KERNEL.heuristic(given, HOPPER)), warpgroups)
+
+    @parameterized.parameters((20, 1200, 16, 4, 32), (17, 1685, 32, 4, 8), (60, 1200, 8, 2, 64), (40, 1500, 64, 8, 8))
+    def test_a_lone_chunk_of_few_tokens_has_the_fewest_tiles_and_of_these_the_emptiest(
+        self, tokens, context, q_heads, kv_heads, block_q
+    ):
+        given = problem(
+            tokens=tokens, pages_per_seq=-(-context // 16), q_heads=q_heads, num_kv_heads=kv_heads, cache_kv_heads=kv_heads
+        )
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual((config.num_warps, config.block_q), (8, block_q))
 
     def test_a_row_of_short_prompts_is_one_of_two_heads_or_four(self):
         for group, tokens, block_q in ((1, 100, 64), (4, 100, 32), (4, 40, 16), (7, 40, 64), (6, 40, 32)):

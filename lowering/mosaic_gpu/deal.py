@@ -16,7 +16,7 @@ import numpy as np
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.room import few_rows, is_latent, is_quantised, rows_of, shares_rows, two_share_rows
-from paged_prefill.lowering.splits import MOST_PARTS, RESULT_BYTES, SHORT_CALL, bytes_of_key, most_keys
+from paged_prefill.lowering.splits import MOST_PARTS, SHORT_CALL, bytes_of_key, most_keys
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -44,6 +44,7 @@ MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each p
 # it, to begin the next, and to merge two where pairs are merged.
 PART_BYTES, PAIR_BYTES = 220 * 2**10, 325 * 2**10
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
+RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
 HELD_BYTES, OF_HELD = 40 * 10**6, 0.55

@@ -153,7 +153,7 @@ class MosaicGpu(Kernel):
         """
         plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
         plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
-        if min(problem.seqs, problem.tokens) > 1 or problem.tokens < WARPGROUP_ROWS or not plain:
+        if min(problem.seqs, problem.tokens) > 1 or not plain:
             return False
         one = _with_one_warpgroup(problem, device)
         if one is None:
@@ -269,12 +269,14 @@ class MosaicGpu(Kernel):
 def _merging(problem: Problem, plan: Plan) -> Merging:
     return Merging(
         cores=plan.cores,
+        tiles=plan.tiles,
         rows=plan.rows_of_table,
         columns=plan.columns,
         tokens=plan.tokens,
         tokens_of_tile=min(plan.block_q, problem.tokens_per_seq),
         q_heads=plan.q_heads,
         value_dim=plan.value_dim,
+        most=plan.splits,
     )
 
 
@@ -436,11 +438,18 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads."""
+    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads.
+
+    Of fewer tokens, those of as many heads as make for the fewest tiles, and of these the ones with most empty rows, whose
+    parts merge sooner.
+    """
     if shares_rows(problem):
         return None
-    heads = math.gcd(problem.group, 4 if problem.tokens_per_seq <= WARPGROUP_ROWS else 2)
-    config = _sized(problem, WARPGROUP_ROWS // heads, 64, 1)
+    heads = [math.gcd(problem.group, 2)]
+    if problem.tokens_per_seq <= WARPGROUP_ROWS:
+        heads = [number for number in (1, 2, 4, 8) if number < 2 * problem.group]
+    sizes = [_sized(problem, WARPGROUP_ROWS // number, 64, 1) for number in heads]
+    config = min(sizes, key=functools.partial(programs, problem))
     return config if programs(problem, config) <= device.cores else None
 
 

@@ -5,11 +5,12 @@ import math
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
+from paged_prefill.lowering.mosaic_gpu.hopper.last_part import MOST_TOGETHER
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, bytes_of_blocks, is_latent, is_quantised, programs, rows_of
 from paged_prefill.lowering.mosaic_gpu.room import shared_bytes, shares_rows, teams_of, two_share_rows, warpgroups_of
 from paged_prefill.lowering.mosaic_gpu.rounds import rows_together
-from paged_prefill.lowering.splits import LEAST_PART_BYTES, SHORT_CALL, parts_of
+from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, SHORT_CALL, parts_of
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.primitive.context import current_policy
@@ -24,6 +25,7 @@ LAST_MERGES_BYTES = 2**16
 # Parts of a latent tile: of more, pairs of pairs wait for one another longer than a kernel takes, 48 us for 37 with one long
 # context of 13 parts. Up to six take as long by either.
 MOST_IN_PAIRS = 12
+FEWEST_BLOCKS = 2  # of a part, where as many parts as contexts as long as the table want are merged by a kernel
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 
 
@@ -46,6 +48,8 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
         return parts
     clusters = in_cluster(problem, device, config, least)
     slots = device.cores * (1 if clusters and not parts.vary else teams_of(problem, config))
+    if parts == Parts(least, least) and least > MOST_PARTS and not (clusters or prompts or is_latent(problem)):
+        return Parts(1, least, FEWEST_BLOCKS)  # of a short context fewer are merged, by a kernel
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
 
 
@@ -74,15 +78,18 @@ def merged_in_cluster(problem: Problem, device: Device, config: PrefillPageAtten
 
 
 def last_merges(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
-    """Whether a warpgroup merges a tile's parts that ends the last of them. Of more numbers a kernel takes no longer, but
-    where two share the rows of many latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
+    """Whether a warpgroup merges a tile's parts that ends the last of them. Of more numbers, or more parts than it reads at a
+    time, a kernel takes no longer, nor does XLA where all tiles have as many parts; but where two share the rows of many
+    latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
     if shares_rows(problem):  # few rows of latent keys have no registers for others' results; wide heads are not measured
         merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
         merge = merge and (parts.most <= MOST_IN_PAIRS or is_quantised(problem))  # more are not measured in 8 bits
         return merge and programs(problem, config) > FEW * device.cores
+    if not parts.vary or parts.most > MOST_TOGETHER:
+        return False
     tokens, heads = min(config.block_q, problem.tokens_per_seq), rows_of(problem, config) // config.block_q
     rows = min(tokens * min(heads, problem.group), WARPGROUP_ROWS)
-    return parts.most > 1 and 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
+    return 4 * rows * problem.value_dim * parts.most < LAST_MERGES_BYTES
 
 
 def in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: int) -> bool:

@@ -35,7 +35,7 @@ def schedule_of(call: Call, plan: Plan):
     if indices is not None and call.ranges is None and fits(tiling):
         table = table_in_one(Launch(tiling, indices.query_offsets.shape[0], plan.columns), indices)
     else:
-        table = table_of(*schedule(call.sequences, tiling, call.ranges), tiling.parts.vary)
+        table = table_of(*schedule(call.sequences, tiling, call.ranges))
     pages, pools, _ = indices_of(call)
     if plan.pools == 1:  # a constant, which no kernel writes
         pools = jnp.zeros(1, jnp.int32)

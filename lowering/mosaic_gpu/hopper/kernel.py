@@ -31,17 +31,17 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import widen
 from paged_prefill.lowering.tiles import Tiles
 
 
-def table_of(tiles: Tiles, number, parts_vary: bool):
+def table_of(tiles: Tiles, number, firsts=None):
     """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    The number of parts, which is no static one, is behind them. XLA writes a stack out field by field, and works out
+    Of parts, their number, which is no static one, is behind them, and the rows of first parts (tiles.schedule). XLA writes a stack out field by field, and works out
     what fields have in common as often, or in a kernel of its own; so each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]
     place = jnp.arange(len(columns), dtype=jnp.int32)
     table = sum(jnp.where(place == i, column[:, None], 0) for i, column in enumerate(columns)).reshape(-1)
-    return jnp.append(table, number) if parts_vary else table
+    return table if firsts is None else jnp.concatenate([table, jnp.append(number, firsts)])
 
 
 def launch(plan: Plan, schedule, query, caches, optional):

@@ -53,8 +53,13 @@ class Launch:
 
     @property
     def size(self) -> int:
-        """Numbers of the table: where parts vary, how many there are stands behind their rows."""
-        return self.tiling.rows * self.columns + self.tiling.parts.vary
+        """Numbers of the table: where parts vary, how many there are stands behind their rows, and first parts' rows."""
+        return self.number_at + (1 + self.tiling.tiles if self.tiling.parts.vary else 0)
+
+    @property
+    def number_at(self) -> int:
+        """Where the number of parts stands."""
+        return self.tiling.rows * self.columns
 
 
 def fits(tiling: Tiling) -> bool:
@@ -101,7 +106,9 @@ def write_table(launch: Launch, threads, block, offsets, contexts, table, **scra
         _weigh(launch, threads, thread, tile_of, **scratch)
         row, number, of_all = _rank(launch, threads, thread, tile, share, **scratch)
         if tiling.parts.vary:
-            threads.store(table, jnp.int32(launch.size - 1), of_all, (block == 0) & (thread == 0))
+            threads.store(table, jnp.int32(launch.number_at), of_all, (block == 0) & (thread == 0))
+            its_place = launch.number_at + 1 + jnp.minimum(tile, tiling.tiles - 1)
+            threads.store(table, its_place, jnp.where(number > 1, row, -1), (share == 0) & (tile < tiling.tiles))
     elif tiling.ordered:
         end, tiles = (threads.load(scratch[name], jnp.int32(0)) for name in ("ends", "tile_ends"))
         tile = tiling.reversed(tile, tiles + tiling.tiles_of(tiling.tokens - end))

@@ -93,14 +93,16 @@ def store_numbers(numbers, matrix, row, column, where) -> None:
 
 
 def of_lane(value, lane):
-    """The int32 value that another lane of the warp has: a shuffle."""
-    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    """The int32 or float32 value that another lane of the warp has: a shuffle."""
+    integer = jnp.issubdtype(value.dtype, jnp.integer)
+    text, kind = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "r" if integer else "f"
 
-    @plgpu.inline_mgpu(arg_types=(OWN, OWN), return_type=_own(jnp.int32))
+    @plgpu.inline_mgpu(arg_types=(OWN, OWN), return_type=_own(value.dtype))
     def ask(_, value, lane):
         operands = [value.registers.item(), lane.registers.item()]
-        found = llvm.inline_asm(operands[0].type, operands, text, "=r,r,r", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+        constraints = f"={kind},{kind},r"
+        found = llvm.inline_asm(operands[0].type, operands, text, constraints, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True if integer else None)
 
     return ask(value, lane)
 
