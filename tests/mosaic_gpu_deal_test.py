@@ -47,7 +47,7 @@ class EstimateTest(parameterized.TestCase):
 
         Where pairs are merged, tiles share keys that memory brings once, and each part but one of a tile is merged once.
         """
-        shape = launch(in_cluster=in_cluster, in_pairs=in_pairs, sharing=2 if in_pairs else 1)
+        shape = launch(in_cluster=in_cluster, in_pairs=in_pairs, part_bytes=9e4 * in_pairs, sharing=2 if in_pairs else 1)
         contexts = np.random.default_rng(0).integers(1, most, 9)
         shared = (deal.OF_HELD if most == 500 else of_memory) / shape.sharing
         in_pairs &= parts.vary or not in_cluster
@@ -55,7 +55,7 @@ class EstimateTest(parameterized.TestCase):
         for context in contexts:
             blocks = -(-context // 128)
             share, number = (int(x(np.int32(blocks))) for x in (parts.share, parts.number))
-            beside = deal.PIECE_BYTES + (deal.PAIR_BYTES * (number - 1) / number if in_pairs else 0)
+            beside = deal.PIECE_BYTES + (shape.part_bytes * (number - 1) / number if in_pairs else 0)
             sizes = [min(share, blocks - first) * 2**16 + beside for first in range(0, blocks, share)]
             pieces += [size for size in sizes for _ in range(10)]
         left = [0.0] * 132
@@ -208,9 +208,11 @@ class ChoiceTest(parameterized.TestCase):
         (8, 2, dict(head_dim=512, cache_dtype="int8", features=frozenset({"quantised"})), False),
         (40, 1, LATENT, True), (8, 1, LATENT, False),
         (40, 1, LATENT | dict(features=frozenset({"latent", "quantised"}), cache_dtype="int8"), False),
+        (40, 1, LATENT | dict(features=frozenset({"latent", "quantised"}), cache_dtype="int8", num_pages=19520), True),
+        (10, 1, LATENT | dict(num_pages=4880), True), (10, 1, LATENT | dict(num_pages=9761), False),
     )  # fmt: skip
     def test_where_warpgroups_share_rows_the_estimate_is_of_what_was_measured(self, seqs, kv_heads, changes, asked):
-        """In 16 bits: steps of wide heads, and many latent tiles."""
+        """In 16 bits: steps of wide heads, and many latent tiles; others where the pool has room for half of the tables."""
         changes = dict(value_dim=changes["head_dim"], q_heads=16) | changes
         with mock.patch.object(parts_module, "finer", wraps=deal.finer) as called:
             parts_of(seqs, 31232, kv_heads=kv_heads, **changes)

@@ -100,7 +100,7 @@ class PairsTest(parameterized.TestCase):
 
     @parameterized.parameters((128, 64, 128, True), (128, 4, 128, False), (64, 64, 128, True), (64, 64, 64, False))
     def test_many_latent_tiles_whose_parts_vary_lower_to_a_program_without_a_merge(self, heads, seqs, pages, in_pairs):
-        operands = [((seqs, heads, 576), "bfloat16"), ((1, 2048, 64, 576), "bfloat16"), ((seqs,), "int32")]
+        operands = [((seqs, heads, 576), "bfloat16"), ((1, 8192, 64, 576), "bfloat16"), ((seqs,), "int32")]
         operands += [((seqs, pages), "int32"), ((seqs + 1,), "int32")]
         call = lambda query, keys, *indices: ragged_paged_prefill(query, keys, None, *indices, value_dim=512, platform="cuda")
         operands = [jax.ShapeDtypeStruct(*operand) for operand in operands]

@@ -37,9 +37,12 @@ LATENT_STEP_BYTES, WIDENED_LATENT_STEP_BYTES = 25 * 2**10, 35 * 2**10
 # Of 64 wide rows, whose one stage waits for the next part's query too: by 51 launches of 6 to 32 sequences on an H200.
 WIDE_STEP_BYTES, WIDE_PIECE_BYTES = 47 * 2**10, 50 * 2**10
 FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wide rows, by 35 launches on an H200
-SHARED_ROWS_STEP_BYTES = 40 * 2**10  # of 64 rows of two warpgroups, by 60 launches on an H200
+# Of 64 rows of two warpgroups, by 60 launches on an H200, and in 8 bits.
+SHARED_ROWS_STEP_BYTES, WIDENED_SHARED_ROWS_STEP_BYTES = 40 * 2**10, 68 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
-PAIR_BYTES = 600 * 2**10  # of each part but one, where pairs are merged: to end it, to merge, and to begin the next
+# Of each part of a tile but one, where two warpgroups share rows, in bytes of the time that a core's own steps take: to end
+# it, to begin the next, and to merge two where pairs are merged.
+PART_BYTES, PAIR_BYTES = 220 * 2**10, 325 * 2**10
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
@@ -88,6 +91,7 @@ class Launch(NamedTuple):
     piece_bytes: float = PIECE_BYTES
     in_cluster: bool = False  # whether parts that do not vary are merged there
     evenly: float = math.inf  # how many times their least time contexts as long as the table may take
+    part_bytes: float = 0  # of each part of a tile but one
     in_pairs: bool = False  # whether parts are merged where the later of two ends (hopper/pairs.py)
     sharing: int = 1  # tiles that read the same keys, which memory brings once
     tiles_of_seq: int = 1  # of one head's, were all sequences to have as many tokens
@@ -105,10 +109,14 @@ def dealt(
     seqs = min(problem.seqs, problem.tokens)
     wide = few_rows(problem, config) is None and config.block_kv > 64
     step_bytes = LONG_STEP_BYTES if wide or problem.attention.attn_logits_soft_cap is not None else STEP_BYTES
-    piece_bytes, evenly, rows = PIECE_BYTES, math.inf, 0
-    in_pairs = is_latent(problem) and two_share_rows(problem, config)
-    if in_pairs:
+    piece_bytes, part_bytes, evenly, rows = PIECE_BYTES, 0, math.inf, 0
+    sharing, in_pairs = 1, False
+    if is_latent(problem) and two_share_rows(problem, config):
+        sharing, in_pairs = -(-problem.group // (rows_of(problem, config) // config.block_q)), unsplit > FEW * device.cores
         step_bytes, evenly = SHARED_ROWS_STEP_BYTES, SHARED_ROWS_EVENLY
+        if is_quantised(problem):
+            step_bytes = WIDENED_SHARED_ROWS_STEP_BYTES
+        part_bytes = (PAIR_BYTES if in_pairs else PART_BYTES) * config.block_kv * bytes_of_key(problem) / step_bytes
     elif is_latent(problem):
         step_bytes, evenly = LATENT_STEP_BYTES, LATENT_EVENLY
         if is_quantised(problem):
@@ -138,8 +146,9 @@ def dealt(
         piece_bytes=piece_bytes,
         in_cluster=in_cluster,
         evenly=evenly,
+        part_bytes=part_bytes,
         in_pairs=in_pairs,
-        sharing=-(-problem.group // (rows_of(problem, config) // config.block_q)) if in_pairs else 1,
+        sharing=sharing,
         tiles_of_seq=tiles_of_seq,
         block_q=config.block_q,
         prompt=prompt,
@@ -159,7 +168,7 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
-    if launch.in_pairs:  # each costs as much as many blocks: so those of the longest context are of one size
+    if launch.part_bytes:  # each costs as much as many blocks: so those of the longest context are of one size
         longest = -(-min(launch.most_keys, _longest(launch)) // launch.block_kv)
         of_parts = sorted({max(-(-longest // number), PAIR_BLOCKS) for number in range(2, MOST_PARTS + 1)})
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
@@ -271,8 +280,8 @@ def _time(launch: Launch, parts: Parts, tiles: Pack, of_memory=1.0):
     sizes = np.concatenate([share.repeat(number - 1), blocks - share * (number - 1)])
     sizes = sizes * launch.block_bytes + launch.piece_bytes
     merging = launch.in_pairs and not (launch.in_cluster and not parts.vary)
-    if merging:
-        of_part = PAIR_BYTES * (1 - 1 / number)
+    if launch.part_bytes and not (launch.in_cluster and not parts.vary):
+        of_part = launch.part_bytes * (1 - 1 / number)
         sizes += np.concatenate([of_part.repeat(number - 1), of_part])
     sizes.sort()
     sizes = sizes[::-1].repeat(launch.head_tiles)

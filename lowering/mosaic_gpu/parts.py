@@ -22,6 +22,9 @@ CORE_GROUP = 16  # cores that a cluster's blocks must share (a GPC); the last gr
 MOST_IN_CLUSTER, MOST_IN_LARGE_CLUSTER, CORES_OF_LARGE_GROUPS = 8, 16, 132
 # Results of a tile with the most parts it may have: from so many on, a kernel merges them sooner than one warpgroup.
 LAST_MERGES_BYTES = 2**16
+# Parts of a latent tile: of more, pairs of pairs wait for one another longer than a kernel takes, 48 us for 37 with one long
+# context of 13 parts. Up to six take as long by either.
+MOST_IN_PAIRS = 12
 FEWEST_BLOCKS = 2  # of a part, where as many parts as contexts as long as the table want are merged by a kernel
 SMALLER_PARTS = ((4, 8), (2, 2))  # where there are so many cores a tile, parts of long tiles are so many times smaller
 
@@ -36,13 +39,10 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     sizes = dict(slots=device.cores, part_bytes=LEAST_PART_BYTES // smaller)
     parts = parts_of(problem, device, config, unsplit=unsplit, **sizes)
     parts = parts if parts.most >= 2 * least else Parts(least, least)
-    # Where two warpgroups share a tile's rows, the estimate is of what was measured, in 16 bits: many latent tiles, and steps
-    # and drafts of wide heads. Nor were many tiles of prompts measured over latent or quantised keys.
-    prompts, quantised = problem.tokens_per_seq >= SHORT_CALL, is_quantised(problem)
-    measured = (unsplit > FEW * device.cores if is_latent(problem) else not prompts) and not quantised
-    if (two_share_rows(problem, config) and not measured) or current_policy() == "invariant":
+    if (two_share_rows(problem, config) and not _is_measured(problem, device, config, parts)) or current_policy() == "invariant":
         return parts
-    if prompts and unsplit > device.cores and (is_latent(problem) or quantised):
+    prompts = problem.tokens_per_seq >= SHORT_CALL
+    if prompts and unsplit > device.cores and (is_latent(problem) or is_quantised(problem)):  # not measured
         return parts
     if parts == Parts() and rows_together(problem, config, device.cores) > 1:  # which tiles of any parts are not
         return parts
@@ -51,6 +51,20 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     if parts == Parts(least, least) and least > MOST_PARTS and not (clusters or prompts or is_latent(problem)):
         return Parts(1, least, FEWEST_BLOCKS)  # of a short context fewer are merged, by a kernel
     return finer(parts, dealt(problem, device, config, unsplit=unsplit, slots=slots, in_cluster=clusters))
+
+
+def _is_measured(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
+    """Whether the estimate is of what was measured, where two warpgroups share a tile's rows: steps and drafts of wide heads,
+    and latent tiles, if there are many in 16 bits. Where the pool has room for half of their tables at most, and so most
+    contexts are short, few whose parts would neither vary nor be merged in clusters were measured too, and many in 8 bits.
+    """
+    if not is_latent(problem):
+        return problem.tokens_per_seq < SHORT_CALL and not is_quantised(problem)
+    many, seqs = programs(problem, config) > FEW * device.cores, min(problem.seqs, problem.tokens)
+    uneven = 2 * problem.num_pages * problem.page_size <= seqs * problem.capacity
+    if many or is_quantised(problem):
+        return many and (uneven or not is_quantised(problem))
+    return uneven and not parts.vary and not in_cluster(problem, device, config, parts.least)
 
 
 def merges_in_cluster(problem: Problem, device: Device, config: PrefillPageAttentionConfig) -> bool:
@@ -69,6 +83,7 @@ def last_merges(problem: Problem, device: Device, config: PrefillPageAttentionCo
     latent tiles and add what is in their registers: few tiles' pairs wait for one another."""
     if shares_rows(problem):  # few rows of latent keys have no registers for others' results; wide heads are not measured
         merge = is_latent(problem) and parts.vary and two_share_rows(problem, config)
+        merge = merge and (parts.most <= MOST_IN_PAIRS or is_quantised(problem))  # more are not measured in 8 bits
         return merge and programs(problem, config) > FEW * device.cores
     if not parts.vary or parts.most > MOST_TOGETHER:
         return False
