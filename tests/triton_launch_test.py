@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.triton.launch import launch
+from paged_prefill.lowering.triton.launch import as_launched, launch
 from paged_prefill.lowering.triton.merge import merge
 
 KERNEL = types.SimpleNamespace(arg_names=["index", "cache_before", "cache", "more", "SIZE"])
@@ -102,6 +102,14 @@ class LaunchTest(parameterized.TestCase):
         self.assertIn("@triton_kernel_call_ffi(%arg0, %arg1)", text)
         self.assertIn("opaque = ", text)
         self.assertIn("output_operand_alias<output_tuple_indices = [0], operand_index = 1", text)
+
+
+class PtxTest(absltest.TestCase):
+    def test_a_block_that_no_core_holds_twice_leaves_registers_for_no_second(self):
+        ptx = ".version 8.7\n.target sm_100a\n.visible .entry write()\n.reqntid 256\n{ }"
+        self.assertIn(".reqntid 256 .minnctapersm 1\n", as_launched(ptx, 115 * 1024))
+        self.assertEqual(as_launched(ptx, 114 * 1024), ptx)
+        self.assertNotIn("minnctapersm", as_launched(ptx.replace("100", "90"), 115 * 1024))
 
 
 class MergeTest(absltest.TestCase):

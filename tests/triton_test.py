@@ -18,7 +18,7 @@ from paged_prefill.lowering.choose import choose
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
 from paged_prefill.lowering.triton.parts import parts_of_tiles
-from paged_prefill.lowering.triton.sizes import rows_of, shared_bytes
+from paged_prefill.lowering.triton.sizes import TALL_ROWS, rows_of, shared_bytes
 from paged_prefill.lowering.triton.schedule import most_pieces
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
@@ -157,7 +157,12 @@ COMPILED = {
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
         (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_120": [(WIDE, {}), (WIDE | dict(dtype="float32"), {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
+    "sm_120": [
+        (WIDE, {}),
+        (WIDE | dict(dtype="float32"), {}),
+        (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot")),
+        (DECODE | GEMMA_4 | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
+    ],
     "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
@@ -190,6 +195,13 @@ class CompiledTest(parameterized.TestCase):
                 capped = each.attention.attn_logits_soft_cap is not None
                 in_hardware = capped and kind == "cuda" and each.dtype != "float32"
                 self.assertEqual(found["tanh_instructions"] > 0, in_hardware)
+
+
+class Float8Test(parameterized.TestCase):
+    @parameterized.parameters(("sm_89", True), ("sm_90", False), ("sm_100", True), ("sm_120", True))
+    def test_is_multiplied_in_float16_where_bfloat16_of_it_takes_other_ptx_than_drivers_read(self, target, in_float16):
+        each = problem(cache_dtype="float8_e4m3fn", features=("quantised",))
+        self.assertEqual(host._float16_products(each, TARGETS[target][1], rows=TALL_ROWS), in_float16)
 
 
 class HeuristicTest(parameterized.TestCase):
