@@ -133,7 +133,7 @@ class Triton(Kernel):
         tile = _tile(call, device, config, parts)
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
-        out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
+        out_shape = (problem.tokens, problem.q_heads, splits, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         softmax = Softmax.of(call)
         run = functools.partial(
@@ -172,7 +172,7 @@ class Triton(Kernel):
             default=functools.partial(run, SOFTMAX=softmax),
         )
         if splits == 1:
-            return out[0], lse[0]
+            return out[:, :, 0], lse[:, :, 0]
         return merge(out, lse, query.dtype, call.sinks_of_rows(), device)
 
 
