@@ -247,6 +247,8 @@ class HeuristicTest(parameterized.TestCase):
         ("of_three_too", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 16, 3)),
         ("of_few_heads_more", dict(tokens=3, seqs=3, pages_per_seq=1416) | TWO_HEADS, Parts(1, 64, 3)),
         ("of_narrower_ones_too", dict(tokens=3, seqs=3, pages_per_seq=1416, head_dim=64, value_dim=64), Parts(1, 32, 6)),
+        ("of_heads_of_512_too", dict(tokens=2, seqs=2, pages_per_seq=1978) | GEMMA_4 | ONE_HEAD | dict(q_heads=4), Parts(1, 128, 4)),
+        ("of_more_of_these_long", dict(tokens=48, seqs=48, pages_per_seq=2035) | GEMMA_4, Parts(1, 15, 16)),
         ("a_window_has_one_though_it_ends_within_a_block", dict(tokens=35, seqs=35, pages_per_seq=1908, sliding_window=4096), Parts(1, 1)),
         ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
@@ -361,6 +363,17 @@ class HeuristicTest(parameterized.TestCase):
         self.assertEqual((rows, config.block_kv, config.num_warps, config.num_stages), sizes)
         with policy("invariant"):
             self.assertEqual(KERNEL.heuristic(problem(**changes), H200), KERNEL.heuristic(problem(**changes | SHORT), H200))
+
+    @parameterized.parameters(("sm_89", 32, 2), ("sm_80", 32, 2), ("sm_90", 16, 4), ("sm_100", 16, 4))
+    def test_steps_of_heads_of_512_are_short_where_two_tiles_fit_a_core(self, target, block_kv, num_stages):
+        _, device, shared_kib = TARGETS[target]
+        each = problem(**DECODE | GEMMA_4)
+        config = KERNEL.heuristic(each, device)
+        self.assertEqual((config.block_kv, config.num_warps, config.num_stages), (block_kv, 4, num_stages))
+        if num_stages > 2:
+            self.assertLess(2 * shared_bytes(each, device, config), shared_kib * 1024)
+        latent = KERNEL.heuristic(problem(**DECODE | MLA), device)
+        self.assertEqual((latent.block_kv, latent.num_stages), (32, 2))
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=64), H200, 262144, 232448),
