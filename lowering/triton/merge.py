@@ -12,7 +12,7 @@ from paged_prefill.lowering.triton.launch import launch, power_of_2
 LEAST_WIDTH, MOST_WIDTH = 32, 128  # features of a program
 MERGED = 2**11  # numbers of all parts that a program, of one warp, has on their way
 MERGED_AT_ONCE = 8  # parts, at least
-PROGRAMS = 8  # a core: more are started for longer than they merge
+PROGRAMS = 14  # a core: more are started for longer than they merge
 
 
 class MergeSizes(NamedTuple):
@@ -54,7 +54,7 @@ def merge(out, lse, dtype, sinks, device: Device):
 def merge_sizes(all_rows: int, splits: int, value_dim: int, sinks: bool, cores: int) -> MergeSizes:
     """Of few rows few features each, so that all parts are on their way at once; of more so many as cores start."""
     padded, most = power_of_2(splits, least=2), min(MOST_WIDTH, power_of_2(value_dim))
-    width = min(LEAST_WIDTH, most)
+    width = min(LEAST_WIDTH if padded > MERGED_AT_ONCE else 2 * LEAST_WIDTH, most)
     while width < most and all_rows * -(-value_dim // width) > PROGRAMS * cores:
         width *= 2
     widths = -(-value_dim // width)
