@@ -12,8 +12,8 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 
 from paged_prefill.lowering.call import Device
-from paged_prefill.lowering.triton.launch import launch
-from paged_prefill.lowering.triton.merge import merge
+from paged_prefill.lowering.triton.launch import as_launched, launch
+from paged_prefill.lowering.triton.merge import merge, merge_sizes
 
 KERNEL = types.SimpleNamespace(arg_names=["index", "cache_before", "cache", "more", "SIZE"])
 INDEX, CACHE = jnp.zeros(3, jnp.int32), jnp.zeros((4, 5))
@@ -104,15 +104,30 @@ class LaunchTest(parameterized.TestCase):
         self.assertIn("output_operand_alias<output_tuple_indices = [0], operand_index = 1", text)
 
 
+class PtxTest(absltest.TestCase):
+    def test_a_block_that_no_core_holds_twice_leaves_registers_for_no_second(self):
+        ptx = ".version 8.7\n.target sm_100a\n.visible .entry write()\n.reqntid 256\n{ }"
+        self.assertIn(".reqntid 256 .minnctapersm 1\n", as_launched(ptx, 115 * 1024))
+        self.assertEqual(as_launched(ptx, 114 * 1024), ptx)
+        self.assertNotIn("minnctapersm", as_launched(ptx.replace("100", "90"), 115 * 1024))
+
+
 class MergeTest(absltest.TestCase):
     def test_results_are_a_pair_as_every_kernel_has(self):
         """Timing compares them with the XLA lowering's, leaf by leaf of one tree: in a list, no parts would be timed."""
         kernel = {"paged_prefill.lowering.triton.merge_kernel": types.SimpleNamespace(merge_parts=None)}
-        parts = jnp.zeros((3, 5, 2, 64)), jnp.zeros((3, 5, 2))
+        parts = jnp.zeros((5, 2, 3, 64)), jnp.zeros((5, 2, 3))
         with mock.patch.dict(sys.modules, kernel):
             results = jax.eval_shape(lambda *parts: merge(*parts, jnp.bfloat16, None, Device("cuda", None)), *parts)
         self.assertIsInstance(results, tuple)
         self.assertEqual([x.shape for x in results], [(5, 2, 64), (5, 2)])
+
+    def test_few_rows_have_all_parts_on_their_way_and_many_no_more_programs_than_cores_start(self):
+        few, more, many = (merge_sizes(rows, 64, 128, False, 132) for rows in (96, 512, 8192))
+        self.assertEqual((few.at_once, few.rows, few.width, few.widths), (64, 1, 32, 4))
+        self.assertEqual((more.at_once, more.rows, more.width), (32, 1, 64))
+        self.assertEqual((many.at_once, many.rows, many.width), (16, 1, 128))
+        self.assertEqual(merge_sizes(8192, 4, 128, False, 132).rows, 4)
 
 
 if __name__ == "__main__":

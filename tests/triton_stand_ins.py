@@ -348,6 +348,8 @@ def _compile(target, *arrays_and_launch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from paged_prefill.lowering.triton.launch import as_launched
+
     *arrays, launch = arrays_and_launch
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     kernel, _, _ = launch.pop("kernel"), launch.pop("grid"), launch.pop("name")
@@ -363,7 +365,8 @@ def _compile(target, *arrays_and_launch):
         "stores": set(re.findall(r"st\.global\.(v4\.b32|\w+)", str(compiled.asm.get("ptx")))),
     }
     if "ptx" in compiled.asm:
-        return resources | _ptx_resources(compiled.asm["ptx"], target[1])
+        ptx = as_launched(compiled.asm["ptx"], compiled.metadata.shared)
+        return resources | _ptx_resources(ptx, target[1])
     found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
     return resources | {"spilled": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])}
 

@@ -18,7 +18,7 @@ from paged_prefill.lowering.choose import choose
 from paged_prefill.lowering.tiles import Parts
 from paged_prefill.lowering.triton import host
 from paged_prefill.lowering.triton.parts import parts_of_tiles
-from paged_prefill.lowering.triton.sizes import rows_of, shared_bytes
+from paged_prefill.lowering.triton.sizes import TALL_ROWS, rows_of, shared_bytes
 from paged_prefill.lowering.triton.schedule import most_pieces
 from paged_prefill.primitive.context import policy
 from paged_prefill.tests import cases, problems, triton_stand_ins
@@ -157,7 +157,12 @@ COMPILED = {
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
         (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
     ],
-    "sm_120": [(WIDE, {}), (WIDE | dict(dtype="float32"), {}), (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot"))],
+    "sm_120": [
+        (WIDE, {}),
+        (WIDE | dict(dtype="float32"), {}),
+        (DECODE | MLA | dict(cache_dtype="float8_e5m2"), dict(scale="slot")),
+        (DECODE | GEMMA_4 | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
+    ],
     "gfx942": [(CAPPED, {}), (dict(features=("key_ranges",)), dict(ranges=True)), (WIDE | dict(dtype="float32"), {}), (GEMMA_4, {}), (DECODE | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
     "gfx950": [({}, {}), (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot"))],
 }
@@ -190,6 +195,13 @@ class CompiledTest(parameterized.TestCase):
                 capped = each.attention.attn_logits_soft_cap is not None
                 in_hardware = capped and kind == "cuda" and each.dtype != "float32"
                 self.assertEqual(found["tanh_instructions"] > 0, in_hardware)
+
+
+class Float8Test(parameterized.TestCase):
+    @parameterized.parameters(("sm_89", True), ("sm_90", False), ("sm_100", True), ("sm_120", True))
+    def test_is_multiplied_in_float16_where_bfloat16_of_it_takes_other_ptx_than_drivers_read(self, target, in_float16):
+        each = problem(cache_dtype="float8_e4m3fn", features=("quantised",))
+        self.assertEqual(host._float16_products(each, TARGETS[target][1], rows=TALL_ROWS), in_float16)
 
 
 class HeuristicTest(parameterized.TestCase):
@@ -235,6 +247,8 @@ class HeuristicTest(parameterized.TestCase):
         ("of_three_too", dict(tokens=3, seqs=3, pages_per_seq=1416), Parts(1, 16, 3)),
         ("of_few_heads_more", dict(tokens=3, seqs=3, pages_per_seq=1416) | TWO_HEADS, Parts(1, 64, 3)),
         ("of_narrower_ones_too", dict(tokens=3, seqs=3, pages_per_seq=1416, head_dim=64, value_dim=64), Parts(1, 32, 6)),
+        ("of_heads_of_512_too", dict(tokens=2, seqs=2, pages_per_seq=1978) | GEMMA_4 | ONE_HEAD | dict(q_heads=4), Parts(1, 128, 4)),
+        ("of_more_of_these_long", dict(tokens=48, seqs=48, pages_per_seq=2035) | GEMMA_4, Parts(1, 15, 16)),
         ("a_window_has_one_though_it_ends_within_a_block", dict(tokens=35, seqs=35, pages_per_seq=1908, sliding_window=4096), Parts(1, 1)),
         ("of_prompts_in_long_tables", dict(tokens=557, seqs=8) | FALCON, Parts(1, 6, 16)),
         ("prompts_have_one", dict(tokens=40, seqs=2, pages_per_seq=64), Parts(1, 1)),
@@ -349,6 +363,17 @@ class HeuristicTest(parameterized.TestCase):
         self.assertEqual((rows, config.block_kv, config.num_warps, config.num_stages), sizes)
         with policy("invariant"):
             self.assertEqual(KERNEL.heuristic(problem(**changes), H200), KERNEL.heuristic(problem(**changes | SHORT), H200))
+
+    @parameterized.parameters(("sm_89", 32, 2), ("sm_80", 32, 2), ("sm_90", 16, 4), ("sm_100", 16, 4))
+    def test_steps_of_heads_of_512_are_short_where_two_tiles_fit_a_core(self, target, block_kv, num_stages):
+        _, device, shared_kib = TARGETS[target]
+        each = problem(**DECODE | GEMMA_4)
+        config = KERNEL.heuristic(each, device)
+        self.assertEqual((config.block_kv, config.num_warps, config.num_stages), (block_kv, 4, num_stages))
+        if num_stages > 2:
+            self.assertLess(2 * shared_bytes(each, device, config), shared_kib * 1024)
+        latent = KERNEL.heuristic(problem(**DECODE | MLA), device)
+        self.assertEqual((latent.block_kv, latent.num_stages), (32, 2))
 
     @parameterized.named_parameters(
         ("rows", dict(block_q=64), H200, 262144, 232448),

@@ -133,7 +133,7 @@ class Triton(Kernel):
         tile = _tile(call, device, config, parts)
         # Splits are kept in float32 until a second kernel merges them: one whose last split does that needs counters,
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
-        out_shape = (splits, problem.tokens, problem.q_heads, problem.value_dim)
+        out_shape = (problem.tokens, problem.q_heads, splits, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
         softmax = Softmax.of(call)
         run = functools.partial(
@@ -172,7 +172,7 @@ class Triton(Kernel):
             default=functools.partial(run, SOFTMAX=softmax),
         )
         if splits == 1:
-            return out[0], lse[0]
+            return out[:, :, 0], lse[:, :, 0]
         return merge(out, lse, query.dtype, call.sinks_of_rows(), device)
 
 
@@ -255,10 +255,13 @@ def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
 
     NVIDIA's GPUs make float16 of float8_e4m3fn, and bfloat16 only of that: of few rows memory is the limit. Before
     compute capability 9.0 they make bfloat16 of float16 in no one instruction, which Triton 3.6 asks for all the same.
+    From 10.0 on some make bfloat16 at once, by an instruction of newer PTX than `launch.PTX_VERSION`, for which Triton
+    3.9 asks.
     """
     if problem.dtype != "bfloat16" or not problem.cache_dtype.startswith("float8") or device.platform == "rocm":
         return False
-    return capability(device) < 90 or (rows <= DECODE.rows and problem.cache_dtype == "float8_e4m3fn")
+    few = rows <= DECODE.rows or capability(device) >= 100
+    return capability(device) < 90 or (few and problem.cache_dtype == "float8_e4m3fn")
 
 
 def _spreads(problem: Problem, device: Device, config: PrefillPageAttentionConfig, rows: int) -> bool:

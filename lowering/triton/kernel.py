@@ -468,7 +468,7 @@ def _store(
     TILE: tl.constexpr,
 ):
     query_rows = _query_rows(rows, head, CALL)
-    result_rows = query_rows + rows.part.to(tl.int64) * (CALL.tokens * CALL.kv_heads * CALL.group)
+    result_rows = query_rows * SCHEDULE.most_parts + rows.part
     features = first_feature + tl.arange(0, TILE.widths.value)
     tl.store(
         out + result_rows[:, None] * CALL.value_dim + features[None, :],
@@ -479,7 +479,7 @@ def _store(
     if SCHEDULE.parts_vary:  # the first part says of those that this tile does not have that they see no key
         absent = tl.arange(0, SCHEDULE.most_parts_padded)
         lacks = (absent >= tl.where(rows.part == 0, piece.parts, SCHEDULE.most_parts)) & (absent < SCHEDULE.most_parts)
-        places = lse + query_rows[:, None] + absent.to(tl.int64)[None, :] * (CALL.tokens * CALL.kv_heads * CALL.group)
+        places = lse + query_rows[:, None] * SCHEDULE.most_parts + absent[None, :]
         nothing = tl.full(places.shape, float("-inf"), tl.float32)
         tl.store(places, nothing, mask=rows.exist[:, None] & lacks[None, :])
 
@@ -497,8 +497,8 @@ def attend_tile(
     key_scales,  # [pools], [pools, heads of the cache] or [rows], as CACHE.key_scale says
     value_scales,
     sinks,  # [packs, kv_heads * group]
-    out,  # [most_parts, tokens, kv_heads * group, value_dim]
-    lse,  # [most_parts, tokens, kv_heads * group]
+    out,  # [tokens, kv_heads * group, most_parts, value_dim]
+    lse,  # [tokens, kv_heads * group, most_parts]
     CALL: tl.constexpr,
     CACHE: tl.constexpr,
     SOFTMAX: tl.constexpr,

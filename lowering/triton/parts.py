@@ -106,10 +106,12 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
     # cost.
     mixed = problem.tokens_per_seq > DRAFTS
     share = 1 if unsplit >= (4 if mixed else 2) * device.cores else 1 / 4
-    if share < 1 and max(problem.head_dim, problem.value_dim) <= 256:
-        # Of few tiles parts are short, of short steps of single tokens shortest; tall tiles begin and end slowly.
+    wide = max(problem.head_dim, problem.value_dim) > 256
+    if share < 1 and (not wide or (rows <= DECODE.rows and "latent" not in problem.features)):
+        # Of few tiles parts are short, of short steps of single tokens shortest; tall tiles begin and end slowly, and
+        # keys of the widest are few.
         few_rows = 1 / 32 if problem.tokens_per_seq == 1 and is_short_step(problem, device, rows) else 3 / 64
-        share = max(1 / 16 if rows >= TALL_ROWS else few_rows, min(share, unsplit / (4 * device.cores)))
+        share = max(1 / 16 if wide or rows >= TALL_ROWS else few_rows, min(share, unsplit / (4 * device.cores)))
     part_bytes = int(LEAST_PART_BYTES * share)
     parts = parts_of(
         problem,

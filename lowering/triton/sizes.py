@@ -42,16 +42,18 @@ SIZES = {
         _Sizes(16, 16, 4, 2),
     ),
 }  # fmt: skip
+SHORT_BLOCK = 16  # keys, where registers are short
 # For a few rows a sequence, where memory is the limit: of dims up to 128 on NVIDIA's GPUs, and of those beyond 256 or
 # on AMD's, where Triton 3.6 does not compile more stages of scales.
 DECODE, SHALLOW_DECODE = _Sizes(16, 32, 4, 4), _Sizes(16, 32, 4, 2)
+# Of dims beyond 256 where shared memory holds two such tiles: short steps, of which more are on their way.
+WIDE_STEPS = _Sizes(16, SHORT_BLOCK, 4, 4)
 # Of dims up to 64, and up to 128 on Hopper, where each tile's keys are its own: half as many steps, each no longer.
 LONG_DECODE = _Sizes(16, 64, 4, 4)
 # On Hopper of dims beyond 64: three tiles share a core, with as many bytes on their way as two of four. Short steps end
 # with the few blocks that are asked for at once.
 THREE_STAGES = 3
 LATENT = _Sizes(64, 64, 8, 2)  # of a wide latent cache on Hopper
-SHORT_BLOCK = 16  # keys, where registers are short
 FEW_ROWS = 32  # of a tile that waits for memory
 FEW_KEYS = 512  # of a table, over which warps that share out keys gain less than the sum over them costs
 # Shared memory of a thread block, by compute capability.
@@ -114,9 +116,14 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
             sizes = LONG_DECODE
             if width > 64 and not is_short_step(problem, device, DECODE.rows):
                 sizes = sizes._replace(num_stages=THREE_STAGES)
+        elif _has_wide_steps(problem, device):
+            sizes = WIDE_STEPS
         # As many bytes on their way, or registers to turn wide keys to numbers.
         if problem.cache_dtype != problem.dtype and device.platform == "cuda":
-            if width > 128:
+            # Longer blocks of keys and values so wide spill; before 8.9 Triton 3.6 compiles no 16 keys of float8_e5m2.
+            if width > 256 and "latent" not in problem.features and capability(device) >= 89:
+                sizes = sizes._replace(block_kv=SHORT_BLOCK, num_warps=8, num_stages=3)
+            elif width > 128:
                 sizes = sizes._replace(num_warps=8)
             elif device_class(device) != "ampere":
                 sizes = sizes._replace(block_kv=64, num_stages=3)
@@ -273,6 +280,12 @@ def _has_long_blocks(problem: Problem, device: Device) -> bool:
     width = max(problem.head_dim, problem.value_dim)
     several = min(problem.seqs, problem.tokens) > 1 or problem.capacity > FEW_KEYS
     return width <= 64 or (width <= 128 and device_class(device) == "hopper" and several)
+
+
+def _has_wide_steps(problem: Problem, device: Device) -> bool:
+    """Whether a decode step of heads beyond 256 that are not latent has short blocks: in 16 bits, of which two tiles fit."""
+    wide = max(problem.head_dim, problem.value_dim) > 256 and "latent" not in problem.features
+    return wide and problem.cache_dtype == problem.dtype and device_class(device) in ("hopper", "blackwell")
 
 
 def is_short_step(problem: Problem, device: Device, rows: int) -> bool:
