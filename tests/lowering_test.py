@@ -357,6 +357,8 @@ class XlaTest(parameterized.TestCase):
         self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 7)
         float8 = dataclasses.replace(rows, cache_dtype="float8_e4m3fn")
         self.assertFalse(walks.walks(float8, self.CONFIG, walks.CPU_TURNS)[-1].in_place)
+        int8 = dataclasses.replace(rows, cache_dtype="int8")
+        self.assertEqual(walks.walks(int8, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 3)
         with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
             cases.check(case)
 
