@@ -193,7 +193,7 @@ class CostTest(parameterized.TestCase):
         kernels = [line for line in kernels if " fusion(" in line]
         integers = [line for line in kernels if re.search(r"= s32\[", line)]
         self.assertLessEqual(len(kernels), 48)
-        self.assertLessEqual(len(integers), 8)
+        self.assertLessEqual(len(integers), 9)
 
     def test_each_argument_of_a_kernel_of_many_steps_has_a_use_and_is_no_constant(self):
         """XLA ends the process of a caller whose arguments lose their use, as a constant that it copies within does."""
@@ -206,6 +206,15 @@ class CostTest(parameterized.TestCase):
                 self.assertGreaterEqual(len(re.findall(rf"%arg{i}\b", body)), 2, (name, i))
                 source = re.escape(argument.split("#")[0])
                 self.assertRegex(text, rf"{source}(:\d+)? = stablehlo.optimization_barrier|{source}: ", (name, i))
+
+    @parameterized.parameters((1, 64), (2, 64), (1, 128))
+    def test_a_loop_over_keys_in_place_is_no_kernel_of_one_thread(self, group, head_dim):
+        """XLA makes one of a loop that calls no library, and of few rows no step would: it took 3 to 4 times as long."""
+        shapes = (16, 4 * group, head_dim), *[(4, 305, 16, head_dim)] * 2, (16,), (16, 19), (17,)
+        arrays = [jax.ShapeDtypeStruct(s, jnp.float32 if len(s) > 2 else jnp.int32) for s in shapes]
+        text = jax.jit(ragged_paged_prefill).lower(*arrays).compile().as_text()
+        loops = [line for line in text.split("\n") if "xla_cpu_small_call" in line and "to_apply=%while" in line]
+        self.assertEmpty([line for line in loops if "f32[" in line])
 
     def entry(self, tokens, pages_per_seq) -> tuple[str, str]:
         """The optimised program of one prompt, and its part outside of loops."""
@@ -348,6 +357,8 @@ class XlaTest(parameterized.TestCase):
         self.assertEqual(walks.walks(rows, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 7)
         float8 = dataclasses.replace(rows, cache_dtype="float8_e4m3fn")
         self.assertFalse(walks.walks(float8, self.CONFIG, walks.CPU_TURNS)[-1].in_place)
+        int8 = dataclasses.replace(rows, cache_dtype="int8")
+        self.assertEqual(walks.walks(int8, self.CONFIG, walks.CPU_TURNS)[-1].in_place, group <= 3)
         with mock.patch.object(walks, "LEAST_IN_PLACE", 1):
             cases.check(case)
 

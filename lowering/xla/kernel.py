@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from paged_prefill.lowering.call import Call, sinks_joined, stretches
 from paged_prefill.lowering.xla import softmax
 from paged_prefill.lowering.xla.plan import Plan, Seen, Sequence, Table, Tile
-from paged_prefill.lowering.xla.plan import divided, in_one, packed, sum_of, taken
+from paged_prefill.lowering.xla.plan import divided, in_one, not_in_one, packed, sum_of, taken
 from paged_prefill.lowering.xla.walks import Turns, Walk, heights_of, shared, tiles_of, walks
 from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
@@ -245,6 +245,7 @@ class Walker:
                 return step(turn, None)
 
             def step_of_loop(i, running):
+                i = not_in_one(walk.in_place, i)
                 return step(i, running, i if plan.split is None else i * plan.splits + plan.split)
 
             nothing = jnp.zeros((*queries.shape[:-1], problem.value_dim), jnp.float32)

@@ -115,6 +115,17 @@ def in_one(wanted: bool, function, *arguments):
     return set_xla_metadata(jax.jit(function)(*arguments), xla_cpu_small_call="true", inlineable="false")
 
 
+# Whether a loop that calls no library is such a kernel by itself, however much there is to do in it.
+LOOPS_ARE_ONE = jax.__version_info__ >= (0, 12)
+
+
+def not_in_one(wanted: bool, counter):
+    """A loop's counter, not negative, as a call of a library says it, where several threads are wanted for the loop."""
+    if not (wanted and LOOPS_ARE_ONE):
+        return counter
+    return lax.sort(jnp.stack([counter, jnp.full_like(counter, jnp.iinfo(counter.dtype).max)]))[0]
+
+
 def taken(array, *indices):
     """array[indices], for indices that are not negative; those too large count as the largest."""
     return array.at[indices].get(mode="clip", wrap_negative_indices=False)

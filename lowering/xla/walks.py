@@ -26,6 +26,8 @@ TALL = 256
 # The same for what is multiplied in place, of which a quarter is ever made, and the fewest numbers for which that pays:
 # it is done by two threads, and a thread must be woken. Where lanes follow the pack, the fewest bytes of a lane's keys.
 IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
+# So many rows at most are multiplied by integers of 8 bits in place: of more, LLVM makes no vectors.
+MOST_ROWS_OF_8_BITS = 3
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a
@@ -149,9 +151,10 @@ def _walk(problem, config, turns, heights, height) -> Walk:
             lanes = min(turns.lanes or turns.splits[0], most_lanes)
     # Floats of 8 bits are converted number by number where they are multiplied, once for every row.
     vectors = problem.head_dim % 8 == 0 and not problem.cache_dtype.startswith("float8")
-    in_place = alone and vectors and problem.group <= turns.rows_in_place
+    bytes_of_number = jnp.dtype(problem.cache_dtype).itemsize
+    most_rows = min(turns.rows_in_place, MOST_ROWS_OF_8_BITS if bytes_of_number == 1 else turns.rows_in_place)
+    in_place = alone and vectors and problem.group <= most_rows
     if at_once:
-        bytes_of_number = jnp.dtype(problem.cache_dtype).itemsize
         in_place &= bytes_of_number * problem.num_kv_heads * block_kv * problem.head_dim >= LEAST_BYTES_IN_PLACE
     if in_place:
         limit = IN_PLACE_BYTES
