@@ -92,8 +92,8 @@ class LastPartTest(parameterized.TestCase):
         (dict(tokens=64, pages_per_seq=4), dict(num_splits=1), NOBODY),
     )
     def test_no_kernel_follows_where_tiles_have_few_parts_that_vary(self, sizes, cfg, who):
-        cache = (sizes.pop("kv_heads", 2), 64, 16, 128)
-        sizes = dict(seqs=1, q_heads=8) | sizes
+        sizes = dict(seqs=1, q_heads=8, kv_heads=2) | sizes
+        cache = (sizes["kv_heads"], sizes["seqs"] * sizes["pages_per_seq"], 16, 128)  # where there is less room, contexts differ
         shapes = [(sizes["tokens"], sizes["q_heads"], 128), cache, cache]
         indices = (sizes["seqs"],), (sizes["seqs"], sizes["pages_per_seq"]), (sizes["seqs"] + 1,)
         operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
