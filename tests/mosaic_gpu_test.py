@@ -22,6 +22,7 @@ from paged_prefill.primitive.layout import LAYOUTS
 from paged_prefill.tests import layouts, packs, plans, problems
 from paged_prefill.tests.covering import pairs
 
+QUANTISED = dict(cache_dtype="float8_e4m3fn", features=frozenset({"quantised"}))
 KERNEL = host.MosaicGpu()
 HOPPER = Device("cuda", "NVIDIA H200", "9.0")
 UNKNOWN = Device("cuda")
@@ -245,6 +246,21 @@ class SupportsTest(parameterized.TestCase):
         for config in KERNEL.candidates(given, HOPPER):
             of_all = host.teams_of(given, config) * (host.shared_bytes(given, config) - room.RESERVED_BYTES)
             self.assertLessEqual(of_all + room.RESERVED_BYTES, host.SHARED_BYTES)
+
+    @parameterized.named_parameters(
+        ("quantised", dict(**QUANTISED), 16), ("of_narrow_heads", dict(head_dim=64, value_dim=64, **QUANTISED), 16),
+        ("of_six_heads", dict(q_heads=24, **QUANTISED), 16), ("of_four", dict(q_heads=16, **QUANTISED), None),
+        ("four_tokens", dict(tokens=64, **QUANTISED), None), ("in_16_bits", {}, None),
+        ("a_prompt_beside_steps", dict(tokens=15 + 16, **QUANTISED), None),
+        ("wide", dict(head_dim=512, value_dim=512), 16), ("four_wide", dict(tokens=64, head_dim=512, value_dim=512), None),
+        ("wide_and_quantised", dict(head_dim=512, value_dim=512, **QUANTISED), None),
+    )
+    def test_two_tokens_of_eight_heads_are_few_rows(self, changes, rows):
+        """Over quantised caches, which nobody else widens then, and of wide heads; by 8 tokens most rows would be empty."""
+        given = problem(**dict(tokens=32, seqs=16, q_heads=32, num_kv_heads=4, pages_per_seq=256) | changes)
+        config = KERNEL.heuristic(given, HOPPER)
+        self.assertEqual(room.few_rows(given, config), rows)
+        self.assertIsNone(KERNEL.misfit(given, HOPPER, config))
 
     @parameterized.named_parameters(
         ("one_head_a_group", {}, 64), ("of_96_features", dict(head_dim=96, value_dim=96), 64),

@@ -27,7 +27,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Running, Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import lie_apart, parts_of
 from paged_prefill.lowering.mosaic_gpu.hopper.transpose import FEATURES_AT_ONCE, keep_keys
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scales_of, slot_of_scales
 
 
 def compute(plan: Plan, piece, done, *, team, warpgroup, shared, results, beside_results=lambda: None, way=None):
@@ -251,8 +251,7 @@ class _Attention:
         to_logits = None
         if self.plan.quantised:  # before its turn: so the other warpgroup's products run meanwhile
             following, more = find_following()
-            pl.when(more)(lambda: self._wait_for_query(following))
-            to_logits = self._scale_rows(following)
+            to_logits = self._scale_rows(following, more)
         self._take_turn()
         acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
         if not self.plan.quantised:
@@ -267,9 +266,10 @@ class _Attention:
         parts, (_, query) = [*range(self.plan.query_parts)], self._query_of(following)
         logits = start_logits(query, self.keys.at[self._key_slot_of(last + 1)], jnp.int32(0), 1, parts)
         self._pass_turn()
+        scales = scales_of(self.plan, self.sources, self.piece)
         acc = settled(acc, still_running=1)
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        results = self._results(acc, m, l)
+        results = self._results(acc, m, l, scales)
 
         def next_logits():
             found = settled(logits, still_running=0)
@@ -281,12 +281,14 @@ class _Attention:
     def first_logits(self, exists):
         """Those of a chain's first piece."""
 
+        to_logits = self._scale_rows(self.piece, exists) if self.plan.quantised else None
+
         @pl.when(exists)
         def _():
-            self._wait_for_query(self.piece)
+            if not self.plan.quantised:
+                self._wait_for_query(self.piece)
             self._wait_for_keys(0)
 
-        to_logits = self._scale_rows(self.piece) if self.plan.quantised else None
         self._take_turn()
         logits = self._logits_of(0)
         pl.when(exists)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(0)]))
@@ -305,8 +307,11 @@ class _Attention:
 
     def _start(self, i) -> Running:
         """Block i, the first: its logits, and no output yet."""
-        self._wait_for_query(self.piece)
-        self.softmax = Softmax(self.plan, self._scale_rows(self.piece) if self.plan.quantised else None)
+        if self.plan.quantised:
+            self.softmax = Softmax(self.plan, self._scale_rows(self.piece))
+        else:
+            self._wait_for_query(self.piece)
+            self.softmax = Softmax(self.plan)
         if self.plan.polynomial is not None:
             self._scale_query(self.plan.polynomial.query_factor)
         self._wait_for_keys(i)
@@ -388,6 +393,7 @@ class _Attention:
             plgpu.wgmma(output, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
 
+        scales = scales_of(self.plan, self.sources, self.piece)
         if self.plan.fp8_terms or lie_apart(self.plan.value_dim):
             acc = start_weighted(acc, weights, self.values.at[self._slot_of(last)])
             self._pass_turn()
@@ -395,10 +401,9 @@ class _Attention:
         else:
             acc = pl.run_state(product)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
-        return self._results(acc, m, l)
+        return self._results(acc, m, l, scales)
 
-    def _results(self, acc, m, l):
-        scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources] if self.plan.quantised else None
+    def _results(self, acc, m, l, scales):
         return self.softmax.result(acc, m, l.sum(axis=1), self.rows.sinks(), scales)
 
     def _logits_of(self, i):
@@ -461,15 +466,19 @@ class _Attention:
             columns[...] = jnp.where(owned, scaled, 0.0).astype(dtype)
         plgpu.commit_smem()
 
-    def _scale_rows(self, piece):
-        """Turns a piece's query into what products take, each row by its largest number; what turns those to logits."""
-        plan = self.plan
+    def _scale_rows(self, piece, exists=True):
+        """Turns a piece's query into what products take, each row by its largest number; what turns those to logits.
+
+        It is waited for, if the piece exists.
+        """
+        plan, [key_scale] = self.plan, scales_of(self.plan, self.sources[:1], piece)
+        pl.when(exists)(lambda: self._wait_for_query(piece))
         parts = [
             plgpu.layout_cast(self.loaded_query.at[part][...], WGMMA).astype(jnp.float32)
             for part in range(plan.query_parts)
         ]
         largest = functools.reduce(jnp.maximum, [jnp.maximum(part, -part) for part in parts]).max(axis=1)
-        factor, to_logits = scaled_rows(plan, largest, scale_or_one(plan, self.sources[0], piece))
+        factor, to_logits = scaled_rows(plan, largest, key_scale)
         if plan.fp8_terms:
             plgpu.commit_smem()  # all threads have read what they are about to write over
         for part, numbers in enumerate(parts):

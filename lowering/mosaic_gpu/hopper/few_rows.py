@@ -28,7 +28,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scales_of, slot_of_scales
 
 
 def few_rows_scratch(plan: Plan) -> dict:
@@ -62,8 +62,9 @@ class FewRows:
     def run(self, first, end):
         """Output and lse of 64 rows, the first of which are the tile's."""
         edge, clear = self.rows.whole_steps(first, end)
+        scales = scales_of(self.plan, self.sources, self.piece)
         plgpu.barrier_wait(self.query_here)
-        self.softmax = Softmax(self.plan, self._scale_rows() if self.plan.quantised else None, self.plan.rows)
+        self.softmax = Softmax(self.plan, self._scale_rows(scales[0]) if self.plan.quantised else None, self.plan.rows)
         running = self._start(), self.fetches.start(first) if self.plan.reads_bytes else ()
         running = lax.fori_loop(first, edge, functools.partial(self._step, True), running)
         running = lax.fori_loop(edge, clear, functools.partial(self._step, False), running)
@@ -71,9 +72,6 @@ class FewRows:
             running = lax.fori_loop(clear, end, functools.partial(self._step, True), running)
         plgpu.barrier_arrive(self.query_free)
         (acc, m, l), _ = running
-        scales = None
-        if self.plan.quantised:
-            scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
         if self.softmax.has_units:  # behind this, all rows have the same
             m *= self.softmax.to_logits
         m, total = columns.turned_numbers(m, l, self.board, self.team)
@@ -188,11 +186,11 @@ class FewRows:
         place = slot_of_scales(self.plan, self.done + i)
         return lambda: plgpu.layout_cast(scales.at[place][...], ROWS)
 
-    def _scale_rows(self):
+    def _scale_rows(self, key_scale):
         """Turns the query into float16, as compute.scale_rows does; what turns products with it to logits."""
         loaded = self.loaded_query
         largest = columns.largest_of_query(loaded, self.board, self.team)
-        factor, to_logits = scaled_rows(self.plan, largest, scale_or_one(self.plan, self.sources[0], self.piece))
+        factor, to_logits = scaled_rows(self.plan, largest, key_scale)
         sorts = few_bytes.parts_together(self.plan.head_dim) if self.plan.reads_bytes else 0
         columns.scale_query(loaded, factor, self.board, self.plan.product_dtype, sorts)
         plgpu.commit_smem()

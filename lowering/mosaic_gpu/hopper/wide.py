@@ -23,7 +23,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.operations import start_logits, st
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Shared
 from paged_prefill.lowering.mosaic_gpu.hopper.softmax import Softmax, scaled_rows
-from paged_prefill.lowering.mosaic_gpu.hopper.widen import scale_or_one, slot_of_scales
+from paged_prefill.lowering.mosaic_gpu.hopper.widen import scales_of, slot_of_scales
 
 
 def wide_scratch(plan: Plan) -> dict:
@@ -74,8 +74,9 @@ class _Attention:
 
     def _start(self):
         """The weights of block 0."""
+        key_scale, _ = scales_of(self.plan, self.sources, self.piece)
         plgpu.barrier_wait(self.query_here)
-        self.softmax = Softmax(self.plan, self._scale_rows())
+        self.softmax = Softmax(self.plan, self._scale_rows(key_scale))
         products = self._products_of(self._start_logits(0), 0)
         acc, m, l = self.softmax.start()
         columns = self.plan.output_columns // self.turns
@@ -91,9 +92,9 @@ class _Attention:
     def _finish(self, last, acc, m, l):
         """The output of block `last`, and the rows' results."""
         plgpu.barrier_arrive(self.query_free)
+        scales = scales_of(self.plan, self.sources, self.piece)
         acc = self._end_output(last, self._start_output(last, acc))
         total = self._of_both(jnp.add, l.sum(axis=1), self.sums)
-        scales = [scale_or_one(self.plan, source, self.piece) for source in self.sources]
         return self.softmax.result(acc, m, total, self.rows.sinks(), scales)
 
     def _weigh(self, masked, i, products, acc, m, l):
@@ -123,7 +124,7 @@ class _Attention:
         place = slot_of_scales(self.plan, self.done + i)
         return lambda: plgpu.layout_cast(scales.at[place, share][...], KEYS)
 
-    def _scale_rows(self):
+    def _scale_rows(self, key_scale):
         """Turns the query into float16, as compute.scale_rows does: each warpgroup one half, by what both have read."""
         plan, parts = self.plan, range(self.plan.query_parts)
         largest = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
@@ -131,7 +132,7 @@ class _Attention:
         for part in parts:
             numbers = self._loaded(part)
             largest = jnp.maximum(largest, jnp.maximum(numbers, -numbers).max(axis=1))
-        factor, to_logits = scaled_rows(plan, largest, scale_or_one(plan, self.sources[0], self.piece))
+        factor, to_logits = scaled_rows(plan, largest, key_scale)
         meet(plan.warpgroups)
         for part in parts:
 

@@ -196,10 +196,15 @@ def scale_of(plan: Plan, source, piece):
     return None
 
 
-def scale_or_one(plan: Plan, source, piece):
-    """That of `scale_of`, as a number."""
-    scale = scale_of(plan, source, piece)
-    return jnp.float32(1) if scale is None else scale
+def scales_of(plan: Plan, sources, piece):
+    """Those of `scale_of`, as numbers, where caches are quantised.
+
+    They come from memory: so they are asked for before something else is waited for.
+    """
+    if not plan.quantised:
+        return None
+    found = [scale_of(plan, source, piece) for source in sources]
+    return [jnp.float32(1) if scale is None else scale for scale in found]
 
 
 def _taken_together(parts: list[int]):
