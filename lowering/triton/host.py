@@ -57,7 +57,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 14
+    version = 15
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
