@@ -98,9 +98,12 @@ class PairsTest(parameterized.TestCase):
         self.assertEqual(len(numbers), len(set(numbers)))
         self.assertLess(max(numbers), pairs.counters_shape(plan)[0])
 
-    @parameterized.parameters((128, 64, 128, True), (128, 4, 128, False), (64, 64, 128, True), (64, 64, 64, False))
-    def test_many_latent_tiles_whose_parts_vary_lower_to_a_program_without_a_merge(self, heads, seqs, pages, in_pairs):
-        operands = [((seqs, heads, 576), "bfloat16"), ((1, 8192, 64, 576), "bfloat16"), ((seqs,), "int32")]
+    @parameterized.parameters(
+        (128, 64, 128, 8192, True), (128, 4, 128, 512, False), (64, 64, 128, 4096, True), (64, 64, 128, 8192, False),
+        (64, 64, 64, 4096, False),
+    )  # fmt: skip
+    def test_many_latent_tiles_whose_parts_vary_lower_to_a_program_without_a_merge(self, heads, seqs, pages, pool, in_pairs):
+        operands = [((seqs, heads, 576), "bfloat16"), ((1, pool, 64, 576), "bfloat16"), ((seqs,), "int32")]
         operands += [((seqs, pages), "int32"), ((seqs + 1,), "int32")]
         call = lambda query, keys, *indices: ragged_paged_prefill(query, keys, None, *indices, value_dim=512, platform="cuda")
         operands = [jax.ShapeDtypeStruct(*operand) for operand in operands]

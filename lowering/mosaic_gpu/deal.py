@@ -42,7 +42,7 @@ SHARED_ROWS_STEP_BYTES, WIDENED_SHARED_ROWS_STEP_BYTES = 40 * 2**10, 68 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
 # Of each part of a tile but one, where two warpgroups share rows, in bytes of the time that a core's own steps take: to end
 # it, to begin the next, and to merge two where pairs are merged.
-PART_BYTES, PAIR_BYTES = 220 * 2**10, 325 * 2**10
+PART_BYTES, PAIR_BYTES = 220 * 2**10, 500 * 2**10
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
 RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
@@ -64,9 +64,9 @@ FEW = 0.25  # tiles for each core, at most
 # keys, in 16 and in 8 bits. Uneven ones take up to 1.4 times as long by halves, in 8 bits twice as long: so longer tables,
 # where results cost less of the time, have more parts.
 LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
-# Likewise where a tile of 64 such rows has its keys alone, and so all have as many parts: uneven contexts take half as long
-# again by those as by parts of 32 blocks.
-ALONE_EVENLY = 1.2
+# Likewise where a tile of 64 such rows has its keys alone, so that all would have as many parts, and the pool has more room
+# than all tables and so says nothing of contexts: uneven ones take half as long again by those as by parts of 32 blocks.
+ALONE_EVENLY, ROOMY = 1.3, 1.25
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 SPREAD = 8  # times a mean context, were the pool full, at most
@@ -198,7 +198,7 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     room = _room(launch)  # contexts of equal length count less, the less there is of it
     best = lambda evenly: found[int(np.argmin(np.where(longer[:, 0] * room <= evenly, costs, np.inf)))]
     chosen = best(launch.evenly)
-    alone = launch.in_pairs and launch.sharing == 1
+    alone = launch.in_pairs and launch.sharing == 1 and launch.held > ROOMY * launch.seqs * launch.capacity
     return best(ALONE_EVENLY) if alone and not chosen.vary else chosen
 
 
