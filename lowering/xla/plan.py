@@ -115,12 +115,12 @@ def in_one(wanted: bool, function, *arguments):
     return set_xla_metadata(jax.jit(function)(*arguments), xla_cpu_small_call="true", inlineable="false")
 
 
-# Whether a loop that calls no library is such a kernel by itself, however much there is to do in it.
+# Whether XLA makes such a kernel, which has one thread, of every loop that calls no library.
 LOOPS_ARE_ONE = jax.__version_info__ >= (0, 12)
 
 
 def not_in_one(wanted: bool, counter):
-    """A loop's counter, not negative, as a call of a library says it, where several threads are wanted for the loop."""
+    """A loop's counter, not negative; where several threads are wanted for the loop, a library's sort gives it back."""
     if not (wanted and LOOPS_ARE_ONE):
         return counter
     return lax.sort(jnp.stack([counter, jnp.full_like(counter, jnp.iinfo(counter.dtype).max)]))[0]

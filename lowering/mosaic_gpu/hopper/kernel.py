@@ -34,8 +34,9 @@ from paged_prefill.lowering.tiles import Tiles
 def table_of(tiles: Tiles, number, firsts=None):
     """All integers that the kernel reads of the tiles, or of their parts, in one array: a row each.
 
-    Of parts, their number, which is no static one, is behind them, and the rows of first parts (tiles.schedule). XLA writes a stack out field by field, and works out
-    what fields have in common as often, or in a kernel of its own; so each element picks its field here.
+    Of parts, their number, which is no static one, is behind them, and the rows of first parts (tiles.schedule). XLA
+    writes a stack out field by field, and works out what fields have in common as often, or in a kernel of its own; so
+    each element picks its field here.
     """
     *fields, slabs = tiles
     columns = [*fields, *(column for field in slabs for column in field.T)]

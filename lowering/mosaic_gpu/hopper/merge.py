@@ -1,9 +1,10 @@
 """The kernel that merges the parts of tiles, where their number varies.
 
-A tile of one part has its results already. Of the others, whose first parts stand in a list behind the schedule's table, a
-thread block merges a share of a token's numbers at a time, and a thread a few of these: it waits for memory once for several parts, and
-reads no part that a tile does not have. Where all numbers are so few that cores have room for more threads, those of a
-warp share the parts (`Launch.ways`). Where tiles have few numbers in all, this kernel is not launched (last_part.py).
+A tile of one part has its results already. Of the others, whose first parts stand in a list behind the schedule's
+table, a thread block merges a share of a token's numbers at a time, and a thread a few of these: it waits for memory
+once for several parts, and reads no part that a tile does not have. Where all numbers are so few that cores have room
+for more threads, those of a warp share the parts (`Launch.ways`). Where tiles have few numbers in all, this kernel is
+not launched (last_part.py).
 """
 
 from dataclasses import dataclass
