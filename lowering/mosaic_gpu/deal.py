@@ -44,7 +44,7 @@ MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each p
 # it, to begin the next, and to merge two where pairs are merged.
 PART_BYTES, PAIR_BYTES = 220 * 2**10, 500 * 2**10
 RESULTS = 4  # times the bytes of all results, to write and to read them: partly in memory
-RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
+FINER_RESULT_BYTES = 2**27  # of all results together, at most: packs of prompts and a long context want so many parts
 LEAST_LATENT_ROWS = 16  # of a tile whose results they are: those of 8 rows of latent caches take hardly less
 # If a repeated call loads no more than this, the second cache still holds it, and delivers it in this share of the time.
 HELD_BYTES, OF_HELD = 40 * 10**6, 0.55
@@ -161,7 +161,7 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     if launch.seqs == 1:
         return parts
     blocks = -(-launch.most_keys // launch.block_kv)
-    results = PAIR_RESULT_BYTES if launch.in_pairs else RESULT_BYTES
+    results = PAIR_RESULT_BYTES if launch.in_pairs else FINER_RESULT_BYTES
     most = max(1, min(MOST_PARTS, results // launch.result_bytes))
     found = [parts]
     if parts.vary and launch.evenly < math.inf:
