@@ -56,21 +56,31 @@ class _Attention:
         edge, clear = self.rows.whole_steps(0, end)
         plgpu.barrier_wait(self.query_here)
         meet(self.plan.warpgroups)  # both have read what they had of one another
-        # One of the two has block 0, behind which there is no other.
-        running = self.softmax.start()
-        running = lax.cond(own == 0, lambda: self._weigh(True, 0, self._logits(0), *running), lambda: running)
+        first, second = functools.partial(self._first, edge, clear, end), functools.partial(self._second, edge, clear, end)
+        return self._finish(end - 1, *lax.cond(own == 0, first, second))
+
+    def _first(self, edge, clear, end):
+        """What is running after the blocks of the first warpgroup, of which one is block 0, behind which there is no other."""
+        running = self._weigh(True, 0, self._logits(0), *self.softmax.start())
+        return self._steps(self._step, 0, edge, clear, end, running)
+
+    def _second(self, edge, clear, end):
+        step = self._step_from_logits if self.plan.latent else self._step
+        return self._steps(step, 1, edge, clear, end, self.softmax.start())
+
+    def _steps(self, step, own, edge, clear, end, running):
+        """From block 1 on, those of a warpgroup's blocks that need a mask, those that all rows see, and others that do."""
 
         def steps(masked, first, last, running):
             """Those of the warpgroup's blocks that are from the first to the second of these."""
             first, last = (lax.div(i - own + 1, 2) for i in (first, last))
-            step = lambda j, running: self._step(masked, 2 * j + own, *running)
-            return lax.fori_loop(first, last, step, running)
+            return lax.fori_loop(first, last, lambda j, running: step(masked, 2 * j + own, *running), running)
 
         running = steps(True, 1, edge, running)
         running = steps(False, edge, clear, running)
         if self.plan.begins_late:
             running = steps(True, clear, end, running)
-        return self._finish(end - 1, *running)
+        return running
 
     def _step(self, masked, i, acc, m, l):
         """The output of block i - 1, which is the other's, and all of block i; unless it is masked, all rows see it."""
@@ -78,6 +88,12 @@ class _Attention:
         logits = self._start_logits(i)
         acc = self._end_output(i - 1, acc, started_since=1)
         return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
+
+    def _step_from_logits(self, masked, i, acc, m, l):
+        """The same, but logits come before the other's weights do, and this one's weights beside the other block's output."""
+        logits = self._logits(i)
+        acc, m, l = self._start_others(i - 1, acc, m, l)
+        return self._weigh(masked, i, logits, acc, m, l, others=i - 1)
 
     def _finish(self, last, acc, m, l):
         """What is left of block `last`, and the rows' results."""
@@ -92,10 +108,12 @@ class _Attention:
         total = total + swapped(total, self.sums, self.warpgroup)
         return self.softmax.result(acc, m, total, self.rows.sinks())
 
-    def _weigh(self, masked, i, products, acc, m, l):
-        """Block i's weights, for the other too, and its output; no product is running before and after."""
+    def _weigh(self, masked, i, products, acc, m, l, others=None):
+        """Block i's weights, for the other too, and its output; no product is running before and after, but for the output
+        of the block `others`."""
         seen = functools.partial(self.seen, i) if masked else None
-        weights, acc, m, l = self.softmax.step(products, lambda: acc, m, l, seen)
+        output = lambda: acc if others is None else self._end_output(others, acc)
+        weights, acc, m, l = self.softmax.step(products, output, m, l, seen)
         store_weights(weights, self.weights, jnp.int32(0))
         post(m, self.maxima, self.warpgroup)
         self._wait_for_values(i)
