@@ -85,8 +85,11 @@ class _Attention:
     def _step(self, masked, i, acc, m, l):
         """The output of block i - 1, which is the other's, and all of block i; unless it is masked, all rows see it."""
         acc, m, l = self._start_others(i - 1, acc, m, l)
-        logits = self._start_logits(i)
-        acc = self._end_output(i - 1, acc, started_since=1)
+        if self.plan.latent:  # its place is wanted for the keys after next, and the next ones may not be there
+            acc, logits = self._end_output(i - 1, acc), self._start_logits(i)
+        else:
+            logits = self._start_logits(i)
+            acc = self._end_output(i - 1, acc, started_since=1)
         return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
 
     def _step_from_logits(self, masked, i, acc, m, l):
@@ -127,7 +130,8 @@ class _Attention:
     def _start_others(self, i, acc, m, l):
         """Starts the output of block i by the other's weights, and goes on by their maximum."""
         other = 1 - self.warpgroup
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        for group in range(len(self.plan.key_groups)):
+            self._wait_for_keys(i, group)
         self._let_go_of_keys(i)  # before they are the other's weights: so the next keys need not wait for those
         plgpu.barrier_wait(self.weighed.at[other])
         self._wait_for_values(i)
@@ -138,14 +142,19 @@ class _Attention:
         return self._end_logits(i, self._start_logits(i))
 
     def _start_logits(self, i):
-        slot, parts = self._slot_of(i), [*range(self.plan.query_parts)]
-        plgpu.barrier_wait(self.keys_here.at[slot])
-        return start_logits(self.query, self.keys.at[slot], jnp.int32(0), 1, parts)
+        keys, logits = self.keys.at[self._slot_of(i)], None
+        for group, parts in enumerate(self.plan.key_groups):
+            self._wait_for_keys(i, group)
+            logits = start_logits(self.query, keys, jnp.int32(0), 1, parts, logits)
+        return logits
 
     def _end_logits(self, i, logits):
         logits = settled(logits, still_running=0)
         self._let_go_of_keys(i)
         return logits
+
+    def _wait_for_keys(self, i, group):
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i) * len(self.plan.key_groups) + group])
 
     def _let_go_of_keys(self, i):
         if not self.plan.latent:  # whose keys are still to be values

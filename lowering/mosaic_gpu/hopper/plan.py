@@ -42,6 +42,7 @@ def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
     return max(stages - is_wide(head_dim, value_dim, False), 1)
 
 
+MOST_ARRIVING = 3  # parts of latent keys that are waited for together
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -249,12 +250,21 @@ class Plan:
         return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
 
     @property
+    def keys_come_apart(self) -> bool:
+        """Whether parts of latent keys come by copies of their own, and are multiplied while others are on their way: there is
+        room for two blocks, so that products wait for the next one."""
+        return self.alternates and self.latent and not self.gathers
+
+    @property
     def key_groups(self) -> list[list[int]]:
         """Parts of keys that are there together: wide ones are widened while products with others of a block run.
 
         Those come first that have no values in their place, or those of an output's first turn.
         """
         parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
+        if self.keys_come_apart:
+            size = max(size for size in range(1, MOST_ARRIVING + 1) if len(parts) % size == 0)
+            return [[*parts[first : first + size]] for first in range(0, len(parts), size)]
         if not (self.wide and self.quantised):
             return [[*parts]]
         first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
@@ -425,6 +435,11 @@ class Plan:
         """
         rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
         return [name for name, features in rings.items() if lie_apart(features) and not self.gathers]
+
+    def lies_apart(self, name: str) -> bool:
+        """Whether the parts of a block of keys, or of values, do (tiling.py)."""
+        come_apart = name == "keys" and self.keys_come_apart
+        return come_apart or lie_apart(self.head_dim if name == "keys" else self.value_dim)
 
     @property
     def query_parts(self) -> int:
