@@ -56,30 +56,34 @@ class _Attention:
         edge, clear = self.rows.whole_steps(0, end)
         plgpu.barrier_wait(self.query_here)
         meet(self.plan.warpgroups)  # both have read what they had of one another
-        first, second = functools.partial(self._first, edge, clear, end), functools.partial(self._second, edge, clear, end)
-        return self._finish(end - 1, *lax.cond(own == 0, first, second))
+        # One of the two has block 0, behind which there is no other.
+        first = lambda: self._weigh(True, 0, self._logits(0), *self.softmax.start())
+        if not self.plan.latent:
+            running = lax.cond(own == 0, first, self.softmax.start)
+            return self._finish(end - 1, *self._steps(self._step, own, edge, clear, end, running))
 
-    def _first(self, edge, clear, end):
-        """What is running after the blocks of the first warpgroup, of which one is block 0, behind which there is no other."""
-        running = self._weigh(True, 0, self._logits(0), *self.softmax.start())
-        return self._steps(self._step, 0, edge, clear, end, running)
+        def second():
+            """As if its first block needed a mask: which comes late where memory has just been asked for it."""
+            late = jnp.minimum(jnp.maximum(edge, 2), end)
+            steps = self._step_from_logits, 1, late, jnp.maximum(clear, late), end
+            return self._steps(*steps, self.softmax.start())
 
-    def _second(self, edge, clear, end):
-        step = self._step_from_logits if self.plan.latent else self._step
-        return self._steps(step, 1, edge, clear, end, self.softmax.start())
+        found = lax.cond(own == 0, lambda: self._steps(self._step, 0, edge, clear, end, first()), second)
+        return self._finish(end - 1, *found)
 
-    def _steps(self, step, own, edge, clear, end, running):
+    def _steps(self, whole_step, own, edge, clear, end, running):
         """From block 1 on, those of a warpgroup's blocks that need a mask, those that all rows see, and others that do."""
+        masked, whole = functools.partial(self._step, True), functools.partial(whole_step, False)
 
-        def steps(masked, first, last, running):
+        def steps(step, first, last, running):
             """Those of the warpgroup's blocks that are from the first to the second of these."""
             first, last = (lax.div(i - own + 1, 2) for i in (first, last))
-            return lax.fori_loop(first, last, lambda j, running: step(masked, 2 * j + own, *running), running)
+            return lax.fori_loop(first, last, lambda j, running: step(2 * j + own, *running), running)
 
-        running = steps(True, 1, edge, running)
-        running = steps(False, edge, clear, running)
+        running = steps(masked, 1, edge, running)
+        running = steps(whole, edge, clear, running)
         if self.plan.begins_late:
-            running = steps(True, clear, end, running)
+            running = steps(masked, clear, end, running)
         return running
 
     def _step(self, masked, i, acc, m, l):
@@ -93,7 +97,11 @@ class _Attention:
         return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
 
     def _step_from_logits(self, masked, i, acc, m, l):
-        """The same, but logits come before the other's weights do, and this one's weights beside the other block's output."""
+        """The same, but the logits come before the other's weights do, and the weights beside the other block's output.
+
+        So the first warpgroup's products and the second's are two of each kind, and whoever weighs lets others multiply.
+        Keys are there before the other's weights, as two blocks have been let go of by then.
+        """
         logits = self._logits(i)
         acc, m, l = self._start_others(i - 1, acc, m, l)
         return self._weigh(masked, i, logits, acc, m, l, others=i - 1)
