@@ -6,6 +6,9 @@ block multiplies with its weights from registers, and lays them where the other 
 each writes there only once its own product with what lay there has ended. So tensor cores go on with one block's
 output and the next one's logits while little else is to be done, and blocks make room as soon as they can: there is
 room for two blocks of a latent cache, whose keys are loaded once for both products, and for one of 512 features.
+
+Over latent keys the logits of two blocks follow one another, and then their outputs: so one warpgroup weighs beside the
+other's logits, and the other beside an output. Meanwhile come the next keys, which are multiplied part by part.
 """
 
 import functools
@@ -97,11 +100,7 @@ class _Attention:
         return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
 
     def _step_from_logits(self, masked, i, acc, m, l):
-        """The same, but the logits come before the other's weights do, and the weights beside the other block's output.
-
-        So the first warpgroup's products and the second's are two of each kind, and whoever weighs lets others multiply.
-        Keys are there before the other's weights, as two blocks have been let go of by then.
-        """
+        """The same, but the logits come before the other's weights do, and the weights beside the other block's output."""
         logits = self._logits(i)
         acc, m, l = self._start_others(i - 1, acc, m, l)
         return self._weigh(masked, i, logits, acc, m, l, others=i - 1)
