@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill.lowering.mosaic_gpu.hopper import gather, threads
-from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_parts, copy_together
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_parts, copy_tiles, copy_together
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Places
@@ -215,6 +215,8 @@ class Loading:
         elif lie_apart(source.features):
             copies = [(source.rows, row, column + part.first, part.features, target) for row, part, target in targets]
             copy_parts(source.here, slot, copies)
+        elif plan.announces_runs:
+            copy_tiles(source.here, slot, [(source.rows, row, column, target) for row, _, target in targets])
         elif source.wide_blocks is None:
             for row, part, target in targets:
                 place = pl.ds(row, plan.run)

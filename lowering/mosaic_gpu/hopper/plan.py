@@ -418,13 +418,15 @@ class Plan:
         return min(self.pieces, self.cores)
 
     @property
-    def announced_together(self) -> list[str]:
-        """Rings whose parts lie apart: all copies of a block by one warp are announced together (arrivals.py).
+    def announces_runs(self) -> bool:
+        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts are faster with it."""
+        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers)
 
-        Those that are gathered are announced otherwise.
-        """
+    @property
+    def announced_together(self) -> list[str]:
+        """Rings whose copies are: those also whose parts lie apart. What is gathered is announced otherwise."""
         rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
-        return [name for name, features in rings.items() if lie_apart(features) and not self.gathers]
+        return [name for name in rings if self.announces_runs or (lie_apart(rings[name]) and not self.gathers)]
 
     @property
     def query_parts(self) -> int:
@@ -438,10 +440,7 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, more without.
-
-        And two without where a step is short, by a polynomial or by products of 8 bits.
-        """
+        """Two warpgroups are faster in turns, but where steps are short, by a polynomial or in 8 bits; more without."""
         return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
     @property
