@@ -25,7 +25,7 @@ PROMPT = dict(seqs=1, tokens=8192)
 def announced_and_copied():
     """For each announcement that is lowered meanwhile, a list: its bytes, and those of each copy behind it."""
     found, barriers, described = [], [], []
-    write, ask, describe = arrivals.llvm.inline_asm, arrivals._barrier, compat.copy_descriptor
+    write, ask, describe = arrivals.llvm.inline_asm, arrivals.barrier_of, compat.copy_descriptor
     copy = mgpu.LaunchContext.async_copy
 
     def constant(value):
@@ -42,8 +42,8 @@ def announced_and_copied():
             found.append([2 * constant(number.owner.operands[1]) if of_rows else constant(number)])
         elif "cp.async.bulk.shared" in text:
             found[-1].append(constant(operands[2]))
-        elif "cp.async.bulk.tensor" in text:
-            found[-1].append(described.pop(0))
+        elif "cp.async.bulk.tensor" in text:  # two blocks copy as much, to both
+            found[-1].append(described.pop(0) * (2 if "multicast" in text else 1))
         elif text.startswith("st.async"):
             found[-1].append(8 if ".v2.f32" in text else 4)
         return write(kind, operands, text, *args, **others)
@@ -66,7 +66,7 @@ def announced_and_copied():
     with (
         mock.patch.object(arrivals, "llvm", llvm),
         mock.patch.object(cluster, "llvm", llvm),
-        mock.patch.object(arrivals, "_barrier", barrier),
+        mock.patch.object(arrivals, "barrier_of", barrier),
         mock.patch.object(compat, "copy_descriptor", copy_descriptor),
         mock.patch.object(mgpu.LaunchContext, "async_copy", async_copy),
     ):
@@ -94,8 +94,9 @@ class ArrivalsTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("parts_of_narrow_heads", dict(head_dim=80)),
         ("parts_of_two_widths", dict(head_dim=112, value_dim=48, page_size=64, tokens=2)),
-        ("pages_of_other_heads", PROMPT | dict(layout="pskd", head_dim=64, page_size=64)),
-        ("pages_of_a_prompt", PROMPT),
+        ("two_blocks_for_one_another", PROMPT),
+        ("two_blocks_of_other_heads", PROMPT | dict(layout="pskd", head_dim=64, page_size=64)),
+        ("pages_of_a_prompt", PROMPT | dict(sliding_window=850)),
         ("bytes", BYTES),
         ("rows_of_bytes_as_a_plain_run", BYTES | dict(head_dim=512)),
         ("rows_of_bytes_one_by_one", BYTES | dict(head_dim=512, layout="pskd")),

@@ -79,17 +79,17 @@ class PartsTest(parameterized.TestCase):
                 expected.append(("cache", row, column + first, min(64, features - first), place))
         self.assertEqual([(rows, row, int(at), n, place) for rows, row, at, n, place in copies], expected)
 
-    @parameterized.parameters(1, 2)
-    def test_runs_of_whole_parts_have_a_copy_each(self, slot_rows):
-        """All of a warp's are announced together."""
-        plan = plans.plan(slot_rows=slot_rows, soft_cap=None)
+    @parameterized.product(slot_rows=(1, 2), blocks=(1, 2))
+    def test_runs_of_whole_parts_have_a_copy_each(self, slot_rows, blocks):
+        """All of a warp's are announced together, and those of another thread block if it copies as many to here."""
+        plan = plans.plan(slot_rows=slot_rows, soft_cap=None, mates=blocks > 1)
         source = SimpleNamespace(rows="cache", beside=0, features=128, blocks=Ring(), here="here", wide_blocks=None)
-        share = loading.Loading(plan, None, None, [source], range(32, 64, 16))
+        share = loading.Loading(plan, None, None, [source], range(32, 64, 16), first=64 * (blocks - 1))
         with mock.patch.object(loading, "copy_tiles") as copy:
             share._copy_runs(SimpleNamespace(first_row=1), source, 2, [300, 500])
-        [(here, slot, copies), _] = copy.call_args
-        self.assertEqual((here, slot), ("here", 2))
-        places = [(2, loading.pl.ds(offset, 16)) for offset in (32, 48)]
+        [(here, slot, copies, number), _] = copy.call_args
+        self.assertEqual((here, slot, number), ("here", 2, blocks))
+        places = [(2, loading.pl.ds(64 * (blocks - 1) + offset, 16)) for offset in (32, 48)]
         expected = [("cache", row, 128 * (1 % slot_rows), place) for row, place in zip((300, 500), places)]
         self.assertEqual([(rows, row, int(at), place) for rows, row, at, place in copies], expected)
 

@@ -86,14 +86,17 @@ def _rings(plan: Plan) -> dict:
         )
     if counted := _counted_barriers(plan):  # in one array: each takes a kilobyte
         found = {name: barriers for name, barriers in found.items() if name not in counted}
-        found |= dict(counted=arrivals(sum(counted.values())), started=plgpu.Barrier())
+        found |= dict(counted=arrivals(sum(counted.values())))
+        if not plan.mates:
+            found |= dict(started=plgpu.Barrier())
     return found
 
 
 def _counted_barriers(plan: Plan) -> dict[str, int]:
     """Barriers of the rings that are words of shared memory (arrivals.py), and how many of each there are."""
     slots = dict(keys=plan.teams * plan.key_slots, values=plan.teams * plan.slots)
-    return {f"{name}_here": slots[name] for name in plan.announced_together}
+    kinds = ("here", "free") if plan.mates else ("here",)
+    return {f"{name}_{kind}": slots[name] for name in plan.announced_together for kind in kinds}
 
 
 def _blocks(plan: Plan) -> dict:
