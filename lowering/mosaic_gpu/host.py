@@ -343,7 +343,7 @@ def _block_kv(problem: Problem) -> int | None:
 def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConfig:
     """Few rows take no 8-bit products (`widens` as in `_heuristic`)."""
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
-    if problem.capacity <= 64 or shares_rows(problem):  # a larger block would be half empty, or has no room
+    if problem.longest <= 64 or shares_rows(problem):  # a larger block would be half empty, or has no room
         block_kv = 64
     together = pl.next_power_of_2(tokens_per_seq)
     if together > 1 and not _has_heads_for_slabs(problem):
@@ -498,7 +498,7 @@ def _has_short_prompts(problem: Problem) -> bool:
 
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
-    tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
+    tokens = min(FEW_TOKENS, problem.longest / 2)  # or that are half of all keys
     keys = mean_keys(problem, WARPGROUP_ROWS)
     filled = problem.tokens_per_seq >= WARPGROUP_ROWS or problem.group in (1, 2) or problem.group % 4 == 0  # rows of a tile
     if min(problem.seqs, problem.tokens) > 1 and filled:  # whole prompts in a wide table see as few as they have: both count
