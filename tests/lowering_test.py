@@ -333,7 +333,7 @@ class XlaTest(parameterized.TestCase):
             needed = {height for height, count in counts.items() if count[:n].any()}
             self.assertEqual(set(walks.needed_heights(heights, n)), needed)  # the rest is left out
 
-    @parameterized.parameters(1, 20, 48, 128, 300, 512, 1024)
+    @parameterized.parameters(1, 20, 48, 128, 250, 300, 1024)
     def test_one_sequence_compiles_no_lower_tiles_than_it_is_cut_into(self, tokens):
         """And is cut as beside others; where it is shorter than it may be, what is left takes a low tile all the same."""
         config = PrefillPageAttentionConfig(block_q=256, block_kv=256)
@@ -341,7 +341,7 @@ class XlaTest(parameterized.TestCase):
             walks.heights_of_call(problem(seqs=n, tokens=tokens), config, walks.CPU_TURNS) for n in (1, tokens // 2 + 1)
         )
         self.assertEqual(alone, beside[: len(alone)])
-        self.assertTrue(alone[-1] == 1 or 4 * alone[-1] <= tokens)
+        self.assertTrue(alone[-1] == 1 or 4 * alone[-1] <= tokens or len(alone) == 1)
         lengths = [tokens, tokens // 2, 1]
         cuts = [{h: tiles for h, (tiles, _) in tiles_of(lengths, heights).items()} for heights in (alone, beside)]
         self.assertEqual(*({height: tiles[0] for height, tiles in cut.items() if tiles[0]} for cut in cuts))

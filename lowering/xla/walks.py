@@ -239,12 +239,17 @@ def heights_of_call(problem: Problem, config: PrefillPageAttentionConfig, turns:
 
 
 def _lowest(heights: tuple[int, ...], tokens: int) -> int:
-    """The lowest that so many tokens are cut into; lower yet where a fourth of them would still be less than a tile."""
+    """The lowest that so many tokens are cut into; lower yet where less than a fourth of them would be a tile.
+
+    But not where they are one of the tallest, as more than half of them would be.
+    """
     lowest, left = 1, tokens
     for height in heights:
         tiles = left // height
         tiles += left - tiles * height > most_for_lower(heights, height)
         lowest, left = height if tiles else lowest, max(left - tiles * height, 0)
+    if heights[0] == lowest >= tokens:
+        return lowest
     return max(height for height in heights if height == 1 or (height <= lowest and 4 * height <= tokens))
 
 
