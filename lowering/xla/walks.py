@@ -1,7 +1,8 @@
 """How a call's tiles go over their keys: sizes that follow from static shapes alone.
 
 A sequence is cut into query tiles of a few heights. The cut depends on its own length alone, so that a one-token row
-costs one row, and the bits of a sequence do not depend on the pack it is in.
+costs one row, and the bits of a sequence do not depend on what else is in the pack. Which heights there are follows the
+sizes of the pack too (`heights_of_call`).
 """
 
 import math
