@@ -40,6 +40,7 @@ FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wid
 # Of 64 rows of two warpgroups, by 60 launches on an H200, and in 8 bits.
 SHARED_ROWS_STEP_BYTES, WIDENED_SHARED_ROWS_STEP_BYTES = 40 * 2**10, 68 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
+CLUSTER_PART_BYTES = 3 * 2**10  # of each part that a cluster merges, by steps over short contexts on an H200
 # Of each part of a tile but one, where two warpgroups share rows, in bytes of the time that a core's own steps take: to end
 # it, to begin the next, and to merge two where pairs are merged.
 PART_BYTES, PAIR_BYTES = 220 * 2**10, 500 * 2**10
@@ -179,7 +180,7 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         bound = min(bound, -(-blocks // of_part))
         together = None if of_prompt is None else max(of_prompt * launch.slots // launch.head_tiles, bound)
         smaller = Parts(least, bound, of_part, together=together)
-        if smaller.most > (1 if launch.prompt else parts.least):
+        if smaller.vary and smaller.most > (1 if launch.prompt else parts.least):
             found.append(smaller)
     found = list(dict.fromkeys(found))
     if len(found) == 1:
@@ -298,8 +299,10 @@ def _time(launch: Launch, parts: Parts, tiles: Pack, of_memory=1.0):
     # One product each: all at once they would differ in their last bits, which decide between equals.
     at_work = at_work / (launch.cores * launch.sharing)
     time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work * m, step) for m in memory.flat], memory.shape)
-    if merging or parts.most == 1 or (launch.in_cluster and not parts.vary):
+    if merging or parts.most == 1:
         return time
+    if launch.in_cluster and not parts.vary:
+        return time + CLUSTER_PART_BYTES * parts.most
     written = (np.where(number > 1, number, 0) if launch.prompt else number) @ tiles.results
     results = RESULTS * of_memory * launch.result_bytes / launch.cores * written
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results
