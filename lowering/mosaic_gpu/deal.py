@@ -68,7 +68,9 @@ LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
 # Likewise where a tile of 64 such rows has its keys alone, so that all would have as many parts, and the pool has more room
 # than all tables and so says nothing of contexts: uneven ones take half as long again by those as by parts of 32 blocks.
 ALONE_EVENLY, ROOMY = 1.3, 1.25
-TIGHT = 0.95  # times as large as all tables: in a smaller pool contexts of latent keys are taken to fill it
+# Pools of fewer times all tables' room: contexts of latent keys are taken to fill them, the longest so many times the mean at
+# most. Two sequences of few tiles were up to 1.28 times as slow by it, 24 tiles of 64 rows 0.78: so there must be so many.
+TIGHT, LONGEST_OF_TIGHT, SOME = 0.95, 12, 0.125
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 SPREAD = 8  # times a mean context, were the pool full, at most
@@ -172,9 +174,9 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
-    tight = launch.latent and launch.held < TIGHT * launch.seqs * launch.capacity
-    fewest = PAIR_BLOCKS if launch.part_bytes else FEWEST_BLOCKS
-    of_longest = {max(-(-blocks // number), fewest) for number in range(2, MOST_PARTS + 1)}
+    tight, fewest = _is_tight(launch), PAIR_BLOCKS if launch.part_bytes else FEWEST_BLOCKS
+    longest = _longest_of_tight(launch) if tight else min(launch.most_keys, _longest(launch))
+    of_longest = {max(-(-longest // (number * launch.block_kv)), fewest) for number in range(2, MOST_PARTS + 1)}
     if launch.part_bytes:  # each costs as much as many blocks: so those of the longest context are of one size
         of_parts = sorted(of_longest)
     elif tight:
@@ -212,8 +214,15 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     return best(ALONE_EVENLY) if alone and not chosen.vary else chosen
 
 
+def _is_tight(launch: Launch) -> bool:
+    """Whether the pool has no room for all tables of many latent tiles: so contexts differ, and by how much, it says."""
+    tiles = launch.seqs * launch.tiles_of_seq * launch.head_tiles
+    many = tiles > (SOME if launch.part_bytes else FEW) * launch.cores
+    return launch.latent and many and launch.held < TIGHT * launch.seqs * launch.capacity
+
+
 def _best_of_tight_pool(launch: Launch, found: list[Parts]) -> Parts:
-    """Of latent tiles, where the pool has no room for all tables: so contexts differ, and by how much, it says."""
+    """The parts with which packs that fill such a pool end soonest."""
     kinds = _that_fill(launch)
     times = np.array([[_time(launch, each, tiles, MEMORIES) for tiles, _ in kinds] for each in found])
     longer = np.log(times / times.min(axis=0)).sum(axis=2) @ np.array([weight for _, weight in kinds])
@@ -224,7 +233,7 @@ def _that_fill(launch: Launch) -> list:
     """Packs whose contexts have room in the pool together, and how much each counts. They are spread up to as long as the
     table; up to half as long; and all but one are alike, and that one is as long as the table.
     """
-    place, longest = np.arange(1, launch.seqs + 1) / launch.seqs, launch.most_keys
+    place, longest = np.arange(1, launch.seqs + 1) / launch.seqs, _longest_of_tight(launch)
     mean = launch.held / (launch.seqs * longest)
     spread = lambda most: most * _that_fit(place, mean * launch.seqs / most)
     alone = np.append(np.full(launch.seqs - 1, (mean * launch.seqs - 1) / max(launch.seqs - 1, 1)), 1)
@@ -234,6 +243,11 @@ def _that_fill(launch: Launch) -> list:
     if launch.prompt:
         packs += [(_beside_prompt(launch, each), weight) for each, weight in contexts]
     return packs
+
+
+def _longest_of_tight(launch: Launch) -> int:
+    """The longest context that is considered there, as far as a tile sees it."""
+    return min(launch.most_keys, LONGEST_OF_TIGHT * launch.held // launch.seqs)
 
 
 class Pack(NamedTuple):
