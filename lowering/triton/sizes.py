@@ -38,7 +38,7 @@ SIZES = {
         _Sizes(16, 16, 4, 2),
     ),
     "cdna": (
-        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2),
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 4, 2), _Sizes(64, 16, 8, 2),
         _Sizes(16, 16, 4, 2),
     ),
 }  # fmt: skip
@@ -92,10 +92,12 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         if width > 128 and "tree_mask" in problem.features and device_class(device) == "ampere":
             sizes = sizes._replace(block_kv=32, num_warps=8)  # a tree's words leave four warps too few registers
     elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
-        # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
-        sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
+        # Registers to turn wide keys to numbers: eight warps would turn some twice.
+        sizes = sizes._replace(block_kv=16, num_warps=4)
     elif device.platform == "rocm" and "key_ranges" in problem.features and width <= 128:
         sizes = sizes._replace(num_warps=8)
+    elif device.platform == "rocm" and "tree_mask" in problem.features:
+        sizes = sizes._replace(num_warps=4)  # as many registers as there are
     elif device_class(device) == "ampere" and problem.cache_dtype != problem.dtype and width > 64:
         # Of half as many bytes three stages fit. Of two, a latent tile's registers are cut to let in a second one.
         sizes = sizes._replace(rows=32, num_stages=3) if width > 256 else sizes._replace(rows=64)
