@@ -1,5 +1,6 @@
 """The shared memory of a thread block: rings, places for queries, and their barriers, by name."""
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -8,7 +9,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, lie_apart, parts_of, tiling_of, tiling_of_bytes
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, parts_of, tiling_of, tiling_of_bytes
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
@@ -32,6 +33,9 @@ def scratch_of(plan: Plan) -> dict:
 def apart(plan: Plan, scratch: dict) -> dict:
     """The same as a kernel has it, with a name for each of those that share a place."""
     scratch = dict(scratch)
+    first = 0
+    for name, number in _counted_barriers(plan).items():
+        scratch[name], first = scratch["counted"].at[pl.ds(first, number)], first + number
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     if "blocks" in scratch:
@@ -64,9 +68,10 @@ def _queries(plan: Plan) -> dict:
 def _rings(plan: Plan) -> dict:
     """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
     turns = plan.output_turns if plan.latent else 1
+    key_copies = copies_of(plan) * (len(plan.key_groups[0]) if plan.keys_come_apart else 1)
     found = _blocks(plan) | dict(
         keys_here=plgpu.Barrier(
-            num_arrivals=plan.widening_warps if plan.widens_keys else copies_of(plan),
+            num_arrivals=plan.widening_warps if plan.widens_keys else key_copies,
             num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
         ),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
@@ -80,27 +85,36 @@ def _rings(plan: Plan) -> dict:
             ),
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
         )
-    for name in plan.announced_together:
-        slots = plan.key_slots if name == "keys" else plan.slots
-        found |= {f"{name}_here": arrivals(plan.teams * slots), "started": plgpu.Barrier()}
+    if counted := _counted_barriers(plan):  # in one array: each takes a kilobyte
+        found = {name: barriers for name, barriers in found.items() if name not in counted}
+        found |= dict(counted=arrivals(sum(counted.values())))
+        if not plan.mates:
+            found |= dict(started=plgpu.Barrier())
     return found
+
+
+def _counted_barriers(plan: Plan) -> dict[str, int]:
+    """Barriers of the rings that are words of shared memory (arrivals.py), and how many of each there are."""
+    slots = dict(keys=plan.teams * plan.key_slots, values=plan.teams * plan.slots)
+    kinds = ("here", "free") if plan.mates else ("here",)
+    return {f"{name}_{kind}": slots[name] for name in plan.announced_together for kind in kinds}
 
 
 def _blocks(plan: Plan) -> dict:
     """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
     dtype = jnp.dtype(plan.block_dtype)
 
-    def ring(slots, *shape):
-        if lie_apart(shape[-1]):
+    def ring(slots, *shape, apart=False):
+        if apart:
             shape = len(parts_of(shape[-1])), shape[0], COLUMNS
         transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
         return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
-    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim, apart=plan.lies_apart("keys")))
     if plan.fp8_terms:  # whose products read values as features of all keys
         found |= dict(values=ring(plan.slots, plan.value_dim, plan.block_kv))
     elif not plan.latent:
-        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim))
+        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim, apart=plan.lies_apart("values")))
     if plan.shares_place:
         found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
     found |= raw_rings(plan)
