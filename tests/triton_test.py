@@ -34,7 +34,7 @@ def process(prepare=None):
 
 
 def problem(**changes) -> Problem:
-    sizes = dict(tokens=2048, num_pages=1032, pages_per_seq=1024, softmax_scale=128**-0.5)
+    sizes = dict(tokens=2048, pages_per_seq=1024, softmax_scale=128**-0.5)
     return problems.problem(**(sizes | changes))
 
 
