@@ -263,7 +263,7 @@ def _in_interval(key, seen, SOFTMAX: tl.constexpr):
 def _masked_rows(
     page_table, block, seen, last_key, CACHE: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr
 ):
-    """Rows of the page pool for a block that needs a mask: a key outside those that rows see is read as the nearest inside.
+    """Rows of the page pool for a masked block: a key outside those that rows see is read as the nearest inside.
 
     Its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN. Where ranges leave gaps inside, all keys that no row
     sees are read as the first that some row does; or `fold_block` leaves their values out.

@@ -157,7 +157,7 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
 
 
 def _steps_in_8_bits(sizes: _Sizes, problem: Problem, device: Device) -> _Sizes:
-    """Those of few rows over a quantised cache: as many bytes on their way, or registers to turn wide keys to numbers."""
+    """Those of few rows over a quantised cache: as many bytes on their way, or registers to turn wide keys."""
     width = max(problem.head_dim, problem.value_dim)
     # Longer blocks of keys and values so wide spill; before 8.9 Triton 3.6 compiles no 16 keys of float8_e5m2.
     if width > 256 and "latent" not in problem.features and capability(device) >= 89:
@@ -166,7 +166,7 @@ def _steps_in_8_bits(sizes: _Sizes, problem: Problem, device: Device) -> _Sizes:
         return sizes._replace(num_warps=8)
     if device_class(device) == "ampere" or "tree_mask" in problem.features:
         return sizes
-    # Of few more tiles than three a core, two a core, twice, of more stages.
+    # Where tiles are few more than three a core, two of more stages, twice: a second round of three would be short.
     two = width > 64 and THREE_STAGES * device.cores < tiles_of(problem, DECODE.rows) <= 4 * device.cores
     # Where warps share out keys, as many as have the bytes of a block of 16 bits: a step takes as long.
     block_kv = 128 if may_share_keys(problem) else 64
