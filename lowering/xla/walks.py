@@ -1,8 +1,8 @@
 """How a call's tiles go over their keys: sizes that follow from static shapes alone.
 
 A sequence is cut into query tiles of a few heights. The cut depends on its own length alone, so that a one-token row
-costs one row, and the bits of a sequence do not depend on what else is in the pack. Which heights there are follows the
-sizes of the pack too (`heights_of_call`).
+costs one row, and the bits of a sequence do not depend on the pack it is in. One sequence has no heights that it has no
+use for (`heights_of_call`).
 """
 
 import math
@@ -29,8 +29,6 @@ TALL = 256
 IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
 # So many rows at most are multiplied by integers of 8 bits in place: of more, LLVM makes no vectors.
 MOST_ROWS_OF_8_BITS = 3
-# The most rows of a tile in a pack of as many sequences as tokens.
-PACK_HEIGHT = 32
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a
@@ -51,7 +49,7 @@ class Turns(NamedTuple):
       skips: whether a step is left out for nothing, without a word between a device and its host.
       rows_in_place: up to so many rows of a tile are multiplied by keys and values where they lie in the pages.
       in_one: whether what is small is computed by one kernel (`plan.in_one`).
-      few_heights: whether heights that tokens and sequences make of little use are not compiled.
+      few_heights: whether one sequence goes without heights that its tokens are not cut into.
     """
 
     part_heights: tuple[int, ...]
@@ -221,22 +219,14 @@ def heights_of(block_q: int, part_heights: tuple[int, ...]) -> tuple[int, ...]:
 def heights_of_call(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) -> tuple[int, ...]:
     """The heights that a call's sequences are cut into, the tallest first: the last takes what is left, however few.
 
-    On a CPU, each takes 0.3 to 0.6 seconds to compile. So one sequence goes without those that its tokens are not cut
-    into, and a pack of as many sequences as tokens, as a rule a decode step, without tall ones; where that is small,
-    each token is a tile. The policy "invariant" has all.
+    On a CPU, each takes 0.3 to 0.6 seconds to compile: so one sequence goes without those that its tokens are not cut
+    into. As long as it may be, it is cut as in any pack; shorter, it has other bits than under the policy "invariant",
+    which has all heights.
     """
     heights = heights_of(config.block_q, turns.part_heights)
-    tokens, seqs = problem.tokens, problem.seqs
-    if not turns.few_heights or current_policy() == "invariant" or problem.symbolic:
+    if not turns.few_heights or problem.symbolic or problem.seqs > 1 or current_policy() == "invariant":
         return heights
-    if seqs == 1:
-        return tuple(height for height in heights if height >= _lowest(heights, tokens))
-    if tokens == seqs <= min(turns.part_heights):
-        return (1,)
-    if tokens <= seqs:
-        lower = (height for height in needed_heights(heights, tokens) if height <= PACK_HEIGHT)
-        return tuple(sorted({next(lower), 1}, reverse=True))
-    return heights
+    return tuple(height for height in heights if height >= _lowest(heights, problem.tokens))
 
 
 def _lowest(heights: tuple[int, ...], tokens: int) -> int:
@@ -252,11 +242,6 @@ def _lowest(heights: tuple[int, ...], tokens: int) -> int:
     if heights[0] == lowest >= tokens:
         return lowest
     return max(height for height in heights if height == 1 or (height <= lowest and 4 * height <= tokens))
-
-
-def of_tokens(problem: Problem, heights: tuple[int, ...]) -> bool:
-    """Whether each token of a pack is a tile, of as many tokens as sequences."""
-    return heights == (1,) and not problem.symbolic and problem.tokens == problem.seqs
 
 
 def needed_heights(heights: tuple[int, ...], tokens) -> list[int]:
