@@ -407,8 +407,8 @@ class Plan:
 
     @property
     def announces_runs(self) -> bool:
-        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts are faster with it."""
-        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers)
+        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts without ranges gain."""
+        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers or self.masks_any_block)
 
     @property
     def announced_together(self) -> list[str]:
