@@ -3,6 +3,7 @@
 from concurrent import futures
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -71,12 +72,27 @@ def barriers(number, arrivals):
 
 @contextlib.contextmanager
 def threads_for_warpgroups():
-    """The loop's operations in NumPy. A product reads what it multiplies as late as it may: when it is settled."""
+    """The loop's operations in NumPy. A product reads what it multiplies as early and as late as it may: when it is started,
+    and when it is settled. What is not there then is NaN."""
     both = threading.Barrier(2)
+
+    def matrix(block):
+        """A block, whether its parts lie apart or not."""
+        return block.array if block.array.ndim == 2 else np.concatenate([*block.array], axis=1)
+
+    def running(multiply):
+        early = multiply()
+        return lambda: multiply() + 0 * early
 
     def product(acc, weights, values, share):
         columns = slice(share * acc.shape[1], (share + 1) * acc.shape[1])
-        return lambda: acc + np.array(getattr(weights, "array", weights)) @ values.array[:, columns]
+        return running(lambda: acc + np.array(getattr(weights, "array", weights)) @ matrix(values)[:, columns])
+
+    def logits(query, keys, share, shares, parts, started=None):
+        columns = np.concatenate([np.arange(part * PART, (part + 1) * PART) for part in parts])
+        taken = np.concatenate([query.array[part] for part in parts], axis=1)
+        before = (lambda: 0) if started is None else started
+        return running(lambda: before() + taken @ matrix(keys)[:, columns].T)
 
     def post(numbers, board, warpgroup):
         board.array[warpgroup * ROWS : (warpgroup + 1) * ROWS] = numbers
@@ -96,7 +112,9 @@ def threads_for_warpgroups():
 
     def zero(values, keys, parts, where):
         for key, part, there in zip(*map(np.asarray, (keys, parts, where))):
-            if there:
+            if there and values.array.ndim == 3:
+                values.array[part, key] = 0
+            elif there:
                 values.array[key, part * PART : (part + 1) * PART] = 0
 
     iota = lambda dtype, shape, axis, layout: jnp.asarray(np.indices(shape)[axis], dtype)
@@ -124,7 +142,7 @@ def threads_for_warpgroups():
         posted=posted,
         swapped=swapped,
         settled=lambda product, still_running: jnp.asarray(product()),
-        start_logits=lambda query, keys, *_: lambda: np.concatenate([*query.array], axis=1) @ keys.array.T,
+        start_logits=logits,
         start_output=product,
         start_weighted=product,
         store_weights=lambda weights, target, share: np.copyto(target.array, weights),
@@ -160,8 +178,10 @@ class AlternateTest(parameterized.TestCase):
         scratch |= dict(query_here=Barrier(1), query_free=Barrier(2), weighed=barriers(2, 1))
         sources = dict(keys=keys) if plan.latent else dict(keys=keys, values=values)
         for name, numbers in sources.items():
-            blocks = np.full((slots, BLOCK, numbers[0].shape[1]), np.nan)
-            scratch |= {name: Memory(blocks), f"{name}_here": barriers(slots, 1), f"{name}_free": barriers(slots, 2)}
+            shape, groups = (BLOCK, numbers[0].shape[1]), len(plan.key_groups) if name == "keys" else 1
+            blocks = np.full((slots, shape[1] // PART, BLOCK, PART) if plan.lies_apart(name) else (slots, *shape), np.nan)
+            here, free = barriers(slots * groups, 1), barriers(slots, 2)
+            scratch |= {name: Memory(blocks), f"{name}_here": here, f"{name}_free": free}
 
         def load(name):
             step = 0
@@ -171,9 +191,20 @@ class AlternateTest(parameterized.TestCase):
                     if step >= slots:
                         scratch[f"{name}_free"].at[slot].wait()
                     scratch[name].array[slot] = np.nan
-                    scratch[name].array[slot] = numbers[first : first + BLOCK]
-                    scratch[f"{name}_here"].at[slot].arrive()
+                    come(name, slot, numbers[first : first + BLOCK])
                     step += 1
+
+        def come(name, slot, numbers):
+            """Where parts lie apart, one after the other, and each group of them tells that it is there."""
+            here, place = scratch[f"{name}_here"], scratch[name].array[slot]
+            if not plan.lies_apart(name):
+                place[...] = numbers
+                return here.at[slot].arrive()
+            for group, parts in enumerate(plan.key_groups):
+                time.sleep(0.01)  # that who waits for fewer finds them
+                for part in parts:
+                    place[part] = numbers[:, part * PART : (part + 1) * PART]
+                here.at[slot * len(plan.key_groups) + group].arrive()
 
         def load_queries():
             for i, numbers in enumerate(queries):
@@ -214,6 +245,7 @@ class AlternateTest(parameterized.TestCase):
         ("latent", dict(head_dim=192, stages=2, latent=True)),
         ("window", dict(head_dim=320, stages=1, window=100)),
         ("latent_window", dict(head_dim=192, stages=2, latent=True, window=70)),
+        ("latent_in_groups", dict(head_dim=256, stages=2, latent=True)),
     )
     def test_is_attention_whatever_lies_where_nobody_looks(self, changes):
         """Pieces of one block to five. Unseen slots are NaN, and so is a place as soon as it is let go of."""

@@ -16,7 +16,6 @@ from paged_prefill.lowering.mosaic_gpu.hopper import compute, kernel, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
 from paged_prefill.lowering.tiles import Parts
-from paged_prefill.primitive.config import PrefillPageAttentionConfig
 from paged_prefill.tests import plans
 
 LATENT = dict(head_dim=576, value_dim=512, latent=True, block_kv=64, block_q=1, group=128, num_kv_heads=1)
@@ -170,7 +169,7 @@ class ChainTest(parameterized.TestCase):
 
     def test_a_prompt_beside_decode_steps_has_more_clusters_than_the_chip_has_room_for_and_no_chain(self):
         """Whoever loads goes by clusters, and would wait for ever for those that compute by a chain."""
-        plan, _ = launch_of(seqs=5, tokens=66, pages_per_seq=73, q_heads=32, kv_heads=2, cfg=PrefillPageAttentionConfig(block_q=8, block_kv=128, num_warps=12))
+        plan, _ = launch_of(seqs=5, tokens=66, pages_per_seq=73, q_heads=64, kv_heads=4)
         self.assertEqual((plan.clusters, plan.warpgroups), (True, 2))
         self.assertGreater(plan.pieces, plan.cores)
         self.assertFalse(plan.chains)

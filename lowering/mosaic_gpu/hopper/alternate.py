@@ -6,6 +6,9 @@ block multiplies with its weights from registers, and lays them where the other 
 each writes there only once its own product with what lay there has ended. So tensor cores go on with one block's
 output and the next one's logits while little else is to be done, and blocks make room as soon as they can: there is
 room for two blocks of a latent cache, whose keys are loaded once for both products, and for one of 512 features.
+
+Over latent keys the logits of two blocks follow one another, and then their outputs: so one warpgroup weighs beside the
+other's logits, and the other beside an output. Meanwhile come the next keys, which are multiplied part by part.
 """
 
 import functools
@@ -57,27 +60,50 @@ class _Attention:
         plgpu.barrier_wait(self.query_here)
         meet(self.plan.warpgroups)  # both have read what they had of one another
         # One of the two has block 0, behind which there is no other.
-        running = self.softmax.start()
-        running = lax.cond(own == 0, lambda: self._weigh(True, 0, self._logits(0), *running), lambda: running)
+        first = lambda: self._weigh(True, 0, self._logits(0), *self.softmax.start())
+        if not self.plan.latent:
+            running = lax.cond(own == 0, first, self.softmax.start)
+            return self._finish(end - 1, *self._steps(self._step, own, edge, clear, end, running))
 
-        def steps(masked, first, last, running):
+        def second():
+            """As if its first block needed a mask: which comes late where memory has just been asked for it."""
+            late = jnp.minimum(jnp.maximum(edge, 2), end)
+            steps = self._step_from_logits, 1, late, jnp.maximum(clear, late), end
+            return self._steps(*steps, self.softmax.start())
+
+        found = lax.cond(own == 0, lambda: self._steps(self._step, 0, edge, clear, end, first()), second)
+        return self._finish(end - 1, *found)
+
+    def _steps(self, whole_step, own, edge, clear, end, running):
+        """From block 1 on, those of a warpgroup's blocks that need a mask, those that all rows see, and others that do."""
+        masked, whole = functools.partial(self._step, True), functools.partial(whole_step, False)
+
+        def steps(step, first, last, running):
             """Those of the warpgroup's blocks that are from the first to the second of these."""
             first, last = (lax.div(i - own + 1, 2) for i in (first, last))
-            step = lambda j, running: self._step(masked, 2 * j + own, *running)
-            return lax.fori_loop(first, last, step, running)
+            return lax.fori_loop(first, last, lambda j, running: step(2 * j + own, *running), running)
 
-        running = steps(True, 1, edge, running)
-        running = steps(False, edge, clear, running)
+        running = steps(masked, 1, edge, running)
+        running = steps(whole, edge, clear, running)
         if self.plan.begins_late:
-            running = steps(True, clear, end, running)
-        return self._finish(end - 1, *running)
+            running = steps(masked, clear, end, running)
+        return running
 
     def _step(self, masked, i, acc, m, l):
         """The output of block i - 1, which is the other's, and all of block i; unless it is masked, all rows see it."""
         acc, m, l = self._start_others(i - 1, acc, m, l)
-        logits = self._start_logits(i)
-        acc = self._end_output(i - 1, acc, started_since=1)
+        if self.plan.latent:  # its place is wanted for the keys after next, and the next ones may not be there
+            acc, logits = self._end_output(i - 1, acc), self._start_logits(i)
+        else:
+            logits = self._start_logits(i)
+            acc = self._end_output(i - 1, acc, started_since=1)
         return self._weigh(masked, i, self._end_logits(i, logits), acc, m, l)
+
+    def _step_from_logits(self, masked, i, acc, m, l):
+        """The same, but the logits come before the other's weights do, and the weights beside the other block's output."""
+        logits = self._logits(i)
+        acc, m, l = self._start_others(i - 1, acc, m, l)
+        return self._weigh(masked, i, logits, acc, m, l, others=i - 1)
 
     def _finish(self, last, acc, m, l):
         """What is left of block `last`, and the rows' results."""
@@ -92,10 +118,12 @@ class _Attention:
         total = total + swapped(total, self.sums, self.warpgroup)
         return self.softmax.result(acc, m, total, self.rows.sinks())
 
-    def _weigh(self, masked, i, products, acc, m, l):
-        """Block i's weights, for the other too, and its output; no product is running before and after."""
+    def _weigh(self, masked, i, products, acc, m, l, others=None):
+        """Block i's weights, for the other too, and its output; no product is running before and after, but for the output
+        of the block `others`."""
         seen = functools.partial(self.seen, i) if masked else None
-        weights, acc, m, l = self.softmax.step(products, lambda: acc, m, l, seen)
+        output = lambda: acc if others is None else self._end_output(others, acc)
+        weights, acc, m, l = self.softmax.step(products, output, m, l, seen)
         store_weights(weights, self.weights, jnp.int32(0))
         post(m, self.maxima, self.warpgroup)
         self._wait_for_values(i)
@@ -109,7 +137,8 @@ class _Attention:
     def _start_others(self, i, acc, m, l):
         """Starts the output of block i by the other's weights, and goes on by their maximum."""
         other = 1 - self.warpgroup
-        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i)])
+        for group in range(len(self.plan.key_groups)):
+            self._wait_for_keys(i, group)
         self._let_go_of_keys(i)  # before they are the other's weights: so the next keys need not wait for those
         plgpu.barrier_wait(self.weighed.at[other])
         self._wait_for_values(i)
@@ -120,14 +149,19 @@ class _Attention:
         return self._end_logits(i, self._start_logits(i))
 
     def _start_logits(self, i):
-        slot, parts = self._slot_of(i), [*range(self.plan.query_parts)]
-        plgpu.barrier_wait(self.keys_here.at[slot])
-        return start_logits(self.query, self.keys.at[slot], jnp.int32(0), 1, parts)
+        keys, logits = self.keys.at[self._slot_of(i)], None
+        for group, parts in enumerate(self.plan.key_groups):
+            self._wait_for_keys(i, group)
+            logits = start_logits(self.query, keys, jnp.int32(0), 1, parts, logits)
+        return logits
 
     def _end_logits(self, i, logits):
         logits = settled(logits, still_running=0)
         self._let_go_of_keys(i)
         return logits
+
+    def _wait_for_keys(self, i, group):
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i) * len(self.plan.key_groups) + group])
 
     def _let_go_of_keys(self, i):
         if not self.plan.latent:  # whose keys are still to be values

@@ -207,7 +207,8 @@ class Loading:
         """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
         plan, column = self.plan, self.plan.in_slot(piece, source.beside) * source.features
         blocks, parts = source.blocks, [((), Part(0, source.features))]
-        if lie_apart(source.features):
+        apart = lie_apart(source.features) or plan.keys_come_apart
+        if apart:
             parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
         targets = [
             (row, part, blocks.at[slot, *place, pl.ds(self.first + offset, plan.run)])
@@ -217,7 +218,14 @@ class Loading:
         if plan.gathers:
             for row, part, target in targets:
                 gather.start(threads, source.rows, row, column + part.first, part.features, target)
-        elif lie_apart(source.features):
+        elif plan.keys_come_apart:
+            for group, numbers in enumerate(plan.key_groups):
+                here = source.here.at[slot * len(plan.key_groups) + group]
+                for row, part, target in targets:
+                    if part.first // COLUMNS in numbers:
+                        place = pl.ds(row, plan.run), pl.ds(column + part.first, part.features)
+                        plgpu.copy_gmem_to_smem(source.rows.at[place], target, here)
+        elif apart:
             copies = [(source.rows, row, column + part.first, part.features, target) for row, part, target in targets]
             copy_parts(source.here, slot, copies)
         elif plan.announces_runs:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 import functools
 import math
-from typing import NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
 
+from paged_prefill.lowering.mosaic_gpu.hopper.registers import GATHERING_REGISTERS, REGISTERS, WIDE_REGISTERS, Registers
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, columns_of, lie_apart
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
@@ -42,6 +42,7 @@ def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
     return max(stages - is_wide(head_dim, value_dim, False), 1)
 
 
+MOST_ARRIVING = 3  # parts of latent keys that are waited for together
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -54,29 +55,6 @@ def widened(block_kv: int, features: int, wide: bool) -> int:
     if wide:
         return 1
     return 3 if block_kv * features <= 64 * 256 else 2
-
-
-class Registers(NamedTuple):
-    """Of a thread that computes, that loads and that widens; None where a warpgroup keeps what it starts with."""
-
-    computes: int | None
-    loads: int | None
-    widens: int | None = None
-
-
-# By the number of computing warpgroups, and whether blocks are widened.
-REGISTERS = {
-    (1, False): Registers(None, None),
-    (2, False): Registers(240, 24),
-    (3, False): Registers(160, 32),
-    (4, False): Registers(112, 32),
-    (1, True): Registers(256, 40, 168),
-    (2, True): Registers(232, 40),
-    (3, True): Registers(160, 32),
-}
-GATHERING_REGISTERS = Registers(232, 40)  # of two warpgroups, beside lanes that have more than one key's numbers
-# By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
-WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
 
 def are_gathered(page: int, block: int) -> bool:
@@ -250,12 +228,21 @@ class Plan:
         return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
 
     @property
+    def keys_come_apart(self) -> bool:
+        """Whether parts of latent keys come by copies of their own, and are multiplied while others are on their way: there is
+        room for two blocks, so that products wait for the next one."""
+        return self.alternates and self.latent and not self.gathers
+
+    @property
     def key_groups(self) -> list[list[int]]:
         """Parts of keys that are there together: wide ones are widened while products with others of a block run.
 
         Those come first that have no values in their place, or those of an output's first turn.
         """
         parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
+        if self.keys_come_apart:
+            size = max(size for size in range(1, MOST_ARRIVING + 1) if len(parts) % size == 0)
+            return [[*parts[first : first + size]] for first in range(0, len(parts), size)]
         if not (self.wide and self.quantised):
             return [[*parts]]
         first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
@@ -420,14 +407,19 @@ class Plan:
 
     @property
     def announces_runs(self) -> bool:
-        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts are faster with it."""
-        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers)
+        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts without ranges gain."""
+        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers or self.masks_any_block)
 
     @property
     def announced_together(self) -> list[str]:
         """Rings whose copies are: those also whose parts lie apart. What is gathered is announced otherwise."""
         rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
         return [name for name in rings if self.announces_runs or (lie_apart(rings[name]) and not self.gathers)]
+
+    def lies_apart(self, name: str) -> bool:
+        """Whether the parts of a block of keys, or of values, do (tiling.py)."""
+        come_apart = name == "keys" and self.keys_come_apart
+        return come_apart or lie_apart(self.head_dim if name == "keys" else self.value_dim)
 
     @property
     def query_parts(self) -> int:

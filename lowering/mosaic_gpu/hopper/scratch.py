@@ -9,7 +9,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, lie_apart, parts_of, tiling_of, tiling_of_bytes
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, parts_of, tiling_of, tiling_of_bytes
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
@@ -68,9 +68,10 @@ def _queries(plan: Plan) -> dict:
 def _rings(plan: Plan) -> dict:
     """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
     turns = plan.output_turns if plan.latent else 1
+    key_copies = copies_of(plan) * (len(plan.key_groups[0]) if plan.keys_come_apart else 1)
     found = _blocks(plan) | dict(
         keys_here=plgpu.Barrier(
-            num_arrivals=plan.widening_warps if plan.widens_keys else copies_of(plan),
+            num_arrivals=plan.widening_warps if plan.widens_keys else key_copies,
             num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
         ),
         keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
@@ -103,17 +104,17 @@ def _blocks(plan: Plan) -> dict:
     """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
     dtype = jnp.dtype(plan.block_dtype)
 
-    def ring(slots, *shape):
-        if lie_apart(shape[-1]):
+    def ring(slots, *shape, apart=False):
+        if apart:
             shape = len(parts_of(shape[-1])), shape[0], COLUMNS
         transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
         return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
-    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim, apart=plan.lies_apart("keys")))
     if plan.fp8_terms:  # whose products read values as features of all keys
         found |= dict(values=ring(plan.slots, plan.value_dim, plan.block_kv))
     elif not plan.latent:
-        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim))
+        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim, apart=plan.lies_apart("values")))
     if plan.shares_place:
         found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
     found |= raw_rings(plan)
