@@ -258,7 +258,7 @@ class FillTest(parameterized.TestCase):
         config = GPU_KERNELS[0].heuristic(problem, DEVICES[0][1])
         self.assertEqual(mosaic_gpu_host.parts_of_tiles(problem, DEVICES[0][1], config).most, most)
 
-    @parameterized.parameters((10, 1, 55000, 3, 32), (59, 1, 32256, 8, 32), (9, 10, 83968, 8, 13), (13, 1, 16384, 1, 8))
+    @parameterized.parameters((10, 1, 55000, 3, 32), (59, 1, 32256, 8, 32), (9, 10, 83968, 8, 13), (13, 1, 8192, 1, 8))
     def test_parts_are_small_where_tiles_are_few(self, seqs, kv_heads, context, blocks, most):
         """But a cluster that merges them is not given up for some more of them."""
         problem = problem_of_shape(seqs, 1, context, 4 * kv_heads, kv_heads, 128, None, None, page_size=16)
