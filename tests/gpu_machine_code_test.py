@@ -7,6 +7,7 @@ import sys
 
 from absl.testing import absltest, parameterized
 
+from paged_prefill.tests.append_test import QUANTISED
 from paged_prefill.tests.gpus import gpus_for
 
 CHILD = """
@@ -59,6 +60,9 @@ class GpuMachineCodeTest(parameterized.TestCase):
         ("four_warpgroups", (1, 8192, 8192, 32, 8, 64, 64, False, "bfloat16"), 36),
         ("two_teams_of_short_prompts", (16, 100, 256, 32, 8, 128, 128, False, "bfloat16")),
         ("two_teams_of_decode_steps", (64, 1, 4096, 32, 8, 128, 128, False, "bfloat16")),
+        *((f"decode_steps_in_{dtype}", (64, 1, 4096, 32, 8, 128, 128, False, dtype)) for dtype in QUANTISED),
+        # Ten registers between pieces, outside all loops over keys.
+        ("prompt_over_widened_keys", (1, 8192, 8192, 32, 8, 128, 128, False, "float8_e5m2"), 40),
         ("wide_decode_steps_of_32_heads", (64, 1, 4096, 64, 2, 256, 256, False, "bfloat16")),
     )
     def test_products_run_beside_one_another_and_no_register_is_spilled(self, case, spilled_bytes=0):
