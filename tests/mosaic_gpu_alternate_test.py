@@ -69,14 +69,45 @@ def barriers(number, arrivals):
     return Memory(np.array([Barrier(arrivals) for _ in range(number)], object))
 
 
+class Products:
+    """Those that each thread has started, oldest first. One reads what it multiplies as late as it may."""
+
+    def __init__(self):
+        self.of_threads = {}
+
+    def start(self, multiply, shape):
+        found = SimpleNamespace(multiply=multiply, number=None, shape=shape)
+        self.of_threads.setdefault(threading.get_ident(), []).append(found)
+        return found
+
+    def wait(self, still_running):
+        running = self.of_threads.get(threading.get_ident(), [])
+        while len(running) > still_running:
+            ended = running.pop(0)
+            ended.number = ended.multiply()
+
+    def settled(self, product, still_running):
+        self.wait(still_running)
+        return jnp.asarray(product.number)
+
+
 @contextlib.contextmanager
 def threads_for_warpgroups():
-    """The loop's operations in NumPy. A product reads what it multiplies as late as it may: when it is settled."""
-    both = threading.Barrier(2)
+    """The loop's operations in NumPy."""
+    both, products = threading.Barrier(2), Products()
 
     def product(acc, weights, values, share):
         columns = slice(share * acc.shape[1], (share + 1) * acc.shape[1])
-        return lambda: acc + np.array(getattr(weights, "array", weights)) @ values.array[:, columns]
+        multiply = lambda: acc + np.array(getattr(weights, "array", weights)) @ values.array[:, columns]
+        return products.start(multiply, acc.shape)
+
+    def start_logits(query, keys, share, shares, parts, started=None, next_output=None):
+        def multiply():
+            number = np.concatenate([*query.array], axis=1) @ keys.array.T
+            return number if started is None else started.number + number
+
+        found = products.start(multiply, (ROWS, BLOCK))
+        return found if next_output is None else (found, next_output)
 
     def post(numbers, board, warpgroup):
         board.array[warpgroup * ROWS : (warpgroup + 1) * ROWS] = numbers
@@ -123,8 +154,9 @@ def threads_for_warpgroups():
         post=post,
         posted=posted,
         swapped=swapped,
-        settled=lambda product, still_running: jnp.asarray(product()),
-        start_logits=lambda query, keys, *_: lambda: np.concatenate([*query.array], axis=1) @ keys.array.T,
+        settled=products.settled,
+        wait_for_products=products.wait,
+        start_logits=start_logits,
         start_output=product,
         start_weighted=product,
         store_weights=lambda weights, target, share: np.copyto(target.array, weights),
@@ -159,20 +191,25 @@ class AlternateTest(parameterized.TestCase):
         scratch = dict(query_views=[[None], [None], [Memory(query)]], weights=Memory(weights), boards=Memory(boards))
         scratch |= dict(query_here=Barrier(1), query_free=Barrier(2), weighed=barriers(2, 1))
         sources = dict(keys=keys) if plan.latent else dict(keys=keys, values=values)
+        shares = plan.block_shares
         for name, numbers in sources.items():
-            blocks = np.full((slots, BLOCK, numbers[0].shape[1]), np.nan)
-            scratch |= {name: Memory(blocks), f"{name}_here": barriers(slots, 1), f"{name}_free": barriers(slots, 2)}
+            shape = (shares, BLOCK, numbers[0].shape[1] // shares) if shares > 1 else (BLOCK, numbers[0].shape[1])
+            readers = 2 if name == "keys" or shares == 1 else 1
+            scratch[name] = Memory(np.full((slots, *shape), np.nan))
+            scratch |= {f"{name}_here": barriers(slots * shares, 1), f"{name}_free": barriers(slots * shares, readers)}
 
         def load(name):
             step = 0
             for piece, numbers in zip(pieces, sources[name]):
                 for i in range(piece.steps):
                     slot, first = step % slots, (piece.last - i) * BLOCK
-                    if step >= slots:
-                        scratch[f"{name}_free"].at[slot].wait()
-                    scratch[name].array[slot] = np.nan
-                    scratch[name].array[slot] = numbers[first : first + BLOCK]
-                    scratch[f"{name}_here"].at[slot].arrive()
+                    for share, columns in enumerate(np.split(numbers[first : first + BLOCK], shares, axis=1)):
+                        if step >= slots:
+                            scratch[f"{name}_free"].at[slot * shares + share].wait()
+                        place = scratch[name].array[slot] if shares == 1 else scratch[name].array[slot, share]
+                        place[:] = np.nan
+                        place[:] = columns
+                        scratch[f"{name}_here"].at[slot * shares + share].arrive()
                     step += 1
 
         def load_queries():
@@ -210,7 +247,9 @@ class AlternateTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("one_place", dict(head_dim=320, stages=1)),
+        ("halves_of_a_place", dict(head_dim=384, stages=1)),
         ("two_places", dict(head_dim=384, stages=2)),
+        ("gathered", dict(head_dim=384, stages=1, page_size=3)),
         ("latent", dict(head_dim=192, stages=2, latent=True)),
         ("window", dict(head_dim=320, stages=1, window=100)),
         ("latent_window", dict(head_dim=192, stages=2, latent=True, window=70)),

@@ -12,7 +12,7 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu import host
 from paged_prefill.lowering.mosaic_gpu.hopper import cluster, operations
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS
+from paged_prefill.lowering.mosaic_gpu.hopper.registers import REGISTERS
 from paged_prefill.lowering.splits import merge_splits
 from paged_prefill.lowering.tiles import Parts, Tiles
 from paged_prefill.primitive.context import policy

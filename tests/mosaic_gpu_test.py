@@ -15,7 +15,7 @@ import numpy as np
 from paged_prefill import PrefillPageAttentionConfig, ragged_paged_prefill
 from paged_prefill.lowering.call import Call, Device
 from paged_prefill.lowering.mosaic_gpu import host, room
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import REGISTERS, WIDE_REGISTERS
+from paged_prefill.lowering.mosaic_gpu.hopper.registers import REGISTERS, WIDE_REGISTERS
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.layout import LAYOUTS

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 import functools
 import math
-from typing import NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
 
+from paged_prefill.lowering.mosaic_gpu.hopper.registers import GATHERING_REGISTERS, REGISTERS, WIDE_REGISTERS, Registers
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, columns_of, lie_apart
 from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polynomial
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
@@ -54,29 +54,6 @@ def widened(block_kv: int, features: int, wide: bool) -> int:
     if wide:
         return 1
     return 3 if block_kv * features <= 64 * 256 else 2
-
-
-class Registers(NamedTuple):
-    """Of a thread that computes, that loads and that widens; None where a warpgroup keeps what it starts with."""
-
-    computes: int | None
-    loads: int | None
-    widens: int | None = None
-
-
-# By the number of computing warpgroups, and whether blocks are widened.
-REGISTERS = {
-    (1, False): Registers(None, None),
-    (2, False): Registers(240, 24),
-    (3, False): Registers(160, 32),
-    (4, False): Registers(112, 32),
-    (1, True): Registers(256, 40, 168),
-    (2, True): Registers(232, 40),
-    (3, True): Registers(160, 32),
-}
-GATHERING_REGISTERS = Registers(232, 40)  # of two warpgroups, beside lanes that have more than one key's numbers
-# By whether caches are quantised. 24 are too few for what splits add to the loads, and 191 do for products.
-WIDE_REGISTERS = {False: Registers(224, 56), True: Registers(208, 40, 56)}
 
 
 def are_gathered(page: int, block: int) -> bool:
@@ -234,6 +211,12 @@ class Plan:
     def alternates(self) -> bool:
         """Whether two warpgroups that share rows take blocks of keys by turns (alternate.py)."""
         return self.wide and not self.quantised
+
+    @property
+    def block_shares(self) -> int:
+        """Shares of a block's features that lie apart, come and make room on their own: where one block has room, halves."""
+        halves = self.alternates and not self.latent and self.head_dim % (2 * COLUMNS) == 0
+        return 2 if halves and not self.gathers else 1
 
     @property
     def shares_place(self) -> bool:

@@ -63,22 +63,23 @@ def _queries(plan: Plan) -> dict:
 
 def _rings(plan: Plan) -> dict:
     """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
-    turns = plan.output_turns if plan.latent else 1
+    turns, shares = plan.output_turns if plan.latent else 1, plan.block_shares
     found = _blocks(plan) | dict(
         keys_here=plgpu.Barrier(
             num_arrivals=plan.widening_warps if plan.widens_keys else copies_of(plan),
-            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
+            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups) * shares,
         ),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns * shares),
     )
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         found |= dict(
             values_here=plgpu.Barrier(
                 num_arrivals=plan.widening_warps if plan.widens else copies_of(plan),
-                num_barriers=plan.teams * plan.slots,
+                num_barriers=plan.teams * plan.slots * shares,
             ),
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
+            # A share is one warpgroup's.
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups // shares, num_barriers=outputs * shares),
         )
     for name in plan.announced_together:
         slots = plan.key_slots if name == "keys" else plan.slots
@@ -93,6 +94,8 @@ def _blocks(plan: Plan) -> dict:
     def ring(slots, *shape):
         if lie_apart(shape[-1]):
             shape = len(parts_of(shape[-1])), shape[0], COLUMNS
+        if plan.block_shares > 1:
+            shape = plan.block_shares, shape[0], shape[1] // plan.block_shares
         transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
         return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
