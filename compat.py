@@ -93,12 +93,14 @@ def wgmma_m64(*operands, element_type, **parameters):
     return emit(*operands, a_element_type=element_type, b_element_type=element_type, **parameters)
 
 
-def copy_descriptor(context, source, shape, swizzle: int):
-    """What a TMA copy of a box of so many rows and columns of a matrix in global memory is told of both, on Mosaic GPU.
+def copy_descriptor(context, source, shape, swizzle: int, transforms=()):
+    """What a TMA copy of a box of so many rows and columns of a matrix in global memory is told of both, on Mosaic GPU;
+    or of a box of the matrix as transformed.
 
-    JAX 0.10 to 0.12 copy boxes whose rows are as wide as the swizzle, and no narrower ones.
+    JAX 0.10 to 0.12 copy boxes whose rows are as wide as the swizzle, and no narrower ones; and to all blocks of a
+    cluster those of which each copies a share itself.
     """
-    return context._get_tma_desc(source, (), None, shape, swizzle, None)
+    return context._get_tma_desc(source, tuple(transforms), None, tuple(shape), swizzle, None)
 
 
 def takes_references(kernel):

@@ -18,13 +18,14 @@ from paged_prefill.lowering.call import Device
 from paged_prefill.lowering.mosaic_gpu.hopper import arrivals, cluster
 
 BYTES = dict(cache="float8_e4m3fn")
+PROMPT = dict(seqs=1, tokens=8192)
 
 
 @contextlib.contextmanager
 def announced_and_copied():
     """For each announcement that is lowered meanwhile, a list: its bytes, and those of each copy behind it."""
-    found, barriers = [], []
-    write, ask, describe = arrivals.llvm.inline_asm, arrivals._barrier, compat.copy_descriptor
+    found, barriers, described = [], [], []
+    write, ask, describe = arrivals.llvm.inline_asm, arrivals.barrier_of, compat.copy_descriptor
     copy = mgpu.LaunchContext.async_copy
 
     def constant(value):
@@ -41,20 +42,22 @@ def announced_and_copied():
             found.append([2 * constant(number.owner.operands[1]) if of_rows else constant(number)])
         elif "cp.async.bulk.shared" in text:
             found[-1].append(constant(operands[2]))
+        elif "cp.async.bulk.tensor" in text:  # two blocks copy as much, to both
+            found[-1].append(described.pop(0) * (2 if "multicast" in text else 1))
         elif text.startswith("st.async"):
             found[-1].append(8 if ".v2.f32" in text else 4)
         return write(kind, operands, text, *args, **others)
 
-    def copy_descriptor(context, source, shape, swizzle):
-        found[-1].append(bytes_of(source, shape))
-        return describe(context, source, shape, swizzle)
+    def copy_descriptor(context, source, shape, *args):
+        described.append(bytes_of(source, shape))
+        return describe(context, source, shape, *args)
 
     def barrier(*args):
         barriers.append(ask(*args))
         return barriers[-1]
 
     def async_copy(self, **given):
-        if any(given["barrier"] is one for one in barriers):
+        if any(given.get("barrier") is one for one in barriers):
             found[-1].append(bytes_of(given["src_ref"], [place.length for place in given["gmem_slice"]]))
         return copy(self, **given)
 
@@ -63,7 +66,7 @@ def announced_and_copied():
     with (
         mock.patch.object(arrivals, "llvm", llvm),
         mock.patch.object(cluster, "llvm", llvm),
-        mock.patch.object(arrivals, "_barrier", barrier),
+        mock.patch.object(arrivals, "barrier_of", barrier),
         mock.patch.object(compat, "copy_descriptor", copy_descriptor),
         mock.patch.object(mgpu.LaunchContext, "async_copy", async_copy),
     ):
@@ -73,10 +76,10 @@ def announced_and_copied():
 def lower(seqs=2, tokens=64, head_dim=128, value_dim=None, page_size=16, cache="bfloat16", layout="kpsd", **parameters):
     """A call of 8 query heads over 2 KV heads."""
     shape = jax.ShapeDtypeStruct
-    dims = dict(k=2, p=64, s=page_size)
+    dims = dict(k=2, p=max(64, 2 * tokens // page_size), s=page_size)
     caches = [shape((*(dims[name] for name in layout[:-1]), d), cache) for d in (head_dim, value_dim or head_dim)]
     quantised = cache != "bfloat16"
-    operands = [shape((tokens, 8, head_dim), "bfloat16"), *caches, shape((seqs,), "int32"), shape((seqs, 32), "int32")]
+    operands = [shape((tokens, 8, head_dim), "bfloat16"), *caches, shape((seqs,), "int32"), shape((seqs, dims["p"] // 2), "int32")]
     operands += [shape((seqs + 1,), "int32"), *[shape((2,), "float32")] * (2 * quantised)]
 
     def call(*arrays):
@@ -91,6 +94,9 @@ class ArrivalsTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("parts_of_narrow_heads", dict(head_dim=80)),
         ("parts_of_two_widths", dict(head_dim=112, value_dim=48, page_size=64, tokens=2)),
+        ("two_blocks_for_one_another", PROMPT),
+        ("two_blocks_of_other_heads", PROMPT | dict(layout="pskd", head_dim=64, page_size=64)),
+        ("pages_of_a_prompt", PROMPT | dict(sliding_window=850)),
         ("bytes", BYTES),
         ("rows_of_bytes_as_a_plain_run", BYTES | dict(head_dim=512)),
         ("rows_of_bytes_one_by_one", BYTES | dict(head_dim=512, layout="pskd")),

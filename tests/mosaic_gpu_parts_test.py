@@ -47,7 +47,8 @@ class PartsTest(parameterized.TestCase):
     )
     def test_as_many_warps_announce_a_block_as_its_barrier_waits_for(self, sizes, dims):
         plan = plans.plan(head_dim=dims[0], value_dim=dims[1], soft_cap=None, **sizes)
-        self.assertEqual(plan.announced_together, [name for name, n in zip(("keys", "values"), dims) if n % 64])
+        together = [name for name, n in zip(("keys", "values"), dims) if n % 64 or plan.warpgroups > 1]
+        self.assertEqual(plan.announced_together, together)
         sources, pieces, found = [SimpleNamespace(name=name) for name in ("keys", "values")], mock.Mock(), {}
         with mock.patch.object(loading.pl, "when", lambda condition: lambda do: do()):
             loading.load(plan, pieces, None, None, sources, jnp.int32(0))
@@ -77,6 +78,20 @@ class PartsTest(parameterized.TestCase):
                 place = 2, number, loading.pl.ds(offset, 16)
                 expected.append(("cache", row, column + first, min(64, features - first), place))
         self.assertEqual([(rows, row, int(at), n, place) for rows, row, at, n, place in copies], expected)
+
+    @parameterized.product(slot_rows=(1, 2), blocks=(1, 2))
+    def test_runs_of_whole_parts_have_a_copy_each(self, slot_rows, blocks):
+        """All of a warp's are announced together, and those of another thread block if it copies as many to here."""
+        plan = plans.plan(slot_rows=slot_rows, soft_cap=None, mates=blocks > 1)
+        source = SimpleNamespace(rows="cache", beside=0, features=128, blocks=Ring(), here="here", wide_blocks=None)
+        share = loading.Loading(plan, None, None, [source], range(32, 64, 16), first=64 * (blocks - 1))
+        with mock.patch.object(loading, "copy_tiles") as copy:
+            share._copy_runs(SimpleNamespace(first_row=1), source, 2, [300, 500])
+        [(here, slot, copies, number), _] = copy.call_args
+        self.assertEqual((here, slot, number), ("here", 2, blocks))
+        places = [(2, loading.pl.ds(64 * (blocks - 1) + offset, 16)) for offset in (32, 48)]
+        expected = [("cache", row, 128 * (1 % slot_rows), place) for row, place in zip((300, 500), places)]
+        self.assertEqual([(rows, row, int(at), place) for rows, row, at, place in copies], expected)
 
     @parameterized.parameters(1, 2, 3, 4)
     def test_the_phase_that_is_waited_for_is_the_blocks_own(self, stages):

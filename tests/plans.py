@@ -12,7 +12,7 @@ def plan(**changes) -> Plan:
                   block_q=64, block_kv=128, warpgroups=2, teams=1, stages=3, parts=Parts(), clusters=False, last_merges=False,
                   exchanges_in_blocks=False, softmax_scale=0.1, soft_cap=50.0, window=None, has_ranges=False, tree_words=0, latent=False, dtype="bfloat16",
                   cache_dtype="bfloat16", key_scale=None, value_scale=None, fp8_terms=0,
-                  rows_together=1)
+                  mates=False, rows_together=1)
     fields |= changes
     wide = is_wide(*(fields[name] for name in ("head_dim", "value_dim", "latent")))
     return Plan(**(dict(rows=WARPGROUP_ROWS * (1 if wide else fields["warpgroups"])) | fields))

@@ -23,10 +23,10 @@ from paged_prefill.lowering.mosaic_gpu.hopper.widen import QUANTISED
 from paged_prefill.lowering.mosaic_gpu.parts import MOST_IN_LARGE_CLUSTER, exchange_fits, in_cluster, last_merges
 from paged_prefill.lowering.mosaic_gpu.parts import merged_in_cluster, merges_in_cluster, parts_of_tiles
 from paged_prefill.lowering.mosaic_gpu.room import SHARED_BYTES, few_rows, fewest_stages
-from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, heads_of_prompts, is_latent, is_quantised, keys_of_tiles
-from paged_prefill.lowering.mosaic_gpu.room import programs, reads_bytes, rows_of, shared_bytes, shares_rows, teams_of
+from paged_prefill.lowering.mosaic_gpu.room import heads_of_fewest_tiles, heads_of_prompts, is_latent, is_quantised, keys_of_prompts
+from paged_prefill.lowering.mosaic_gpu.room import keys_of_tiles, programs, reads_bytes, rows_of, shared_bytes, shares_rows, teams_of
 from paged_prefill.lowering.mosaic_gpu.room import tiles_of_packs, two_share_rows, warpgroups_of
-from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles, rows_together
+from paged_prefill.lowering.mosaic_gpu.rounds import CHAIN, THREE_WARPGROUPS, cycles, has_mates, rows_together
 from paged_prefill.lowering.mosaic_gpu.scheduling import schedule_of
 from paged_prefill.lowering.mosaic_gpu.widening import behind_widening, caches_of, scales_of, widened_call
 from paged_prefill.lowering.splits import LEAST_PART_BYTES, MOST_PARTS, best_splits, bytes_of_key, mean_keys
@@ -328,6 +328,7 @@ def _plan(call: Call, config: PrefillPageAttentionConfig, device: Device) -> Pla
         key_scale=key_scale,
         value_scale=value_scale,
         fp8_terms=config.fp8_terms or 0,
+        mates=parts == Parts() and has_mates(problem, config, device.cores),
         rows_together=rows_together(problem, config, device.cores) if parts == Parts() else 1,
     )
 
@@ -499,10 +500,8 @@ def _has_short_prompts(problem: Problem) -> bool:
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
     tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
-    keys = mean_keys(problem, WARPGROUP_ROWS)
     filled = problem.tokens_per_seq >= WARPGROUP_ROWS or problem.group in (1, 2) or problem.group % 4 == 0  # rows of a tile
-    if min(problem.seqs, problem.tokens) > 1 and filled:  # whole prompts in a wide table see as few as they have: both count
-        keys = math.sqrt(keys * min(keys, problem.tokens_per_seq / 2))
+    keys = (keys_of_prompts if filled else mean_keys)(problem, WARPGROUP_ROWS)
     return problem.tokens_per_seq >= tokens and keys <= SHORT
 
 

@@ -9,7 +9,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.columns import board_shape, room_s
 from paged_prefill.lowering.mosaic_gpu.hopper import plan
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import FP8_SLOTS, WARPGROUP_ROWS, is_wide, value_stages, widened
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import whole
-from paged_prefill.lowering.splits import most_keys
+from paged_prefill.lowering.splits import mean_keys, most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 SHARED_BYTES = 227 * 1024
@@ -131,6 +131,12 @@ def keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:
     """The fewest and the most that a tile sees, where the new tokens are the last that the table has room for."""
     most = most_keys(problem, block_q)
     return min(most, max(problem.capacity - problem.tokens_per_seq, 0)), most
+
+
+def keys_of_prompts(problem: Problem, block_q: int) -> float:
+    """The keys that a tile sees on average. Whole prompts in a wide table see as few as they have: of several, both count."""
+    keys = mean_keys(problem, block_q)
+    return keys if min(problem.seqs, problem.tokens) == 1 else math.sqrt(keys * min(keys, problem.tokens_per_seq / 2))
 
 
 def tiles_of_packs(problem: Problem, block_q: int) -> tuple[int, int]:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_prefill.lowering.call import Problem
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS
-from paged_prefill.lowering.mosaic_gpu.room import rows_of, teams_of
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import MATES, WARPGROUP_ROWS, are_gathered
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import lie_apart
+from paged_prefill.lowering.mosaic_gpu.room import is_quantised, keys_of_prompts, programs, rows_of, shares_rows, teams_of, warpgroups_of
 from paged_prefill.lowering.splits import bytes_of_key, most_keys
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
@@ -27,6 +28,9 @@ TOGETHER, WORTH, NEARLY = (2, 3, 4, 6, 8, 12, 16), 0.08, 0.02
 HELD_BYTES = 6 * 10**7  # of keys and values: little more than the second cache holds, which brings most of them once
 MEMORY = 2800  # bytes that memory brings in a cycle of a core of an H200; an H100's brings 2000
 APART = 3  # products and memory go on beside one another: the exponent by which their times add up, by 12 launches
+# Features by which any block may be masked, with which chunks take 3% longer by mates; and the fewest keys that tiles see
+# with which prompts take none: long ones take 1 to 4% less.
+MASKED, KEYS_OF_MATES = frozenset({"key_ranges", "tree_mask"}), 1024
 # Cycles of a step for each of its products of two numbers, 2048 a cycle at most, and for each of its exponentials.
 PRODUCT, EXPONENTIAL, ENDS = 1.12 / 2048, 0.1, 4000
 
@@ -56,6 +60,23 @@ def cycles(problem: Problem, config: PrefillPageAttentionConfig, pace: Pace, pie
     of_tiles = pace.ends + step * (np.ceil(keys / block_kv) - passed_over)
     of_pieces = np.sort(np.repeat(of_tiles, pieces // len(of_tiles)))[::-1]
     return _end(of_pieces, cores)
+
+
+def has_mates(problem: Problem, config: PrefillPageAttentionConfig, cores: int) -> bool:
+    """Whether two thread blocks copy keys for one another (hopper/mates.py): those of a KV head's tiles of the same tokens.
+
+    So it is where pages are copied as they lie, and prompts have tiles for all cores, of many keys: at both ends of a
+    piece they wait for one another.
+    """
+    if is_quantised(problem) or shares_rows(problem) or warpgroups_of(config) == 1 or not MASKED.isdisjoint(problem.features):
+        return False
+    if lie_apart(problem.head_dim) or lie_apart(problem.value_dim) or are_gathered(problem.page_size, config.block_kv):
+        return False
+    halves = config.block_kv % (MATES * min(problem.page_size, config.block_kv // MATES)) == 0
+    head_tiles = -(-problem.group // (rows_of(problem, config) // config.block_q))
+    filled = problem.tokens_per_seq >= config.block_q and programs(problem, config) >= cores
+    pairs = halves and head_tiles % MATES == 0 and cores % MATES == 0
+    return pairs and filled and keys_of_prompts(problem, config.block_q) >= KEYS_OF_MATES
 
 
 def _end(of_pieces, cores: int) -> float:

@@ -43,7 +43,8 @@ Who does it:
     turns       two warpgroups issue their products alternately (FlashAttention-3's ping-pong): one's softmax runs beside
                 the other's products. (A turn of a loop is one pass of its body)
     chain       the next piece's first logits are issued beside the last product of this one, so that no piece begins cold
-    cluster     the thread blocks that have the parts of one tile, and merge them in shared memory
+    cluster     the thread blocks that have the parts of one tile, and merge them in shared memory; or mates
+    mates       two thread blocks whose tiles are two heads' of the same tokens: each copies half of all keys for both
     widen       convert the 8-bit numbers of a quantised cache to 16 bits, without their scales
     wide        heads whose output is too wide for the registers of one warpgroup: two share 64 rows, half the columns each
 

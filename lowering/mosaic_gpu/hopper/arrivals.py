@@ -4,6 +4,8 @@ A warp that copies page by page spends most of its time on that. Pallas hands it
 are words of shared memory, and who waits counts their phases.
 """
 
+import math
+
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -52,7 +54,7 @@ def copy_together(barriers, stage, copies, tiled=False) -> None:
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def start(context, barriers, stage, *operands):
         index = ir.IndexType.get()
-        barrier, one = _barrier(barriers, stage), utils.single_thread_predicate(utils.ThreadSubset.WARP)
+        barrier, one = barrier_of(barriers, stage), utils.single_thread_predicate(utils.ThreadSubset.WARP)
         parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]
         arrive = "@$2 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;"
         total = arith.constant(ir.IntegerType.get_signless(32), sum(_bytes(target) for *_, target in parts))
@@ -84,32 +86,66 @@ def copy_parts(barriers, stage, copies) -> None:
 
     Targets are rows of 64 columns as products read them, of which a copy writes those that a part has.
     """
-    widths, types = [columns for *_, columns, _ in copies], [plgpu.RefType(), SPLAT]
-    for _ in copies:
-        types += [plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType(TILED)]
+    widths = [columns for *_, columns, _ in copies]
+
+    def describe(context, source, row, column, target, columns):
+        tiles, _, rows, _ = ir.MemRefType(target.type).shape
+        box = tiles * rows, columns
+        return compat.copy_descriptor(context, source, box, SWIZZLE_BYTES), [column, row], math.prod(box)
+
+    _copy_boxes(barriers, stage, [(source, row, column, target) for source, row, column, _, target in copies], widths, describe)
+
+
+def copy_tiles(barriers, stage, copies, blocks: int) -> None:
+    """The same of (source, first row, first column, target), all of whose parts are whole, for so many thread blocks.
+
+    They are a cluster, and each of them makes as many copies, of other rows, which come to the same places in all:
+    `stage` is told of the copies of all.
+    """
+
+    def describe(context, source, row, column, target, _):
+        i32 = ir.IntegerType.get_signless(32)
+        *box, rows, columns = ir.MemRefType(target.type).shape
+        of_tile = lambda place, size: arith.divui(place, arith.constant(i32, size))
+        none = arith.constant(i32, 0)
+        places = [none, none, of_tile(column, columns), of_tile(row, rows)]
+        tiles = (mgpu.TileTransform((rows, columns)),)
+        descriptor = compat.copy_descriptor(context, source, (*box, rows, columns), SWIZZLE_BYTES, tiles)
+        return descriptor, places, math.prod(box) * rows * columns
+
+    _copy_boxes(barriers, stage, copies, [None] * len(copies), describe, blocks)
+
+
+def _copy_boxes(barriers, stage, copies, widths, describe, blocks: int = 1) -> None:
+    """Starts such copies by tensor copies of boxes: `describe` finds the box of each, where it begins, and its numbers."""
+    types = [plgpu.RefType(), SPLAT, *[plgpu.RefType(), SPLAT, SPLAT, plgpu.RefType(TILED)] * len(copies)]
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def start(context, barriers, stage, *operands):
-        none, i32 = ir.Type.parse("!llvm.void"), ir.IntegerType.get_signless(32)
-        barrier, one = _barrier(barriers, stage).get_ptr(), utils.single_thread_predicate(utils.ThreadSubset.WARP)
-        parts, total = [], 0
+        none, i16, i32 = ir.Type.parse("!llvm.void"), *(ir.IntegerType.get_signless(width) for width in (16, 32))
+        barrier, one = barrier_of(barriers, stage).get_ptr(), utils.single_thread_predicate(utils.ThreadSubset.WARP)
+        boxes, total = [], 0
         for columns, i in zip(widths, range(0, len(operands), 4)):
             source, row, column, target = operands[i : i + 4]
-            tiles, _, rows, _ = ir.MemRefType(target.type).shape
-            parts.append((source, row.registers.item(), column.registers.item(), target, (tiles * rows, columns)))
-            total += tiles * rows * columns * utils.bytewidth(ir.MemRefType(target.type).element_type)
+            place = (first.registers.item() for first in (row, column))
+            descriptor, first, numbers = describe(context, source, *place, target, columns)
+            boxes.append((utils.memref_ptr(target), descriptor, first))
+            total += blocks * numbers * utils.bytewidth(ir.MemRefType(target.type).element_type)
         arrive = "@$2 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;"
         llvm.inline_asm(none, [barrier, arith.constant(i32, total), one], arrive, "r,r,b", has_side_effects=True)
-        for source, row, column, target, box in parts:
-            descriptor = compat.copy_descriptor(context, source, box, SWIZZLE_BYTES)
-            operands = [utils.memref_ptr(target), descriptor, column, row, barrier, one]
+        to_all = [arith.constant(i16, 2**blocks - 1)] if blocks > 1 else []
+        for target, descriptor, first in boxes:
+            dims, way = len(first), ".multicast::cluster" if to_all else ""
+            places, mask = ", ".join(f"${4 + i}" for i in range(dims)), f", ${4 + dims}" if to_all else ""
             copy = (
-                "@$5 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                "[$0], [$1, {$2, $3}], [$4];"
+                f"@$3 cp.async.bulk.tensor.{dims}d.shared::cluster.global.mbarrier::complete_tx::bytes{way} "
+                f"[$0], [$1, {{{places}}}], [$2]{mask};"
             )
-            llvm.inline_asm(none, operands, copy, "r,l,r,r,r,b", has_side_effects=True)
+            kinds = ",".join(["r,l,r,b", *["r"] * dims, *["h"] * len(to_all)])
+            operands = [target, descriptor, barrier, one, *first, *to_all]
+            llvm.inline_asm(none, operands, copy, kinds, has_side_effects=True)
 
-    flat = [x for source, row, column, _, target in copies for x in (source, row, jnp.int32(column), target)]
+    flat = [x for source, row, column, target in copies for x in (source, row, jnp.int32(column), target)]
     start(barriers, stage, *flat)
 
 
@@ -143,12 +179,13 @@ def wait(barriers, stage, phase) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
     def wait_for(_, barriers, stage, phase):
         i1 = ir.IntegerType.get_signless(1)
-        _barrier(barriers, stage).wait_parity(arith.trunci(i1, phase.registers.item()))
+        barrier_of(barriers, stage).wait_parity(arith.trunci(i1, phase.registers.item()))
 
     wait_for(barriers, stage, phase)
 
 
-def _barrier(barriers, stage):
+def barrier_of(barriers, stage):
+    """One of them, as Mosaic GPU has it."""
     i32 = ir.IntegerType.get_signless(32)
     none = arith.constant(i32, 0)  # of the phases that Mosaic GPU's own barriers count
     return utils.BarrierRef(utils.memref_ptr(barriers), arith.addi(none, stage.registers.item()), none, 1)

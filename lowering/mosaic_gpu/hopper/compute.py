@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper import threads
+from paged_prefill.lowering.mosaic_gpu.hopper import mates, threads
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import wait_for_block
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import merge_in_cluster, start_exchange
 from paged_prefill.lowering.mosaic_gpu.hopper.masks import Rows
@@ -215,10 +215,10 @@ class _Attention:
         def step(i, _):
             slot, key_slot = self._slot_of(i), self._key_slot_of(i)
             wait_for_block(self.plan, "keys", self.keys_here, key_slot, self.done, i)
-            plgpu.barrier_arrive(self.keys_free.at[key_slot])
+            self._let_go(self.keys_free, key_slot)
             wait_for_block(self.plan, "values", self.values_here, slot, self.done, i)
             self._clean_values(i)
-            plgpu.barrier_arrive(self.values_free.at[slot])
+            self._let_go(self.values_free, slot)
 
         lax.fori_loop(first, end, step, None)
 
@@ -268,12 +268,12 @@ class _Attention:
         self._pass_turn()
         scales = scales_of(self.plan, self.sources, self.piece)
         acc = settled(acc, still_running=1)
-        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        self._let_go(self.values_free, self._slot_of(last))
         results = self._results(acc, m, l, scales)
 
         def next_logits():
             found = settled(logits, still_running=0)
-            pl.when(more)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(last + 1)]))
+            pl.when(more)(lambda: self._let_go(self.keys_free, self._key_slot_of(last + 1)))
             return found, to_logits
 
         return results, (following, more), next_logits
@@ -291,7 +291,7 @@ class _Attention:
 
         self._take_turn()
         logits = self._logits_of(0)
-        pl.when(exists)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(0)]))
+        pl.when(exists)(lambda: self._let_go(self.keys_free, self._key_slot_of(0)))
         return logits, to_logits
 
     def _steps(self, first, end, start) -> Running:
@@ -317,7 +317,7 @@ class _Attention:
         self._wait_for_keys(i)
         self._take_turn()
         logits = self._logits_of(i)
-        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
+        self._let_go(self.keys_free, self._key_slot_of(i))
         return self._begin(i, logits)
 
     def _begin(self, i, logits) -> Running:
@@ -335,7 +335,7 @@ class _Attention:
         """Block i's logits and weights, and the output of block i - 1; without `seen`, every row sees the block."""
         weights, acc, m, l = running
         logits, output = self._products_of(i, weights, acc)
-        plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
+        self._let_go(self.keys_free, self._key_slot_of(i))
         if self.plan.chains and not self.plan.copies_results:
             pl.when(i == self.piece.steps - 1)(lambda: plgpu.barrier_arrive(self.query_free))
         running = self._weigh(i, logits, output, m, l, seen)
@@ -367,14 +367,14 @@ class _Attention:
             weights, sums = self.softmax.by_polynomial(logits, m)
             small = ~any_in_warpgroup(self.plan.polynomial.doubts(sums), self.warpgroup)
             acc = output()
-            pl.when(small)(lambda: plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)]))
+            pl.when(small)(lambda: self._let_go(self.keys_free, self._key_slot_of(i)))
             weights = self.softmax.rounded(weights)
             return i + 1, small, Running(weights, acc, m, l + jnp.where(small, sums, 0.0))
 
         def again(i, running):
             _, acc, m, l = running
             logits = self._logits_of(i)
-            plgpu.barrier_arrive(self.keys_free.at[self._key_slot_of(i)])
+            self._let_go(self.keys_free, self._key_slot_of(i))
             return self._weigh(i, logits, lambda: acc, m, l)
 
         carry = first, jnp.bool_(True), running
@@ -400,7 +400,7 @@ class _Attention:
             acc = settled(acc, still_running=0)
         else:
             acc = pl.run_state(product)(plgpu.ACC.init(acc))
-        plgpu.barrier_arrive(self.values_free.at[self._slot_of(last)])
+        self._let_go(self.values_free, self._slot_of(last))
         return self._results(acc, m, l, scales)
 
     def _results(self, acc, m, l, scales):
@@ -439,7 +439,7 @@ class _Attention:
             # The wait for the next values is a loop: ptxas moves no wait for products across it, so none comes early.
             self._wait_for_values(i)
             done = settled(acc, still_running=0)
-            plgpu.barrier_arrive(self.values_free.at[self._slot_of(i - 1)])
+            self._let_go(self.values_free, self._slot_of(i - 1))
             return done
 
         return settled(logits, still_running=1), output
@@ -526,6 +526,13 @@ class _Attention:
 
     def _key_slot_of(self, i):
         return self.plan.key_slot_of(self.team, self.done + i)
+
+    def _let_go(self, free, place):
+        """Of what a place of a ring holds: it may be filled again."""
+        if self.plan.mates:
+            mates.let_go(free, place)
+        else:
+            plgpu.barrier_arrive(free.at[place])
 
     def _take_turn(self):
         if self.plan.takes_turns:

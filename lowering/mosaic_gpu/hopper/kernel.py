@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from paged_prefill import compat
-from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, wide
+from paged_prefill.lowering.mosaic_gpu.hopper import alternate, few_rows, mates, wide
 from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import initialise
 from paged_prefill.lowering.mosaic_gpu.hopper.compute import compute, compute_chain, compute_each
 from paged_prefill.lowering.mosaic_gpu.hopper.last_part import counters_shape, merge_where_last
@@ -55,6 +55,8 @@ def launch(plan: Plan, schedule, query, caches, optional):
     tiles, and nothing else, where the last part merges.
     """
     grid = dict(grid=(plan.thread_blocks,))
+    if plan.mates:
+        grid = mates.cluster_of(plan.thread_blocks)
     if plan.clusters:
         grid = dict(grid=(plan.pieces // plan.splits,), cluster=(plan.splits,), cluster_names=("part",))
     kernel = plgpu.kernel(
@@ -106,16 +108,22 @@ def _kernel(plan: Plan, names, table, pages, pools, kv_head_start, query, *other
     if plan.merges_in_pairs:
         results = *results, counters
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    block, mate = mates.number_of(block) if plan.mates else (block, None)
     slab = lax.rem(warpgroup, plan.slabs)
     part = lax.axis_index("part") if plan.clusters else None
     pieces, scratch = Pieces(plan, table, pools, kv_head_start, block, slab, part), apart(plan, scratch)
     sources = sources_of(plan, caches, optional, scratch)
     shared = Shared.of(plan, optional, sources, scratch)
-    thread_block = _ThreadBlock(plan, pieces, pages, query, shared, results, counters)
+    thread_block = _ThreadBlock(plan, pieces, pages, query, shared, results, counters, mate)
+    if plan.mates:
+        pl.when(warpgroup == plan.computing_warpgroups)(thread_block.start_barriers)
+        mates.meet()
     pl.when(warpgroup < plan.computing_warpgroups)(functools.partial(thread_block.compute, warpgroup))
     pl.when(warpgroup == plan.computing_warpgroups)(thread_block.load)
     if plan.loading_warpgroups == 2:
         pl.when(warpgroup == plan.computing_warpgroups + 1)(thread_block.widen)
+    if plan.mates:
+        mates.meet()
 
 
 @dataclass(frozen=True)
@@ -129,11 +137,12 @@ class _ThreadBlock:
     shared: Shared
     results: tuple[jax.Array, ...]
     counters: jax.Array | None  # of parts, where the last of them merges
+    mate: jax.Array | None  # which of two that copy for one another it is
 
     def compute(self, warpgroup) -> None:
         plan, pieces = self.plan, self.pieces
         _set_registers(plan.registers.computes, "increase")
-        if plan.announced_together:
+        if plan.announced_together and not plan.mates:
             plgpu.barrier_wait(self.shared.scratch["started"])
         if plan.takes_turns:  # the first turn is the first warpgroup's
             pl.when(warpgroup == plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(self.shared.scratch["turn"].at[0]))
@@ -166,25 +175,29 @@ class _ThreadBlock:
         queries = Queries(plan, self.query, self.shared.queries)
         share = functools.partial(load, plan, self.pieces, self.pages, queries, sources)
         _set_registers(plan.registers.loads, "decrease")
-        if plan.widens or plan.announced_together:
-            self._start_barriers()
+        if (plan.widens or plan.announced_together) and not plan.mates:
+            self.start_barriers()
+            plgpu.barrier_arrive(self.shared.scratch["started"])
 
         def work(warp):
             if not plan.widens or plan.loading_warpgroups > 1:
-                return share(warp)
+                return share(warp, self.mate)
             pl.when(warp == 0)(lambda: share(None))
             pl.when(warp > 0)(lambda: widen(plan, self.pieces.each, self.pages, sources, warp - 1))
 
         _each_warp(work)
 
-    def _start_barriers(self) -> None:
+    def start_barriers(self) -> None:
         """Those that Pallas does not know, before the other warps of this warpgroup, and other warpgroups, use them."""
         together = self.plan.announced_together
         for name, source in zip(("keys", "values"), self.shared.sources):
             if source.wide_blocks is not None or name in together:
                 initialise(source.here, loading_warps(self.plan))
+            if self.plan.mates:
+                initialise(source.free, mates.readers(self.plan.warpgroups))
+        if self.plan.mates:
+            mates.fence_initialised()
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.shared.scratch["started"])
 
     def widen(self) -> None:
         _set_registers(self.plan.registers.widens, "decrease")

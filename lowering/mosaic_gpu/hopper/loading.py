@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from paged_prefill.lowering.mosaic_gpu.hopper import gather, threads
-from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_parts, copy_together
+from paged_prefill.lowering.mosaic_gpu.hopper import gather, mates, threads
+from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import copy_parts, copy_tiles, copy_together
 from paged_prefill.lowering.mosaic_gpu.hopper.pieces import Pieces
-from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_ROWS, Plan
+from paged_prefill.lowering.mosaic_gpu.hopper.plan import MATES, WARPGROUP_ROWS, Plan
 from paged_prefill.lowering.mosaic_gpu.hopper.shared import Places
 from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, Part, lie_apart, parts_of
 
@@ -132,7 +132,8 @@ class Loading:
     pages: jax.Array  # the page table, in global memory
     queries: Queries
     sources: list[Source]  # keys, values, or both
-    offsets: range  # in a block
+    offsets: range  # in a block, or in the half of one that begins with key `first`
+    first: int | jax.Array = 0
     team: int = 0
     has_keys: bool = True
     has_queries: bool = True
@@ -169,7 +170,7 @@ class Loading:
 
     def _keys_of(self, piece, i):
         """The first keys of the runs of block i; where they are gathered, each lane's own key of each."""
-        first = (piece.last - i) * self.plan.block_kv
+        first = (piece.last - i) * self.plan.block_kv + self.first
         if self.plan.gathers:
             first += gather.lane(threads)
         return (first + offset for offset in self.offsets)
@@ -194,8 +195,11 @@ class Loading:
     def _free_stage(self, source: Source, i, done, share):
         """Where a share of block i of a piece goes, once nothing reads there."""
         slot = self._stage_of(source, i, done)
-        free = source.free.at[slot * source.shares + share]
-        pl.when(done + i >= source.stages)(lambda: plgpu.barrier_wait(free))
+        place, occupied = slot * source.shares + share, pl.when(done + i >= source.stages)
+        if self.plan.mates:
+            occupied(lambda: mates.wait_for_place(source.free, place, done + i, source.stages))
+        else:
+            occupied(lambda: plgpu.barrier_wait(source.free.at[place]))
         return slot
 
     def _stage_of(self, source: Source, i, done):
@@ -209,7 +213,7 @@ class Loading:
         if lie_apart(source.features):
             parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
         targets = [
-            (row, part, blocks.at[slot, *place, pl.ds(offset, plan.run)])
+            (row, part, blocks.at[slot, *place, pl.ds(self.first + offset, plan.run)])
             for row, offset in zip(rows, self.offsets)
             for place, part in parts
         ]
@@ -219,6 +223,9 @@ class Loading:
         elif lie_apart(source.features):
             copies = [(source.rows, row, column + part.first, part.features, target) for row, part, target in targets]
             copy_parts(source.here, slot, copies)
+        elif plan.announces_runs:
+            copies = [(source.rows, row, column, target) for row, _, target in targets]
+            copy_tiles(source.here, slot, copies, MATES if plan.mates else 1)
         elif source.wide_blocks is None:
             here = source.here.at[slot * source.shares + share]
             for row, part, target in targets:
@@ -276,9 +283,12 @@ class Loading:
             plgpu.barrier_arrive(source.here.at[self._stage_of(source, i, done)])
 
 
-def load(plan: Plan, pieces: Pieces, pages, queries: Queries, sources: list[Source], warp) -> None:
-    """One warp's share of all loads of a thread block; all of them where `warp` is None."""
-    offsets = range(0, plan.block_kv, plan.run)
+def load(plan: Plan, pieces: Pieces, pages, queries: Queries, sources: list[Source], warp, mate=None) -> None:
+    """One warp's share of all loads of a thread block; all of them where `warp` is None.
+
+    Of two that copy for one another, it is a share of half of them: `mate` is which of the two this block is.
+    """
+    offsets = range(0, plan.block_kv, plan.run)[: copies_of_a_block(plan)]
     loading = functools.partial(Loading, plan, pages, queries)
     if warp is None:
         return pieces.each(loading(sources, offsets).copy_piece)
@@ -288,6 +298,7 @@ def load(plan: Plan, pieces: Pieces, pages, queries: Queries, sources: list[Sour
         share = loading(
             sources=[source],
             offsets=offsets[first : first + size],
+            first=mate * (plan.block_kv // MATES) if plan.mates else 0,
             team=team,
             has_keys=i == 0,
             has_queries=part == 0 and i == len(sources) - 1,
@@ -301,13 +312,18 @@ def copies_of(plan: Plan) -> int:
     return plan.block_kv // plan.run
 
 
+def copies_of_a_block(plan: Plan) -> int:
+    """Those that a thread block makes."""
+    return copies_of(plan) // (MATES if plan.mates else 1)
+
+
 def copies_of_a_warp(plan: Plan) -> int:
     """Those of keys, or of values, where all four warps of a warpgroup load, a team's share each."""
-    return -(-copies_of(plan) * (1 if plan.latent else 2) // (4 // plan.teams))
+    return -(-copies_of_a_block(plan) * (1 if plan.latent else 2) // (4 // plan.teams))
 
 
 def loading_warps(plan: Plan) -> int:
     """Warps that share the copies of a block of keys, or of values."""
     if plan.widens and plan.loading_warpgroups == 1:  # the others widen
         return 1
-    return -(-copies_of(plan) // copies_of_a_warp(plan))
+    return -(-copies_of_a_block(plan) // copies_of_a_warp(plan))

@@ -13,7 +13,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.soft_cap import Polynomial, polyno
 from paged_prefill.lowering.tiles import Parts, Slabs, Tiles
 
 WARPGROUP_ROWS, WARPGROUP_THREADS = 64, 128  # rows of a wgmma, and threads that compute it
-WARP_LANES = 32
+WARP_LANES, MATES = 32, 2  # lanes of a warp, and thread blocks that copy keys for one another (mates.py)
 FEW_TOKENS = 8  # of a tile, on average: with fewer they are no prompts
 WARPGROUP_COLUMNS = 256  # of an output of so many rows, at most, that the registers of a warpgroup have room for
 MOST_WIDENED_KEYS = 8192  # of a sequence over a widened cache, up to which pieces are a chain
@@ -105,6 +105,7 @@ class Plan:
     key_scale: str | None  # one for a "tensor", a "head" or a "slot"
     value_scale: str | None
     fp8_terms: int  # whose sum is a query, where products are of 8 bits; 0 where caches are widened
+    mates: bool  # whether two thread blocks copy keys for one another (mates.py)
     rows_together: int  # of the table, whose tiles of a head come one after another (../rounds.py); 1 if each has its turn
 
     @property
@@ -401,13 +402,15 @@ class Plan:
         return min(self.pieces, self.cores)
 
     @property
-    def announced_together(self) -> list[str]:
-        """Rings whose parts lie apart: all copies of a block by one warp are announced together (arrivals.py).
+    def announces_runs(self) -> bool:
+        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts are faster with it."""
+        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers)
 
-        Those that are gathered are announced otherwise.
-        """
+    @property
+    def announced_together(self) -> list[str]:
+        """Rings whose copies are: those also whose parts lie apart. What is gathered is announced otherwise."""
         rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
-        return [name for name, features in rings.items() if lie_apart(features) and not self.gathers]
+        return [name for name in rings if self.announces_runs or (lie_apart(rings[name]) and not self.gathers)]
 
     @property
     def query_parts(self) -> int:
@@ -421,10 +424,7 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Two warpgroups are faster in turns, more without.
-
-        And two without where a step is short, by a polynomial or by products of 8 bits.
-        """
+        """Two warpgroups are faster in turns, but where steps are short, by a polynomial or in 8 bits; more without."""
         return self.warpgroups == 2 and not self.wide and self.polynomial is None and not self.fp8_terms
 
     @property
@@ -546,7 +546,7 @@ class Plan:
     @property
     def run(self) -> int:
         """Keys of one copy: they lie together, in one page. Or those that a warp gathers."""
-        return WARP_LANES if self.gathers else min(self.page_size, self.block_kv)
+        return WARP_LANES if self.gathers else min(self.page_size, self.block_kv // (MATES if self.mates else 1))
 
     @property
     def by_token(self) -> bool:

@@ -1,5 +1,6 @@
 """The shared memory of a thread block: rings, places for queries, and their barriers, by name."""
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -32,6 +33,9 @@ def scratch_of(plan: Plan) -> dict:
 def apart(plan: Plan, scratch: dict) -> dict:
     """The same as a kernel has it, with a name for each of those that share a place."""
     scratch = dict(scratch)
+    first = 0
+    for name, number in _counted_barriers(plan).items():
+        scratch[name], first = scratch["counted"].at[pl.ds(first, number)], first + number
     if plan.shares_place:
         [scratch["keys"]], [scratch["values"]] = scratch.pop("places")
     if "blocks" in scratch:
@@ -81,10 +85,19 @@ def _rings(plan: Plan) -> dict:
             # A share is one warpgroup's.
             values_free=plgpu.Barrier(num_arrivals=plan.warpgroups // shares, num_barriers=outputs * shares),
         )
-    for name in plan.announced_together:
-        slots = plan.key_slots if name == "keys" else plan.slots
-        found |= {f"{name}_here": arrivals(plan.teams * slots), "started": plgpu.Barrier()}
+    if counted := _counted_barriers(plan):  # in one array: each takes a kilobyte
+        found = {name: barriers for name, barriers in found.items() if name not in counted}
+        found |= dict(counted=arrivals(sum(counted.values())))
+        if not plan.mates:
+            found |= dict(started=plgpu.Barrier())
     return found
+
+
+def _counted_barriers(plan: Plan) -> dict[str, int]:
+    """Barriers of the rings that are words of shared memory (arrivals.py), and how many of each there are."""
+    slots = dict(keys=plan.teams * plan.key_slots, values=plan.teams * plan.slots)
+    kinds = ("here", "free") if plan.mates else ("here",)
+    return {f"{name}_{kind}": slots[name] for name in plan.announced_together for kind in kinds}
 
 
 def _blocks(plan: Plan) -> dict:
