@@ -136,6 +136,11 @@ class Problem:
         return jax.core.min_dim(self.columns * self.page_size, MAX_CONTEXT)
 
     @property
+    def longest(self) -> int:
+        """Keys of the longest context that there is room for, in the table and in the page pool."""
+        return jax.core.min_dim(self.capacity, self.num_pages * self.page_size)
+
+    @property
     def symbolic(self) -> bool:
         """Whether a size is a variable, as jax.export allows."""
         return any(map(export.is_symbolic_dim, vars(self).values()))

@@ -35,7 +35,7 @@ RESULT_BYTES = 2**26  # of the results of all parts together, at most
 def most_keys(problem: Problem, tokens: int) -> int:
     """The most keys that `tokens` neighbouring tokens of a sequence can see together."""
     window = problem.attention.sliding_window
-    return problem.capacity if window is None else min(problem.capacity, window + tokens)
+    return problem.longest if window is None else min(problem.longest, window + tokens)
 
 
 def bytes_of_key(problem: Problem) -> int:
@@ -47,7 +47,7 @@ def bytes_of_key(problem: Problem) -> int:
 def mean_keys(problem: Problem, tokens: int) -> float:
     """The keys that `tokens` neighbouring tokens see on average, if the new ones are the last of a full page table."""
     keys = most_keys(problem, tokens)
-    return max(keys / 2, min(keys, problem.capacity - problem.tokens_per_seq / 2))  # early tiles see fewer
+    return max(keys / 2, min(keys, problem.longest - problem.tokens_per_seq / 2))  # early tiles see fewer
 
 
 def best_splits(

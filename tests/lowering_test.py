@@ -18,7 +18,7 @@ from paged_prefill.lowering.xla import host, kernel, softmax, walks
 from paged_prefill.primitive.attention import Attention, factor_and_lse
 from paged_prefill.primitive.context import policy
 from paged_prefill.primitive.packing import FEW_SEQUENCES, MAX_CONTEXT
-from paged_prefill.tests import cases, compiling, packs, poisoned
+from paged_prefill.tests import cases, compiling, oracle, packs, poisoned
 from paged_prefill.tests.problems import problem
 
 PART_HEIGHTS = [turns.part_heights for turns in (walks.ACCELERATOR_TURNS, walks.CPU_TURNS)]
@@ -180,11 +180,11 @@ class CostTest(parameterized.TestCase):
         return jax.jit(lambda given: ragged_paged_prefill(**given, **closed_over)).lower(given)
 
     def test_what_is_known_of_tiles_is_a_kernel_a_turn(self):
-        """Each kernel takes 10 to 20 ms to compile: they were 66, of which 24 made integers alone."""
+        """Each kernel takes 10 to 25 ms to compile: they were 66, of which 24 made integers alone."""
         text = self.decode().compile().as_text()
         parts = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
         calls = re.findall(r"to_apply=%?([\w.-]+), frontend_attributes=\{[^}]*xla_cpu_small_call", text)
-        self.assertGreaterEqual(len(calls), 5)  # tables, two plans, and twice what is running
+        self.assertGreaterEqual(len(calls), 5)  # tables, a plan, and what is running
         within = set()
         while calls:
             within.add(name := calls.pop())
@@ -192,8 +192,8 @@ class CostTest(parameterized.TestCase):
         kernels = [line for name, part in parts.items() if name not in within for line in part.split("\n")]
         kernels = [line for line in kernels if " fusion(" in line]
         integers = [line for line in kernels if re.search(r"= s32\[", line)]
-        self.assertLessEqual(len(kernels), 48)
-        self.assertLessEqual(len(integers), 9)
+        self.assertLessEqual(len(kernels), 30)
+        self.assertLessEqual(len(integers), 6)
 
     def test_each_argument_of_a_kernel_of_many_steps_has_a_use_and_is_no_constant(self):
         """XLA ends the process of a caller whose arguments lose their use, as a constant that it copies within does."""
@@ -249,7 +249,7 @@ class CostTest(parameterized.TestCase):
     @parameterized.parameters(4, 12, 64, 4096)
     def test_sizes_do_not_follow_the_number_of_sequences(self, pages_per_seq):
         """But for how many lanes walk at once, on which no bit of a row depends (`invariant_test.ShortTablesTest`)."""
-        few, many = (problem(seqs=n, tokens=512 * n, pages_per_seq=pages_per_seq, num_kv_heads=2) for n in (1, 64))
+        few, many = (problem(seqs=n, tokens=512 * n, pages_per_seq=pages_per_seq, num_kv_heads=2) for n in (2, 64))
         configs = [XLA.heuristic(p, Device("cpu")) for p in (few, many)]
         self.assertEqual(*configs)
         few, many = (walks.walks(p, configs[0], walks.CPU_TURNS) for p in (few, many))
@@ -332,6 +332,44 @@ class XlaTest(parameterized.TestCase):
         for n in {x for x in (1, 2, 5, 8, 17, block_q // 2 + 1, block_q) if x <= len(lengths)}:
             needed = {height for height, count in counts.items() if count[:n].any()}
             self.assertEqual(set(walks.needed_heights(heights, n)), needed)  # the rest is left out
+
+    @parameterized.parameters(1, 20, 48, 128, 250, 300, 1024)
+    def test_one_sequence_compiles_no_lower_tiles_than_it_is_cut_into(self, tokens):
+        """And is cut as beside others; where it is shorter than it may be, what is left takes a low tile all the same."""
+        config = PrefillPageAttentionConfig(block_q=256, block_kv=256)
+        alone, beside = (
+            walks.heights_of_call(problem(seqs=n, tokens=tokens), config, walks.CPU_TURNS) for n in (1, tokens // 2 + 1)
+        )
+        self.assertEqual(alone, beside[: len(alone)])
+        self.assertTrue(alone[-1] == 1 or 4 * alone[-1] <= tokens or len(alone) == 1)
+        lengths = [tokens, tokens // 2, 1]
+        cuts = [{h: tiles for h, (tiles, _) in tiles_of(lengths, heights).items()} for heights in (alone, beside)]
+        self.assertEqual(*({height: tiles[0] for height, tiles in cut.items() if tiles[0]} for cut in cuts))
+        covered = sum(height * tiles for height, tiles in cuts[0].items())
+        self.assertTrue((covered >= np.asarray(lengths)).all())
+
+    @parameterized.parameters((2, [1]), (8, [1]), (9, [8, 1]), (17, [32, 1]), (300, [32, 1]))
+    def test_a_pack_of_as_many_sequences_as_tokens_compiles_few_heights(self, seqs, heights):
+        """For each takes 0.3 to 0.6 seconds. But bits of the invariant policy follow no pack."""
+        call, config = problem(seqs=seqs, tokens=seqs), PrefillPageAttentionConfig(block_q=256, block_kv=256)
+        self.assertEqual([walk.height for walk in walks.walks(call, config, walks.CPU_TURNS)], heights)
+        with policy("invariant"):
+            self.assertEqual(
+                walks.heights_of_call(call, config, walks.CPU_TURNS), walks.heights_of(256, walks.CPU_TURNS.part_heights)
+            )
+
+    @parameterized.product(
+        lengths=((3, 0, 1, 2, 0, 1, 0), (7, 0, 0, 0, 0, 0, 0), (0, 30, 1, 5, 1, 0) + (0,) * 31), spare_columns=(0, 90)
+    )
+    def test_longer_sequences_in_packs_of_as_many_sequences_as_tokens(self, lengths, spare_columns):
+        """Where each token is a tile, and where there is one height besides; of one block, and of several."""
+        self.assertLen(lengths, sum(lengths))
+        sequences = [(length, length + 7 * i) for i, length in enumerate(lengths)]
+        for operands in (dict(sinks=True), dict(key_ranges=True), dict(tree_words=1), dict(sliding_window=9)):
+            call = poisoned.make_call(0, sequences, page_size=8, spare_columns=spare_columns, **operands)
+            window = {name: x for name, x in operands.items() if name == "sliding_window"}
+            results = jax.jit(lambda call: ragged_paged_prefill(**call, **window, return_lse=True))(call)
+            oracle.assert_matches(call, *results, **window)
 
     @parameterized.parameters((5, {8: 1}), (16, {8: 2}), (17, {32: 1}), (40, {32: 1, 8: 1}), (33, {32: 1, 1: 1}))
     def test_few_tokens_take_low_tiles_on_a_cpu(self, length, tiles):

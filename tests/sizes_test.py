@@ -125,6 +125,23 @@ class TablesDoNoHarmTest(parameterized.TestCase):
             self.assertGreater(self.check(device, problems).total(), len(problems) / 3)
 
 
+class ContextsHaveRoomInThePoolTest(parameterized.TestCase):
+    def test_a_wider_table_than_the_pool_changes_no_size(self):
+        """Tables are as wide as a model's longest context: no context is longer than the pool."""
+        rng, device = np.random.default_rng(6), DEVICES[1][1]
+        kernel, cut = KERNELS["cuda"]["mosaic_gpu"], 0
+        for problem in [calls.random_problem(rng) for _ in range(120)]:
+            tables_of = [problem.num_pages * times for times in (1, 2, 9)]
+            narrow, *wider = [dataclasses.replace(problem, pages_per_seq=columns) for columns in tables_of]
+            sizes = kernel.heuristic(narrow, device)
+            parts = mosaic_gpu_host.parts_of_tiles(narrow, device, sizes)
+            for each in wider:
+                self.assertEqual(kernel.heuristic(each, device), sizes, each)
+                self.assertEqual(mosaic_gpu_host.parts_of_tiles(each, device, sizes), parts, each)
+            cut += parts.most > 1
+        self.assertGreater(cut, 20)
+
+
 class CandidatesTest(parameterized.TestCase):
     """What tuning times: each candidate fits, and is the heuristic or near it."""
 

@@ -78,7 +78,7 @@ class Launch(NamedTuple):
 
     seqs: int
     head_tiles: int  # of the same tokens
-    capacity: int  # of a sequence's table, in keys
+    capacity: int  # keys of the longest context that there is room for
     held: int  # keys that the pool has room for, of all sequences
     most_keys: int  # that a tile sees
     block_kv: int
@@ -128,12 +128,12 @@ def dealt(
     if is_latent(problem):
         rows = LEAST_LATENT_ROWS * unsplit
     tiles_of_seq = -(-problem.tokens_per_seq // config.block_q)
-    prompt = min(problem.tokens - seqs + 1, problem.capacity) if problem.tokens_per_seq > MOST_DRAFTED else 0
+    prompt = min(problem.tokens - seqs + 1, problem.longest) if problem.tokens_per_seq > MOST_DRAFTED else 0
     smallest = SIZES[0] if unsplit <= FEW * device.cores else SMALLEST_OF_MANY
     return Launch(
         seqs=seqs,
         head_tiles=unsplit // (seqs * tiles_of_seq),
-        capacity=problem.capacity,
+        capacity=problem.longest,
         held=problem.num_pages * problem.page_size,
         most_keys=most_keys(problem, config.block_q),
         block_kv=config.block_kv,

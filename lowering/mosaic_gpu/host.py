@@ -147,13 +147,12 @@ class MosaicGpu(Kernel):
         return of_parts
 
     def _has_short_parts(self, problem: Problem, device: Device, two: PrefillPageAttentionConfig) -> bool:
-        """Whether a lone chunk has so few rows that even tiles of one warpgroup are cut into short parts.
+        """Whether chunks have so few rows that even tiles of one warpgroup are cut into short parts.
 
         Then those of two, which have twice as many rows, would be cut into twice as many, and more were merged.
         """
-        plain = not is_quantised(problem) and problem.attention.attn_logits_soft_cap is None  # others are not measured
-        plain &= FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2
-        if min(problem.seqs, problem.tokens) > 1 or problem.tokens <= MOST_DRAFTED or not plain:  # nor are drafts
+        plain = FEATURES_OF_MASKED_STEPS.isdisjoint(problem.features) and warpgroups_of(two) == 2  # others are not measured
+        if problem.tokens_per_seq <= MOST_DRAFTED or not plain:  # nor are drafts
             return False
         one = _with_one_warpgroup(problem, device)
         if one is None:
@@ -344,7 +343,7 @@ def _block_kv(problem: Problem) -> int | None:
 def _with_at_most_two(problem: Problem, widens=True) -> PrefillPageAttentionConfig:
     """Few rows take no 8-bit products (`widens` as in `_heuristic`)."""
     tokens_per_seq, block_kv = problem.tokens_per_seq, _block_kv(problem)
-    if problem.capacity <= 64 or shares_rows(problem):  # a larger block would be half empty, or has no room
+    if problem.longest <= 64 or shares_rows(problem):  # a larger block would be half empty, or has no room
         block_kv = 64
     together = pl.next_power_of_2(tokens_per_seq)
     if together > 1 and not _has_heads_for_slabs(problem):
@@ -451,7 +450,8 @@ def _with_teams(problem: Problem, config: PrefillPageAttentionConfig) -> Prefill
 
 
 def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentionConfig | None:
-    """Tiles of 64 rows where even of them there is one a core at most; None else, and for wide heads.
+    """Tiles of 64 rows where even of them there is one a core at most, also of a prompt beside steps; None else, and for wide
+    heads.
 
     Of fewer tokens, those of as many heads as make for the fewest tiles, and of these the ones with most empty rows, whose
     parts merge sooner.
@@ -461,9 +461,13 @@ def _with_one_warpgroup(problem: Problem, device: Device) -> PrefillPageAttentio
     heads = [math.gcd(problem.group, 2)]
     if problem.tokens_per_seq <= WARPGROUP_ROWS:
         heads = [number for number in (1, 2, 4, 8) if number < 2 * problem.group]
-    sizes = [_sized(problem, WARPGROUP_ROWS // number, 64, 1) for number in heads]
-    config = min(sizes, key=functools.partial(programs, problem))
-    return config if programs(problem, config) <= device.cores else None
+
+    def tiles(number):
+        packs = tiles_of_packs(problem, WARPGROUP_ROWS // number)
+        return [problem.num_kv_heads * -(-problem.group // number) * each for each in packs]
+
+    number = min(heads, key=lambda number: sum(tiles(number)))
+    return _sized(problem, WARPGROUP_ROWS // number, 64, 1) if max(tiles(number)) <= device.cores else None
 
 
 def _sized(problem: Problem, block_q: int, block_kv: int, warpgroups: int) -> PrefillPageAttentionConfig | None:
@@ -499,7 +503,7 @@ def _has_short_prompts(problem: Problem) -> bool:
 
     Over more keys, two warpgroups that share what is loaded, and take turns, are faster.
     """
-    tokens = min(FEW_TOKENS, problem.capacity / 2)  # or that are half of all keys
+    tokens = min(FEW_TOKENS, problem.longest / 2)  # or that are half of all keys
     filled = problem.tokens_per_seq >= WARPGROUP_ROWS or problem.group in (1, 2) or problem.group % 4 == 0  # rows of a tile
     keys = (keys_of_prompts if filled else mean_keys)(problem, WARPGROUP_ROWS)
     return problem.tokens_per_seq >= tokens and keys <= SHORT

@@ -61,7 +61,7 @@ def _is_measured(problem: Problem, device: Device, config: PrefillPageAttentionC
     if not is_latent(problem):
         return problem.tokens_per_seq < SHORT_CALL and not is_quantised(problem)
     many, seqs = programs(problem, config) > FEW * device.cores, min(problem.seqs, problem.tokens)
-    uneven = 2 * problem.num_pages * problem.page_size <= seqs * problem.capacity
+    uneven = 2 * problem.num_pages * problem.page_size <= seqs * problem.longest
     if many or is_quantised(problem):
         return many and (uneven or not is_quantised(problem))
     return uneven and not parts.vary and not in_cluster(problem, device, config, parts.least)

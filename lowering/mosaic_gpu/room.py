@@ -130,7 +130,7 @@ def programs(problem: Problem, config: PrefillPageAttentionConfig) -> int:
 def keys_of_tiles(problem: Problem, block_q: int) -> tuple[int, int]:
     """The fewest and the most that a tile sees, where the new tokens are the last that the table has room for."""
     most = most_keys(problem, block_q)
-    return min(most, max(problem.capacity - problem.tokens_per_seq, 0)), most
+    return min(most, max(problem.longest - problem.tokens_per_seq, 0)), most
 
 
 def keys_of_prompts(problem: Problem, block_q: int) -> float:
@@ -145,7 +145,7 @@ def tiles_of_packs(problem: Problem, block_q: int) -> tuple[int, int]:
     No static shape says which it is: drafts, or a prompt beside decode steps.
     """
     tokens, seqs = problem.tokens, min(problem.seqs, problem.tokens)
-    longest = min(tokens - seqs + 1, problem.capacity)
+    longest = min(tokens - seqs + 1, problem.longest)
     return seqs * -(-problem.tokens_per_seq // block_q), seqs - 1 + -(-longest // block_q)
 
 

@@ -51,7 +51,7 @@ def cycles(problem: Problem, config: PrefillPageAttentionConfig, pace: Pace, pie
     tokens, block_q, block_kv = problem.tokens_per_seq, config.block_q, config.block_kv
     starts = np.arange(0, tokens, block_q)
     ends = np.minimum(starts + block_q, tokens)
-    keys = np.minimum(max(problem.capacity - tokens, 0) + ends, most_keys(problem, block_q))
+    keys = np.minimum(max(problem.longest - tokens, 0) + ends, most_keys(problem, block_q))
     # Warpgroups that go apart pass over blocks that only others of their tile see: of early tokens, and with a window
     # of late.
     passed_over = max(block_q // block_kv - 1, 0) / (2 if problem.attention.sliding_window is None else 1)
@@ -97,7 +97,7 @@ def rows_together(problem: Problem, config: PrefillPageAttentionConfig, cores: i
     """
     seqs = min(problem.seqs, problem.tokens)
     of_key = problem.num_kv_heads * bytes_of_key(problem)
-    held = of_key * seqs * problem.capacity <= HELD_BYTES
+    held = of_key * seqs * problem.longest <= HELD_BYTES
     if held or problem.tokens_per_seq <= config.block_q or seqs >= TOGETHER[-1]:  # all rows of a turn may be others'
         return 1
     heads, features = rows_of(problem, config) // config.block_q, problem.head_dim + problem.value_dim
@@ -134,12 +134,12 @@ def rows_together(problem: Problem, config: PrefillPageAttentionConfig, cores: i
 
 def _rows(problem: Problem, block_q: int, of_tokens, of_context):
     """Of the table's rows, those of most keys first: the sequence, and the first and the last key that its tokens see.
-    The sequences have such shares of a mean one's tokens, and in proportion to the longest one's, of the table's keys.
+    The sequences have such shares of a mean one's tokens, and in proportion to the longest one's, of the most keys.
     """
     found = []
     for seq, (tokens, keys) in enumerate(zip(of_tokens, of_context)):
         size = max(round(problem.tokens_per_seq * tokens), 1)
-        context = max(round(problem.capacity * keys / max(of_context)), size)
+        context = max(round(problem.longest * keys / max(of_context)), size)
         end = context - size + np.minimum(np.arange(0, size, block_q) + block_q, size)[::-1]
         found.append((np.full_like(end, seq), np.maximum(end - most_keys(problem, block_q), 0), end))
     seq, start, end = map(np.concatenate, zip(*found))

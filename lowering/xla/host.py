@@ -39,7 +39,8 @@ class Xla(Kernel):
         """The sizes that were best on the whole in benchmarks/results/cpu.md.
 
         They follow the page table's width, and nothing else that differs between a sequence alone and in a pack: so its
-        bits do not either, for one width. Under the policy "invariant" they follow not even that.
+        bits do not either, for one width, where both are cut into the same heights (`walks.heights_of_call`). Under the
+        policy "invariant" they follow not even that.
         """
         keys = problem.capacity
         if current_policy() == "invariant" or not isinstance(keys, int):

@@ -22,14 +22,14 @@ from paged_prefill.lowering.call import Call, sinks_joined, stretches
 from paged_prefill.lowering.xla import softmax
 from paged_prefill.lowering.xla.plan import Plan, Seen, Sequence, Table, Tile
 from paged_prefill.lowering.xla.plan import divided, in_one, not_in_one, packed, sum_of, taken
-from paged_prefill.lowering.xla.walks import Turns, Walk, heights_of, shared, tiles_of, walks
+from paged_prefill.lowering.xla.walks import Turns, Walk, heights_of_call, of_tokens, shared, tiles_of, walks
 from paged_prefill.primitive.attention import factor_and_lse
 from paged_prefill.primitive.config import PrefillPageAttentionConfig
 
 
 def attend(call: Call, config: PrefillPageAttentionConfig, product_dtype, turns: Turns):
     """The results of a call; `product_dtype` is that of the operands of its matrix products."""
-    problem, heights = call.problem, heights_of(config.block_q, turns.part_heights)
+    problem, heights = call.problem, heights_of_call(call.problem, config, turns)
     out = _scattered(jnp.zeros((problem.tokens, problem.q_heads, problem.value_dim), call.query.dtype))
     results = out, jnp.full((problem.tokens, problem.q_heads), -jnp.inf, jnp.float32)
     walkers = [Walker(call, walk, heights, product_dtype) for walk in walks(problem, config, turns)]
@@ -142,9 +142,9 @@ class Walker:
             return blocks, splits, tiles * splits
 
         blocks, splits, tiles = in_one(self.walk.in_one, counted, numbers, ranges)
-        seq = numbers[:, 0]
+        number = jnp.arange(numbers.shape[0], dtype=jnp.int32)
         more, as_many = blocks[:, None] > blocks[None, :], blocks[:, None] == blocks[None, :]
-        before = more | (as_many & (seq[:, None] < seq[None, :]))
+        before = more | (as_many & (number[:, None] < number[None, :]))
         sequences = Sequence.of(numbers)._replace(tiles=tiles, splits=splits, first_tile=sum_of(before, tiles))
         return packed(sequences), jnp.sum(tiles, dtype=jnp.int32)
 
@@ -433,14 +433,20 @@ class Walker:
 def _tables(walkers: "list[Walker]", made, given, pools, ranges) -> "list[Table]":
     """What the turns of each walk are told from; `made` makes of what is given where each sequence lies, if need be."""
     start, length, context_len = given if made is None else in_one(walkers[0].walk.in_one, made, *given)
-    seq = jnp.arange(length.shape[0], dtype=jnp.int32)
+    number = seq = jnp.arange(length.shape[0], dtype=jnp.int32)
 
     def described(tiles, first_row, height):
-        first_tile = sum_of(seq[:, None] < seq[None, :], tiles)
+        first_tile = sum_of(number[:, None] < number[None, :], tiles)
         one, height = jnp.ones_like(tiles), jnp.broadcast_to(height, tiles.shape)
         sequences = Sequence(seq, start, length, context_len, *pools, first_row, tiles, first_tile, one, height)
         return packed(sequences), jnp.sum(tiles, dtype=jnp.int32)
 
+    if of_tokens(walkers[0].problem, walkers[0].heights):  # each has a row of the table
+        own = (start[None, :] <= number[:, None]) & (number[:, None] < (start + length)[None, :])
+        seq = jnp.sum(jnp.where(own, number[None, :], 0), axis=1, dtype=jnp.int32)
+        start, length, context_len, *pools = (taken(x, seq) for x in (start, length, context_len, *pools))
+        tiles, first_row = jnp.any(own, axis=1).astype(jnp.int32), number - start
+        return [walkers[0].table(*described(tiles, first_row, jnp.int32(1)), ranges)]
     numbers, tiles = tiles_of(length, walkers[0].heights, [walker.walk.height for walker in walkers], described)
     return [walker.table(*of_walk, ranges) for walker, *of_walk in zip(walkers, numbers, tiles)]
 

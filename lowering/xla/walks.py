@@ -1,7 +1,8 @@
 """How a call's tiles go over their keys: sizes that follow from static shapes alone.
 
 A sequence is cut into query tiles of a few heights. The cut depends on its own length alone, so that a one-token row
-costs one row, and the bits of a sequence do not depend on the pack it is in.
+costs one row, and the bits of a sequence do not depend on what else is in the pack. Which heights there are follows the
+sizes of the pack too (`heights_of_call`).
 """
 
 import math
@@ -28,6 +29,8 @@ TALL = 256
 IN_PLACE_BYTES, LEAST_IN_PLACE, LEAST_BYTES_IN_PLACE = 2**23, 2**16, 2**14
 # So many rows at most are multiplied by integers of 8 bits in place: of more, LLVM makes no vectors.
 MOST_ROWS_OF_8_BITS = 3
+# The most rows of a tile in a pack of as many sequences as tokens.
+PACK_HEIGHT = 32
 # The fewest logits of a head and a tile for which less than a block is worth a program of its own.
 LEAST_HALVED = 2**13
 # The most of a block for a few rows that a taller tile left: it is fetched for few products, and should stay in a
@@ -48,6 +51,7 @@ class Turns(NamedTuple):
       skips: whether a step is left out for nothing, without a word between a device and its host.
       rows_in_place: up to so many rows of a tile are multiplied by keys and values where they lie in the pages.
       in_one: whether what is small is computed by one kernel (`plan.in_one`).
+      few_heights: whether heights that tokens and sequences make of little use are not compiled.
     """
 
     part_heights: tuple[int, ...]
@@ -57,15 +61,19 @@ class Turns(NamedTuple):
     rows_in_place: int
     skips: bool
     in_one: bool
+    few_heights: bool
 
 
-ACCELERATOR_TURNS = Turns((32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False, in_one=False)
+ACCELERATOR_TURNS = Turns(
+    (32,), lanes=8, splits=(4,), bytes=2**19, rows_in_place=0, skips=False, in_one=False, few_heights=False
+)
 # A CPU's time follows the rows: a draft of five tokens takes a quarter in the lower tiles. And its turns are large:
 # each kernel that two threads share costs some 20 microseconds by itself. But an idle lane costs as much as a busy one,
 # so that a sequence alone should leave few.
 CPU_TURNS = Turns(
-    (256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True, in_one=True
-)
+    (256, 32, 8), lanes=None, splits=(2, 3, 4, 5, 6, 7, 8), bytes=2**22, rows_in_place=7, skips=True, in_one=True,
+    few_heights=True,
+)  # fmt: skip
 
 
 class Walk(NamedTuple):
@@ -112,7 +120,7 @@ class Walk(NamedTuple):
 
 def walks(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) -> list[Walk]:
     """The walks of a call, one for each height of tiles that its tokens can need."""
-    heights = heights_of(config.block_q, turns.part_heights)
+    heights = heights_of_call(problem, config, turns)
     return [_walk(problem, config, turns, heights, height) for height in needed_heights(heights, problem.tokens)]
 
 
@@ -210,9 +218,50 @@ def heights_of(block_q: int, part_heights: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({block_q, 1, *(height for height in part_heights if 2 * height <= block_q)}, reverse=True))
 
 
+def heights_of_call(problem: Problem, config: PrefillPageAttentionConfig, turns: Turns) -> tuple[int, ...]:
+    """The heights that a call's sequences are cut into, the tallest first: the last takes what is left, however few.
+
+    On a CPU, each takes 0.3 to 0.6 seconds to compile. So one sequence goes without those that its tokens are not cut
+    into, and a pack of as many sequences as tokens, as a rule a decode step, without tall ones; where that is small,
+    each token is a tile. The policy "invariant" has all.
+    """
+    heights = heights_of(config.block_q, turns.part_heights)
+    tokens, seqs = problem.tokens, problem.seqs
+    if not turns.few_heights or current_policy() == "invariant" or problem.symbolic:
+        return heights
+    if seqs == 1:
+        return tuple(height for height in heights if height >= _lowest(heights, tokens))
+    if tokens == seqs <= min(turns.part_heights):
+        return (1,)
+    if tokens <= seqs:
+        lower = (height for height in needed_heights(heights, tokens) if height <= PACK_HEIGHT)
+        return tuple(sorted({next(lower), 1}, reverse=True))
+    return heights
+
+
+def _lowest(heights: tuple[int, ...], tokens: int) -> int:
+    """The lowest that so many tokens are cut into; lower yet where less than a fourth of them would be a tile.
+
+    But not where they are one of the tallest, as more than half of them would be.
+    """
+    lowest, left = 1, tokens
+    for height in heights:
+        tiles = left // height
+        tiles += left - tiles * height > most_for_lower(heights, height)
+        lowest, left = height if tiles else lowest, max(left - tiles * height, 0)
+    if heights[0] == lowest >= tokens:
+        return lowest
+    return max(height for height in heights if height == 1 or (height <= lowest and 4 * height <= tokens))
+
+
+def of_tokens(problem: Problem, heights: tuple[int, ...]) -> bool:
+    """Whether each token of a pack is a tile, of as many tokens as sequences."""
+    return heights == (1,) and not problem.symbolic and problem.tokens == problem.seqs
+
+
 def needed_heights(heights: tuple[int, ...], tokens) -> list[int]:
     """Those of `heights` that so many tokens can need."""
-    return [h for h in heights if not isinstance(tokens, int) or tokens > (most_for_lower(heights, h) if h > 1 else 0)]
+    return [h for h in heights if not isinstance(tokens, int) or tokens > most_for_lower(heights, h)]
 
 
 def tiles_of(length, heights: tuple[int, ...], walked: list[int], described):
@@ -243,7 +292,7 @@ def tiles_of(length, heights: tuple[int, ...], walked: list[int], described):
 
 def most_for_lower(heights, height) -> int:
     """The most rows left by whole tiles of a height that are not one more."""
-    if height == 1:
+    if height == heights[-1]:
         return 0
     lower = heights[heights.index(height) + 1]
     if lower == 1:
