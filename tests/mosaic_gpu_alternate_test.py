@@ -3,6 +3,7 @@
 from concurrent import futures
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -70,13 +71,15 @@ def barriers(number, arrivals):
 
 
 class Products:
-    """Those that each thread has started, oldest first. One reads what it multiplies as late as it may."""
+    """Those that each thread has started, oldest first. One reads what it multiplies as early and as late as it may: when it
+    is started, and when it is waited for. What is not there then is NaN."""
 
     def __init__(self):
         self.of_threads = {}
 
     def start(self, multiply, shape):
-        found = SimpleNamespace(multiply=multiply, number=None, shape=shape)
+        early = multiply()
+        found = SimpleNamespace(multiply=lambda: multiply() + 0 * early, number=None, shape=shape)
         self.of_threads.setdefault(threading.get_ident(), []).append(found)
         return found
 
@@ -96,15 +99,21 @@ def threads_for_warpgroups():
     """The loop's operations in NumPy."""
     both, products = threading.Barrier(2), Products()
 
+    def matrix(block):
+        """A block, whether its parts lie apart or not."""
+        return block.array if block.array.ndim == 2 else np.concatenate([*block.array], axis=1)
+
     def product(acc, weights, values, share):
         columns = slice(share * acc.shape[1], (share + 1) * acc.shape[1])
-        multiply = lambda: acc + np.array(getattr(weights, "array", weights)) @ values.array[:, columns]
+        multiply = lambda: acc + np.array(getattr(weights, "array", weights)) @ matrix(values)[:, columns]
         return products.start(multiply, acc.shape)
 
     def start_logits(query, keys, share, shares, parts, started=None, next_output=None):
+        columns = np.concatenate([np.arange(part * PART, (part + 1) * PART) for part in parts])
+
         def multiply():
-            number = np.concatenate([*query.array], axis=1) @ keys.array.T
-            return number if started is None else started.number + number
+            number = np.concatenate([query.array[part] for part in parts], axis=1) @ matrix(keys)[:, columns].T
+            return number if started is None or started.number is None else started.number + number
 
         found = products.start(multiply, (ROWS, BLOCK))
         return found if next_output is None else (found, next_output)
@@ -127,7 +136,9 @@ def threads_for_warpgroups():
 
     def zero(values, keys, parts, where):
         for key, part, there in zip(*map(np.asarray, (keys, parts, where))):
-            if there:
+            if there and values.array.ndim == 3:
+                values.array[part, key] = 0
+            elif there:
                 values.array[key, part * PART : (part + 1) * PART] = 0
 
     iota = lambda dtype, shape, axis, layout: jnp.asarray(np.indices(shape)[axis], dtype)
@@ -191,26 +202,40 @@ class AlternateTest(parameterized.TestCase):
         scratch = dict(query_views=[[None], [None], [Memory(query)]], weights=Memory(weights), boards=Memory(boards))
         scratch |= dict(query_here=Barrier(1), query_free=Barrier(2), weighed=barriers(2, 1))
         sources = dict(keys=keys) if plan.latent else dict(keys=keys, values=values)
-        shares = plan.block_shares
+        freed = plan.freed_shares
         for name, numbers in sources.items():
-            shape = (shares, BLOCK, numbers[0].shape[1] // shares) if shares > 1 else (BLOCK, numbers[0].shape[1])
-            readers = 2 if name == "keys" or shares == 1 else 1
+            shape, came = (BLOCK, numbers[0].shape[1]), plan.block_shares
+            if plan.lies_apart(name):
+                shape = shape[1] // PART, BLOCK, PART
+            elif freed > 1:
+                shape = freed, BLOCK, shape[1] // freed
+            readers = 2 if name == "keys" or freed == 1 else 1
             scratch[name] = Memory(np.full((slots, *shape), np.nan))
-            scratch |= {f"{name}_here": barriers(slots * shares, 1), f"{name}_free": barriers(slots * shares, readers)}
+            scratch |= {f"{name}_here": barriers(slots * came, 1), f"{name}_free": barriers(slots * freed, readers)}
 
         def load(name):
             step = 0
             for piece, numbers in zip(pieces, sources[name]):
                 for i in range(piece.steps):
                     slot, first = step % slots, (piece.last - i) * BLOCK
-                    for share, columns in enumerate(np.split(numbers[first : first + BLOCK], shares, axis=1)):
-                        if step >= slots:
-                            scratch[f"{name}_free"].at[slot * shares + share].wait()
-                        place = scratch[name].array[slot] if shares == 1 else scratch[name].array[slot, share]
-                        place[:] = np.nan
-                        place[:] = columns
-                        scratch[f"{name}_here"].at[slot * shares + share].arrive()
+                    for share, columns in enumerate(np.split(numbers[first : first + BLOCK], plan.block_shares, axis=1)):
+                        if step >= slots and share < freed:
+                            scratch[f"{name}_free"].at[slot * freed + share].wait()
+                        come(name, slot, share, columns)
                     step += 1
+
+        def come(name, slot, share, columns):
+            """A share, which tells that it is there; with the first of those that have no room of their own, all go."""
+            time.sleep(0.01 * (share > 0))  # that who waits for fewer finds them
+            place = scratch[name].array[slot]
+            if share < freed:
+                (place if freed == 1 else place[share])[...] = np.nan
+            if plan.lies_apart(name):
+                parts = plan.key_groups[share]
+                place[parts[0] : parts[-1] + 1] = np.stack(np.split(columns, len(parts), axis=1))
+            else:
+                (place if freed == 1 else place[share])[...] = columns
+            scratch[f"{name}_here"].at[slot * plan.block_shares + share].arrive()
 
         def load_queries():
             for i, numbers in enumerate(queries):
@@ -253,6 +278,7 @@ class AlternateTest(parameterized.TestCase):
         ("latent", dict(head_dim=192, stages=2, latent=True)),
         ("window", dict(head_dim=320, stages=1, window=100)),
         ("latent_window", dict(head_dim=192, stages=2, latent=True, window=70)),
+        ("latent_in_groups", dict(head_dim=256, stages=2, latent=True)),
     )
     def test_is_attention_whatever_lies_where_nobody_looks(self, changes):
         """Pieces of one block to five. Unseen slots are NaN, and so is a place as soon as it is let go of."""

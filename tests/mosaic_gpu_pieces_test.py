@@ -28,7 +28,7 @@ class Launched(Exception):
 
 def launch_of(seqs=1, tokens=2048, pages_per_seq=128, q_heads=8, kv_heads=2, **parameters):
     """The plan that a call launches the kernel with, and the shapes of its arrays."""
-    cache = (kv_heads, 64, 16, 128)
+    cache = (kv_heads, seqs * pages_per_seq, 16, 128)
     shapes = [(tokens, q_heads, 128), cache, cache, (seqs,), (seqs, pages_per_seq), (seqs + 1,)]
     dtypes = [jnp.bfloat16] * 3 + [jnp.int32] * 3
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
@@ -169,7 +169,7 @@ class ChainTest(parameterized.TestCase):
 
     def test_a_prompt_beside_decode_steps_has_more_clusters_than_the_chip_has_room_for_and_no_chain(self):
         """Whoever loads goes by clusters, and would wait for ever for those that compute by a chain."""
-        plan, _ = launch_of(seqs=5, tokens=66, pages_per_seq=73, q_heads=32, kv_heads=2)
+        plan, _ = launch_of(seqs=5, tokens=66, pages_per_seq=73, q_heads=64, kv_heads=4)
         self.assertEqual((plan.clusters, plan.warpgroups), (True, 2))
         self.assertGreater(plan.pieces, plan.cores)
         self.assertFalse(plan.chains)

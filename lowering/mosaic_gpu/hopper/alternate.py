@@ -5,10 +5,11 @@ warpgroup's work, those of the next block the other's; its half of the output ea
 block multiplies with its weights from registers, and lays them where the other reads them: one place is enough, since
 each writes there only once its own product with what lay there has ended.
 
-There is room for two blocks of a latent cache, whose keys are loaded once for both products: its output of one block is
-started before the logits of the next, and makes room. Of keys and values of 512 features there is room for one block, in
-halves that come and make room on their own (Plan.block_shares): the logits are first there, since the next keys wait for
-them, and the output runs beside their softmax.
+Blocks come in shares, each multiplied while others are on their way (Plan.block_shares). Of a latent cache, whose keys
+are loaded once for both products, there is room for two blocks: the logits of two follow one another, and then their
+outputs, so one warpgroup weighs beside the other's logits, and the other beside an output. Of keys and values of 512
+features there is room for one block, in halves that make room on their own too: the logits are first there, since the next
+keys wait for them, and the other's output runs beside their softmax.
 """
 
 import functools
@@ -60,34 +61,56 @@ class _Attention:
         plgpu.barrier_wait(self.query_here)
         meet(self.plan.warpgroups)  # both have read what they had of one another
         # One of the two has block 0, behind which there is no other.
-        running = self.softmax.start()
-        acc, m, l = running
-        begun = lambda: self._weigh(True, 0, self._logits(0), lambda: acc, m, l)
-        running = lax.cond(own == 0, begun, lambda: running)
+        if not self.plan.latent:
+            running = lax.cond(own == 0, self._first, self.softmax.start)
+            return self._finish(end - 1, *self._steps(self._step, own, edge, clear, end, running))
 
-        def steps(masked, first, last, running):
+        def second():
+            """As if its first block needed a mask: which comes late where memory has just been asked for it."""
+            late = jnp.minimum(jnp.maximum(edge, 2), end)
+            steps = self._step_from_logits, 1, late, jnp.maximum(clear, late), end
+            return self._steps(*steps, self.softmax.start())
+
+        found = lax.cond(own == 0, lambda: self._steps(self._step, 0, edge, clear, end, self._first()), second)
+        return self._finish(end - 1, *found)
+
+    def _first(self):
+        """What is running after block 0."""
+        logits = self._logits(0)
+        acc, m, l = self.softmax.start()
+        return self._weigh(True, 0, logits, lambda: acc, m, l)
+
+    def _steps(self, whole_step, own, edge, clear, end, running):
+        """From block 1 on, those of a warpgroup's blocks that need a mask, those that all rows see, and others that do."""
+        masked, whole = functools.partial(self._step, True), functools.partial(whole_step, False)
+
+        def steps(step, first, last, running):
             """Those of the warpgroup's blocks that are from the first to the second of these."""
             first, last = (lax.div(i - own + 1, 2) for i in (first, last))
-            step = lambda j, running: self._step(masked, 2 * j + own, *running)
-            return lax.fori_loop(first, last, step, running)
+            return lax.fori_loop(first, last, lambda j, running: step(2 * j + own, *running), running)
 
-        running = steps(True, 1, edge, running)
-        running = steps(False, edge, clear, running)
+        running = steps(masked, 1, edge, running)
+        running = steps(whole, edge, clear, running)
         if self.plan.begins_late:
-            running = steps(True, clear, end, running)
-        return self._finish(end - 1, *running)
+            running = steps(masked, clear, end, running)
+        return running
 
     def _step(self, masked, i, acc, m, l):
         """The output of block i - 1, which is the other's, and all of block i; unless it is masked, all rows see it."""
         acc, m, l = self._with_others(i - 1, acc, m, l)
-        if self.plan.latent:
-            acc = self._start_others(i - 1, acc)
-            logits, _ = self._start_logits(i)
-            acc = self._end_output(i - 1, acc, started_since=1)
-            return self._weigh(masked, i, self._end_logits(i, logits), lambda: acc, m, l)
+        if self.plan.latent:  # the last block's place is wanted for the keys after next, and the next ones may not be there
+            acc = self._end_output(i - 1, self._start_others(i - 1, acc))
+            return self._weigh(masked, i, self._logits(i), lambda: acc, m, l)
         logits, acc = self._start_logits(i, acc)
         acc = self._start_others(i - 1, acc)
         logits = self._end_logits(i, logits, started_since=1)
+        return self._weigh(masked, i, logits, lambda: self._end_output(i - 1, acc), m, l)
+
+    def _step_from_logits(self, masked, i, acc, m, l):
+        """The same, but the logits come before the other's weights do, and the weights beside the other block's output."""
+        logits = self._logits(i)
+        acc, m, l = self._with_others(i - 1, acc, m, l)
+        acc = self._start_others(i - 1, acc)
         return self._weigh(masked, i, logits, lambda: self._end_output(i - 1, acc), m, l)
 
     def _finish(self, last, acc, m, l):
@@ -121,9 +144,10 @@ class _Attention:
     def _with_others(self, i, acc, m, l):
         """What is running by the maximum of the other's weights of block i, once those are there."""
         other = 1 - self.warpgroup
-        for place in self._places(i):
-            plgpu.barrier_wait(self.keys_here.at[place])
-        self._let_go_of_keys(self._places(i))  # before they are the other's weights: so the next keys need not wait for those
+        for share in range(self.plan.block_shares):
+            self._wait_for_keys(i, share)
+        for share in range(self.plan.freed_shares):
+            self._let_go_of_keys(i, share)  # before they are the other's weights: so the next keys need not wait for those
         plgpu.barrier_wait(self.weighed.at[other])
         self._wait_for_values(i)
         if not self.plan.latent:
@@ -140,12 +164,14 @@ class _Attention:
 
     def _start_logits(self, i, acc=None):
         """Starts those of block i, share by share; an output that is to be started behind them is settled before."""
-        shares, logits = self.plan.block_shares, None
-        parts = self.plan.query_parts // shares
-        for share, place in enumerate(self._places(i)):
-            plgpu.barrier_wait(self.keys_here.at[place])
-            query, keys = self.query.at[pl.ds(share * parts, parts)], self.keys.at[self._slot_of(i)]
-            operands = query, keys if shares == 1 else keys.at[share], jnp.int32(0), 1, [*range(parts)], logits
+        keys, logits = self.keys.at[self._slot_of(i)], None
+        for share, parts in enumerate(self.plan.key_groups):
+            self._wait_for_keys(i, share)
+            query = self.query
+            if self.plan.freed_shares > 1:
+                query, keys = query.at[pl.ds(parts[0], len(parts))], self.keys.at[self._slot_of(i), share]
+                parts = [*range(len(parts))]
+            operands = query, keys, jnp.int32(0), 1, parts, logits
             if share == 0 and acc is not None:
                 logits, acc = start_logits(*operands, next_output=acc)
             else:
@@ -154,18 +180,20 @@ class _Attention:
 
     def _end_logits(self, i, logits, started_since=0):
         """Waits for those of block i, and lets go of its keys, share by share."""
-        *firsts, last = self._places(i)
-        for left, place in zip(range(len(firsts), 0, -1), firsts):
-            wait_for_products(left + started_since)
-            self._let_go_of_keys([place])
+        last = self.plan.freed_shares - 1
+        for share in range(last):
+            wait_for_products(last - share + started_since)
+            self._let_go_of_keys(i, share)
         logits = settled(logits, still_running=started_since)
-        self._let_go_of_keys([last])
+        self._let_go_of_keys(i, last)
         return logits
 
-    def _let_go_of_keys(self, places):
+    def _wait_for_keys(self, i, share):
+        plgpu.barrier_wait(self.keys_here.at[self._slot_of(i) * self.plan.block_shares + share])
+
+    def _let_go_of_keys(self, i, share):
         if not self.plan.latent:  # whose keys are still to be values
-            for place in places:
-                plgpu.barrier_arrive(self.keys_free.at[place])
+            plgpu.barrier_arrive(self.keys_free.at[self._slot_of(i) * self.plan.freed_shares + share])
 
     def _wait_for_values(self, i):
         if not self.plan.latent:
@@ -174,7 +202,7 @@ class _Attention:
     def _own_values(self, i):
         """A block's values, or a share of them, and which part of their columns is the warpgroup's."""
         values = self.values.at[self._slot_of(i)]
-        return (values, self.warpgroup) if self.plan.block_shares == 1 else (values.at[self.warpgroup], jnp.int32(0))
+        return (values, self.warpgroup) if self.plan.freed_shares == 1 else (values.at[self.warpgroup], jnp.int32(0))
 
     def _clean_values(self, i):
         """Zeroes, of those that the warpgroup reads, what no row sees."""
@@ -182,20 +210,15 @@ class _Attention:
         zero = functools.partial(zero_unseen, self.plan, self.rows, None, i, values)
         pl.when(self.rows.may_hold_nothing(i))(zero)
 
-    def _end_output(self, i, acc, started_since=0):
+    def _end_output(self, i, acc):
         """Waits for block i's output, and lets go of its values."""
-        acc = settled(acc, still_running=started_since)
+        acc = settled(acc, still_running=0)
         plgpu.barrier_arrive(self.values_free.at[self._place_of_values(i)])
         return acc
 
-    def _places(self, i):
-        """The barriers' numbers of block i's shares."""
-        shares = self.plan.block_shares
-        return [self._slot_of(i) * shares + share for share in range(shares)]
-
     def _place_of_values(self, i):
-        """Likewise, of the values that the warpgroup reads."""
-        return self._slot_of(i) if self.plan.block_shares == 1 else 2 * self._slot_of(i) + self.warpgroup
+        """The number of the barriers of those values that the warpgroup reads."""
+        return self._slot_of(i) if self.plan.freed_shares == 1 else 2 * self._slot_of(i) + self.warpgroup
 
     def _slot_of(self, i):
         return lax.rem(self.done + i, self.plan.slots)

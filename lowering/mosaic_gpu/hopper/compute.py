@@ -166,7 +166,7 @@ def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     thread = lax.rem(threads.number(), jnp.int32(sharing))
     key, part = lax.rem(thread, jnp.int32(plan.block_kv)), lax.div(thread, jnp.int32(plan.block_kv))
     unseen = ~rows.held(i, key, threads.load)
-    parts = len(parts_of(plan.value_dim // plan.block_shares))
+    parts = len(parts_of(plan.value_dim // plan.freed_shares))
     for first in range(0, parts, sharing // plan.block_kv):
         threads.zero(values, key, part + first, unseen & (part + first < parts))
     plgpu.commit_smem()

@@ -38,7 +38,8 @@ class Source(NamedTuple):
     rows: jax.Array  # the cache as a matrix in global memory: each slot is a row, of all heads where those lie together
     beside: int  # rows of one head's features from a key to what this is about: its value, in one array with it; else 0
     features: int
-    shares: int  # of them, each of which a stage has a place and barriers of its own for
+    shares: int  # of them, each of which comes on its own
+    freed: int  # of those, how many a stage has room for on their own: all, or it has for all together
     stages: int  # of the ring
     blocks: jax.Array  # the ring, in shared memory
     here: jax.Array  # barriers: a stage has been filled; it may be filled again
@@ -81,7 +82,7 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
                 groups, turns = plan.key_groups, plan.turns_before_keys
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
         stages = plan.slots if name == "values" and not plan.widens else plan.stages
-        found.append(Source(rows, *of_rows, plan.block_shares, stages, *raw, scale, optional.get(names[i]), *wide))
+        found.append(Source(rows, *of_rows, plan.block_shares, plan.freed_shares, stages, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -195,7 +196,9 @@ class Loading:
     def _free_stage(self, source: Source, i, done, share):
         """Where a share of block i of a piece goes, once nothing reads there."""
         slot = self._stage_of(source, i, done)
-        place, occupied = slot * source.shares + share, pl.when(done + i >= source.stages)
+        if share >= source.freed:  # the first was waited for
+            return slot
+        place, occupied = slot * source.freed + share, pl.when(done + i >= source.stages)
         if self.plan.mates:
             occupied(lambda: mates.wait_for_place(source.free, place, done + i, source.stages))
         else:
@@ -212,6 +215,9 @@ class Loading:
         blocks, parts = source.blocks, [((share,) if source.shares > 1 else (), Part(share * features, features))]
         if lie_apart(source.features):
             parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
+        elif plan.keys_come_apart:
+            every = parts_of(source.features)
+            parts = [((i,), every[i]) for i in plan.key_groups[share]]
         targets = [
             (row, part, blocks.at[slot, *place, pl.ds(self.first + offset, plan.run)])
             for row, offset in zip(rows, self.offsets)
@@ -230,7 +236,7 @@ class Loading:
             here = source.here.at[slot * source.shares + share]
             for row, part, target in targets:
                 place = pl.ds(row, plan.run)
-                if plan.slot_rows > 1 or source.shares > 1:  # of a slot, one head's columns, or a share of them
+                if plan.slot_rows > 1 or part.features < source.features:  # of a slot, one head's columns, or some of them
                     place = place, pl.ds(column + part.first, part.features)
                 plgpu.copy_gmem_to_smem(source.rows.at[place], target, here)
         else:

@@ -89,7 +89,7 @@ def start_weighted(acc, weights, values, share=None):
     def start(_, acc, weights, values, *shares):
         acc, weights = mgpu.optimization_barrier(acc), mgpu.optimization_barrier(weights)
         for share in shares:
-            values = mgpu.memref_slice(values, (slice(None), _share(share, acc.shape[1] // COLUMNS)))
+            values = mgpu.memref_slice(matrix_of(values), (slice(None), _share(share, acc.shape[1] // COLUMNS)))
         output = _multiply_settled(mgpu.WGMMAAccumulator.from_registers(acc), weights, values)
         _asm("wgmma.commit_group.sync.aligned;")
         return output
@@ -214,7 +214,7 @@ def start_output(acc, weights, values, share):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, tiled(weights), tiled(values), plgpu.Layout.WG_SPLAT), return_type=its_type)
     def start(_, acc, weights, values, share):
-        own = mgpu.memref_slice(values, (slice(None), _share(share, acc.shape[1] // COLUMNS)))
+        own = mgpu.memref_slice(matrix_of(values), (slice(None), _share(share, acc.shape[1] // COLUMNS)))
         output = mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc), weights, own, swizzle=SWIZZLE_BYTES)
         _asm("wgmma.commit_group.sync.aligned;")
         return output.value

@@ -42,6 +42,7 @@ def value_stages(stages: int, head_dim: int, value_dim: int) -> int:
     return max(stages - is_wide(head_dim, value_dim, False), 1)
 
 
+MOST_ARRIVING = 3  # parts of latent keys that are waited for together
 FP8_SLOTS = 4  # blocks of transposed values that lie ready for products in 8 bits
 
 
@@ -215,9 +216,17 @@ class Plan:
 
     @property
     def block_shares(self) -> int:
-        """Shares of a block's features that lie apart, come and make room on their own: where one block has room, halves."""
-        halves = self.alternates and not self.latent and self.head_dim % (2 * COLUMNS) == 0
-        return 2 if halves and not self.gathers else 1
+        """Shares of a block's features, of as many parts each, that come on their own, and whose keys are multiplied then."""
+        if not self.alternates or self.gathers:
+            return 1
+        if self.latent:
+            return next(self.query_parts // size for size in range(MOST_ARRIVING, 0, -1) if self.query_parts % size == 0)
+        return 2 if self.head_dim % (2 * COLUMNS) == 0 else 1
+
+    @property
+    def freed_shares(self) -> int:
+        """How many of those lie apart, and make room on their own: latent keys are to be values."""
+        return 1 if self.latent else self.block_shares
 
     @property
     def shares_place(self) -> bool:
@@ -233,6 +242,12 @@ class Plan:
         return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
 
     @property
+    def keys_come_apart(self) -> bool:
+        """Whether parts of latent keys come by copies of their own, and are multiplied while others are on their way: there is
+        room for two blocks, so that products wait for the next one."""
+        return self.alternates and self.latent and not self.gathers
+
+    @property
     def key_groups(self) -> list[list[int]]:
         """Parts of keys that are there together: wide ones are widened while products with others of a block run.
 
@@ -240,7 +255,8 @@ class Plan:
         """
         parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
         if not (self.wide and self.quantised):
-            return [[*parts]]
+            size = len(parts) // self.block_shares
+            return [[*parts[first : first + size]] for first in range(0, len(parts), size)]
         first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
         return [group for group in (first, [part for part in parts if part not in first]) if group]
 
@@ -411,6 +427,11 @@ class Plan:
         """Rings whose copies are: those also whose parts lie apart. What is gathered is announced otherwise."""
         rings = dict(keys=self.head_dim) if self.latent else dict(keys=self.head_dim, values=self.value_dim)
         return [name for name in rings if self.announces_runs or (lie_apart(rings[name]) and not self.gathers)]
+
+    def lies_apart(self, name: str) -> bool:
+        """Whether the parts of a block of keys, or of values, do (tiling.py)."""
+        come_apart = name == "keys" and self.keys_come_apart
+        return come_apart or lie_apart(self.head_dim if name == "keys" else self.value_dim)
 
     @property
     def query_parts(self) -> int:

@@ -1,4 +1,4 @@
-"""How many registers the threads of each warpgroup have."""
+"""How many registers a thread of each warpgroup has."""
 
 from typing import NamedTuple
 

@@ -9,7 +9,7 @@ from paged_prefill.lowering.mosaic_gpu.hopper.arrivals import arrivals
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_scratch
 from paged_prefill.lowering.mosaic_gpu.hopper.loading import copies_of
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import Plan
-from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, lie_apart, parts_of, tiling_of, tiling_of_bytes
+from paged_prefill.lowering.mosaic_gpu.hopper.tiling import COLUMNS, parts_of, tiling_of, tiling_of_bytes
 from paged_prefill.lowering.mosaic_gpu.hopper.widen import raw_rings, widening_scratch
 
 
@@ -67,23 +67,24 @@ def _queries(plan: Plan) -> dict:
 
 def _rings(plan: Plan) -> dict:
     """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
-    turns, shares = plan.output_turns if plan.latent else 1, plan.block_shares
+    turns, freed = plan.output_turns if plan.latent else 1, plan.freed_shares
+    key_copies = copies_of(plan) * (len(plan.key_groups[0]) if plan.keys_come_apart else 1)
     found = _blocks(plan) | dict(
         keys_here=plgpu.Barrier(
-            num_arrivals=plan.widening_warps if plan.widens_keys else copies_of(plan),
-            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups) * shares,
+            num_arrivals=plan.widening_warps if plan.widens_keys else key_copies,
+            num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
         ),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns * shares),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns * freed),
     )
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         found |= dict(
             values_here=plgpu.Barrier(
                 num_arrivals=plan.widening_warps if plan.widens else copies_of(plan),
-                num_barriers=plan.teams * plan.slots * shares,
+                num_barriers=plan.teams * plan.slots * freed,
             ),
             # A share is one warpgroup's.
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups // shares, num_barriers=outputs * shares),
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups // freed, num_barriers=outputs * freed),
         )
     if counted := _counted_barriers(plan):  # in one array: each takes a kilobyte
         found = {name: barriers for name, barriers in found.items() if name not in counted}
@@ -104,19 +105,19 @@ def _blocks(plan: Plan) -> dict:
     """Without barriers, and with what is exchanged in a cluster, which may lie where they do."""
     dtype = jnp.dtype(plan.block_dtype)
 
-    def ring(slots, *shape):
-        if lie_apart(shape[-1]):
+    def ring(slots, *shape, apart=False):
+        if apart:
             shape = len(parts_of(shape[-1])), shape[0], COLUMNS
-        if plan.block_shares > 1:
-            shape = plan.block_shares, shape[0], shape[1] // plan.block_shares
+        if plan.freed_shares > 1:
+            shape = plan.freed_shares, shape[0], shape[1] // plan.freed_shares
         transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
         return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
-    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim))
+    found = dict(keys=ring(plan.key_slots, plan.block_kv, plan.head_dim, apart=plan.lies_apart("keys")))
     if plan.fp8_terms:  # whose products read values as features of all keys
         found |= dict(values=ring(plan.slots, plan.value_dim, plan.block_kv))
     elif not plan.latent:
-        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim))
+        found |= dict(values=ring(plan.slots, plan.block_kv, plan.value_dim, apart=plan.lies_apart("values")))
     if plan.shares_place:
         found = dict(places=plgpu.RefUnion(*([view] for view in found.values())))
     found |= raw_rings(plan)
