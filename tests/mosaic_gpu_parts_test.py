@@ -79,6 +79,13 @@ class PartsTest(parameterized.TestCase):
                 expected.append(("cache", row, column + first, min(64, features - first), place))
         self.assertEqual([(rows, row, int(at), n, place) for rows, row, at, n, place in copies], expected)
 
+    @parameterized.parameters(dict(warpgroups=1), dict(has_ranges=True), dict(tree_words=2), dict(page_size=5), dict(cache_dtype="int8"))
+    def test_runs_of_whole_parts_are_announced_together_where_prompts_gain(self, **others):
+        self.assertTrue(plans.plan(soft_cap=None).announces_runs)
+        plan = plans.plan(soft_cap=None, **others)
+        self.assertFalse(plan.announces_runs)
+        self.assertEmpty(plan.announced_together)
+
     @parameterized.product(slot_rows=(1, 2), blocks=(1, 2))
     def test_runs_of_whole_parts_have_a_copy_each(self, slot_rows, blocks):
         """All of a warp's are announced together, and those of another thread block if it copies as many to here."""

@@ -1,5 +1,7 @@
 """Which sizes the Hopper kernel chooses for a call: warpgroups, tokens of a tile, teams."""
 
+import dataclasses
+
 from absl.testing import absltest, parameterized
 
 from paged_prefill.lowering.mosaic_gpu import host, room

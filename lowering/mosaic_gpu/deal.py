@@ -23,6 +23,7 @@ from paged_prefill.primitive.config import PrefillPageAttentionConfig
 # Of parts, in bytes of keys and values.
 SIZES = (2**17, 3 * 2**16, 2**18, 3 * 2**17, 2**19, 3 * 2**18, 2**20, 3 * 2**19, 2**21)
 PAIR_BLOCKS = 8  # the fewest of a part, where pairs are merged
+FEWEST_BLOCKS = 3  # of a part of few rows of latent keys
 PAIR_RESULT_BYTES = 2**28  # of the places of all pairs, at most: few are ever written, where one context is long
 SMALLEST_OF_MANY = 3 * 2**17  # with more than FEW tiles: a core has several parts, and finer ones are up to 15% slower
 SMALLEST_OF_PROMPTS = 2**19  # where prompts lie beside long contexts: their own few keys stay one part
@@ -40,6 +41,7 @@ FEW_WIDE_STEP_BYTES, FEW_WIDE_PIECE_BYTES = 30 * 2**10, 35 * 2**10  # of few wid
 # Of 64 rows of two warpgroups, by 60 launches on an H200, and in 8 bits.
 SHARED_ROWS_STEP_BYTES, WIDENED_SHARED_ROWS_STEP_BYTES = 40 * 2**10, 68 * 2**10
 MERGE_BYTES, MERGED_PART_BYTES = 40 * 2**10, 2**10  # of a merge, and for each part of the tile with the most
+CLUSTER_PART_BYTES = 3 * 2**10  # of each part that a cluster merges, by steps over short contexts on an H200
 # Of each part of a tile but one, where two warpgroups share rows, in bytes of the time that a core's own steps take: to end
 # it, to begin the next, and to merge two where pairs are merged.
 PART_BYTES, PAIR_BYTES = 220 * 2**10, 500 * 2**10
@@ -67,6 +69,9 @@ LATENT_EVENLY, WIDENED_LATENT_EVENLY, SHARED_ROWS_EVENLY = 1.115, 1.2, 1.1
 # Likewise where a tile of 64 such rows has its keys alone, so that all would have as many parts, and the pool has more room
 # than all tables and so says nothing of contexts: uneven ones take half as long again by those as by parts of 32 blocks.
 ALONE_EVENLY, ROOMY = 1.3, 1.25
+# Pools of fewer times all tables' room: contexts of latent keys are taken to fill them, the longest so many times the mean at
+# most. Two sequences of few tiles were up to 1.28 times as slow by it, 24 tiles of 64 rows 0.78: so there must be so many.
+TIGHT, LONGEST_OF_TIGHT, SOME = 0.95, 12, 0.125
 WIDE_EVENLY = 1.1  # likewise of wide heads, where a part costs as much as a block
 REACH = 2  # windows: contexts of so many at most are considered, since tiles see as much of all longer ones
 SPREAD = 8  # times a mean context, were the pool full, at most
@@ -92,6 +97,7 @@ class Launch(NamedTuple):
     in_cluster: bool = False  # whether parts that do not vary are merged there
     evenly: float = math.inf  # how many times their least time contexts as long as the table may take
     part_bytes: float = 0  # of each part of a tile but one
+    latent: bool = False
     in_pairs: bool = False  # whether parts are merged where the later of two ends (hopper/pairs.py)
     sharing: int = 1  # tiles that read the same keys, which memory brings once
     tiles_of_seq: int = 1  # of one head's, were all sequences to have as many tokens
@@ -147,6 +153,7 @@ def dealt(
         in_cluster=in_cluster,
         evenly=evenly,
         part_bytes=part_bytes,
+        latent=is_latent(problem),
         in_pairs=in_pairs,
         sharing=sharing,
         tiles_of_seq=tiles_of_seq,
@@ -168,9 +175,13 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         found.append(Parts(parts.least, parts.least))
     of_round = min(most, launch.slots // launch.head_tiles)  # of one long context, all at work at the same time
     of_parts = [-(-size // launch.block_bytes) for size in SIZES if size >= launch.smallest]
+    tight, fewest = _is_tight(launch), PAIR_BLOCKS if launch.part_bytes else FEWEST_BLOCKS
+    longest = _longest_of_tight(launch) if tight else min(launch.most_keys, _longest(launch))
+    of_longest = {max(-(-longest // (number * launch.block_kv)), fewest) for number in range(2, MOST_PARTS + 1)}
     if launch.part_bytes:  # each costs as much as many blocks: so those of the longest context are of one size
-        longest = -(-min(launch.most_keys, _longest(launch)) // launch.block_kv)
-        of_parts = sorted({max(-(-longest // number), PAIR_BLOCKS) for number in range(2, MOST_PARTS + 1)})
+        of_parts = sorted(of_longest)
+    elif tight:
+        of_parts = sorted(of_longest.union(of_parts))
     several = launch.prompt > launch.block_q or launch.tiles_of_seq > 1
     rounds = PROMPT_ROUNDS if several else [None]
     # Tiles of few keys may have fewer parts than equal contexts want.
@@ -179,11 +190,13 @@ def finer(parts: Parts, launch: Launch) -> Parts:
         bound = min(bound, -(-blocks // of_part))
         together = None if of_prompt is None else max(of_prompt * launch.slots // launch.head_tiles, bound)
         smaller = Parts(least, bound, of_part, together=together)
-        if smaller.most > (1 if launch.prompt else parts.least):
+        if smaller.vary and (tight or smaller.most > (1 if launch.prompt else parts.least)):
             found.append(smaller)
     found = list(dict.fromkeys(found))
     if len(found) == 1:
         return parts
+    if tight:
+        return _best_of_tight_pool(launch, found)
     kinds = _kinds(launch)
     times = np.array([[_time(launch, each, tiles, MEMORIES) for tiles, _ in kinds] for each in found])
     times = times.swapaxes(1, 2).reshape(len(found), -1)  # all kinds by the first memory, then by the next
@@ -200,6 +213,42 @@ def finer(parts: Parts, launch: Launch) -> Parts:
     chosen = best(launch.evenly)
     alone = launch.in_pairs and launch.sharing == 1 and launch.held > ROOMY * launch.seqs * launch.capacity
     return best(ALONE_EVENLY) if alone and not chosen.vary else chosen
+
+
+def _is_tight(launch: Launch) -> bool:
+    """Whether the pool has no room for all tables of many latent tiles: so contexts differ, and by how much, it says."""
+    tiles = launch.seqs * launch.tiles_of_seq * launch.head_tiles
+    many = tiles > (SOME if launch.part_bytes else FEW) * launch.cores
+    return launch.latent and many and launch.held < TIGHT * launch.seqs * launch.capacity
+
+
+def _best_of_tight_pool(launch: Launch, found: list[Parts]) -> Parts:
+    """The parts with which packs that fill such a pool end soonest."""
+    kinds = _that_fill(launch)
+    times = np.array([[_time(launch, each, tiles, MEMORIES) for tiles, _ in kinds] for each in found])
+    longer = np.log(times / times.min(axis=0)).sum(axis=2) @ np.array([weight for _, weight in kinds])
+    return found[int(np.argmin(np.round(longer, 9)))]
+
+
+def _that_fill(launch: Launch) -> list:
+    """Packs whose contexts have room in the pool together, and how much each counts. They are spread up to as long as the
+    table; up to half as long; and all but one are alike, and that one is as long as the table.
+    """
+    place, longest = np.arange(1, launch.seqs + 1) / launch.seqs, _longest_of_tight(launch)
+    mean = launch.held / (launch.seqs * longest)
+    spread = lambda most: most * _that_fit(place, mean * launch.seqs / most)
+    alone = np.append(np.full(launch.seqs - 1, (mean * launch.seqs - 1) / max(launch.seqs - 1, 1)), 1)
+    kinds = (spread(1), 2.0), (alone, 1.0), (spread(max(mean, 1 / 2)), 1.0)
+    contexts = [(np.maximum(share * longest, 1), weight) for share, weight in kinds]
+    packs = [(_evenly(launch, each), weight) for each, weight in contexts]
+    if launch.prompt:
+        packs += [(_beside_prompt(launch, each), weight) for each, weight in contexts]
+    return packs
+
+
+def _longest_of_tight(launch: Launch) -> int:
+    """The longest context that is considered there, as far as a tile sees it."""
+    return min(launch.most_keys, LONGEST_OF_TIGHT * launch.held // launch.seqs)
 
 
 class Pack(NamedTuple):
@@ -298,8 +347,10 @@ def _time(launch: Launch, parts: Parts, tiles: Pack, of_memory=1.0):
     # One product each: all at once they would differ in their last bits, which decide between equals.
     at_work = at_work / (launch.cores * launch.sharing)
     time = LAUNCH_BYTES + np.reshape([ends @ np.hypot(at_work * m, step) for m in memory.flat], memory.shape)
-    if merging or parts.most == 1 or (launch.in_cluster and not parts.vary):
+    if merging or parts.most == 1:
         return time
+    if launch.in_cluster and not parts.vary:
+        return time + CLUSTER_PART_BYTES * parts.most
     written = (np.where(number > 1, number, 0) if launch.prompt else number) @ tiles.results
     results = RESULTS * of_memory * launch.result_bytes / launch.cores * written
     return time + MERGE_BYTES + MERGED_PART_BYTES * number.max() + results

@@ -3,7 +3,7 @@
 import math
 
 from paged_prefill.lowering.call import Device, Problem
-from paged_prefill.lowering.mosaic_gpu.deal import FEW, dealt, finer
+from paged_prefill.lowering.mosaic_gpu.deal import FEW, SOME, TIGHT, dealt, finer
 from paged_prefill.lowering.mosaic_gpu.hopper.cluster import exchange_shape
 from paged_prefill.lowering.mosaic_gpu.hopper.last_part import MOST_TOGETHER
 from paged_prefill.lowering.mosaic_gpu.hopper.plan import WARPGROUP_COLUMNS, WARPGROUP_ROWS
@@ -56,12 +56,14 @@ def parts_of_tiles(problem: Problem, device: Device, config: PrefillPageAttentio
 def _is_measured(problem: Problem, device: Device, config: PrefillPageAttentionConfig, parts: Parts) -> bool:
     """Whether the estimate is of what was measured, where two warpgroups share a tile's rows: steps and drafts of wide heads,
     and latent tiles, if there are many in 16 bits. Where the pool has room for half of their tables at most, and so most
-    contexts are short, few whose parts would neither vary nor be merged in clusters were measured too, and many in 8 bits.
+    contexts are short, few whose parts would neither vary nor be merged in clusters were measured too, and many in 8 bits;
+    and where it has no room for all, those of SOME cores.
     """
     if not is_latent(problem):
         return problem.tokens_per_seq < SHORT_CALL and not is_quantised(problem)
     many, seqs = programs(problem, config) > FEW * device.cores, min(problem.seqs, problem.tokens)
-    uneven = 2 * problem.num_pages * problem.page_size <= seqs * problem.longest
+    some = programs(problem, config) > SOME * device.cores and not is_quantised(problem)
+    uneven = problem.num_pages * problem.page_size <= (TIGHT if some else 1 / 2) * seqs * problem.longest
     if many or is_quantised(problem):
         return many and (uneven or not is_quantised(problem))
     return uneven and not parts.vary and not in_cluster(problem, device, config, parts.least)

@@ -235,10 +235,8 @@ class Plan:
 
     @property
     def output_turns(self) -> int:
-        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie.
-
-        Then some may be while the second runs. And with so many threads ptxas has no registers for 256 columns at once.
-        """
+        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie, so that some may
+        be while the second runs. And with so many threads ptxas has no registers for 256 columns at once."""
         return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
 
     @property
@@ -282,10 +280,8 @@ class Plan:
 
     @property
     def asks_ahead(self) -> bool:
-        """Whether the next query is brought into the second cache while the last one has its place, to come sooner.
-
-        With a window, 8192 tokens of wide heads are slower with it, and no call is much faster.
-        """
+        """Whether the next query is brought into the second cache while the last one has its place, to come sooner. With a
+        window, 8192 tokens of wide heads are slower with it, and no call is much faster."""
         return self.query_comes_first and self.pieces > self.cores and self.window is None
 
     @property
@@ -419,8 +415,8 @@ class Plan:
 
     @property
     def announces_runs(self) -> bool:
-        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts are faster with it."""
-        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers)
+        """Whether all runs of a block that a warp copies are announced together (arrivals.py): prompts without ranges gain."""
+        return self.warpgroups > 1 and not (self.quantised or self.wide or self.gathers or self.masks_any_block)
 
     @property
     def announced_together(self) -> list[str]:
