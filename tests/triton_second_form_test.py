@@ -20,6 +20,8 @@ SPLIT = PrefillPageAttentionConfig(block_q=8, block_kv=16, num_splits=3)
 SIZES = dict(page_size=4, head_dim=16, value_dim=12, tokens_before=2, tokens_after=3)
 LATENT = dict(latent=True, value_dim=12)
 LONG = ((21, 70), (1, 44), (5, 0), (7, 3))
+# Of few rows: keys between those that are seen, which no row sees.
+RANGES_WITH_HOLES = dict(key_ranges=True, sequences=((2, 90), (3, 120), (2, 70), (4, 110)))
 UNEVEN = ((1, 100), (1, 9), (3, 40), (11, 61), (1, 0), (2, 1))
 
 
@@ -35,8 +37,8 @@ class SecondFormTest(WithInterpreter):
 
     @parameterized.named_parameters(
         ("key_ranges", dict(key_ranges=True)),
-        # Of few rows: keys between those that are seen, which no row sees.
-        ("key_ranges_with_holes", dict(key_ranges=True, sequences=((2, 90), (3, 120), (2, 70), (4, 110)))),
+        ("key_ranges_with_holes", RANGES_WITH_HOLES),
+        ("key_ranges_with_holes_bfloat16", dict(RANGES_WITH_HOLES, dtype="bfloat16", page_size=32)),
         ("tree_mask", dict(tree_words=1)),
         ("tree_mask_of_several_words", dict(tree_words=3, sequences=((70, 90), (1, 9), (40, 9)))),
         ("sinks", dict(sinks=True)),
@@ -89,7 +91,10 @@ class SecondFormTest(WithInterpreter):
 
     @parameterized.named_parameters(
         ("bfloat16", dict(dtype="bfloat16", sinks=True), dict(sliding_window=70)),
-        ("float16", dict(dtype="float16", value_dim=33), dict(attn_logits_soft_cap=2.0)),
+        ("float16", dict(dtype="float16", value_dim=33), {}),
+        ("ranges_with_holes", dict(RANGES_WITH_HOLES, dtype="float16"), {}),
+        ("int8", dict(dtype="bfloat16", cache_dtype="int8", key_scale="head", value_scale="head", value_dim=64), {}),
+        ("float8_slots", dict(dtype="bfloat16", cache_dtype="float8_e5m2", key_scale="slot", value_scale="slot"), {}),
     )
     def test_warps_that_share_keys(self, kind, parameters):
         """Contexts end before some warps have a key, with all, and behind several blocks."""
@@ -259,11 +264,11 @@ def check_shared_columns():
 
 def check_shared_keys(kind, parameters):
     """In a process prepared by `interpret_triton`."""
-    from paged_prefill.lowering.triton import host
+    from paged_prefill.lowering.triton import sizes
 
     cfg = PrefillPageAttentionConfig(block_q=4, block_kv=64, num_warps=4, num_splits=1)
-    kind = dict(kind, sequences=((1, 2), (3, 200), (2, 64), (1, 0), (4, 119)))
-    with mock.patch.object(host, "FEW_KEYS", 0):
+    kind = dict(sequences=((1, 2), (3, 200), (2, 64), (1, 0), (4, 119))) | kind
+    with mock.patch.object(sizes, "FEW_KEYS", 0):
         triton_stand_ins.check_second_form_interpreted(kind, dict(parameters, cfg=cfg))
 
 

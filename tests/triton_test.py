@@ -34,7 +34,7 @@ def process(prepare=None):
 
 
 def problem(**changes) -> Problem:
-    sizes = dict(tokens=2048, num_pages=1032, pages_per_seq=1024, softmax_scale=128**-0.5)
+    sizes = dict(tokens=2048, pages_per_seq=1024, softmax_scale=128**-0.5)
     return problems.problem(**(sizes | changes))
 
 
@@ -129,6 +129,7 @@ TEN_HEADS = dict(q_heads=40, num_kv_heads=10, cache_kv_heads=10)
 FEW_GROUPS = dict(q_heads=24, num_kv_heads=2, cache_kv_heads=2)
 FALCON = dict(q_heads=71, num_kv_heads=1, cache_kv_heads=1, head_dim=64, value_dim=64)
 SLOTS = ("quantised", "slot_scales")
+IN_8_BITS = dict(cache_dtype="int8", features=("quantised",))
 CAPPED = dict(attn_logits_soft_cap=50.0)
 # What is compiled for whom, as changes of `problem` and what `triton_stand_ins._call` takes beside: all sizes of
 # Hopper; of the others, which share tables, each size where there is least shared memory, and each target.
@@ -152,6 +153,8 @@ COMPILED = {
         (MLA | dict(features=("latent", "tree_mask", "key_ranges")), dict(tree=True, ranges=True)),
         (MLA | DECODE | dict(q_heads=128), {}),
         (DECODE | dict(cache_dtype="float8_e4m3fn", features=SLOTS), dict(scale="slot")),
+        (LONG_DECODE | dict(IN_8_BITS, features=("quantised", "key_ranges")), dict(scale="head", ranges=True)),
+        (DECODE | dict(IN_8_BITS, features=("quantised", "tree_mask")), dict(scale="head", tree=True)),
     ],
     "sm_100": [
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
@@ -197,11 +200,17 @@ class CompiledTest(parameterized.TestCase):
                 self.assertEqual(found["tanh_instructions"] > 0, in_hardware)
 
 
-class Float8Test(parameterized.TestCase):
+class In8BitsTest(parameterized.TestCase):
     @parameterized.parameters(("sm_89", True), ("sm_90", False), ("sm_100", True), ("sm_120", True))
     def test_is_multiplied_in_float16_where_bfloat16_of_it_takes_other_ptx_than_drivers_read(self, target, in_float16):
         each = problem(cache_dtype="float8_e4m3fn", features=("quantised",))
         self.assertEqual(host._float16_products(each, TARGETS[target][1], rows=TALL_ROWS), in_float16)
+
+    @parameterized.product(target=tuple(TARGETS), cache_dtype=("int8", "float8_e4m3fn", "float8_e5m2"))
+    def test_is_multiplied_in_float16_by_few_rows_on_nvidia(self, target, cache_dtype):
+        each = problem(cache_dtype=cache_dtype, features=("quantised",))
+        in_float16 = host._float16_products(each, TARGETS[target][1], rows=16)
+        self.assertEqual(in_float16, target.startswith("sm"))
 
 
 class HeuristicTest(parameterized.TestCase):
@@ -223,10 +232,8 @@ class HeuristicTest(parameterized.TestCase):
         ("into_no_more_than_cores_for_few_keys", dict(tokens=98, pages_per_seq=128) | FEW_GROUPS, 3),
         ("but_of_these_where_half_of_the_cores_are_idle", dict(tokens=105, pages_per_seq=56) | WIDE, 1),
         ("and_of_wider_ones", dict(tokens=16, pages_per_seq=24) | GEMMA_4, 3),
-        ("few_tiles_of_8_bits_are_four_to_a_core", LONG_DECODE | dict(cache_dtype="int8", features=("quantised",)), 4),
-        ("with_scales_of_slots_three", LONG_DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
-        ("and_a_round_is_not_left_half_empty", DECODE | dict(cache_dtype="int8", features=SLOTS), 3),
-        ("of_16_bits_a_full_grid_is_not_split_for_that", DECODE, 1),
+        ("a_full_grid_of_decode_is_not_split", DECODE, 1),
+        ("nor_in_8_bits", DECODE | dict(cache_dtype="int8", features=SLOTS), 1),
     )
     def test_splits(self, changes, splits):
         self.assertEqual(KERNEL.heuristic(problem(**changes), H200).num_splits, splits)
@@ -286,7 +293,13 @@ class HeuristicTest(parameterized.TestCase):
         packs = [problem(**dims | pack) for pack in (dict(), dict(tokens=1), DECODE, SHORT)]
         with policy("invariant"):
             rows = rows_of(packs[0], KERNEL.heuristic(packs[0], H200))
-            self.assertLen({host.masks_every_block(pack, rows, 64, True) for pack in packs}, 1)
+            self.assertLen({host.masks_every_block(pack, rows, 64, 1) for pack in packs}, 1)
+
+    @parameterized.product(rows=(16, 32, 64, 128), tree=(False, True))
+    def test_warps_share_out_keys_of_few_rows_without_a_tree(self, rows, tree):
+        each = problem(head_dim=16, value_dim=16, pages_per_seq=256, features=("tree_mask",) if tree else ())
+        config = PrefillPageAttentionConfig(block_q=rows, block_kv=64, num_warps=4)
+        self.assertEqual(host._key_shares(each, config, rows), 4 if rows <= 32 and not tree else 1)
 
     @parameterized.parameters(8, 16, 64, 128, 256)
     def test_a_latent_tile_is_64_rows_of_tokens_or_of_a_tokens_heads(self, q_heads):
@@ -346,6 +359,10 @@ class HeuristicTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("a_decode_step_has_three_tiles_a_core", DECODE, (16, 64, 4, 3)),
         ("a_short_one_four_stages", dict(tokens=8, seqs=8, pages_per_seq=64), (16, 64, 4, 4)),
+        ("in_8_bits_of_twice_as_many_keys", LONG_DECODE | IN_8_BITS, (16, 128, 4, 3)),
+        ("and_two_where_a_second_round_of_three_would_be_short", DECODE | IN_8_BITS, (16, 128, 4, 4)),
+        ("under_a_cap_of_as_many", LONG_DECODE | IN_8_BITS | CAPPED, (16, 64, 4, 3)),
+        ("under_a_tree_of_few", DECODE | dict(IN_8_BITS, features=("quantised", "tree_mask")), (16, 32, 4, 4)),
         ("few_drafts_are_low", dict(tokens=33, seqs=7, pages_per_seq=7424, q_heads=5) | ONE_HEAD, (16, 64, 4, 3)),
         ("more_have_a_warp_for_each_16_rows", dict(tokens=80, seqs=16, pages_per_seq=1024, q_heads=5) | ONE_HEAD, (64, 64, 4, 3)),
         ("a_lone_prompt_does_not", dict(tokens=20, pages_per_seq=1024, q_heads=1) | ONE_HEAD, (32, 64, 4, 3)),

@@ -11,6 +11,19 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Four int8 as float16: the bytes that count from -128 on are the last digits of numbers of 1024 and more.
+INT8_TO_FLOAT16 = tl.constexpr(
+    """{
+    .reg .b32 bytes, digits, least;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 digits, 0x64646464;
+    mov.b32 least, 0x64806480;
+    prmt.b32 $0, bytes, digits, 0x4140;
+    prmt.b32 $1, bytes, digits, 0x4342;
+    sub.f16x2 $0, $0, least;
+    sub.f16x2 $1, $1, least;
+    }"""
+)
 
 
 class Queries(NamedTuple):
@@ -56,14 +69,9 @@ def keys_of(block, BLOCK_KV: tl.constexpr, KEY_SHARES: tl.constexpr):
 
 
 @triton.jit
-def pool_rows(
-    page_table, block, first_key, last_key, CACHE: tl.constexpr, BLOCK_KV: tl.constexpr, KEY_SHARES: tl.constexpr
-):
-    """Rows of the page pool that hold a block's keys, each key first brought into first_key to last_key."""
-    keys = keys_of(block, BLOCK_KV, KEY_SHARES)
-    if first_key is not None:
-        keys = tl.minimum(tl.maximum(keys, first_key), last_key)
-    if CACHE.page_size % BLOCK_KV == 0:  # the block lies in one page
+def pool_rows(page_table, keys, block, CACHE: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Rows of the page pool that hold keys; `block` is theirs, or None where others are read in place of some."""
+    if block is not None and CACHE.page_size % BLOCK_KV == 0:  # the block lies in one page
         page = tl.load(page_table + block * BLOCK_KV // CACHE.page_size)
     else:  # unsigned: a shift by a power of 2
         page = tl.load(page_table + (keys.to(tl.uint32) // CACHE.page_size).to(tl.int32))
@@ -86,18 +94,28 @@ def _load_rows(base, rows, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, WHOLE
 
 
 @triton.jit
+def _to(x, DTYPE: tl.constexpr, TILE: tl.constexpr):
+    """`x` in a dtype that has its numbers. Of int8 Triton would make float16 one by one."""
+    if TILE.ptx and x.dtype == tl.int8 and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(INT8_TO_FLOAT16, "=&r,=&r,r", [x], tl.float16, is_pure=True, pack=4)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def load_heads(base, rows, first, DTYPE: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
     """Rows of queries or keys in the parts that their product is summed of; a part of width 0 is the main one again."""
     MAIN: tl.constexpr = TILE.widths.main
     OTHER: tl.constexpr = TILE.widths.other
     REST: tl.constexpr = TILE.widths.rest
-    main = _load_rows(base, rows, first, SIZE, MAIN, MAIN + OTHER <= SIZE).to(DTYPE)
+    main = _load_rows(base, rows, first, SIZE, MAIN, MAIN + OTHER <= SIZE)
+    main = _to(main, DTYPE, TILE)
     other = main
     rest = main
     if OTHER != 0:
-        other = _load_rows(base, rows, MAIN - first, SIZE, OTHER, MAIN + OTHER <= SIZE).to(DTYPE)
+        other = _to(_load_rows(base, rows, MAIN - first, SIZE, OTHER, MAIN + OTHER <= SIZE), DTYPE, TILE)
     if REST != 0:
-        rest = _load_rows(base, rows, MAIN + OTHER, SIZE, REST, MAIN + OTHER + REST <= SIZE).to(DTYPE)
+        rest = _to(_load_rows(base, rows, MAIN + OTHER, SIZE, REST, MAIN + OTHER + REST <= SIZE), DTYPE, TILE)
     return main, other, rest
 
 
@@ -107,8 +125,10 @@ def turned(x, OUTER: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr):
     if MIDDLE == 0:
         return x
     else:
-        apart = tl.reshape(x, (x.shape[0], OUTER, MIDDLE, INNER))
-        return tl.reshape(tl.permute(apart, (0, 3, 2, 1)), (x.shape[0], OUTER * MIDDLE * INNER))
+        WIDTH: tl.constexpr = OUTER * MIDDLE * INNER
+        ROWS: tl.constexpr = x.numel // WIDTH
+        apart = tl.reshape(x, (ROWS, OUTER, MIDDLE, INNER))
+        return tl.reshape(tl.permute(apart, (0, 3, 2, 1)), x.shape)
 
 
 @triton.jit
@@ -143,17 +163,20 @@ def _logits(queries, keys, cached, rows, always, SOFTMAX: tl.constexpr, CACHE: t
         logits = tl.dot(queries.other, tl.trans(other), logits, input_precision=SOFTMAX.precision)
     if TILE.widths.rest != 0:
         logits = tl.dot(queries.rest, tl.trans(rest), logits, input_precision=SOFTMAX.precision)
-    if TILE.float16_products:
-        logits = logits * queries.unit[:, None]
+    row_scale = queries.unit
     if CACHE.key_scale == "slot":
-        logits = logits * tl.load(cached.key_scale + rows)[None, :]
+        logits = logits * tl.expand_dims(tl.load(cached.key_scale + rows), -2)
     elif CACHE.key_scale != "one":
-        logits = logits * cached.key_scale
+        row_scale = row_scale * cached.key_scale
+    if TILE.float16_products:
+        logits = logits * row_scale[:, None]
+    elif CACHE.key_scale == "tensor" or CACHE.key_scale == "head":
+        logits = logits * row_scale
     if SOFTMAX.negate:
         logits = -logits
     if SOFTMAX.soft_cap is not None:
         exact: tl.constexpr = queries.main.dtype == tl.float32
-        logits = _tanh(logits * (SOFTMAX.scale / SOFTMAX.soft_cap), exact, SOFTMAX.hardware_tanh)
+        logits = _tanh(logits * (SOFTMAX.scale / SOFTMAX.soft_cap), exact, TILE.ptx)
     return logits
 
 
@@ -189,11 +212,13 @@ def fold_block(
         width: tl.constexpr = TILE.widths.value
         whole: tl.constexpr = TILE.widths.value_parts * width == CALL.value_dim
         values = _load_rows(cached.value_base, rows, cached.first_feature, CALL.value_dim, width, whole)
-        values = turned(values, TILE.lanes, TILE.spread, width // (TILE.lanes * max(TILE.spread, 1))).to(dtype)
+        values = turned(values, TILE.lanes, TILE.spread, width // (TILE.lanes * max(TILE.spread, 1)))
+        values = _to(values, dtype, TILE)
     logits = _logits(queries, keys, cached, rows, always, SOFTMAX, CACHE, TILE)
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
-    HIDDEN: tl.constexpr = SOFTMAX.gaps and visible is not None  # some keys may be seen by no row
+    # Some keys may be seen by no row.
+    HIDDEN: tl.constexpr = SOFTMAX.gaps and visible is not None and not TILE.replace_hidden
     if CACHE.value_scale == "slot":
         share = tl.load(cached.value_scale + rows)
         if HIDDEN:
@@ -207,8 +232,8 @@ def fold_block(
     fade = sums.top
     if always:
         if IN_UNITS:  # both at once, since warps wait for one another
-            shares = tl.broadcast_to(tl.abs(share)[None, :], logits.shape)
-            largest, largest_share = tl.reduce((logits, shares), 1, _maxima)
+            shares = tl.broadcast_to(tl.expand_dims(tl.abs(share), -2), logits.shape)
+            largest, largest_share = tl.reduce((logits, shares), len(logits.shape) - 1, _maxima)
             unit = tl.maximum(sums.unit, largest_share)
         else:
             largest = tl.max(logits, -1)
@@ -223,9 +248,9 @@ def fold_block(
     if IN_UNITS:
         inverse = 1.0 / tl.where(unit == 0, 1.0, unit)
         fade = fade * (sums.unit * inverse)
-        weights = weights * (share[None, :] * inverse[:, None])
+        weights = weights * (tl.expand_dims(share, -2) * tl.expand_dims(inverse, -1))
     elif CACHE.value_scale == "slot":
-        weights = weights * share[None, :]
+        weights = weights * tl.expand_dims(share, -2)
     if HIDDEN:  # a weight of 0 is not enough where a value is NaN
         values = tl.where((tl.max(visible.to(tl.int32), 0) != 0)[:, None], values, 0.0)
     weights = weights.to(values.dtype)

@@ -77,7 +77,6 @@ class Softmax(NamedTuple):
     soft_cap: float | None
     to_base_2: float  # from logits as they are compared: before the scale, or with a cap behind it
     precision: str
-    hardware_tanh: bool
 
     @classmethod
     def of(cls, call: Call) -> "Softmax":
@@ -96,7 +95,6 @@ class Softmax(NamedTuple):
             to_base_2=math.log2(math.e) * (scale if soft_cap is None else soft_cap),
             # float32 products as six of bfloat16, exact to 24 bits or so; other dtypes have but one way.
             precision="bf16x6",
-            hardware_tanh=False,
         )
 
 
@@ -123,13 +121,15 @@ class TileSizes(NamedTuple):
     edge_kv: int  # of a block that is masked
     widths: "Widths"
     all_masked: bool  # no block goes without a mask: of few rows it costs nothing, and a second loop its start
+    replace_hidden: bool  # whether keys that no row sees are not read but others in their place
     key_shares: int  # of a block, one a warp, which then waits for no other until the end
     sum_last: bool  # whether weights are summed over warps after the loop
     lanes: int  # of a warp, over which a product of few rows shares out its columns
     spread: int  # warps that take features of values by turns, which gives a lane neighbours; 0 for none
-    float16_products: bool  # of bfloat16 queries and float8 keys, whose numbers are float16's as they are
+    float16_products: bool  # of bfloat16 queries and keys of 8 bits, whose numbers are float16's as they are
     share_columns: bool
     read_again: bool  # to save registers
+    ptx: bool  # whether NVIDIA's instructions may be named
 
 
 def scales_of(call: Call):

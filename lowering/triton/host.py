@@ -32,7 +32,6 @@ from paged_prefill.lowering.triton.parts import PIECES_OF_SEQUENCE, num_splits, 
 from paged_prefill.lowering.triton.schedule import POOL_FIELD, most_pieces, schedule_of
 from paged_prefill.lowering.triton.sizes import (
     DECODE,
-    FEW_KEYS,
     FEW_ROWS,
     MOST_KEYS,
     SHARED_KIB,
@@ -40,6 +39,7 @@ from paged_prefill.lowering.triton.sizes import (
     TALL_ROWS,
     device_class,
     is_wide_latent,
+    may_share_keys,
     programs,
     rows_of,
     share_columns,
@@ -135,7 +135,6 @@ class Triton(Kernel):
         # which two calls at once would share, and is slower (benchmarks/results/triton.md).
         out_shape = (problem.tokens, problem.q_heads, splits, problem.value_dim)
         sinks = call.sinks if splits == 1 else None  # else the merge has them
-        softmax = Softmax.of(call)
         run = functools.partial(
             launch,
             attend_tile,
@@ -149,8 +148,8 @@ class Triton(Kernel):
             num_stages=config.num_stages,
             CALL=CallSizes.of(call, sinks),
             CACHE=CacheLayout.of(call),
+            SOFTMAX=Softmax.of(call),
             SCHEDULE=_fields(call, config, parts, tile, schedule.shape[1], device),
-            TILE=tile,
         )
         inputs = [
             query,
@@ -168,8 +167,8 @@ class Triton(Kernel):
         # Which GPU this is compiled for is known only where it is lowered.
         out, lse = jax.lax.platform_dependent(
             inputs,
-            cuda=functools.partial(run, SOFTMAX=softmax._replace(hardware_tanh=True)),
-            default=functools.partial(run, SOFTMAX=softmax),
+            cuda=functools.partial(run, TILE=tile._replace(ptx=True)),
+            default=functools.partial(run, TILE=tile),
         )
         if splits == 1:
             return out[:, :, 0], lse[:, :, 0]
@@ -181,22 +180,24 @@ def _tile(call: Call, device: Device, config: PrefillPageAttentionConfig, parts:
     shared = share_columns(problem, device, rows, config.num_warps)
     widths = Widths.of(problem, rows, shared)
     plain_masks = call.ranges is None and call.tree is None  # others take more registers
-    all_masked = masks_every_block(problem, rows, block_kv, plain_masks)
-    key_shares = _key_shares(problem, config, rows) if all_masked else 1
+    key_shares = _key_shares(problem, config, rows)
+    all_masked = masks_every_block(problem, rows, block_kv, key_shares)
     return TileSizes(
         rows=rows,
         block_kv=block_kv,
         edge_kv=block_kv if all_masked else power_of_2(block_kv // (2 if plain_masks else 4)),
         widths=widths,
         all_masked=all_masked,
+        replace_hidden=all_masked and call.tree is None,
         key_shares=key_shares,
         sum_last=rows <= FEW_ROWS and key_shares == 1 and not _sums_each_step(problem, device),
         lanes=LANES,
-        spread=config.num_warps if _spreads(problem, device, config, rows) else 0,
+        spread=config.num_warps // key_shares if _spreads(problem, device, config, rows) else 0,
         float16_products=_float16_products(problem, device, rows),
         share_columns=shared,
         # Where they are short. Others have enough, and their machine code came out slower for it.
         read_again=parts.vary or (widths.main > 64 and (rows > DECODE.rows or problem.dtype == "float32")),
+        ptx=False,
     )
 
 
@@ -220,25 +221,24 @@ def _fields(call, config, parts, tile, intervals, device) -> ScheduleFields:
     )
 
 
-def masks_every_block(problem: Problem, rows: int, block_kv: int, plain_masks: bool) -> bool:
+def masks_every_block(problem: Problem, rows: int, block_kv: int, key_shares: int) -> bool:
     """Whether one loop masks all blocks, also those that every row sees: a second loop takes time to begin.
 
-    A mask of few rows takes few registers, but where keys are turned to numbers none are left, and ranges and trees
-    take more; in float32 wide heads leave fewer for two loops of longer blocks, which compute for longer than a mask
-    takes.
+    A mask of few rows takes few registers, but a tree's takes more, and where keys are turned to numbers none are left
+    but to warps with keys of their own; in float32 wide heads leave fewer for two loops of longer blocks, which compute
+    for longer than a mask takes.
     """
-    if problem.dtype == "float32" and not plain_masks:
+    if problem.dtype == "float32" and {"key_ranges", "tree_mask"} & set(problem.features):
         return max(problem.head_dim, problem.value_dim) > 128 and block_kv > SHORT_BLOCK
-    return plain_masks and problem.cache_dtype == problem.dtype and rows <= FEW_ROWS
+    few = rows <= FEW_ROWS and "tree_mask" not in problem.features
+    return few and (problem.cache_dtype == problem.dtype or key_shares > 1)
 
 
 def _key_shares(problem: Problem, config: PrefillPageAttentionConfig, rows: int) -> int:
     """How many warps share out a block's keys: all or one. Each needs registers for a tile's sums, and 16 keys."""
     sums = rows * power_of_2(max(problem.head_dim, problem.value_dim))
-    fits = sums <= SUMS_OF_WARP and problem.dtype != "float32" and config.block_kv >= 16 * config.num_warps
-    # A tanh of each share takes a warp longer than its share of all.
-    fits = fits and problem.attention.attn_logits_soft_cap is None
-    return config.num_warps if fits and problem.capacity > FEW_KEYS else 1
+    fits = rows <= FEW_ROWS and sums <= SUMS_OF_WARP and config.block_kv >= 16 * config.num_warps
+    return config.num_warps if fits and problem.dtype != "float32" and may_share_keys(problem) else 1
 
 
 def _sums_each_step(problem: Problem, device: Device) -> bool:
@@ -251,17 +251,18 @@ def _sums_each_step(problem: Problem, device: Device) -> bool:
 
 
 def _float16_products(problem: Problem, device: Device, rows: int) -> bool:
-    """Whether bfloat16 queries are multiplied in float16, with keys of float8, whose numbers are float16's.
+    """Whether bfloat16 queries are multiplied in float16, with keys of 8 bits, whose numbers are float16's as they are.
 
-    NVIDIA's GPUs make float16 of float8_e4m3fn, and bfloat16 only of that: of few rows memory is the limit. Before
+    NVIDIA's GPUs make float16 of 8 bits in fewer instructions than bfloat16, which bind a tile of few rows. Before
     compute capability 9.0 they make bfloat16 of float16 in no one instruction, which Triton 3.6 asks for all the same.
-    From 10.0 on some make bfloat16 at once, by an instruction of newer PTX than `launch.PTX_VERSION`, for which Triton
-    3.9 asks.
+    From 10.0 on some make bfloat16 of float8_e4m3fn at once, by an instruction of newer PTX than `launch.PTX_VERSION`,
+    for which Triton 3.9 asks.
     """
-    if problem.dtype != "bfloat16" or not problem.cache_dtype.startswith("float8") or device.platform == "rocm":
+    if problem.dtype != "bfloat16" or problem.cache_dtype == problem.dtype or device.platform == "rocm":
         return False
-    few = rows <= DECODE.rows or capability(device) >= 100
-    return capability(device) < 90 or (few and problem.cache_dtype == "float8_e4m3fn")
+    old = capability(device) < 90 and problem.cache_dtype.startswith("float8")
+    new = capability(device) >= 100 and problem.cache_dtype == "float8_e4m3fn"
+    return rows <= DECODE.rows or old or new
 
 
 def _spreads(problem: Problem, device: Device, config: PrefillPageAttentionConfig, rows: int) -> bool:

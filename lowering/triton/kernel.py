@@ -251,7 +251,36 @@ def _masked_block(step, high, full_low, unmasked):
 
 
 @triton.jit
-def _edges(blocks, seen, page_table, CACHE: tl.constexpr, TILE: tl.constexpr):
+def _in_interval(key, seen, SOFTMAX: tl.constexpr):
+    """Whether rows see keys as far as their intervals say."""
+    visible = (tl.expand_dims(key, -2) < seen.high[:, None]) & tl.expand_dims(key < seen.end, -2)
+    if SOFTMAX.ranges or SOFTMAX.window is not None:
+        visible &= tl.expand_dims(key, -2) >= seen.low[:, None]
+    return visible
+
+
+@triton.jit
+def _masked_rows(
+    page_table, block, seen, last_key, CACHE: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr
+):
+    """Rows of the page pool for a masked block: a key outside those that rows see is read as the nearest inside.
+
+    Its weight is 0, but its slot may hold NaN, and 0 * NaN is NaN. Where ranges leave gaps inside, all keys that no row
+    sees are read as the first that some row does; or `fold_block` leaves their values out.
+    """
+    keys = keys_of(block, TILE.edge_kv, TILE.key_shares)
+    nearest = tl.minimum(tl.maximum(keys, seen.start), last_key)
+    if SOFTMAX.ranges and TILE.replace_hidden:
+        if seen.full_start >= seen.full_end:  # else rows have a key in common
+            seen_by_some = tl.max(_in_interval(keys, seen, SOFTMAX).to(tl.int32), -2) != 0
+            nearest = tl.where(seen_by_some, keys, seen.start)
+        return pool_rows(page_table, nearest, None, CACHE, TILE.edge_kv)
+    else:
+        return pool_rows(page_table, nearest, block, CACHE, TILE.edge_kv)
+
+
+@triton.jit
+def _edges(blocks, seen, page_table, CACHE: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr):
     """The masked blocks, on either side of those that need no mask; the order of blocks is free.
 
     They are shorter: a mask takes registers, and fewer keys are computed for nothing.
@@ -265,7 +294,7 @@ def _edges(blocks, seen, page_table, CACHE: tl.constexpr, TILE: tl.constexpr):
     last_key = seen.end - 1
     first = _masked_block(low, high, blocks.full_low * EDGES, unmasked)
     if low + unmasked < high:
-        rows = pool_rows(page_table, first, seen.start, last_key, CACHE, TILE.edge_kv, SHARES)
+        rows = _masked_rows(page_table, first, seen, last_key, CACHE, SOFTMAX, TILE)
     else:
         rows = tl.zeros((SHARES, KEYS) if SHARES > 1 else (KEYS,), tl.int32)
     return Edges(low, high, blocks.full_low * EDGES, unmasked, last_key, first, rows)
@@ -308,7 +337,7 @@ def _no_sums(TILE: tl.constexpr):
     top = tl.full((SHARES, ROWS) if SHARES > 1 else (ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS, KEYS) if TILE.sum_last else ((SHARES, ROWS) if SHARES > 1 else (ROWS,)), tl.float32)
     weighted = tl.zeros((SHARES, ROWS, WIDTH) if SHARES > 1 else (ROWS, WIDTH), tl.float32)
-    return Sums(top, total, weighted, tl.zeros((ROWS,), tl.float32))
+    return Sums(top, total, weighted, tl.zeros((SHARES, ROWS) if SHARES > 1 else (ROWS,), tl.float32))
 
 
 @triton.jit
@@ -339,8 +368,7 @@ def _fold_masked(
 ):
     """The sums of the blocks that need a mask.
 
-    A key outside those that rows see is read as the nearest inside: its weight is 0, but its slot may hold NaN, and 0 *
-    NaN is NaN. Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival.
+    Page indices are fetched one block ahead of the keys, off the path from a key's address to its arrival.
     The loops must not ask for num_stages themselves: Triton then pipelines those fetches too, and no longer the keys
     and values.
     """
@@ -352,13 +380,9 @@ def _fold_masked(
     sums = _no_sums(TILE)
     for step in tl.range(edges.low, edges.high - edges.unmasked):
         next_block = _masked_block(step + 1, edges.high, edges.full_low, edges.unmasked)
-        next_rows = pool_rows(
-            cached.page_table, next_block, seen.start, edges.last_key, CACHE, TILE.edge_kv, TILE.key_shares
-        )
+        next_rows = _masked_rows(cached.page_table, next_block, seen, edges.last_key, CACHE, SOFTMAX, TILE)
         key = keys_of(block, TILE.edge_kv, TILE.key_shares)
-        visible = (tl.expand_dims(key, -2) < seen.high[:, None]) & tl.expand_dims(key < seen.end, -2)
-        if SOFTMAX.ranges or SOFTMAX.window is not None:
-            visible &= tl.expand_dims(key, -2) >= seen.low[:, None]
+        visible = _in_interval(key, seen, SOFTMAX)
         if SOFTMAX.tree_words != 0:
             visible &= _in_tree(tree, rows, key, seen.first_new, SOFTMAX.tree_words)
         sums = fold_block(sums, queries, cached, block_rows, visible, always, CALL, CACHE, SOFTMAX, TILE)
@@ -384,13 +408,13 @@ def _fold_whole(
     KEYS: tl.constexpr = TILE.block_kv
     last_block = tl.maximum(blocks.full_high - 1, blocks.full_low)
     if blocks.full_low < blocks.full_high:
-        block_rows = pool_rows(cached.page_table, blocks.full_low, None, None, CACHE, TILE.block_kv, 1)
+        block_rows = pool_rows(cached.page_table, keys_of(blocks.full_low, KEYS, 1), blocks.full_low, CACHE, KEYS)
     else:
         block_rows = tl.zeros((KEYS,), tl.int32)
     # Where queries are widest their many descriptors are made in the loop: made before it, they take registers.
     for block in tl.range(blocks.full_low, blocks.full_high, disable_licm=TILE.share_columns):
         next_block = tl.minimum(block + 1, last_block)
-        next_rows = pool_rows(cached.page_table, next_block, None, None, CACHE, TILE.block_kv, 1)
+        next_rows = pool_rows(cached.page_table, keys_of(next_block, KEYS, 1), next_block, CACHE, KEYS)
         sums = fold_block(sums, queries, cached, block_rows, None, always, CALL, CACHE, SOFTMAX, TILE)
         block_rows = next_rows
     return sums
@@ -408,14 +432,18 @@ def _sum_of_shares(x, SHARES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def _merged(sums, TILE: tl.constexpr):
+def _merged(sums, queries, CACHE: tl.constexpr, TILE: tl.constexpr):
     """The sums of all shares of the keys."""
+    IN_UNITS: tl.constexpr = CACHE.value_scale == "slot" and queries.main.dtype == tl.float16
     if TILE.key_shares > 1:
         top = tl.max(sums.top, 0)
         fade = tl.exp2(sums.top - top[None, :])
         total = tl.sum(sums.total * fade, 0)
+        unit = tl.max(sums.unit, 0)
+        if IN_UNITS:
+            fade = fade * (sums.unit / tl.where(unit == 0, 1.0, unit)[None, :])
         weighted = _sum_of_shares(sums.weighted * fade[:, :, None], TILE.key_shares, TILE.rows, TILE.widths.value)
-        return Sums(top, total, weighted, sums.unit)
+        return Sums(top, total, weighted, unit)
     else:
         return sums
 
@@ -530,7 +558,7 @@ def attend_tile(
     query_rows = tl.where(rows.exist, query_rows, 0)
     first = first_feature if CACHE.latent else 0
     main, other, rest = load_heads(query, query_rows, first, query.dtype.element_ty, CALL.head_dim, TILE)
-    edges = _edges(blocks, seen, cached.page_table, CACHE, TILE)
+    edges = _edges(blocks, seen, cached.page_table, CACHE, SOFTMAX, TILE)
     queries = _queries_of(main, other, rest, TILE)
     sums = _fold_masked(queries, cached, seen, rows, edges, tree, CALL, CACHE, SOFTMAX, TILE)
     if not TILE.all_masked:
@@ -540,7 +568,7 @@ def attend_tile(
 
     if TILE.read_again:
         rows = _rows_of(piece, CALL, SCHEDULE, TILE, True)
-    sums = _merged(sums, TILE)
+    sums = _merged(sums, queries, CACHE, TILE)
     sums = _scaled(sums, cached.value_scale, queries, CACHE, TILE)
     if CALL.seqs_of_pack is not None:
         sums = _with_sink(sums, sinks, piece, rows, head, CALL)

@@ -1,7 +1,6 @@
 """Into how many parts the keys of the Triton kernel's tiles are cut; the estimates are those of splits.py."""
 
 from dataclasses import replace
-import math
 
 from paged_prefill.lowering.call import Device, Problem
 from paged_prefill.lowering.splits import (
@@ -56,10 +55,6 @@ def num_splits(problem: Problem, device: Device, config: PrefillPageAttentionCon
     if few_rows:
         if is_short_step(problem, device, config.block_q * problem.group):
             warps, most = 2 * WARPS, min(most, SHORT_SPLITS)
-        elif problem.cache_dtype != problem.dtype and config.num_warps == 4:
-            # Fewer tiles turn numbers slower than memory brings them: here are as many as registers let into a core.
-            # They are equally long, so that rounds tell.
-            warps, enough = 2 * WARPS - 4 * ("slot_scales" in problem.features), math.inf
     # Where parts vary, short contexts in a short table have few of them: that does not have to be so of all.
     settled = single or problem.tokens_per_seq >= SHORT_CALL
     alone = has_low_tiles(problem, device) or (settled and not few_rows and keys <= 2 * KEYS_OF_PROMPT)

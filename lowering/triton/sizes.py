@@ -38,7 +38,7 @@ SIZES = {
         _Sizes(16, 16, 4, 2),
     ),
     "cdna": (
-        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 8, 2), _Sizes(64, 16, 8, 2),
+        _Sizes(128, 32, 4, 2), _Sizes(128, 32, 4, 2), _Sizes(64, 32, 8, 2), _Sizes(64, 16, 4, 2), _Sizes(64, 16, 8, 2),
         _Sizes(16, 16, 4, 2),
     ),
 }  # fmt: skip
@@ -92,10 +92,12 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         if width > 128 and "tree_mask" in problem.features and device_class(device) == "ampere":
             sizes = sizes._replace(block_kv=32, num_warps=8)  # a tree's words leave four warps too few registers
     elif device.platform == "rocm" and problem.cache_dtype != problem.dtype and width > 128:
-        # Registers to turn wide keys to numbers: of the widest, eight warps would each turn all.
-        sizes = sizes._replace(block_kv=16, num_warps=8 if width <= 256 else 4)
+        # Registers to turn wide keys to numbers: eight warps would turn some twice.
+        sizes = sizes._replace(block_kv=16, num_warps=4)
     elif device.platform == "rocm" and "key_ranges" in problem.features and width <= 128:
         sizes = sizes._replace(num_warps=8)
+    elif device.platform == "rocm" and "tree_mask" in problem.features:
+        sizes = sizes._replace(num_warps=4)  # as many registers as there are
     elif device_class(device) == "ampere" and problem.cache_dtype != problem.dtype and width > 64:
         # Of half as many bytes three stages fit. Of two, a latent tile's registers are cut to let in a second one.
         sizes = sizes._replace(rows=32, num_stages=3) if width > 256 else sizes._replace(rows=64)
@@ -118,15 +120,8 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
                 sizes = sizes._replace(num_stages=THREE_STAGES)
         elif _has_wide_steps(problem, device):
             sizes = WIDE_STEPS
-        # As many bytes on their way, or registers to turn wide keys to numbers.
         if problem.cache_dtype != problem.dtype and device.platform == "cuda":
-            # Longer blocks of keys and values so wide spill; before 8.9 Triton 3.6 compiles no 16 keys of float8_e5m2.
-            if width > 256 and "latent" not in problem.features and capability(device) >= 89:
-                sizes = sizes._replace(block_kv=SHORT_BLOCK, num_warps=8, num_stages=3)
-            elif width > 128:
-                sizes = sizes._replace(num_warps=8)
-            elif device_class(device) != "ampere":
-                sizes = sizes._replace(block_kv=64, num_stages=3)
+            sizes = _steps_in_8_bits(sizes, problem, device)
     elif 128 < width <= 256 and rows_per_seq <= FEW_ROWS and device_class(device) == "hopper":
         if problem.cache_dtype == problem.dtype != "float32":
             sizes = DECODE._replace(num_stages=THREE_STAGES)
@@ -159,6 +154,23 @@ def tile_sizes(problem: Problem, device: Device) -> PrefillPageAttentionConfig:
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
     )
+
+
+def _steps_in_8_bits(sizes: _Sizes, problem: Problem, device: Device) -> _Sizes:
+    """Those of few rows over a quantised cache: as many bytes on their way, or registers to turn wide keys."""
+    width = max(problem.head_dim, problem.value_dim)
+    # Longer blocks of keys and values so wide spill; before 8.9 Triton 3.6 compiles no 16 keys of float8_e5m2.
+    if width > 256 and "latent" not in problem.features and capability(device) >= 89:
+        return sizes._replace(block_kv=SHORT_BLOCK, num_warps=8, num_stages=3)
+    if width > 128:
+        return sizes._replace(num_warps=8)
+    if device_class(device) == "ampere" or "tree_mask" in problem.features:
+        return sizes
+    # Where tiles are few more than three a core, two of more stages, twice: a second round of three would be short.
+    two = width > 64 and THREE_STAGES * device.cores < tiles_of(problem, DECODE.rows) <= 4 * device.cores
+    # Where warps share out keys, as many as have the bytes of a block of 16 bits: a step takes as long.
+    block_kv = 128 if may_share_keys(problem) else 64
+    return sizes._replace(block_kv=block_kv, num_stages=THREE_STAGES + two)
 
 
 def key_bytes(problem: Problem) -> int:
@@ -280,6 +292,15 @@ def _has_long_blocks(problem: Problem, device: Device) -> bool:
     width = max(problem.head_dim, problem.value_dim)
     several = min(problem.seqs, problem.tokens) > 1 or problem.capacity > FEW_KEYS
     return width <= 64 or (width <= 128 and device_class(device) == "hopper" and several)
+
+
+def may_share_keys(problem: Problem) -> bool:
+    """Whether warps may share out a block's keys: not under a tree, which takes registers, nor under a cap.
+
+    A tanh of each share would take a warp longer than its share of all.
+    """
+    capped = problem.attention.attn_logits_soft_cap is not None
+    return problem.capacity > FEW_KEYS and not capped and "tree_mask" not in problem.features
 
 
 def _has_wide_steps(problem: Problem, device: Device) -> bool:
