@@ -15,6 +15,7 @@ from paged_prefill import append_to_pages
 from paged_prefill.lowering.mosaic_gpu.append import MosaicGpuWriter
 from paged_prefill.lowering.triton.append import TritonWriter
 from paged_prefill.lowering.triton.launch import PTX_TARGET
+from paged_prefill.primitive.quantised import quantised
 from paged_prefill.tests import append_test, poisoned, triton_append_test
 from paged_prefill.tests.gpus import gpus_for
 from paged_prefill.tests.append_test import CACHES, QUANTISED
@@ -128,6 +129,22 @@ class GpuAppendTest(WithGpus):
     def test_quantised(self, dtype, granularity, query):
         scales = dict(key_scale=granularity, value_scale=granularity)
         append_test.check(append_test.make_append(1, dtype=query, cache_dtype=dtype, **scales))
+
+    @parameterized.product(dtype=QUANTISED, scale=(1.0, 0.3, -2.0, 0.0, 1e-30, 1e30, 1e-38))
+    def test_quotients_of_any_size(self, dtype, scale):
+        """From one end of float32 to the other, and what is no number; over scales as far apart."""
+        rng, tokens, features = np.random.default_rng(0), 64, 128
+        numbers = rng.standard_normal((tokens, 1, features)) * 10.0 ** rng.uniform(-8, 7, (tokens, 1, features)) * (scale or 1)
+        numbers[0, 0, :4] = np.inf, -np.inf, np.finfo(np.float32).max, 0
+        numbers[1, 0, 0] = 0 if dtype == "int8" else np.nan
+        key, scale = numbers.astype(np.float32), np.float32(scale)
+        cache = jnp.zeros((1, tokens // 16, 16, features), dtype)
+        indices = dict(context_lens=np.int32([tokens]), page_indices=np.arange(tokens // 16, dtype=np.int32)[None])
+        append = jax.jit(functools.partial(append_to_pages, value_cache=None, value=None))
+        written, _ = append(key_cache=cache, key=key, key_scale=scale, query_offsets=np.int32([0, tokens]), **indices)
+        with jax.default_device(jax.devices("cpu")[0]):
+            stored = quantised(jnp.asarray(key[:, 0]), jnp.full(tokens, scale), jnp.dtype(dtype)).astype(jnp.float32)
+        np.testing.assert_array_equal(np.asarray(written.astype(jnp.float32)).reshape(stored.shape), stored)
 
     @parameterized.named_parameters(
         ("layers_and_pools", dict(layers=3, batch=(2, 2), pools=1)),

@@ -25,6 +25,8 @@ KINDS = dict(
     d192=dict(head_dim=192, value_dim=128, page_size=128),
     d256=dict(head_dim=256, value_dim=256, key_ranges=True),
     group_of_16=dict(q_heads=16, kv_heads=1),
+    page_32=dict(page_size=32, key_ranges=True),
+    page_256=dict(page_size=256, sinks=True),
 )
 RELATIVE = 3e-2  # that an output may err in L2
 LSE_ERRORS = {1: 5e-2, 2: 2e-2}  # by the number of terms: those of single logits, in rows of few keys

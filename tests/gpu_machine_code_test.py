@@ -7,6 +7,7 @@ import sys
 
 from absl.testing import absltest, parameterized
 
+from paged_prefill.tests.append_test import QUANTISED
 from paged_prefill.tests.gpus import gpus_for
 
 CHILD = """
@@ -47,18 +48,21 @@ class GpuMachineCodeTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("latent_decode_of_16_heads", (16, 1, 4096, 16, 1, 576, 512, True, "bfloat16")),
         ("latent_decode_of_128_heads", (64, 1, 4096, 128, 1, 576, 512, True, "bfloat16")),
-        # Three registers between pieces, outside all loops over keys; six with values of their own.
+        # Three registers between pieces, outside all loops over keys; nine with values of their own.
         ("latent_chunk", (1, 2048, 8192, 128, 1, 576, 512, True, "bfloat16"), 12),
-        ("wide_chunk", (1, 4096, 4096, 16, 2, 512, 512, False, "bfloat16"), 24),
+        ("wide_chunk", (1, 4096, 4096, 16, 2, 512, 512, False, "bfloat16"), 36),
         ("latent_decode_of_128_heads_in_8_bits", (64, 1, 4096, 128, 1, 576, 512, True, "float8_e4m3fn")),
         ("latent_chunk_over_widened_keys", (1, 2048, 8192, 128, 1, 576, 512, True, "int8")),
         ("latent_drafts_in_8_bits", (1, 5, 8192, 128, 1, 576, 512, True, "int8")),
         ("wide_chunk_in_8_bits", (1, 200, 4096, 16, 2, 512, 512, False, "float8_e4m3fn")),
-        ("wide_chunk_over_widened_keys", (1, 4096, 4096, 16, 2, 512, 512, False, "float8_e4m3fn"), 16),  # as of 16 bits
+        ("wide_chunk_over_widened_keys", (1, 4096, 4096, 16, 2, 512, 512, False, "float8_e4m3fn"), 36),  # as of 16 bits
         # Four registers outside all loops over keys, and five in that over masked blocks.
         ("four_warpgroups", (1, 8192, 8192, 32, 8, 64, 64, False, "bfloat16"), 36),
         ("two_teams_of_short_prompts", (16, 100, 256, 32, 8, 128, 128, False, "bfloat16")),
         ("two_teams_of_decode_steps", (64, 1, 4096, 32, 8, 128, 128, False, "bfloat16")),
+        *((f"decode_steps_in_{dtype}", (64, 1, 4096, 32, 8, 128, 128, False, dtype)) for dtype in QUANTISED),
+        # Ten registers between pieces, outside all loops over keys.
+        ("prompt_over_widened_keys", (1, 8192, 8192, 32, 8, 128, 128, False, "float8_e5m2"), 40),
         ("wide_decode_steps_of_32_heads", (64, 1, 4096, 64, 2, 256, 256, False, "bfloat16")),
     )
     def test_products_run_beside_one_another_and_no_register_is_spilled(self, case, spilled_bytes=0):

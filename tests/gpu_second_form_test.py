@@ -143,6 +143,26 @@ MLA_QUANTISED = {
 }
 
 
+# Each cache that the Hopper kernel has a loop of its own for, and each thing that a call may have beside it.
+CACHES = dict(
+    e4m3fn=quantised_by("head"),
+    int8=quantised_by("slot", "int8"),
+    e5m2=quantised_by("tensor", "float8_e5m2"),
+    wide=dict(head_dim=512, value_dim=512),
+    wide_e4m3fn=dict(head_dim=512, value_dim=512, **quantised_by("head")),
+    latent=MLA,
+    latent_int8=MLA | quantised_by("slot", "int8", latent=True),
+)
+FEATURES = {f"page_{size}": dict(page_size=size) for size in (8, 32, 64, 128, 256)} | dict(
+    window=dict(sliding_window=100),
+    cap=dict(attn_logits_soft_cap=20.0),
+    sinks=dict(sinks=True),
+    ranges=dict(key_ranges=True),
+    tree=dict(tree_words=2),
+    layers=dict(layers=2),
+)
+
+
 FEW_ROWS = PrefillPageAttentionConfig(block_q=1, block_kv=64, num_warps=8, num_stages=2)
 WAYS = {kernel: (kernel, None) for kernel in DTYPES} | {"few_rows": ("mosaic_gpu", FEW_ROWS)}
 
@@ -195,6 +215,13 @@ class GpuSecondFormTest(parameterized.TestCase):
     )
     def test_matches_the_oracle(self, kernel, kind, dtype):
         self.check(0, kernel, dict(kind, dtype=dtype))
+
+    @parameterized.product(cache=tuple(CACHES), feature=tuple(FEATURES), steps=(False, True))
+    def test_each_feature_over_each_cache(self, cache, feature, steps):
+        kind = dict(CACHES[cache], **FEATURES[feature], sequences=DECODE if steps else SEQUENCES, dtype="bfloat16")
+        cap = kind.pop("attn_logits_soft_cap", None)
+        parameters = dict(sliding_window=kind.get("sliding_window"), attn_logits_soft_cap=cap)
+        self.check(19, "mosaic_gpu", kind, **parameters)
 
     @parameterized.named_parameters(
         named(COMBINED, QUANTISED_KINDS, ALONE)

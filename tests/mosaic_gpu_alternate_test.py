@@ -70,29 +70,53 @@ def barriers(number, arrivals):
     return Memory(np.array([Barrier(arrivals) for _ in range(number)], object))
 
 
+class Products:
+    """Those that each thread has started, oldest first. One reads what it multiplies as early and as late as it may: when it
+    is started, and when it is waited for. What is not there then is NaN."""
+
+    def __init__(self):
+        self.of_threads = {}
+
+    def start(self, multiply, shape):
+        early = multiply()
+        found = SimpleNamespace(multiply=lambda: multiply() + 0 * early, number=None, shape=shape)
+        self.of_threads.setdefault(threading.get_ident(), []).append(found)
+        return found
+
+    def wait(self, still_running):
+        running = self.of_threads.get(threading.get_ident(), [])
+        while len(running) > still_running:
+            ended = running.pop(0)
+            ended.number = ended.multiply()
+
+    def settled(self, product, still_running):
+        self.wait(still_running)
+        return jnp.asarray(product.number)
+
+
 @contextlib.contextmanager
 def threads_for_warpgroups():
-    """The loop's operations in NumPy. A product reads what it multiplies as early and as late as it may: when it is started,
-    and when it is settled. What is not there then is NaN."""
-    both = threading.Barrier(2)
+    """The loop's operations in NumPy."""
+    both, products = threading.Barrier(2), Products()
 
     def matrix(block):
         """A block, whether its parts lie apart or not."""
         return block.array if block.array.ndim == 2 else np.concatenate([*block.array], axis=1)
 
-    def running(multiply):
-        early = multiply()
-        return lambda: multiply() + 0 * early
-
     def product(acc, weights, values, share):
         columns = slice(share * acc.shape[1], (share + 1) * acc.shape[1])
-        return running(lambda: acc + np.array(getattr(weights, "array", weights)) @ matrix(values)[:, columns])
+        multiply = lambda: acc + np.array(getattr(weights, "array", weights)) @ matrix(values)[:, columns]
+        return products.start(multiply, acc.shape)
 
-    def logits(query, keys, share, shares, parts, started=None):
+    def start_logits(query, keys, share, shares, parts, started=None, next_output=None):
         columns = np.concatenate([np.arange(part * PART, (part + 1) * PART) for part in parts])
-        taken = np.concatenate([query.array[part] for part in parts], axis=1)
-        before = (lambda: 0) if started is None else started
-        return running(lambda: before() + taken @ matrix(keys)[:, columns].T)
+
+        def multiply():
+            number = np.concatenate([query.array[part] for part in parts], axis=1) @ matrix(keys)[:, columns].T
+            return number if started is None or started.number is None else started.number + number
+
+        found = products.start(multiply, (ROWS, BLOCK))
+        return found if next_output is None else (found, next_output)
 
     def post(numbers, board, warpgroup):
         board.array[warpgroup * ROWS : (warpgroup + 1) * ROWS] = numbers
@@ -141,8 +165,9 @@ def threads_for_warpgroups():
         post=post,
         posted=posted,
         swapped=swapped,
-        settled=lambda product, still_running: jnp.asarray(product()),
-        start_logits=logits,
+        settled=products.settled,
+        wait_for_products=products.wait,
+        start_logits=start_logits,
         start_output=product,
         start_weighted=product,
         store_weights=lambda weights, target, share: np.copyto(target.array, weights),
@@ -177,34 +202,40 @@ class AlternateTest(parameterized.TestCase):
         scratch = dict(query_views=[[None], [None], [Memory(query)]], weights=Memory(weights), boards=Memory(boards))
         scratch |= dict(query_here=Barrier(1), query_free=Barrier(2), weighed=barriers(2, 1))
         sources = dict(keys=keys) if plan.latent else dict(keys=keys, values=values)
+        freed = plan.freed_shares
         for name, numbers in sources.items():
-            shape, groups = (BLOCK, numbers[0].shape[1]), len(plan.key_groups) if name == "keys" else 1
-            blocks = np.full((slots, shape[1] // PART, BLOCK, PART) if plan.lies_apart(name) else (slots, *shape), np.nan)
-            here, free = barriers(slots * groups, 1), barriers(slots, 2)
-            scratch |= {name: Memory(blocks), f"{name}_here": here, f"{name}_free": free}
+            shape, came = (BLOCK, numbers[0].shape[1]), plan.block_shares
+            if plan.lies_apart(name):
+                shape = shape[1] // PART, BLOCK, PART
+            elif freed > 1:
+                shape = freed, BLOCK, shape[1] // freed
+            readers = 2 if name == "keys" or freed == 1 else 1
+            scratch[name] = Memory(np.full((slots, *shape), np.nan))
+            scratch |= {f"{name}_here": barriers(slots * came, 1), f"{name}_free": barriers(slots * freed, readers)}
 
         def load(name):
             step = 0
             for piece, numbers in zip(pieces, sources[name]):
                 for i in range(piece.steps):
                     slot, first = step % slots, (piece.last - i) * BLOCK
-                    if step >= slots:
-                        scratch[f"{name}_free"].at[slot].wait()
-                    scratch[name].array[slot] = np.nan
-                    come(name, slot, numbers[first : first + BLOCK])
+                    for share, columns in enumerate(np.split(numbers[first : first + BLOCK], plan.block_shares, axis=1)):
+                        if step >= slots and share < freed:
+                            scratch[f"{name}_free"].at[slot * freed + share].wait()
+                        come(name, slot, share, columns)
                     step += 1
 
-        def come(name, slot, numbers):
-            """Where parts lie apart, one after the other, and each group of them tells that it is there."""
-            here, place = scratch[f"{name}_here"], scratch[name].array[slot]
-            if not plan.lies_apart(name):
-                place[...] = numbers
-                return here.at[slot].arrive()
-            for group, parts in enumerate(plan.key_groups):
-                time.sleep(0.01)  # that who waits for fewer finds them
-                for part in parts:
-                    place[part] = numbers[:, part * PART : (part + 1) * PART]
-                here.at[slot * len(plan.key_groups) + group].arrive()
+        def come(name, slot, share, columns):
+            """A share, which tells that it is there; with the first of those that have no room of their own, all go."""
+            time.sleep(0.01 * (share > 0))  # that who waits for fewer finds them
+            place = scratch[name].array[slot]
+            if share < freed:
+                (place if freed == 1 else place[share])[...] = np.nan
+            if plan.lies_apart(name):
+                parts = plan.key_groups[share]
+                place[parts[0] : parts[-1] + 1] = np.stack(np.split(columns, len(parts), axis=1))
+            else:
+                (place if freed == 1 else place[share])[...] = columns
+            scratch[f"{name}_here"].at[slot * plan.block_shares + share].arrive()
 
         def load_queries():
             for i, numbers in enumerate(queries):
@@ -241,7 +272,9 @@ class AlternateTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("one_place", dict(head_dim=320, stages=1)),
+        ("halves_of_a_place", dict(head_dim=384, stages=1)),
         ("two_places", dict(head_dim=384, stages=2)),
+        ("gathered", dict(head_dim=384, stages=1, page_size=3)),
         ("latent", dict(head_dim=192, stages=2, latent=True)),
         ("window", dict(head_dim=320, stages=1, window=100)),
         ("latent_window", dict(head_dim=192, stages=2, latent=True, window=70)),

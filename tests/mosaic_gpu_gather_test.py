@@ -82,7 +82,7 @@ class LoadingTest(parameterized.TestCase):
         piece = SimpleNamespace(
             tile=SimpleNamespace(seq=seq, first_key=first_key, end_key=end_key),
             last=end_block - 1, steps=end_block - first_block, first_row=40)  # fmt: skip
-        source = SimpleNamespace(rows="cache", beside=0, features=128, stages=2, blocks=Ring(), here=SimpleNamespace(at=range(2)))
+        source = SimpleNamespace(rows="cache", beside=0, features=128, shares=1, freed=1, stages=2, blocks=Ring(), here=SimpleNamespace(at=range(2)))
         pages, started, announced = Shared(table.size, table.reshape(-1)), [], []
         source.free = source.here
         share = loading.Loading(plan, pages, mock.MagicMock(), [source], range(64, 128, 32), has_queries=False)

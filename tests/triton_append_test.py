@@ -131,6 +131,8 @@ class CompiledTest(parameterized.TestCase):
                 self.assertEqual((each["spilled"], each["scratch"]), (0, 0), each)
                 if target[0] == "cuda" and "cache_dtype" not in kind:
                     self.assertEqual(each["stores"], {"v4.b32"}, each)
+                converts = target[0] == "cuda" and target[1] >= 89 and "float8" in kind.get("cache_dtype", "")
+                self.assertEqual(each["converts"], converts, each)
 
 
 class ChoiceTest(parameterized.TestCase):

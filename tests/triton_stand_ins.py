@@ -328,11 +328,13 @@ def compile_appends(target, calls):
     launches = _record()
     import jax
 
+    from paged_prefill.lowering.call import Device
     from paged_prefill.lowering.triton.append import TritonWriter
 
     for call in calls:
         operands = {name: jax.ShapeDtypeStruct(*of_type) for name, of_type in call.items()}
-        jax.jit(lambda operands: TritonWriter().write(operands, 0, None)).lower(operands)
+        device = Device("cuda", "a GPU", f"{target[1] // 10}.{target[1] % 10}") if target[0] == "cuda" else None
+        jax.jit(lambda operands: TritonWriter().write(operands, 0, device)).lower(operands)
     return [_compile(target, *launch) for launch in launches]
 
 
@@ -361,6 +363,7 @@ def _compile(target, *arrays_and_launch):
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
         "tanh_instructions": sum(str(text).count("tanh.approx") for text in compiled.asm.values()),
+        "converts": "cvt.rn.satfinite.e" in str(compiled.asm.get("ptx")),
         "scratch": getattr(compiled.metadata, "global_scratch_size", 0),
         "stores": set(re.findall(r"st\.global\.(v4\.b32|\w+)", str(compiled.asm.get("ptx")))),
     }

@@ -43,8 +43,14 @@ class TritonWriter(Writer):
             granularity["value"] = "slot"
         if 0 in (*key.shape, *operands["key_cache"].shape, *operands["page_indices"].shape):
             return list(caches.values())
-        written = _launch(operands, caches, granularity, cache_batch_dims, layout)
+        written = _launch(operands, caches, granularity, cache_batch_dims, layout, _converts(device))
         return [written[name] for name in caches]
+
+
+def _converts(device) -> bool:
+    """Whether it has an instruction that turns float32 into float8, by itself to the nearest."""
+    capability = device and device.platform == "cuda" and device.compute_capability
+    return bool(capability) and tuple(map(int, capability.split("."))) >= (8, 9)
 
 
 def _granularity(operands, name, layout) -> str:
@@ -55,7 +61,7 @@ def _granularity(operands, name, layout) -> str:
     return {0: "tensor", 1: "head"}.get(scale.ndim - len(layout.lead(operands["key_cache"].shape)), "slot")
 
 
-def _launch(operands, caches, granularity, cache_batch_dims, layout):
+def _launch(operands, caches, granularity, cache_batch_dims, layout, fast):
     """The results of the kernel by name; `caches` are what it writes."""
     from paged_prefill.lowering.triton.append_kernel import append_tokens
 
@@ -100,6 +106,7 @@ def _launch(operands, caches, granularity, cache_batch_dims, layout):
         KEY_SCALE=granularity["key"],
         VALUE_SCALE=granularity["value"],
         LARGEST=largest_number(key_cache.dtype) if key_cache.dtype.itemsize == 1 else None,
+        FAST=fast,
         MAX_CONTEXT=MAX_CONTEXT,
         BLOCK=block,
         OFFSETS=min(OFFSETS, power_of_2(places["seqs"] + 1, least=1)),

@@ -30,8 +30,28 @@ def _float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _stored(numbers, DTYPE: tl.constexpr):
+def _converted(numbers, DTYPE: tl.constexpr):
+    """The same for any float32 by the instruction: what is too large becomes the largest number."""
+    if DTYPE == tl.float8e5:
+        CONVERT: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32"
+    else:
+        CONVERT: tl.constexpr = "cvt.rn.satfinite.e4m3x2.f32"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; " + CONVERT + " low, $2, $1; " + CONVERT + " high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,f,f,f,f",
+        [numbers],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _stored(numbers, DTYPE: tl.constexpr, LARGEST: tl.constexpr, CONVERTS: tl.constexpr):
     """float32 as a quantised cache holds it."""
+    if CONVERTS and DTYPE != tl.int8:
+        return _converted(numbers, DTYPE).to(DTYPE, bitcast=True)
+    numbers = tl.where(numbers > LARGEST, LARGEST, tl.where(numbers < -LARGEST, -LARGEST, numbers))
     if DTYPE == tl.int8:
         rounded = (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23, past which there are no fractions
         return rounded.to(tl.int8)
@@ -39,6 +59,31 @@ def _stored(numbers, DTYPE: tl.constexpr):
         return _float8(numbers, 2, 15).to(DTYPE, bitcast=True)
     else:
         return _float8(numbers, 3, 7).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _quotient(numbers, divisor, FUSES: tl.constexpr):
+    """numbers / divisor, to the nearest float32: by one reciprocal of each divisor where that is exact.
+
+    Two steps of Newton's make a quotient exact (Markstein) whose remainders are: those of divisors far from the ends of
+    float32 are, where a quotient is not so small that every cache's dtype has 0 for it. An infinite one needs no steps.
+    """
+    SMALLEST: tl.constexpr = 2.0**-80
+    LARGE: tl.constexpr = 2.0**80
+    if FUSES:
+        size = tl.abs(divisor)
+        if tl.min(tl.where((size > SMALLEST) & (size < LARGE), 1, 0)) == 1:
+            inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), numbers.shape)
+            each = tl.broadcast_to(divisor, numbers.shape)
+            guess = numbers * inverse
+            closer = tl.fma(tl.fma(-guess, each, numbers), inverse, guess)
+            exact = tl.fma(tl.fma(-closer, each, numbers), inverse, closer)
+            found = tl.where(tl.abs(guess) < float("inf"), exact, guess)
+        else:
+            found = tl.div_rn(numbers, tl.broadcast_to(divisor, numbers.shape))
+    else:
+        found = tl.div_rn(numbers, tl.broadcast_to(divisor, numbers.shape))
+    return found
 
 
 @triton.jit
@@ -53,6 +98,7 @@ def _write(
     PADDED: tl.constexpr,
     SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
+    FAST: tl.constexpr,
     pool_head,
     pool,
 ):
@@ -65,14 +111,11 @@ def _write(
             # A maximum passes NaN over.
             own = tl.where(tl.max((numbers != numbers).to(tl.int32), 1) != 0, float("nan"), own)
             tl.store(scales + slot, own, mask=exists)
-            divisor = tl.where(own == 0, 1.0, own)[:, None]
-            numbers = tl.div_rn(numbers, tl.broadcast_to(divisor, numbers.shape))
+            numbers = _quotient(numbers, tl.where(own == 0, 1.0, own)[:, None], FAST)
         elif SCALE != "one":
-            own = tl.load(given_scale + (pool_head if SCALE == "head" else pool))
-            divisor = tl.where(own == 0, 1.0, own)
-            numbers = tl.div_rn(numbers, tl.broadcast_to(divisor, numbers.shape))
-        numbers = tl.where(numbers > LARGEST, LARGEST, tl.where(numbers < -LARGEST, -LARGEST, numbers))
-        rows = _stored(numbers, cache.dtype.element_ty)
+            own = tl.load(given_scale + (pool_head if SCALE == "head" else pool) + tl.zeros((1, 1), tl.int32))
+            numbers = _quotient(numbers, tl.where(own == 0, 1.0, own), FAST)
+        rows = _stored(numbers, cache.dtype.element_ty, LARGEST, FAST)
     tl.store(
         cache + slot[:, None] * SIZE + features[None, :],
         rows,
@@ -126,6 +169,7 @@ def append_tokens(
     KEY_SCALE: tl.constexpr,  # "one", "tensor", "head" or "slot"
     VALUE_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
+    FAST: tl.constexpr,  # quotients by fused operations, and float8 by an instruction
     MAX_CONTEXT: tl.constexpr,
     BLOCK: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -176,15 +220,15 @@ def append_tokens(
     slot += (unsigned % PAGE_SIZE).to(tl.int32) * SLOT_ROWS
     _write(
         keys, slot, exists, given_key_scale, key_cache, key_scales,
-        HEAD_DIM, HEAD_DIM_PADDED, KEY_SCALE, LARGEST, pool_head, pool,
+        HEAD_DIM, HEAD_DIM_PADDED, KEY_SCALE, LARGEST, FAST, pool_head, pool,
     )  # fmt: skip
     if VALUE_ROWS is not None:
         _write(
             values, slot + VALUE_ROWS, exists, given_value_scale, key_cache, key_scales,
-            VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, pool_head, pool,
+            VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, FAST, pool_head, pool,
         )  # fmt: skip
     elif VALUE_DIM is not None:
         _write(
             values, slot, exists, given_value_scale, value_cache, value_scales,
-            VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, pool_head, pool,
+            VALUE_DIM, VALUE_DIM_PADDED, VALUE_SCALE, LARGEST, FAST, pool_head, pool,
         )  # fmt: skip

@@ -32,6 +32,7 @@ The work:
     step        what is done for one block of keys; they are counted on from piece to piece, and run from the last block
                 to the first
     slab        rows of a tile that belong to one head (or one token): they lie together in memory
+    share       of a block: half of its features, where halves come and make room on their own
     run         keys of one copy, which lie together in one page
     part        of a row of a query, key or value: up to 64 of its features, which are a swizzled row (tiling.py)
 

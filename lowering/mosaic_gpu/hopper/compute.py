@@ -159,14 +159,14 @@ def store_of_pairs(plan: Plan, piece, rows: Rows, found, results, first_column):
 def zero_unseen(plan: Plan, rows: Rows, warpgroup, i, values):
     """Zeroes block i's values that no row may see: they may hold NaN, and 0 * NaN is NaN.
 
-    A warpgroup's share of them; all where it is None. A thread has a key: so this is little code, and what is seldom done
+    A warpgroup's part of them; all where it is None, or of a share of their features. A thread has a key: so this is little code, and what is seldom done
     pushes nothing else out of the instructions' cache.
     """
     sharing = WARPGROUP_THREADS * (1 if warpgroup is None else plan.warpgroups)
     thread = lax.rem(threads.number(), jnp.int32(sharing))
     key, part = lax.rem(thread, jnp.int32(plan.block_kv)), lax.div(thread, jnp.int32(plan.block_kv))
     unseen = ~rows.held(i, key, threads.load)
-    parts = len(parts_of(plan.value_dim))
+    parts = len(parts_of(plan.value_dim // plan.freed_shares))
     for first in range(0, parts, sharing // plan.block_kv):
         threads.zero(values, key, part + first, unseen & (part + first < parts))
     plgpu.commit_smem()

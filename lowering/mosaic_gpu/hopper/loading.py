@@ -38,6 +38,8 @@ class Source(NamedTuple):
     rows: jax.Array  # the cache as a matrix in global memory: each slot is a row, of all heads where those lie together
     beside: int  # rows of one head's features from a key to what this is about: its value, in one array with it; else 0
     features: int
+    shares: int  # of them, each of which comes on its own
+    freed: int  # of those, how many a stage has room for on their own: all, or it has for all together
     stages: int  # of the ring
     blocks: jax.Array  # the ring, in shared memory
     here: jax.Array  # barriers: a stage has been filled; it may be filled again
@@ -80,7 +82,7 @@ def sources_of(plan: Plan, caches, optional, scratch) -> list[Source]:
                 groups, turns = plan.key_groups, plan.turns_before_keys
             wide = [slot_scales if i == 0 else (), *blocks, after, groups, turns]
         stages = plan.slots if name == "values" and not plan.widens else plan.stages
-        found.append(Source(rows, *of_rows, stages, *raw, scale, optional.get(names[i]), *wide))
+        found.append(Source(rows, *of_rows, plan.block_shares, plan.freed_shares, stages, *raw, scale, optional.get(names[i]), *wide))
     return found
 
 
@@ -154,8 +156,9 @@ class Loading:
                 pl.when((done == 0) & (i == ahead))(lambda: plgpu.barrier_wait(here.at[last_queries]))
             self._announce_late(i, done)
             for source in self.sources:
-                slot = self._free_stage(source, i, done)
-                self._copy_runs(piece, source, slot, rows[source.beside])
+                for share in range(source.shares):
+                    slot = self._free_stage(source, i, done, share)
+                    self._copy_runs(piece, source, slot, share, rows[source.beside])
             self._close_gathered(i, done)
             if plan.asks_for_blocks:
                 pl.when(i + 1 < steps)(functools.partial(self._ask_for_block, piece, i + 1))
@@ -190,26 +193,31 @@ class Loading:
         row = self.plan.row_of(piece, page, key, beside)
         return jnp.where((piece.tile.first_key <= key) & (key < piece.tile.end_key), row, -1)
 
-    def _free_stage(self, source: Source, i, done):
-        """Where block i of a piece goes, once nothing reads there."""
+    def _free_stage(self, source: Source, i, done, share):
+        """Where a share of block i of a piece goes, once nothing reads there."""
         slot = self._stage_of(source, i, done)
-        occupied = pl.when(done + i >= source.stages)
+        if share >= source.freed:  # the first was waited for
+            return slot
+        place, occupied = slot * source.freed + share, pl.when(done + i >= source.stages)
         if self.plan.mates:
-            occupied(lambda: mates.wait_for_place(source.free, slot, done + i, source.stages))
+            occupied(lambda: mates.wait_for_place(source.free, place, done + i, source.stages))
         else:
-            occupied(lambda: plgpu.barrier_wait(source.free.at[slot]))
+            occupied(lambda: plgpu.barrier_wait(source.free.at[place]))
         return slot
 
     def _stage_of(self, source: Source, i, done):
         return self.team * source.stages + lax.rem(done + i, source.stages)
 
-    def _copy_runs(self, piece, source: Source, slot, rows) -> None:
-        """Starts to copy keys or values, each run from a row of the cache to its offset in a block."""
+    def _copy_runs(self, piece, source: Source, slot, share, rows) -> None:
+        """Starts to copy a share of keys or values, each run from a row of the cache to its offset in a block."""
         plan, column = self.plan, self.plan.in_slot(piece, source.beside) * source.features
-        blocks, parts = source.blocks, [((), Part(0, source.features))]
-        apart = lie_apart(source.features) or plan.keys_come_apart
-        if apart:
+        features = source.features // source.shares
+        blocks, parts = source.blocks, [((share,) if source.shares > 1 else (), Part(share * features, features))]
+        if lie_apart(source.features):
             parts = [((i,), part) for i, part in enumerate(parts_of(source.features))]
+        elif plan.keys_come_apart:
+            every = parts_of(source.features)
+            parts = [((i,), every[i]) for i in plan.key_groups[share]]
         targets = [
             (row, part, blocks.at[slot, *place, pl.ds(self.first + offset, plan.run)])
             for row, offset in zip(rows, self.offsets)
@@ -218,25 +226,19 @@ class Loading:
         if plan.gathers:
             for row, part, target in targets:
                 gather.start(threads, source.rows, row, column + part.first, part.features, target)
-        elif plan.keys_come_apart:
-            for group, numbers in enumerate(plan.key_groups):
-                here = source.here.at[slot * len(plan.key_groups) + group]
-                for row, part, target in targets:
-                    if part.first // COLUMNS in numbers:
-                        place = pl.ds(row, plan.run), pl.ds(column + part.first, part.features)
-                        plgpu.copy_gmem_to_smem(source.rows.at[place], target, here)
-        elif apart:
+        elif lie_apart(source.features):
             copies = [(source.rows, row, column + part.first, part.features, target) for row, part, target in targets]
             copy_parts(source.here, slot, copies)
         elif plan.announces_runs:
             copies = [(source.rows, row, column, target) for row, _, target in targets]
             copy_tiles(source.here, slot, copies, MATES if plan.mates else 1)
         elif source.wide_blocks is None:
+            here = source.here.at[slot * source.shares + share]
             for row, part, target in targets:
                 place = pl.ds(row, plan.run)
-                if plan.slot_rows > 1:  # of a slot, one head's columns
+                if plan.slot_rows > 1 or part.features < source.features:  # of a slot, one head's columns, or some of them
                     place = place, pl.ds(column + part.first, part.features)
-                plgpu.copy_gmem_to_smem(source.rows.at[place], target, source.here.at[slot])
+                plgpu.copy_gmem_to_smem(source.rows.at[place], target, here)
         else:
             copies = [(source.rows, row, column, target) for row, _, target in targets]
             copy_together(source.here, slot, copies, tiled=plan.fp8_terms > 0)

@@ -177,19 +177,21 @@ def _unpacked(words):
     return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None)
 
 
-def start_logits(query, keys, share, shares: int, parts: list[int], started=None):
+def start_logits(query, keys, share, shares: int, parts: list[int], started=None, next_output=None):
     """Starts query @ keys.T for a share of the keys: the second of `start_products`' operands, or a part of its rows.
 
     Both lie in shared memory; to be read only once `settled`. Of their columns these parts are multiplied, and added to
-    the product `started` with others, which may be running.
+    the product `started` with others, which may be running. An output that is started next is settled before, and returned.
     """
     shape = (query.shape[1], keys.shape[-2] // shares)
-    its_type = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
-    before = () if started is None else (started,)
-    types = tiled(query), tiled(keys), plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before)
+    before, behind = ([x for x in [array] if x is not None] for array in (started, next_output))
+    types = tiled(query), tiled(keys), plgpu.Layout.WG_SPLAT, *(WGMMA for _ in before + behind)
+    found = [plgpu.ShapeDtypeStruct(s, jnp.float32, layout=WGMMA) for s in (shape, *(x.shape for x in behind))]
 
-    @plgpu.inline_mgpu(arg_types=types, return_type=its_type)
-    def start(_, query, keys, share, *before):
+    @plgpu.inline_mgpu(arg_types=types, return_type=found)
+    def start(_, query, keys, share, *arrays):
+        before, behind = arrays[: len(arrays) - len(found) + 1], arrays[len(arrays) - len(found) + 1 :]
+        behind = [mgpu.WGMMAAccumulator.from_registers(array).value for array in behind]
         keys, all_parts = matrix_of(keys), ir.MemRefType(query.type).shape[0]
         own = _share(share, ir.MemRefType(keys.type).shape[0] // shares)
         query = mgpu.memref_slice(query, mgpu.ds(anew(arith.constant(ir.IntegerType.get_signless(32), 0)), all_parts))
@@ -197,9 +199,10 @@ def start_logits(query, keys, share, shares: int, parts: list[int], started=None
         for part in parts:
             logits = narrow.add_part(logits, query, keys, part, own)
         _asm("wgmma.commit_group.sync.aligned;")
-        return logits.value
+        return [logits.value, *behind]
 
-    return start(query, keys, share, *before)
+    logits, *behind = start(query, keys, share, *before, *behind)
+    return (logits, *behind) if behind else logits
 
 
 def start_output(acc, weights, values, share):
@@ -384,6 +387,11 @@ def settled(product, still_running: int):
         return mgpu.optimization_barrier(product)
 
     return _same_type(wait, product)
+
+
+def wait_for_products(still_running: int) -> None:
+    """Until no more than so many of those started last are running; nothing is read of the others."""
+    plgpu.inline_mgpu(arg_types=())(lambda _: _asm(f"wgmma.wait_group.sync.aligned {still_running};", "~{memory}"))()
 
 
 def moved(array):

@@ -215,16 +215,28 @@ class Plan:
         return self.wide and not self.quantised
 
     @property
+    def block_shares(self) -> int:
+        """Shares of a block's features, of as many parts each, that come on their own, and whose keys are multiplied then."""
+        if not self.alternates or self.gathers:
+            return 1
+        if self.latent:
+            return next(self.query_parts // size for size in range(MOST_ARRIVING, 0, -1) if self.query_parts % size == 0)
+        return 2 if self.head_dim % (2 * COLUMNS) == 0 else 1
+
+    @property
+    def freed_shares(self) -> int:
+        """How many of those lie apart, and make room on their own: latent keys are to be values."""
+        return 1 if self.latent else self.block_shares
+
+    @property
     def shares_place(self) -> bool:
         """Whether values are widened to where the keys of their block were, and keys to where the last values were."""
         return self.wide and self.quantised and not self.latent
 
     @property
     def output_turns(self) -> int:
-        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie.
-
-        Then some may be while the second runs. And with so many threads ptxas has no registers for 256 columns at once.
-        """
+        """Turns in which a warpgroup starts its output: two where keys are widened to where its values lie, so that some may
+        be while the second runs. And with so many threads ptxas has no registers for 256 columns at once."""
         return 2 if self.wide and self.quantised and self.value_dim % (4 * COLUMNS) == 0 else 1
 
     @property
@@ -240,11 +252,9 @@ class Plan:
         Those come first that have no values in their place, or those of an output's first turn.
         """
         parts, own = range(self.query_parts), self.value_dim // COLUMNS // 2  # of a warpgroup
-        if self.keys_come_apart:
-            size = max(size for size in range(1, MOST_ARRIVING + 1) if len(parts) % size == 0)
-            return [[*parts[first : first + size]] for first in range(0, len(parts), size)]
         if not (self.wide and self.quantised):
-            return [[*parts]]
+            size = len(parts) // self.block_shares
+            return [[*parts[first : first + size]] for first in range(0, len(parts), size)]
         first = [part for part in parts if part >= 2 * own or 2 * (part % own) < own]
         return [group for group in (first, [part for part in parts if part not in first]) if group]
 
@@ -270,10 +280,8 @@ class Plan:
 
     @property
     def asks_ahead(self) -> bool:
-        """Whether the next query is brought into the second cache while the last one has its place, to come sooner.
-
-        With a window, 8192 tokens of wide heads are slower with it, and no call is much faster.
-        """
+        """Whether the next query is brought into the second cache while the last one has its place, to come sooner. With a
+        window, 8192 tokens of wide heads are slower with it, and no call is much faster."""
         return self.query_comes_first and self.pieces > self.cores and self.window is None
 
     @property

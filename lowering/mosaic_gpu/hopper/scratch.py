@@ -67,23 +67,24 @@ def _queries(plan: Plan) -> dict:
 
 def _rings(plan: Plan) -> dict:
     """The blocks of keys and values. Each copy of a block that products read arrives, or each warp that widens it."""
-    turns = plan.output_turns if plan.latent else 1
+    turns, freed = plan.output_turns if plan.latent else 1, plan.freed_shares
     key_copies = copies_of(plan) * (len(plan.key_groups[0]) if plan.keys_come_apart else 1)
     found = _blocks(plan) | dict(
         keys_here=plgpu.Barrier(
             num_arrivals=plan.widening_warps if plan.widens_keys else key_copies,
             num_barriers=plan.teams * plan.key_slots * len(plan.key_groups),
         ),
-        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns),
+        keys_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.teams * plan.key_slots * turns * freed),
     )
     if not plan.latent:
         outputs = plan.teams * plan.slots * plan.output_turns
         found |= dict(
             values_here=plgpu.Barrier(
                 num_arrivals=plan.widening_warps if plan.widens else copies_of(plan),
-                num_barriers=plan.teams * plan.slots,
+                num_barriers=plan.teams * plan.slots * freed,
             ),
-            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=outputs),
+            # A share is one warpgroup's.
+            values_free=plgpu.Barrier(num_arrivals=plan.warpgroups // freed, num_barriers=outputs * freed),
         )
     if counted := _counted_barriers(plan):  # in one array: each takes a kilobyte
         found = {name: barriers for name, barriers in found.items() if name not in counted}
@@ -107,6 +108,8 @@ def _blocks(plan: Plan) -> dict:
     def ring(slots, *shape, apart=False):
         if apart:
             shape = len(parts_of(shape[-1])), shape[0], COLUMNS
+        if plan.freed_shares > 1:
+            shape = plan.freed_shares, shape[0], shape[1] // plan.freed_shares
         transforms = tiling_of_bytes(shape[-1]) if plan.reads_bytes else tiling_of(dtype, shape[-1])
         return plgpu.SMEM((plan.teams * slots, *shape), dtype, transforms=transforms)
 
