@@ -57,7 +57,7 @@ class Triton(Kernel):
     """Takes head_dim up to 576 and value_dim up to 512, 256 in float32; needs Triton and a GPU that it compiles for."""
 
     name = "triton"
-    version = 15
+    version = 16
     platforms = ("cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True

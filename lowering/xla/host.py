@@ -27,7 +27,7 @@ class Xla(Kernel):
     """Runs every call, anywhere."""
 
     name = "xla"
-    version = 18
+    version = 19
     platforms = ("cpu", "tpu", "cuda", "rocm")
     features = frozenset(FEATURES)
     invariant = True
