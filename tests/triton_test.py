@@ -159,6 +159,7 @@ COMPILED = {
     "sm_100": [
         (MLA | dict(q_heads=128, cache_dtype="float8_e4m3fn", features=("latent", *SLOTS)), dict(scale="slot")),
         (GEMMA_4 | dict(cache_dtype="int8", features=SLOTS), dict(scale="slot")),
+        (DECODE | dict(cache_dtype="float8_e5m2", features=("quantised",)), dict(scale="head")),
     ],
     "sm_120": [
         (WIDE, {}),

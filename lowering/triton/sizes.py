@@ -166,11 +166,12 @@ def _steps_in_8_bits(sizes: _Sizes, problem: Problem, device: Device) -> _Sizes:
         return sizes._replace(num_warps=8)
     if device_class(device) == "ampere" or "tree_mask" in problem.features:
         return sizes
+    if not may_share_keys(problem) or device_class(device) != "hopper":  # more spill on Blackwell
+        return sizes._replace(block_kv=64, num_stages=THREE_STAGES)
     # Where tiles are few more than three a core, two of more stages, twice: a second round of three would be short.
     two = width > 64 and THREE_STAGES * device.cores < tiles_of(problem, DECODE.rows) <= 4 * device.cores
-    # Where warps share out keys, as many as have the bytes of a block of 16 bits: a step takes as long.
-    block_kv = 128 if may_share_keys(problem) else 64
-    return sizes._replace(block_kv=block_kv, num_stages=THREE_STAGES + two)
+    # As many keys as have the bytes of a block of 16 bits: where warps share them out, a step takes as long.
+    return sizes._replace(block_kv=128, num_stages=THREE_STAGES + two)
 
 
 def key_bytes(problem: Problem) -> int:
