@@ -130,9 +130,12 @@ class GpuAppendTest(WithGpus):
         scales = dict(key_scale=granularity, value_scale=granularity)
         append_test.check(append_test.make_append(1, dtype=query, cache_dtype=dtype, **scales))
 
-    @parameterized.product(dtype=QUANTISED, scale=(1.0, 0.3, -2.0, 0.0, 1e-30, 1e30, 1e-38))
+    @parameterized.product(dtype=QUANTISED, scale=(1.0, 0.3, -2.0, 0.0, 1e-30, 1e30))
     def test_quotients_of_any_size(self, dtype, scale):
-        """From one end of float32 to the other, and what is no number; over scales as far apart."""
+        """From one end of float32 to the other, and what is no number; over scales as far apart.
+
+        But with none so small that numbers count that are subnormal, for which XLA's CPU compiler takes zeros.
+        """
         rng, tokens, features = np.random.default_rng(0), 64, 128
         numbers = rng.standard_normal((tokens, 1, features)) * 10.0 ** rng.uniform(-8, 7, (tokens, 1, features)) * (scale or 1)
         numbers[0, 0, :4] = np.inf, -np.inf, np.finfo(np.float32).max, 0
