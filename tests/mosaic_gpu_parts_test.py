@@ -65,11 +65,11 @@ class PartsTest(parameterized.TestCase):
     def test_each_part_of_a_run_has_a_copy(self, features, slot_rows):
         """From its columns of the head's, to its own place; all of a warp's are announced together."""
         plan = plans.plan(head_dim=features, value_dim=features, slot_rows=slot_rows, soft_cap=None)
-        source = SimpleNamespace(rows="cache", beside=0, features=features, blocks=Ring(), here="here", wide_blocks=None)
+        source = SimpleNamespace(rows="cache", beside=0, features=features, shares=1, blocks=Ring(), here="here", wide_blocks=None)
         offsets, piece = range(32, 64, 16), SimpleNamespace(first_row=1)
         share = loading.Loading(plan, None, None, [source], offsets)
         with mock.patch.object(loading, "copy_parts") as copy:
-            share._copy_runs(piece, source, 2, [300, 500])
+            share._copy_runs(piece, source, 2, 0, [300, 500])
         [(here, slot, copies), _] = copy.call_args
         self.assertEqual((here, slot), ("here", 2))
         column, expected = features * (1 % slot_rows), []
@@ -90,10 +90,10 @@ class PartsTest(parameterized.TestCase):
     def test_runs_of_whole_parts_have_a_copy_each(self, slot_rows, blocks):
         """All of a warp's are announced together, and those of another thread block if it copies as many to here."""
         plan = plans.plan(slot_rows=slot_rows, soft_cap=None, mates=blocks > 1)
-        source = SimpleNamespace(rows="cache", beside=0, features=128, blocks=Ring(), here="here", wide_blocks=None)
+        source = SimpleNamespace(rows="cache", beside=0, features=128, shares=1, blocks=Ring(), here="here", wide_blocks=None)
         share = loading.Loading(plan, None, None, [source], range(32, 64, 16), first=64 * (blocks - 1))
         with mock.patch.object(loading, "copy_tiles") as copy:
-            share._copy_runs(SimpleNamespace(first_row=1), source, 2, [300, 500])
+            share._copy_runs(SimpleNamespace(first_row=1), source, 2, 0, [300, 500])
         [(here, slot, copies, number), _] = copy.call_args
         self.assertEqual((here, slot, number), ("here", 2, blocks))
         places = [(2, loading.pl.ds(64 * (blocks - 1) + offset, 16)) for offset in (32, 48)]

@@ -109,7 +109,7 @@ class TimingTest(TuningTestCase):
     @parameterized.parameters(("tpu", 64, timing.TURNS), ("tpu", 8192, 1), ("cpu", 64, 1))
     def test_short_calls_fill_a_function_on_a_device_that_a_host_feeds(self, platform, tokens, turns):
         """What is timed would be the host otherwise. On CPU it is, and a function of many calls takes seconds."""
-        shape = problem(tokens=tokens, pages_per_seq=1024, q_heads=64)
+        shape = problem(tokens=tokens, pages_per_seq=1024, num_pages=2048, q_heads=64)
         self.assertEqual(timing.calls_each(shape, DEVICE._replace(platform=platform)), 4 * turns)
 
     def test_calls_that_repeat_are_all_made(self):
