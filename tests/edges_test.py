@@ -44,6 +44,21 @@ class EdgesTest(parameterized.TestCase):
     def test_every_edge_is_here(self):
         self.assertLen(cases.EDGES, len(EDGES) + 2 * len(IN_ONE_DTYPE))
 
+    def test_a_context_may_be_longer_than_the_pool(self):
+        """A table may name a page again and again, though sizes are chosen as if none did."""
+        rng, contexts = np.random.default_rng(0), (300, 20, 130)
+        cache = (2, 3, 4, 16)  # three pages of four
+        pack = packs.Pack(
+            query=rng.standard_normal((9, 4, 16), np.float32),
+            key_cache=rng.standard_normal(cache, np.float32),
+            value_cache=rng.standard_normal(cache, np.float32),
+            context_lens=np.int32(contexts),
+            page_indices=rng.integers(0, 3, (3, 75), np.int32),
+            query_offsets=np.int32([0, 1, 6, 9]),
+        )
+        for sizes in (cases.SMALL_TILES, None):
+            packs.assert_matches_reference(pack, *ragged_paged_prefill(*pack, cfg=sizes, return_lse=True))
+
     @parameterized.product(dtype=cases.DTYPES, sliding_window=(None, 7))
     def test_what_no_row_sees_has_no_effect_on_any_bit(self, dtype, sliding_window):
         case = cases.Case("unseen", SEQUENCES, dtype=dtype, room=cases.ROOM, page_size=4, head_dim=16)
