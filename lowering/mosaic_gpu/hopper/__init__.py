@@ -13,8 +13,9 @@ chooses one:
 
 All of them use masks.py (who sees what), softmax.py (the online softmax), soft_cap.py (its tanh as a polynomial) and
 operations.py (wgmma that runs on beside other work, and more that Pallas has no words for). Quantised caches are
-converted by widen.py, for few rows by few_bytes.py, or transposed for products in 8 bits by transpose.py. Parts are merged by cluster.py, pairs.py,
-last_part.py or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy are gathered by gather.py. Kernels of their own are
+converted by widen.py, for few rows by few_bytes.py, or transposed for products in 8 bits by transpose.py. Parts are
+merged by cluster.py, pairs.py, last_part.py or merge.py, or by XLA (lowering/splits.py). Pages that TMA cannot copy
+are gathered by gather.py. Thread blocks that copy keys for one another are in mates.py. Kernels of their own are
 schedule.py, merge.py, widen_pages.py and append.py; they are written for single threads, in the words of threads.py.
 
 The work:
@@ -32,7 +33,7 @@ The work:
     step        what is done for one block of keys; they are counted on from piece to piece, and run from the last block
                 to the first
     slab        rows of a tile that belong to one head (or one token): they lie together in memory
-    share       of a block: half of its features, where halves come and make room on their own
+    share       of a block: some of its features, where these come on their own (and, of wide heads, make room on their own)
     run         keys of one copy, which lie together in one page
     part        of a row of a query, key or value: up to 64 of its features, which are a swizzled row (tiling.py)
 
