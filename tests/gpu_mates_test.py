@@ -7,7 +7,6 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import chex
 import jax
-import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
@@ -50,17 +49,7 @@ class GpuMatesTest(parameterized.TestCase):
         chex.assert_trees_all_equal(*found.values())
         of_oracle = {name: value for name, value in parameters.items() if name != "cache_layout"}
         oracle.assert_matches(call, *found[True], **of_oracle)
-        for _ in range(10):
-            chex.assert_trees_all_equal(run(**laid), found[True])
-
-        lengths = np.diff(call["query_offsets"])
-        odd = np.arange(len(lengths)) % 2 == 1
-        fewer = np.where(odd, np.maximum(lengths, call["context_lens"] // 3), call["context_lens"]).astype(np.int32)
-        others = run(**dict(laid, context_lens=fewer))
-        start, end = call["query_offsets"][[0, -1]]
-        own = np.zeros(len(call["query"]), bool)
-        own[start:end] = ~np.repeat(odd, lengths)
-        chex.assert_trees_all_equal(*[[np.asarray(array)[own] for array in result] for result in (found[True], others)])
+        poisoned.assert_no_bit_changes(run, laid, found[True])
 
 
 if __name__ == "__main__":

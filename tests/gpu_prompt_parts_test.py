@@ -5,9 +5,7 @@ import functools
 from unittest import mock
 
 from absl.testing import absltest, parameterized
-import chex
 import jax
-import numpy as np
 
 from paged_prefill import PrefillPageAttentionConfig as Config, ragged_paged_prefill
 from paged_prefill.lowering.mosaic_gpu import host
@@ -54,17 +52,7 @@ class GpuPromptPartsTest(parameterized.TestCase):
         self.assertEqual((plan.parts, plan.chains), (PARTS, name.startswith("chain")))
         self.assertEqual(plan.looks_ahead, name == "looking_ahead")
         oracle.assert_matches(call, *first, **window)
-        for _ in range(10):
-            chex.assert_trees_all_equal(run(**call), first)
-
-        lengths = np.diff(call["query_offsets"])
-        odd = np.arange(len(lengths)) % 2 == 1
-        fewer = np.where(odd, np.maximum(lengths, call["context_lens"] // 3), call["context_lens"]).astype(np.int32)
-        others = run(**dict(call, context_lens=fewer))
-        start, end = call["query_offsets"][[0, -1]]
-        own = np.zeros(len(call["query"]), bool)
-        own[start:end] = ~np.repeat(odd, lengths)
-        chex.assert_trees_all_equal(*[[np.asarray(array)[own] for array in result] for result in (first, others)])
+        poisoned.assert_no_bit_changes(run, call, first)
 
 
 if __name__ == "__main__":

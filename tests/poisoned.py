@@ -5,6 +5,7 @@ Operands are host arrays by name, as `ragged_paged_prefill` and `paged_prefill_p
 
 import functools
 
+import chex
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 and float8 by it
 import numpy as np
 
@@ -207,3 +208,18 @@ def sample(rng) -> tuple[dict[str, np.ndarray], dict]:
 def _skewed(rng, low, high) -> int:
     """From low to high, small numbers as often as large ones."""
     return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+
+
+def assert_no_bit_changes(run, call, found) -> None:
+    """`found` is what `run` makes of a call: so it is ten times again, and for other contexts of every other sequence."""
+    for _ in range(10):
+        chex.assert_trees_all_equal(run(**call), found)
+
+    lengths = np.diff(call["query_offsets"])
+    odd = np.arange(len(lengths)) % 2 == 1
+    fewer = np.where(odd, np.maximum(lengths, call["context_lens"] // 3), call["context_lens"]).astype(np.int32)
+    others = run(**dict(call, context_lens=fewer))
+    start, end = call["query_offsets"][[0, -1]]
+    own = np.zeros(len(call["query"]), bool)
+    own[start:end] = ~np.repeat(odd, lengths)
+    chex.assert_trees_all_equal(*[[np.asarray(array)[own] for array in result] for result in (found, others)])
